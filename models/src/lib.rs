@@ -1,1 +1,14 @@
-//! models
+//! The LTX-2 family: checkpoint formats, configurations and graph builders.
+//!
+//! Every size and switch comes from the checkpoint's own metadata and tensor shapes. Builders turn a configuration and a
+//! [`Weights`] view into functions of [`ltxc_ir`]; they neither read tensor data nor know a device.
+//!
+//! Activations are channels-last throughout: video `[b, f, h, w, c]`, spectrograms `[b, t, m, c]`, waveforms
+//! `[b, t, c]`, tokens `[b, t, c]`. Convolution weights are transposed in the graph from the published
+//! `[o, i, k..]` to `[k.., i, o]`; the compiler turns that into a weight recipe.
+
+mod error;
+mod weights;
+
+pub use error::ModelError;
+pub use weights::{Listed, TensorDirectory, Weights};

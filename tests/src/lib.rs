@@ -1,1 +1,5 @@
-//! tests
+//! Shared parts of the tests: fixtures, comparison, and running a module the way a test wants.
+
+pub mod compare;
+pub mod fixtures;
+pub mod harness;

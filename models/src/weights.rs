@@ -1,0 +1,145 @@
+//! How graph builders ask for weights: every request names key and expected shape, every problem is collected.
+//!
+//! Builders never see files. They see a [`TensorDirectory`], which knows the stored type of every key.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+
+use ltxc_ir::{Builder, DType, TensorType, ValueId};
+
+/// Stored types of the tensors of one set of files, by canonical (official) key.
+pub trait TensorDirectory {
+    /// Type of the tensor `key`, `None` if there is none.
+    fn tensor_type(&self, key: &str) -> Option<TensorType>;
+}
+
+/// Dtypes a builder accepts for a weight; quantised forms need a recipe of their own.
+const ACCEPTED: [DType; 3] = [DType::F32, DType::BF16, DType::F16];
+
+/// A view of the weights of one component, or of several repeated blocks of it at once.
+///
+/// A view with several prefixes is for a function that is called once per prefix: a request is checked under every
+/// prefix, and the emitted weight op has the key without it.
+#[derive(Clone)]
+pub struct Weights<'a> {
+    directory: &'a dyn TensorDirectory,
+    source: String,
+    /// Full prefixes at which every request is checked.
+    checked: Vec<String>,
+    /// What is put in front of the key in the emitted op.
+    emitted: String,
+    problems: Rc<RefCell<Vec<String>>>,
+}
+
+impl<'a> Weights<'a> {
+    /// All weights of the set of files that plans call `source`.
+    pub fn new(source: &str, directory: &'a dyn TensorDirectory) -> Weights<'a> {
+        Weights {
+            directory,
+            source: source.into(),
+            checked: vec![String::new()],
+            emitted: String::new(),
+            problems: Rc::default(),
+        }
+    }
+
+    /// The weights below `prefix`.
+    pub fn below(&self, prefix: &str) -> Weights<'a> {
+        Weights {
+            checked: self.checked.iter().map(|p| format!("{p}{prefix}")).collect(),
+            emitted: format!("{}{prefix}", self.emitted),
+            ..self.clone()
+        }
+    }
+
+    /// The weights of a function that is called with each of `prefixes` (relative to this view; the calls pass
+    /// [`Weights::call_prefix`] of them).
+    pub fn repeated(&self, prefixes: &[String]) -> Weights<'a> {
+        let checked = self.checked.iter().flat_map(|c| prefixes.iter().map(move |p| format!("{c}{p}"))).collect();
+        Weights { checked, emitted: String::new(), ..self.clone() }
+    }
+
+    /// The prefix a `call` must carry for a function built from [`Weights::repeated`] with `prefix`.
+    pub fn call_prefix(&self, prefix: &str) -> String {
+        format!("{}{prefix}", self.emitted)
+    }
+
+    /// Whether `key` exists (under every prefix of this view).
+    pub fn has(&self, key: &str) -> bool {
+        self.checked.iter().all(|p| self.directory.tensor_type(&format!("{p}{key}")).is_some())
+    }
+
+    /// Stored shape of `key` (under the first prefix).
+    pub fn shape(&self, key: &str) -> Option<Vec<usize>> {
+        let prefix = self.checked.first()?;
+        self.directory.tensor_type(&format!("{prefix}{key}")).map(|ty| ty.shape)
+    }
+
+    /// The weight `key`, which must have `shape`. A problem is recorded, and found by [`Weights::finish`].
+    pub fn get(&self, b: &Builder, key: &str, shape: &[usize]) -> ValueId {
+        let ty = self.check(key, shape);
+        b.weight(&self.source, &format!("{}{key}", self.emitted), ty)
+    }
+
+    /// The weight `key` if it exists, which must then have `shape`.
+    pub fn get_optional(&self, b: &Builder, key: &str, shape: &[usize]) -> Option<ValueId> {
+        self.has(key).then(|| self.get(b, key, shape))
+    }
+
+    fn check(&self, key: &str, shape: &[usize]) -> TensorType {
+        let mut found: Option<TensorType> = None;
+        for prefix in &self.checked {
+            let full = format!("{prefix}{key}");
+            let Some(ty) = self.directory.tensor_type(&full) else {
+                self.problem(format!("`{full}` is missing, expected {shape:?}"));
+                continue;
+            };
+            if ty.shape != shape {
+                self.problem(format!("`{full}` is {ty}, expected shape {shape:?}"));
+            } else if !ACCEPTED.contains(&ty.dtype) {
+                self.problem(format!("`{full}` is {ty}, expected f32, bf16 or f16"));
+            } else if let Some(first) = &found {
+                if first.dtype != ty.dtype {
+                    self.problem(format!("`{full}` is {ty}, but the same weight of another block is {first}"));
+                }
+            } else {
+                found = Some(ty);
+            }
+        }
+        found.unwrap_or_else(|| TensorType::f32(shape))
+    }
+
+    /// Records a problem that is not about a single tensor.
+    pub fn problem(&self, text: String) {
+        self.problems.borrow_mut().push(text);
+    }
+
+    /// Ends a component's requests.
+    ///
+    /// # Errors
+    /// All problems found by this view and the views made from it, up to 20 spelled out.
+    pub fn finish(&self) -> Result<(), crate::ModelError> {
+        let problems = self.problems.borrow();
+        if problems.is_empty() {
+            return Ok(());
+        }
+        Err(crate::ModelError::Weights { source_name: self.source.clone(), problems: Listed(problems.clone()) })
+    }
+}
+
+/// Problems, printed one per line, 20 at most.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Listed(pub Vec<String>);
+
+impl std::fmt::Display for Listed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        const MOST: usize = 20;
+        for problem in self.0.iter().take(MOST) {
+            write!(f, "\n  {problem}")?;
+        }
+        if self.0.len() > MOST {
+            write!(f, "\n  … and {} more", self.0.len() - MOST)?;
+        }
+        Ok(())
+    }
+}

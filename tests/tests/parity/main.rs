@@ -1,0 +1,9 @@
+//! Parity with recorded reference tensors. `LTXC_FIXTURES` names another set of the same layout.
+
+mod audio;
+mod conditioning;
+mod pipeline;
+mod text;
+mod transformer;
+mod upsampler;
+mod video_vae;
