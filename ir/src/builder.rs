@@ -89,8 +89,11 @@ impl Builder {
             s.fail("call", format!("`{}` takes {expected:?}, found {found:?}", callee.name));
         }
         let name = s.path(name);
-        let results: Vec<ValueId> =
-            callee.results.iter().map(|r| s.function.add_value(callee.ty(r.value).clone(), format!("{name}.{}", r.name))).collect();
+        let results: Vec<ValueId> = callee
+            .results
+            .iter()
+            .map(|r| s.function.add_value(callee.ty(r.value).clone(), format!("{name}.{}", r.name)))
+            .collect();
         let op = Op::Call(Call { function: callee.name.clone(), prefix: prefix.into(), name });
         s.function.nodes.push(Node { op, args: args.to_vec(), results: results.clone() });
         results
@@ -406,12 +409,8 @@ impl State {
 
     fn fail(&mut self, op: &str, problem: String) {
         if self.error.is_none() {
-            self.error = Some(BuildError {
-                function: self.function.name.clone(),
-                op: op.into(),
-                scope: self.path(""),
-                problem,
-            });
+            self.error =
+                Some(BuildError { function: self.function.name.clone(), op: op.into(), scope: self.path(""), problem });
         }
     }
 }

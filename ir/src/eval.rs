@@ -151,7 +151,9 @@ impl Tensor {
     pub(crate) fn pick_or_zero(&self, out: &TensorType, source: impl Fn(&[usize]) -> Option<usize>) -> Tensor {
         let mut result = Tensor::zeros(out.clone());
         match (&self.data, &mut result.data) {
-            (Data::Float(s), Data::Float(d)) => each_index(&out.shape, |i, index| d[i] = source(index).map_or(0.0, |p| s[p])),
+            (Data::Float(s), Data::Float(d)) => {
+                each_index(&out.shape, |i, index| d[i] = source(index).map_or(0.0, |p| s[p]))
+            }
             (Data::Int(s), Data::Int(d)) => each_index(&out.shape, |i, index| d[i] = source(index).map_or(0, |p| s[p])),
             _ => unreachable!("type rule: the dtype is kept"),
         }
@@ -233,7 +235,13 @@ pub fn f8_to_f64(bits: u8, exponent: u32) -> f64 {
     let m = (bits & ((1 << mantissa_bits) - 1)) as f64 / (1u32 << mantissa_bits) as f64;
     match exponent {
         4 if bits & 0x7f == 0x7f => f64::NAN,
-        5 if e == 31 => if m == 0.0 { sign * f64::INFINITY } else { f64::NAN },
+        5 if e == 31 => {
+            if m == 0.0 {
+                sign * f64::INFINITY
+            } else {
+                f64::NAN
+            }
+        }
         _ if e == 0 => sign * m * 2f64.powi(1 - bias),
         _ => sign * (1.0 + m) * 2f64.powi(e - bias),
     }

@@ -22,7 +22,9 @@
 pub mod builder;
 pub mod eval;
 pub mod graph;
+pub mod identity;
 pub mod ops;
+pub mod plan;
 pub mod types;
 
 pub use builder::{BuildError, Builder};

@@ -33,7 +33,10 @@ impl Report {
     pub fn check_equal<T: PartialEq + std::fmt::Debug>(&mut self, name: &str, found: &[T], expected: &[T]) {
         let first = found.iter().zip(expected).position(|(a, b)| a != b);
         let ok = found.len() == expected.len() && first.is_none();
-        self.note(ok, format!("{name}: {} values, expected {}, first difference {first:?}", found.len(), expected.len()));
+        self.note(
+            ok,
+            format!("{name}: {} values, expected {}, first difference {first:?}", found.len(), expected.len()),
+        );
     }
 
     /// Records a comparison that was made elsewhere.
@@ -51,6 +54,12 @@ impl Report {
     pub fn finish(self) {
         println!("{}", self.lines.join("\n"));
         assert!(self.compared > 0, "nothing was compared");
-        assert!(self.failed == 0, "{} of {} comparisons failed:\n{}", self.failed, self.compared, self.lines.join("\n"));
+        assert!(
+            self.failed == 0,
+            "{} of {} comparisons failed:\n{}",
+            self.failed,
+            self.compared,
+            self.lines.join("\n")
+        );
     }
 }

@@ -12,7 +12,9 @@ use safetensors::SafeTensors;
 
 /// Folder of the fixtures.
 pub fn root() -> PathBuf {
-    std::env::var_os("LTXC_FIXTURES").map(PathBuf::from).unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures"))
+    std::env::var_os("LTXC_FIXTURES")
+        .map(PathBuf::from)
+        .unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures"))
 }
 
 /// The recorded file `name` (for example `ltx2/transformer`): release 1.2.0 where it differs, else 1.0.0.

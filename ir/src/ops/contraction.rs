@@ -62,7 +62,8 @@ impl Primitive for Reduce {
         let dst = out.strides();
         let x = args[0].floats();
         each_index(&args[0].ty.shape, |flat, index| {
-            let o: usize = index.iter().enumerate().map(|(a, &i)| if self.axes.contains(&a) { 0 } else { i * dst[a] }).sum();
+            let o: usize =
+                index.iter().enumerate().map(|(a, &i)| if self.axes.contains(&a) { 0 } else { i * dst[a] }).sum();
             acc[o] = match self.kind {
                 ReduceKind::Sum | ReduceKind::Mean => acc[o] + x[flat],
                 ReduceKind::Max => super::Binary::Max.apply(acc[o], x[flat]),

@@ -19,8 +19,8 @@ use std::hash::Hash;
 
 pub(crate) use composite::clamp;
 pub use composite::{
-    Attention, DepthToSpace, HIDDEN_SCORE, Gelu, GroupNorm, LayerNorm, LeakyRelu, RmsNorm, Rope, RopeLayout, Sigmoid, Silu, Snake,
-    SpaceToDepth,
+    Attention, DepthToSpace, Gelu, GroupNorm, HIDDEN_SCORE, LayerNorm, LeakyRelu, RmsNorm, Rope, RopeLayout, Sigmoid,
+    Silu, Snake, SpaceToDepth,
 };
 pub use contraction::{Conv, ConvTranspose, Matmul, Reduce, ReduceKind};
 pub use movement::{Broadcast, Concat, Gather, Pad, PadMode, Reshape, Slice, Transpose, Update};

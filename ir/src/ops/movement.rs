@@ -87,7 +87,9 @@ impl OpDef for Slice {
                 (start <= end && end <= args[0].shape[a] && step > 0).then(|| (end - start).div_ceil(step))
             })
             .collect::<Option<Vec<_>>>()
-            .ok_or_else(|| format!("range {:?}..{:?} by {:?} is outside {}", self.start, self.end, self.step, args[0]))?;
+            .ok_or_else(|| {
+                format!("range {:?}..{:?} by {:?} is outside {}", self.start, self.end, self.step, args[0])
+            })?;
         Ok(TensorType::new(args[0].dtype, shape))
     }
     fn flops(&self, _: &[&TensorType], _: &TensorType) -> u64 {
@@ -312,9 +314,8 @@ impl OpDef for Update {
             && base.rank() == part.rank()
             && base.rank() <= MAX_RANK
             && self.axis < base.rank()
-            && (0..base.rank()).all(|a| {
-                if a == self.axis { part.shape[a] <= base.shape[a] } else { part.shape[a] == base.shape[a] }
-            });
+            && (0..base.rank())
+                .all(|a| if a == self.axis { part.shape[a] <= base.shape[a] } else { part.shape[a] == base.shape[a] });
         if !fits {
             return Err(format!("{part} cannot be written into {base} along axis {}", self.axis));
         }

@@ -102,9 +102,9 @@ impl Primitive for Unary {
     fn eval(&self, _: &Evaluator, args: &[&Tensor], out: &TensorType) -> Tensor {
         let data = match &args[0].data {
             Data::Float(v) => Data::Float(v.iter().map(|&x| self.apply(x)).collect()),
-            Data::Int(v) => {
-                Data::Int(v.iter().map(|&x| if *self == Unary::Abs { x.wrapping_abs() } else { x.wrapping_neg() }).collect())
-            }
+            Data::Int(v) => Data::Int(
+                v.iter().map(|&x| if *self == Unary::Abs { x.wrapping_abs() } else { x.wrapping_neg() }).collect(),
+            ),
         };
         Tensor { ty: out.clone(), data }
     }
@@ -159,8 +159,20 @@ impl Binary {
             Binary::Mul => a * b,
             Binary::Div => a / b,
             // NaN must survive, unlike in f64::max.
-            Binary::Max => if a > b || a.is_nan() { a } else { b },
-            Binary::Min => if a < b || a.is_nan() { a } else { b },
+            Binary::Max => {
+                if a > b || a.is_nan() {
+                    a
+                } else {
+                    b
+                }
+            }
+            Binary::Min => {
+                if a < b || a.is_nan() {
+                    a
+                } else {
+                    b
+                }
+            }
             Binary::Pow => a.powf(b),
         }
     }
@@ -208,8 +220,12 @@ impl Primitive for Binary {
         let n = out.elements();
         let (ia, ib) = (args[0].broadcast_index(&out.shape), args[1].broadcast_index(&out.shape));
         let data = match (&args[0].data, &args[1].data) {
-            (Data::Float(a), Data::Float(b)) => Data::Float((0..n).map(|i| self.apply(a[ia.at(i)], b[ib.at(i)])).collect()),
-            (Data::Int(a), Data::Int(b)) => Data::Int((0..n).map(|i| self.apply_int(a[ia.at(i)], b[ib.at(i)])).collect()),
+            (Data::Float(a), Data::Float(b)) => {
+                Data::Float((0..n).map(|i| self.apply(a[ia.at(i)], b[ib.at(i)])).collect())
+            }
+            (Data::Int(a), Data::Int(b)) => {
+                Data::Int((0..n).map(|i| self.apply_int(a[ia.at(i)], b[ib.at(i)])).collect())
+            }
             _ => unreachable!("type rule: operands are of one kind"),
         };
         Tensor { ty: out.clone(), data }
@@ -317,7 +333,9 @@ impl Primitive for Cast {
         };
         let data = match (&args[0].data, out.dtype.is_float()) {
             (Data::Float(v), true) => Data::Float(v.clone()),
-            (Data::Float(v), false) if out.dtype == DType::Bool => Data::Int(v.iter().map(|&x| (x != 0.0) as i64).collect()),
+            (Data::Float(v), false) if out.dtype == DType::Bool => {
+                Data::Int(v.iter().map(|&x| (x != 0.0) as i64).collect())
+            }
             (Data::Float(v), false) => Data::Int(v.iter().map(|&x| range(x) as i64).collect()),
             (Data::Int(v), true) => Data::Float(v.iter().map(|&x| x as f64).collect()),
             (Data::Int(v), false) => Data::Int(v.iter().map(|&x| range(x as f64) as i64).collect()),

@@ -1,0 +1,310 @@
+//! The plan level: how a graph is computed. Buffers at fixed offsets, kernel calls, weight recipes, pipeline settings.
+//!
+//! The compiler writes it, every backend runs it, and nothing else crosses from compile time to run time. All of it is
+//! plain data; [`container`] turns it into bytes, [`verify`] checks it as if it were hostile.
+//!
+//! A [`Program`] is an entry point. It runs a [`PlanFunction`]: a list of kernel calls and calls of other functions. A
+//! function addresses its temporaries relative to its **frame**; the caller says where in its own frame the callee's
+//! frame lies. So a block that is called 48 times is stored once, and still every buffer of every call has one fixed
+//! address, which a backend may resolve ahead of time.
+//!
+//! *Invariant:* the operands of a kernel call do not overlap its results, except where the kernel allows it
+//! ([`Kernel::in_place`]) and the operand has the type of the result.
+
+pub mod container;
+mod kernel;
+mod pipeline;
+pub mod verify;
+
+use serde::{Deserialize, Serialize};
+
+pub use kernel::{Copy, Function as MapFunction, Kernel, Map, MapStep};
+pub use pipeline::*;
+
+use crate::graph::Rate;
+use crate::identity::FileIdentity;
+use crate::types::TensorType;
+
+/// A compiled model for one pipeline and one or more shape classes.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Plan {
+    /// Program that wrote the plan, for example `ltxc 0.1.0`.
+    pub compiler: String,
+    /// What the plan was compiled for.
+    pub target: Target,
+    /// Sets of weight files.
+    pub sources: Vec<WeightSource>,
+    /// Functions, callees first.
+    pub functions: Vec<PlanFunction>,
+    /// Entry points.
+    pub programs: Vec<Program>,
+    /// Bytes of state shared by the programs of each group.
+    pub groups: Vec<Group>,
+    /// What the driver does with the programs.
+    pub pipeline: Pipeline,
+}
+
+impl Plan {
+    /// The program called `name`.
+    pub fn program(&self, name: &str) -> Option<&Program> {
+        self.programs.iter().find(|p| p.name == name)
+    }
+
+    /// Bytes of the arena that holds the state of whichever group is active.
+    pub fn state_bytes(&self) -> u64 {
+        self.groups.iter().map(|g| g.state_bytes).max().unwrap_or(0)
+    }
+
+    /// Bytes of each arena that programs run in.
+    pub fn arena_bytes(&self) -> Vec<u64> {
+        let arenas = self.programs.iter().map(|p| p.arena_bytes.len()).max().unwrap_or(0);
+        (0..arenas)
+            .map(|a| self.programs.iter().filter_map(|p| p.arena_bytes.get(a)).copied().max().unwrap_or(0))
+            .collect()
+    }
+}
+
+/// Device class and limits that a plan was compiled for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Target {
+    /// Backend: `cpu`, later `wgpu` and `cuda`.
+    pub backend: String,
+    /// Every buffer starts at a multiple of this many bytes.
+    pub alignment: u64,
+    /// Largest arena in bytes; buffers are spread over several if they need more.
+    pub max_arena_bytes: u64,
+    /// Largest number of operands and results of one kernel call.
+    pub max_bindings: u32,
+}
+
+impl Target {
+    /// The native CPU backend.
+    pub fn cpu() -> Target {
+        Target { backend: "cpu".into(), alignment: 64, max_arena_bytes: 1 << 46, max_bindings: 1024 }
+    }
+}
+
+/// A named set of weight files, in which keys are looked up.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WeightSource {
+    /// Name that graphs use: `model`, `gemma`, `upsampler` …
+    pub name: String,
+    /// The files, in lookup order.
+    pub files: Vec<FileIdentity>,
+}
+
+/// State shared by the programs of one group: what slow programs leave for fast ones.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Group {
+    /// Name, for example `stage1`.
+    pub name: String,
+    /// Size of its state.
+    pub state_bytes: u64,
+}
+
+/// An entry point.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Program {
+    /// Name, unique in the plan.
+    pub name: String,
+    /// Index into [`Plan::groups`].
+    pub group: u32,
+    /// How often the program must run again.
+    pub rate: Rate,
+    /// Index into [`Plan::functions`].
+    pub function: u32,
+    /// Where each parameter of the function lives.
+    pub inputs: Vec<Slot>,
+    /// Where each result of the function lives.
+    pub outputs: Vec<Slot>,
+    /// Offset of the function's frame in each arena.
+    pub frame: Vec<u64>,
+    /// Size of each arena that the program needs: slots and frame.
+    pub arena_bytes: Vec<u64>,
+}
+
+impl Program {
+    /// The input slot called `name`.
+    pub fn input(&self, name: &str) -> Option<&Slot> {
+        self.inputs.iter().find(|s| s.name == name)
+    }
+
+    /// The output slot called `name`.
+    pub fn output(&self, name: &str) -> Option<&Slot> {
+        self.outputs.iter().find(|s| s.name == name)
+    }
+}
+
+/// A parameter or result of a program.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Slot {
+    /// Name of the parameter or result.
+    pub name: String,
+    /// Type.
+    pub ty: TensorType,
+    /// Where it lives.
+    pub place: SlotPlace,
+}
+
+/// Where a slot lives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SlotPlace {
+    /// In an arena: gone when another program runs.
+    Arena {
+        /// Number of the arena.
+        arena: u32,
+        /// Byte offset.
+        offset: u64,
+    },
+    /// In the state of the group: kept until another group runs.
+    State {
+        /// Byte offset.
+        offset: u64,
+    },
+}
+
+/// A list of kernel calls on fixed buffers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlanFunction {
+    /// Name, unique in the plan.
+    pub name: String,
+    /// Types of the parameters.
+    pub params: Vec<TensorType>,
+    /// Types of the results.
+    pub results: Vec<TensorType>,
+    /// Weights that the steps read.
+    pub weights: Vec<PlanWeight>,
+    /// Bytes of constants, aligned like buffers; [`Place::Constant`] points into them.
+    pub constants: Vec<u8>,
+    /// Size of the frame in each arena, frames of callees included.
+    pub frame_bytes: Vec<u64>,
+    /// What is done, in order.
+    pub steps: Vec<Step>,
+}
+
+/// A weight of a function, in the form that its kernels read.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct PlanWeight {
+    /// Type as the kernels read it.
+    pub ty: TensorType,
+    /// Where it comes from.
+    pub origin: WeightOrigin,
+}
+
+/// Where a weight comes from.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum WeightOrigin {
+    /// A tensor of a file, read in place.
+    File(FileTensor),
+    /// The recipe: a function without weights, run once when weights are bound, makes it from these tensors.
+    Packed {
+        /// Index into [`Plan::functions`]; it has one parameter per tensor and one result.
+        function: u32,
+        /// Its parameters.
+        tensors: Vec<FileTensor>,
+    },
+}
+
+impl WeightOrigin {
+    /// The file tensors behind a weight.
+    pub fn tensors(&self) -> &[FileTensor] {
+        match self {
+            WeightOrigin::File(t) => std::slice::from_ref(t),
+            WeightOrigin::Packed { tensors, .. } => tensors,
+        }
+    }
+}
+
+/// A tensor of a weight file.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct FileTensor {
+    /// Index into [`Plan::sources`].
+    pub source: u32,
+    /// Key in the file, to be completed by the prefixes of the calls around it.
+    pub key: String,
+    /// Stored type.
+    pub ty: TensorType,
+}
+
+/// One step of a function.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Step {
+    /// Runs a kernel.
+    Kernel(KernelCall),
+    /// Runs another function.
+    Call(FunctionCall),
+}
+
+/// A kernel with its operands.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KernelCall {
+    /// What is computed.
+    pub kernel: Kernel,
+    /// What it reads.
+    pub args: Vec<Operand>,
+    /// What it writes.
+    pub results: Vec<Operand>,
+    /// Name path of the value it computes, relative to the calls around it; may be empty.
+    pub name: String,
+    /// Floating point operations.
+    pub flops: u64,
+    /// Bytes read and written, every operand counted once.
+    pub bytes: u64,
+}
+
+/// A call of another function of the plan.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FunctionCall {
+    /// Index into [`Plan::functions`], smaller than the caller's.
+    pub function: u32,
+    /// Put in front of the weight keys of the callee.
+    pub prefix: String,
+    /// Name path of the call.
+    pub name: String,
+    /// Where the frame of the callee lies in the frame of the caller, per arena.
+    pub frame: Vec<u64>,
+    /// Its parameters.
+    pub args: Vec<Operand>,
+    /// Its results.
+    pub results: Vec<Operand>,
+}
+
+/// A tensor in memory, row-major and contiguous.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Operand {
+    /// What it lies in.
+    pub place: Place,
+    /// Bytes from the start of that.
+    pub offset: u64,
+    /// Type.
+    pub ty: TensorType,
+    /// How elements are stored.
+    pub storage: Storage,
+}
+
+/// How the elements of a buffer are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Storage {
+    /// Each element in its own dtype.
+    Native,
+    /// Two bf16 in one u32, for targets without 16-bit types.
+    PackedPairs,
+}
+
+/// What an operand lies in, seen from inside a function.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Place {
+    /// The function's frame in an arena.
+    Frame {
+        /// Number of the arena.
+        arena: u32,
+    },
+    /// A parameter.
+    Param(u32),
+    /// A result.
+    Result(u32),
+    /// A weight.
+    Weight(u32),
+    /// The constants of the function.
+    Constant,
+}
