@@ -18,7 +18,7 @@ pub mod verify;
 
 use serde::{Deserialize, Serialize};
 
-pub use kernel::{Copy, Function as MapFunction, Kernel, Map, MapStep};
+pub use kernel::{Copy, Function as MapFunction, InPlace, Kernel, Map, MapStep};
 pub use pipeline::*;
 
 use crate::graph::Rate;
