@@ -14,6 +14,8 @@
 pub mod container;
 mod kernel;
 mod pipeline;
+pub mod summary;
+mod text;
 pub mod verify;
 
 use serde::{Deserialize, Serialize};
