@@ -22,7 +22,7 @@
 //! let mut writer = MediaWriter::create("out.mp4".as_ref(), Some(format), OutputOptions::default())?;
 //! let chunk = vec![0.5_f32; 8 * 512 * 768 * 3];
 //! writer.write_frames(&chunk)?;
-//! writer.write_audio(&Audio::new(48_000, vec![0.0; 2 * 16_000])?)?;
+//! writer.write_audio(Audio::new(48_000, vec![0.0; 2 * 16_000])?)?;
 //! let written = writer.finish()?;
 //! println!("{} frames in {}", written.frames, written.path.display());
 //! # Ok(())
