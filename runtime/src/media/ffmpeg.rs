@@ -46,8 +46,9 @@ impl Ffmpeg {
     ///
     /// Returns the picture and the size of the stream in bytes.
     ///
-    /// The reference encodes in as many slices as it finds cores, when the picture has 8 or more rows of macroblocks
-    /// for each; this always makes one slice. Pictures of one slice are equal to the bit.
+    /// The reference encodes with one slice for each core, as far as every slice gets four rows of macroblocks, so that
+    /// its result for pictures of 128 rows and more depends on the machine. This always makes one slice; where the
+    /// reference does too, the results are equal to the bit.
     ///
     /// # Errors
     /// [`MediaError::NoFfmpeg`] or [`MediaError::Ffmpeg`].

@@ -44,10 +44,13 @@ pub fn video_qp(crf: u8) -> u8 {
 /// Equal luma PSNR is at 1 above on a clean moving scene and at 3 above on a grainy one.
 const VIDEO_QP_ABOVE_CRF: u8 = 2;
 
+/// How much coarser a picture is tried again that the encoder could not hold; halves its size.
+const QP_RETRY_STEP: u8 = 6;
+
 /// An H.264 stream under construction.
 pub struct Encoder {
     inner: openh264::encoder::Encoder,
-    fps: Rational,
+    options: EncoderOptions,
     frames: u64,
     sps: Vec<u8>,
     pps: Vec<u8>,
@@ -66,30 +69,9 @@ impl Encoder {
                 "it must be 12 to 51",
             ));
         }
-        // Seeking in a player lands on such frames.
-        let two_seconds = (2.0 * options.fps.to_f64()).ceil() as u32;
-        let mut config = EncoderConfig::new()
-            .rate_control_mode(RateControlMode::Quality)
-            .qp(QpRange::new(options.qp, options.qp))
-            .max_frame_rate(FrameRate::from_hz(options.fps.to_f64() as f32))
-            .usage_type(UsageType::CameraVideoRealTime)
-            .complexity(Complexity::High)
-            .skip_frames(false)
-            .adaptive_quantization(false)
-            .background_detection(false)
-            .intra_frame_period(IntraFramePeriod::from_num_frames(two_seconds))
-            // One slice: the same bytes on any number of cores.
-            .num_threads(1);
-        if options.is_bt709 {
-            config = config.vui(VuiConfig::bt709());
-        }
-        let mut inner =
-            openh264::encoder::Encoder::with_api_config(OpenH264API::from_source(), config)
-                .map_err(encoder_error)?;
-        silence(&mut inner)?;
         Ok(Self {
-            inner,
-            fps: options.fps,
+            inner: open(options)?,
+            options,
             frames: 0,
             sps: Vec::new(),
             pps: Vec::new(),
@@ -98,23 +80,38 @@ impl Encoder {
 
     /// Encodes the next picture.
     ///
+    /// The library fails on pictures that need more than about a byte per pixel, such as white noise at a low QP, and
+    /// is of no use afterwards. Such a picture is tried again with a new encoder and a higher QP, which stays for the
+    /// rest of the stream.
+    ///
     /// # Errors
     /// [`MediaError::Limit`] for a picture below 16×16 or above 3840×2160 (either orientation),
     /// [`MediaError::Codec`] if the library fails.
     pub fn encode(&mut self, picture: &I420) -> Result<VideoSample, MediaError> {
         check_size(picture.width(), picture.height())?;
+        loop {
+            match self.try_encode(picture) {
+                Err(error) if self.options.qp < *QP_RANGE.end() => {
+                    self.options.qp = (self.options.qp + QP_RETRY_STEP).min(*QP_RANGE.end());
+                    self.inner = open(self.options)?;
+                    tracing::debug!(%error, qp = self.options.qp, "encoding a picture again");
+                }
+                result => return result,
+            }
+        }
+    }
+
+    fn try_encode(&mut self, picture: &I420) -> Result<VideoSample, MediaError> {
         let (width, height) = (picture.width(), picture.height());
         let source = YUVSlices::new(
             picture.planes(),
             (width, height),
             (width, width / 2, width / 2),
         );
-        let milliseconds =
-            self.frames * 1000 * u64::from(self.fps.den()) / u64::from(self.fps.num());
-        let stream = self
-            .inner
-            .encode_at(&source, openh264::Timestamp::from_millis(milliseconds))
-            .map_err(encoder_error)?;
+        let fps = self.options.fps;
+        let milliseconds = self.frames * 1000 * u64::from(fps.den()) / u64::from(fps.num());
+        let time = openh264::Timestamp::from_millis(milliseconds);
+        let stream = self.inner.encode_at(&source, time).map_err(encoder_error)?;
         let is_sync = stream.frame_type() == FrameType::IDR;
         let mut data = Vec::new();
         for layer in (0..stream.num_layers()).filter_map(|i| stream.layer(i)) {
@@ -150,10 +147,35 @@ impl Encoder {
 impl std::fmt::Debug for Encoder {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Encoder")
-            .field("fps", &self.fps)
+            .field("options", &self.options)
             .field("frames", &self.frames)
             .finish_non_exhaustive()
     }
+}
+
+/// A fresh encoder of the library.
+fn open(options: EncoderOptions) -> Result<openh264::encoder::Encoder, MediaError> {
+    // Seeking in a player lands on such frames.
+    let two_seconds = (2.0 * options.fps.to_f64()).ceil() as u32;
+    let mut config = EncoderConfig::new()
+        .rate_control_mode(RateControlMode::Quality)
+        .qp(QpRange::new(options.qp, options.qp))
+        .max_frame_rate(FrameRate::from_hz(options.fps.to_f64() as f32))
+        .usage_type(UsageType::CameraVideoRealTime)
+        .complexity(Complexity::High)
+        .skip_frames(false)
+        .adaptive_quantization(false)
+        .background_detection(false)
+        .intra_frame_period(IntraFramePeriod::from_num_frames(two_seconds))
+        // One slice: the same bytes on any number of cores.
+        .num_threads(1);
+    if options.is_bt709 {
+        config = config.vui(VuiConfig::bt709());
+    }
+    let mut inner = openh264::encoder::Encoder::with_api_config(OpenH264API::from_source(), config)
+        .map_err(encoder_error)?;
+    silence(&mut inner)?;
+    Ok(inner)
 }
 
 /// The size limits of the encoder.
@@ -333,6 +355,22 @@ mod tests {
             .collect();
         let sync: Vec<usize> = (0..60).filter(|i| samples[*i].is_sync).collect();
         assert_eq!(sync, [0, 48]);
+    }
+
+    #[test]
+    fn pictures_too_rich_for_the_encoder_get_a_higher_qp() {
+        let mut state = 1_u32;
+        let mut noise = I420::new(256, 256).expect("even");
+        let (y, u, v) = noise.planes_mut();
+        for value in y.iter_mut().chain(u).chain(v) {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            *value = if state >> 31 == 0 { 0 } else { 255 };
+        }
+        let mut encoder = encoder(12);
+        for source in [&picture(256, 256, 0), &noise, &noise, &picture(256, 256, 0)] {
+            encoder.encode(source).expect("encoded");
+        }
+        assert!(encoder.options.qp > 12);
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! conditioning image through one H.264 picture (libx264 `veryfast`, 4:2:0, `crf` 33 for LTX-2.0 to 2.3 and 18 later)
 //! before the video encoder of the model sees it.
 //!
-//! With an `ffmpeg` on `PATH` that is what happens, to the bit. Otherwise OpenH264 takes its place.
+//! With an `ffmpeg` on `PATH` that is what happens, to the bit (see [`Ffmpeg::image_round_trip`]). Otherwise OpenH264 takes its place.
 //!
 //! # Calibration
 //! OpenH264 has one QP for a picture, while x264 derives one for every block from `crf` and the detail in the block, so
