@@ -188,9 +188,14 @@ fn last_lines(bytes: &[u8]) -> String {
 mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt;
+    use std::sync::Mutex;
+
+    /// A script can't be started while a child forked by another test still holds it open for writing.
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
     /// Runs a shell script in place of `ffmpeg`, with 1 MiB of input.
     fn run_script(script: &str) -> Result<Vec<u8>, MediaError> {
+        let _guard = ONE_AT_A_TIME.lock();
         let folder = tempfile::tempdir().expect("a folder");
         let program = folder.path().join("ffmpeg");
         std::fs::write(&program, format!("#!/bin/sh\n{script}\n")).expect("written");
@@ -222,6 +227,7 @@ mod tests {
 
     #[test]
     fn a_missing_program_is_an_error() {
+        let _guard = ONE_AT_A_TIME.lock();
         let error = Ffmpeg::at("/nonexistent/ffmpeg")
             .run("testing", &[], &[])
             .expect_err("missing");
