@@ -1,1 +1,3 @@
-//! runtime
+//! Plan execution for LTX-2 models: weights, executor, pipelines and media.
+
+pub mod media;
