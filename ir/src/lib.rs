@@ -26,6 +26,7 @@ pub mod identity;
 pub mod ops;
 pub mod plan;
 pub mod text;
+pub mod tiling;
 pub mod types;
 pub mod verify;
 
