@@ -9,7 +9,8 @@
 //!
 //! Source: spec/video-vae §8.1, §8.3.
 
-use ltxc_ir::plan::{DecodeSettings, Pipeline, TileSpan};
+use ltxc_ir::plan::Pipeline;
+use ltxc_ir::tiling::{Axis, AxisTile};
 
 use super::noise::{Noise, SlotShape};
 use super::observe::{Event, Observer};
@@ -19,47 +20,6 @@ use crate::executor::Executor;
 /// Name of the program that decodes tiles of this size.
 pub fn program_name(frames: usize, height: usize, width: usize) -> String {
     format!("decode.{frames}x{height}x{width}")
-}
-
-/// Where a tile of latents lands along one axis of the output, with a weight per output position.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Placed {
-    /// First output position.
-    pub start: usize,
-    /// Weight of each position.
-    pub weights: Vec<f32>,
-}
-
-/// Output range and weights of a tile in time, for frames of `factor` per latent.
-pub fn place_time(tile: TileSpan, factor: usize) -> Placed {
-    let start = tile.start as usize * factor;
-    let end = 1 + (tile.end as usize - 1) * factor;
-    let left = if tile.left == 0 { 0 } else { 1 + factor * (tile.left as usize - 1) };
-    let mut weights = vec![1.0f32; end - start];
-    for (k, w) in weights.iter_mut().take(left).enumerate() {
-        *w *= k as f32 / left as f32;
-    }
-    fade_out(&mut weights, tile.right as usize * factor);
-    Placed { start, weights }
-}
-
-/// Output range and weights of a tile in height or width.
-pub fn place_space(tile: TileSpan, factor: usize) -> Placed {
-    let length = (tile.end - tile.start) as usize * factor;
-    let left = tile.left as usize * factor;
-    let mut weights = vec![1.0f32; length];
-    for (k, w) in weights.iter_mut().take(left).enumerate() {
-        *w *= (k + 1) as f32 / (left + 1) as f32;
-    }
-    fade_out(&mut weights, tile.right as usize * factor);
-    Placed { start: tile.start as usize * factor, weights }
-}
-
-fn fade_out(weights: &mut [f32], right: usize) {
-    let n = weights.len();
-    for k in 1..=right.min(n) {
-        weights[n - right.min(n) + k - 1] *= 1.0 - k as f32 / (right + 1) as f32;
-    }
 }
 
 /// Decodes `latent` (`[f, h, w, c]`, normalised) and passes on RGB frames `[n, height, width, 3]` about `[-1, 1]`, in
@@ -75,57 +35,53 @@ pub fn decode_video(
     observer: &mut dyn Observer,
     sink: &mut dyn FnMut(&[f32]) -> Result<(), RunError>,
 ) -> Result<(), RunError> {
-    let video = &pipeline.video;
-    let DecodeSettings { axes: [times, rows, columns] } = &pipeline.decode;
+    let (video, plan) = (&pipeline.video, &pipeline.decode);
     let (height, width) = (video.height as usize, video.width as usize);
-    let [ft, fh, fw] = video.scale.map(|s| s as usize);
-    let grid = [height / fh, width / fw];
+    let grid = [height / plan.factors[1], width / plan.factors[2]];
     let frame_len = height * width * 3;
-    let tiles = times.len() * rows.len() * columns.len();
-    observer.event(Event::Stage { name: "decode", steps: tiles });
+    observer.event(Event::Stage { name: "decode", steps: plan.len() });
 
     // Sum of the tiles so far, from frame `done` on.
     let mut pending: Vec<f32> = Vec::new();
+    let sums = plan.decode_weights();
     let (mut done, mut decoded) = (0usize, 0usize);
-    for (i, time) in times.iter().enumerate() {
-        let placed = place_time(*time, ft);
-        let end = placed.start + placed.weights.len();
-        pending.resize((end - done) * frame_len, 0.0);
-        for row in rows {
-            for column in columns {
-                let program = program_name(span(time), span(row), span(column));
-                let part = crop(latent, grid, video.channels as usize, time, row, column);
-                executor.write(&program, "latent", &part)?;
+    let [times, rows, columns] = &plan.axes;
+    for (&time, chunk) in times.iter().zip(plan.chunks()) {
+        for &row in rows {
+            for &column in columns {
+                let program = program_name(time.len(), row.len(), column.len());
+                executor.write(&program, "latent", &crop(latent, grid, video.channels as usize, [time, row, column]))?;
                 write_noise(executor, &program, noise, decoded)?;
                 executor.run(&program)?;
-                let frames = executor.read(&program, "frames")?;
-                let (y, x) = (place_space(*row, fh), place_space(*column, fw));
-                accumulate(&mut pending, [height, width], placed.start - done, frames, [&placed, &y, &x]);
+                let [t, y, x] = plan.pixels([time, row, column]);
+                pending.resize(pending.len().max((t.end - done) * frame_len), 0.0);
+                accumulate(&mut pending, [height, width], done, executor.read(&program, "frames")?, [t, y, x]);
                 decoded += 1;
                 observer.event(Event::Step { stage: "decode", index: decoded });
             }
         }
         // Frames in front of the next tile are complete.
-        let next = times.get(i + 1).map_or(end, |t| t.start as usize * ft);
-        let complete = (next - done) * frame_len;
-        sink(&pending[..complete])?;
-        pending.drain(..complete);
-        done = next;
+        let complete = (chunk.end - done) * frame_len;
+        if let Some(sums) = &sums {
+            divide(&mut pending[..complete], [height, width], done, sums);
+        }
+        if complete > 0 {
+            sink(&pending[..complete])?;
+            pending.drain(..complete);
+            done = chunk.end;
+        }
     }
     Ok(())
 }
 
-fn span(tile: &TileSpan) -> usize {
-    (tile.end - tile.start) as usize
-}
-
 /// The part of `[f, h, w, c]` that a tile covers.
-fn crop(latent: &[f32], grid: [usize; 2], channels: usize, time: &TileSpan, row: &TileSpan, column: &TileSpan) -> Vec<f32> {
-    let mut out = Vec::with_capacity(span(time) * span(row) * span(column) * channels);
-    for f in time.start as usize..time.end as usize {
-        for y in row.start as usize..row.end as usize {
+fn crop(latent: &[f32], grid: [usize; 2], channels: usize, tile: [AxisTile; 3]) -> Vec<f32> {
+    let [time, row, column] = tile;
+    let mut out = Vec::with_capacity(time.len() * row.len() * column.len() * channels);
+    for f in time.start..time.end {
+        for y in row.start..row.end {
             let line = (f * grid[0] + y) * grid[1];
-            out.extend_from_slice(&latent[(line + column.start as usize) * channels..(line + column.end as usize) * channels]);
+            out.extend_from_slice(&latent[(line + column.start) * channels..(line + column.end) * channels]);
         }
     }
     out
@@ -147,17 +103,17 @@ fn write_noise(executor: &mut Executor<'_>, program: &str, noise: &Noise, tile: 
     Ok(())
 }
 
-/// Adds a weighted tile to the frames it covers.
-fn accumulate(out: &mut [f32], size: [usize; 2], first: usize, frames: &[f32], placed: [&Placed; 3]) {
-    let [t, y, x] = placed;
-    let (rows, columns) = (y.weights.len(), x.weights.len());
-    for (f, wt) in t.weights.iter().enumerate() {
-        for (r, wy) in y.weights.iter().enumerate() {
-            let src = &frames[(f * rows + r) * columns * 3..][..columns * 3];
-            let at = ((first + f) * size[0] + y.start + r) * size[1] + x.start;
-            let dst = &mut out[at * 3..][..columns * 3];
+/// Adds a weighted tile to the frames from `first` on.
+fn accumulate(out: &mut [f32], size: [usize; 2], first: usize, frames: &[f32], tile: [AxisTile; 3]) {
+    let [t, y, x] = tile;
+    let masks: [Vec<f32>; 3] = std::array::from_fn(|i| tile[i].mask(Axis::ALL[i]));
+    for (f, wt) in masks[0].iter().enumerate() {
+        for (r, wy) in masks[1].iter().enumerate() {
+            let src = &frames[(f * y.len() + r) * x.len() * 3..][..x.len() * 3];
+            let at = ((t.start - first + f) * size[0] + y.start + r) * size[1] + x.start;
+            let dst = &mut out[at * 3..][..x.len() * 3];
             let w = wt * wy;
-            for ((d, s), wx) in dst.as_chunks_mut::<3>().0.iter_mut().zip(src.as_chunks::<3>().0).zip(&x.weights) {
+            for ((d, s), wx) in dst.as_chunks_mut::<3>().0.iter_mut().zip(src.as_chunks::<3>().0).zip(&masks[2]) {
                 let w = w * wx;
                 (0..3).for_each(|c| d[c] += w * s[c]);
             }
@@ -165,25 +121,13 @@ fn accumulate(out: &mut [f32], size: [usize; 2], first: usize, frames: &[f32], p
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn tile(start: u32, end: u32, left: u32, right: u32) -> TileSpan {
-        TileSpan { start, end, left, right }
-    }
-
-    #[test]
-    fn ramps_of_neighbours_sum_to_one() {
-        let check = |parts: &[Placed], n: usize| {
-            let mut sum = vec![0f32; n];
-            for p in parts {
-                p.weights.iter().enumerate().for_each(|(i, w)| sum[p.start + i] += w);
-            }
-            assert!(sum.iter().all(|s| (s - 1.0).abs() < 1e-6), "{sum:?}");
-        };
-        // 512×768×121 with the default: latent frames 0..10 and 6..16.
-        check(&[place_time(tile(0, 10, 0, 3), 8), place_time(tile(6, 16, 4, 0), 8)], 121);
-        check(&[place_space(tile(0, 4, 0, 2), 32), place_space(tile(2, 6, 2, 0), 32)], 192);
+/// Divides frames from `first` on by the sums of the weights, where those are not 1.
+fn divide(frames: &mut [f32], size: [usize; 2], first: usize, sums: &[Vec<f32>; 3]) {
+    const LEAST: f32 = 1e-8; // ltx_core/tiling, release 1.2.0
+    for (row, line) in frames.chunks_exact_mut(size[1] * 3).enumerate() {
+        let w = sums[0][first + row / size[0]] * sums[1][row % size[0]];
+        for (pixel, wx) in line.as_chunks_mut::<3>().0.iter_mut().zip(&sums[2]) {
+            pixel.iter_mut().for_each(|v| *v /= (w * wx).max(LEAST));
+        }
     }
 }
