@@ -2,6 +2,7 @@
 //!
 //! The runtime knows plans, not graphs: it depends neither on the compiler nor on the models.
 
+pub mod audio_frontend;
 pub mod error;
 pub mod executor;
 pub mod files;
