@@ -13,6 +13,9 @@ use serde_json::Value;
 use super::fields::Fields;
 use crate::ModelError;
 
+/// Largest number of residual blocks per level, which bounds the graph; the released models have 2.
+const MOST_BLOCKS: usize = 64;
+
 /// What the checkpoint says about the audio VAE and its mel front end.
 ///
 /// Source: spec/audio-vae-vocoder §1.
@@ -107,6 +110,9 @@ impl AudioVaeConfig {
             hop_length: stft.size("hop_length", 160),
             is_causal: stft.bool("causal", true),
         };
+        if config.res_blocks > MOST_BLOCKS {
+            dd.problem_at("num_res_blocks", &format!("is {}, at most {MOST_BLOCKS} are supported", config.res_blocks));
+        }
         if !config.mel_bins.is_multiple_of(config.time_factor()) {
             let factor = config.time_factor();
             dd.problem_at(
@@ -200,11 +206,21 @@ mod tests {
         let dd = json!({
             "causality_axis": "width", "norm_type": "group", "ch": -1, "ch_mult": [1, 0], "mel_bins": 63,
             "double_z": 1, "attn_type": "linear", "z_channels": 1e300,
+            "num_res_blocks": 1000,
         });
         let error = AudioVaeConfig::from_json(&json!({ "model": { "params": { "ddconfig": dd } } })).unwrap_err();
         let text = error.to_string();
-        for key in ["causality_axis", "norm_type", "ch`", "ch_mult", "mel_bins", "double_z", "attn_type", "z_channels"]
-        {
+        for key in [
+            "causality_axis",
+            "norm_type",
+            "ch`",
+            "ch_mult",
+            "mel_bins",
+            "double_z",
+            "attn_type",
+            "z_channels",
+            "num_res_blocks",
+        ] {
             assert!(text.contains(key), "{key} is not in {text}");
         }
         assert!(AudioVaeConfig::from_json(&Value::Null).is_err());
