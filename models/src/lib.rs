@@ -8,6 +8,7 @@
 //! `[o, i, k..]` to `[k.., i, o]`; the compiler turns that into a weight recipe.
 
 mod error;
+pub mod transformer;
 mod weights;
 
 pub use error::ModelError;
