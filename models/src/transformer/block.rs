@@ -299,7 +299,8 @@ impl<'a> Block<'a> {
             token_rows: s.token_rows,
             dtype: self.dtype,
         };
-        let gate = cross.gate.map(|gate| Modulation { timesteps: Some(gate), stride: 0, token_rows: None, ..scale_shift });
+        let gate =
+            cross.gate.map(|gate| Modulation { timesteps: Some(gate), stride: 0, token_rows: None, ..scale_shift });
         CrossSide { normed: self.norm(s.x), scale_shift, gate, rotation: cross.rotation }
     }
 

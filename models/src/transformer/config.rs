@@ -18,8 +18,11 @@ use serde_json::{Map, Value};
 
 use crate::ModelError;
 
-/// Largest width, channel count or number of layers that is believed; keeps every product of two of them in range.
+/// Largest width or channel count that is believed; keeps every product of two of them in range.
 const MAX_SIZE: usize = 1 << 20;
+
+/// Largest number of layers that is believed; every block is looked up in the checkpoint.
+const MAX_LAYERS: usize = 1 << 10;
 
 /// One of the two token streams of the model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -191,7 +194,7 @@ impl Reader<'_> {
             let found = self.object.get(key).unwrap_or(&Value::Null);
             let same = match found.as_f64() {
                 Some(number) => expected.parse() == Ok(number),
-                None => found.to_string() == expected,
+                None => expected.parse().is_ok_and(|value: Value| value == *found),
             };
             if !same {
                 self.problems.push(format!("`{key}` is {found}, only {expected} is supported"));
@@ -232,7 +235,7 @@ impl Reader<'_> {
         let projects_captions = !self.flag("caption_proj_before_connector", false);
         let has_text_adaln = self.flag("cross_attention_adaln", false);
         TransformerConfig {
-            layers: self.size("num_layers", 48),
+            layers: self.whole_number("num_layers", 48, MAX_LAYERS),
             heads,
             video,
             audio,
@@ -293,12 +296,16 @@ impl Reader<'_> {
     }
 
     fn size(&mut self, key: &str, default: usize) -> usize {
+        self.whole_number(key, default, MAX_SIZE)
+    }
+
+    fn whole_number(&mut self, key: &str, default: usize, largest: usize) -> usize {
         let Some(value) = self.object.get(key) else { return default };
         // `as_f64` also covers integers written as floats; sizes are far below 2^53.
         match value.as_f64() {
-            Some(v) if v.fract() == 0.0 && (1.0..=MAX_SIZE as f64).contains(&v) => v as usize,
+            Some(v) if v.fract() == 0.0 && (1.0..=largest as f64).contains(&v) => v as usize,
             _ => {
-                self.problems.push(format!("`{key}` is {value}, expected a whole number from 1 to {MAX_SIZE}"));
+                self.problems.push(format!("`{key}` is {value}, expected a whole number from 1 to {largest}"));
                 default
             }
         }
@@ -368,5 +375,106 @@ impl Reader<'_> {
                 RopeLayout::Split
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    /// A published config, with `changes`; a change to the string `absent` removes the key.
+    fn read(changes: Value) -> Result<TransformerConfig, ModelError> {
+        let mut config = json!({
+            "dropout": 0.0, "attention_bias": true, "num_vector_embeds": null, "activation_fn": "gelu-approximate",
+            "num_embeds_ada_norm": 1000, "use_linear_projection": false, "only_cross_attention": false,
+            "cross_attention_norm": true, "double_self_attention": false, "upcast_attention": false,
+            "standardization_norm": "rms_norm", "norm_elementwise_affine": false, "qk_norm": "rms_norm",
+            "positional_embedding_type": "rope", "use_audio_video_cross_attention": true, "share_ff": false,
+            "av_cross_ada_norm": true, "av_ca_timestep_scale_multiplier": 1000.0, "caption_channels": 3840,
+        });
+        let object = config.as_object_mut().expect("an object");
+        for (key, value) in changes.as_object().expect("an object") {
+            if value == "absent" {
+                object.remove(key);
+            } else {
+                object.insert(key.clone(), value.clone());
+            }
+        }
+        TransformerConfig::from_json(&config)
+    }
+
+    #[track_caller]
+    fn check_refused(changes: Value, expected: &[&str]) {
+        let text = read(changes).expect_err("the config is wrong").to_string();
+        for part in expected {
+            assert!(text.contains(part), "`{part}` is not in:\n{text}");
+        }
+    }
+
+    #[test]
+    fn absent_keys_have_the_defaults_of_the_reference() {
+        let c = read(json!({})).expect("a published config");
+        assert_eq!((c.layers, c.heads, c.video.width, c.audio.width), (48, 32, 4096, 2048));
+        assert_eq!((c.caption_channels, c.modulation_rows(), c.cross_max_seconds()), (Some(3840), 6, 20.0));
+        assert_eq!((c.rope_layout, c.has_f64_frequencies), (RopeLayout::Split, false));
+        assert!(!c.has_prompt_adaln && !c.is_gated && c.video.has_ff_bias && c.audio.has_ff_bias);
+    }
+
+    #[test]
+    fn prompt_modulation_needs_text_modulation() {
+        let switches = |prompt: bool| json!({"cross_attention_adaln": true, "use_prompt_adaln_single": prompt});
+        assert!(read(switches(true)).expect("a published config").has_prompt_adaln);
+        assert!(!read(switches(false)).expect("a config").has_prompt_adaln);
+    }
+
+    #[test]
+    fn unused_caption_channels_are_ignored() {
+        let c = read(json!({"caption_proj_before_connector": true})).expect("a published config");
+        assert_eq!((c.caption_channels, c.context_channels(Stream::Audio)), (None, 2048));
+    }
+
+    #[test]
+    fn values_that_are_not_implemented_are_refused_together() {
+        check_refused(
+            json!({"dropout": 0.1, "qk_norm": "absent", "use_middle_indices_grid": false, "num_vector_embeds": 7}),
+            &[
+                "4 problem(s)",
+                "`dropout` is 0.1, only 0",
+                "`qk_norm` is null",
+                "use_middle_indices_grid",
+                "num_vector_embeds",
+            ],
+        );
+    }
+
+    #[test]
+    fn keys_without_a_safe_default_are_required() {
+        check_refused(
+            json!({"av_ca_timestep_scale_multiplier": "absent", "caption_channels": "absent"}),
+            &["2 problem(s)", "`av_ca_timestep_scale_multiplier` is missing", "`caption_channels` is missing"],
+        );
+    }
+
+    #[test]
+    fn sizes_are_checked() {
+        check_refused(json!({"num_layers": 1e30}), &["expected a whole number from 1 to 1024"]);
+        check_refused(
+            json!({"in_channels": 2.5, "out_channels": -1}),
+            &["`in_channels` is 2.5", "`out_channels` is -1"],
+        );
+        check_refused(json!({"num_attention_heads": 16}), &["but `audio_num_attention_heads` is 32"]);
+        check_refused(json!({"num_attention_heads": 1048576, "attention_head_dim": 1048576}), &["more than 1048576"]);
+        check_refused(json!({"audio_cross_attention_dim": 1024}), &["expected the width 2048 of the audio stream"]);
+        check_refused(json!({"cross_attention_dim": 1024}), &["expected the width 4096 of the video stream"]);
+        check_refused(json!({"attention_head_dim": 127}), &["cannot be rotated"]);
+        check_refused(json!({"positional_embedding_max_pos": [20]}), &["expected 3 positive numbers"]);
+        check_refused(json!({"rope_type": "spiral", "norm_eps": 0}), &["`spiral`", "expected a positive number"]);
+    }
+
+    #[test]
+    fn a_checkpoint_without_config_is_refused() {
+        assert!(TransformerConfig::from_json(&Value::Null).is_err());
     }
 }

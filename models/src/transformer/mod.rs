@@ -34,9 +34,9 @@
 mod adaln;
 mod attention;
 mod block;
-pub mod config;
+mod config;
 pub mod rope;
-pub mod spec;
+mod spec;
 mod step;
 
 use std::collections::BTreeMap;
@@ -55,7 +55,7 @@ pub const ENTRY: &str = "step";
 /// Where the transformer's keys stand in published files.
 pub const KEY_PREFIX: &str = "model.diffusion_model.";
 
-/// Writes the programs's module. `weights` is the view of a whole checkpoint, `dtype` that of the activations.
+/// Writes the module of one program. `weights` is the view of a whole checkpoint, `dtype` that of the activations.
 ///
 /// # Errors
 /// - [`ModelError::Config`]: a program that this model cannot have, or activations that are not f32, bf16 or f16.

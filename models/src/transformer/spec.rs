@@ -121,22 +121,27 @@ impl TransformerSpec {
         for stream in Stream::BOTH {
             let Some(spec) = self.stream(stream) else { continue };
             let name = stream.name();
-            let counts =
-                [("tokens", spec.tokens), ("timestep rows", spec.timestep_rows), ("context tokens", spec.context_tokens)];
+            let counts = [
+                ("tokens", spec.tokens),
+                ("timestep rows", spec.timestep_rows),
+                ("context tokens", spec.context_tokens),
+            ];
             for (what, n) in counts {
                 if !(1..=MAX_TOKENS).contains(&n) {
                     problems.push(format!("{name} has {n} {what}, expected 1 to {MAX_TOKENS}"));
                 }
             }
             if spec.has_keyframes_mask && !(stream == Stream::Video && config.has_keyframes_embedding) {
-                problems.push(format!("{name} tokens are marked as keyframes, but this model has no embedding for that"));
+                problems
+                    .push(format!("{name} tokens are marked as keyframes, but this model has no embedding for that"));
             }
         }
         let p = &self.perturbation;
         for set in [&p.skip_video_self, &p.skip_audio_self, &p.skip_audio_to_video, &p.skip_video_to_audio] {
             if let BlockSet::Listed(blocks) = set {
                 let outside = blocks.iter().filter(|&&i| i >= config.layers);
-                problems.extend(outside.map(|i| format!("block {i} is to be skipped, but there are {}", config.layers)));
+                problems
+                    .extend(outside.map(|i| format!("block {i} is to be skipped, but there are {}", config.layers)));
             }
         }
         super::refuse("transformer program", problems)

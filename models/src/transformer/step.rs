@@ -67,7 +67,8 @@ impl<'a> Step<'a> {
         for (stream, own) in Stream::BOTH.into_iter().zip(&params) {
             let sender = params[stream.other() as usize];
             let (Some(own), Some(s)) = (own, spec.stream(stream)) else { continue };
-            let prepared = b.scope("prep", || b.scope(stream.name(), || step.prepare_stream(stream, s, own, sender, skips)));
+            let prepared =
+                b.scope("prep", || b.scope(stream.name(), || step.prepare_stream(stream, s, own, sender, skips)));
             *step.stream_mut(stream) = Some(prepared);
         }
         step
