@@ -10,6 +10,7 @@
 pub mod audio;
 mod error;
 pub mod text;
+pub mod transformer;
 mod weights;
 
 pub use error::ModelError;
