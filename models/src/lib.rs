@@ -7,6 +7,7 @@
 //! `[b, t, c]`, tokens `[b, t, c]`. Convolution weights are transposed in the graph from the published
 //! `[o, i, k..]` to `[k.., i, o]`; the compiler turns that into a weight recipe.
 
+pub mod checkpoint;
 mod error;
 mod weights;
 
