@@ -8,6 +8,7 @@
 //! `[o, i, k..]` to `[k.., i, o]`; the compiler turns that into a weight recipe.
 
 pub mod audio;
+pub mod checkpoint;
 mod error;
 pub mod text;
 pub mod transformer;
