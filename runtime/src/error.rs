@@ -23,12 +23,14 @@ pub enum RunError {
     Memory { needed: String, available: String, remedy: String },
     #[error("{0}")]
     Input(String),
-    #[error("{stage}, step {step}: {what} is {problem}; the weights or the plan are broken, or this needs `--allow-bad-numerics`")]
+    #[error(
+        "{stage}, step {step}: {what} is {problem}; the weights or the plan are broken, or this needs `--allow-bad-numerics`"
+    )]
     BadNumerics { stage: String, step: usize, what: String, problem: String },
     #[error("interrupted")]
     Interrupted,
-    #[error("tokenizer: {0}")]
-    Tokenizer(String),
+    #[error(transparent)]
+    Tokenizer(#[from] crate::tokenizer::TokenizerError),
     #[error(transparent)]
     Media(#[from] crate::media::MediaError),
     #[error("internal error: {0}; please report it with the plan's `ltxc inspect`")]

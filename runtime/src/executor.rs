@@ -7,7 +7,9 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use ltxc_ir::plan::{FileTensor, FunctionCall, Kernel, Operand, Place, Plan, PlanFunction, Program, Slot, SlotPlace, Step, WeightOrigin};
+use ltxc_ir::plan::{
+    FileTensor, FunctionCall, Kernel, Operand, Place, Plan, PlanFunction, Program, Slot, SlotPlace, Step, WeightOrigin,
+};
 use ltxc_ir::{DType, TensorType};
 use ltxc_kernels::catalogue::workspace_bytes;
 use ltxc_kernels::cpu::{Arg, Output, launch};
@@ -202,7 +204,8 @@ impl<'a> Executor<'a> {
     fn bind(&mut self, function: u32, frame: &Frame<'_>, loaded: &mut Loaded<'a>) -> Result<(), RunError> {
         let index = function as usize;
         let function: &'a PlanFunction = &self.plan.functions[index];
-        let weights = function.weights.iter().map(|w| self.weight(w, frame.prefix, loaded)).collect::<Result<Vec<_>, _>>()?;
+        let weights =
+            function.weights.iter().map(|w| self.weight(w, frame.prefix, loaded)).collect::<Result<Vec<_>, _>>()?;
         let constants = self.constants[index].start();
         let address = |operand: &Operand| -> *mut u8 {
             let base = match operand.place {
@@ -233,7 +236,12 @@ impl<'a> Executor<'a> {
     }
 
     /// Address of a weight: inside the mapped file, or a packed copy.
-    fn weight(&mut self, weight: &'a ltxc_ir::plan::PlanWeight, prefix: &str, loaded: &mut Loaded<'a>) -> Result<*mut u8, RunError> {
+    fn weight(
+        &mut self,
+        weight: &'a ltxc_ir::plan::PlanWeight,
+        prefix: &str,
+        loaded: &mut Loaded<'a>,
+    ) -> Result<*mut u8, RunError> {
         let keys = |tensors: &[FileTensor]| -> Vec<(u32, String)> {
             tensors.iter().map(|t| (t.source, format!("{prefix}{}", t.key))).collect()
         };
@@ -262,7 +270,12 @@ impl<'a> Executor<'a> {
     }
 
     /// Runs a recipe, or copies a tensor that does not stand aligned in its file.
-    fn pack(&mut self, weight: &'a ltxc_ir::plan::PlanWeight, recipe: Option<u32>, keys: &[(u32, String)]) -> Result<Memory, RunError> {
+    fn pack(
+        &mut self,
+        weight: &'a ltxc_ir::plan::PlanWeight,
+        recipe: Option<u32>,
+        keys: &[(u32, String)],
+    ) -> Result<Memory, RunError> {
         let mut result = Memory::new(weight.ty.bytes() as u64)?;
         let mut tensors = Vec::with_capacity(keys.len());
         for (tensor, (_, key)) in weight.origin.tensors().iter().zip(keys) {
@@ -288,7 +301,8 @@ impl<'a> Executor<'a> {
         for call in &loaded.calls {
             let args: Vec<Arg<'_>> = call.args.iter().map(|&(ty, ptr)| Arg { ty, ptr }).collect();
             let results: Vec<Output<'_>> = call.results.iter().map(|&(ty, ptr)| Output { ty, ptr }).collect();
-            let types = (args.iter().map(|a| a.ty).collect::<Vec<_>>(), results.iter().map(|r| r.ty).collect::<Vec<_>>());
+            let types =
+                (args.iter().map(|a| a.ty).collect::<Vec<_>>(), results.iter().map(|r| r.ty).collect::<Vec<_>>());
             let mut workspace = vec![0; workspace_bytes(call.kernel, &types.0, &types.1, threads)];
             // SAFETY: as in `run`; the memory of the recipe lives until the end of this function.
             unsafe { launch(call.kernel, &args, &results, &mut workspace) };
@@ -297,7 +311,12 @@ impl<'a> Executor<'a> {
     }
 }
 
-fn callee_frame<'f>(call: &FunctionCall, caller: &Frame<'_>, prefix: &'f str, address: &dyn Fn(&Operand) -> *mut u8) -> Frame<'f> {
+fn callee_frame<'f>(
+    call: &FunctionCall,
+    caller: &Frame<'_>,
+    prefix: &'f str,
+    address: &dyn Fn(&Operand) -> *mut u8,
+) -> Frame<'f> {
     let arenas = caller.arenas.iter().zip(&call.frame).map(|(&start, &offset)| {
         // SAFETY: verification: the callee's frame lies inside the caller's.
         unsafe { start.add(offset as usize) }

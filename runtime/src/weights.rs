@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use ltxc_ir::identity::FileIdentity;
+use ltxc_ir::identity::{FileIdentity, Span};
 use ltxc_ir::plan::{FileTensor, Plan, WeightSource};
 use ltxc_ir::{DType, TensorType};
 use memmap2::Mmap;
@@ -23,7 +23,7 @@ pub struct WeightFiles {
 }
 
 struct Source {
-    name: String,
+    plan: WeightSource,
     tensors: BTreeMap<String, Located>,
 }
 
@@ -62,12 +62,12 @@ impl WeightFiles {
                 }
                 files.maps.push(MappedFile { path, map });
             }
-            files.sources.push(Source { name: source.name.clone(), tensors });
+            files.sources.push(Source { plan: source.clone(), tensors });
         }
         Ok(files)
     }
 
-    /// The bytes of a tensor, `key` being the complete key.
+    /// The bytes of a tensor, `key` being the complete key of the plan.
     ///
     /// # Errors
     /// A key that the file does not have with that type.
@@ -77,10 +77,15 @@ impl WeightFiles {
             problem,
         };
         let source = self.sources.get(tensor.source as usize);
-        let source = source.ok_or_else(|| RunError::Internal(format!("weight source {} does not exist", tensor.source)))?;
-        let Some(located) = source.tensors.get(key) else {
+        let source =
+            source.ok_or_else(|| RunError::Internal(format!("weight source {} does not exist", tensor.source)))?;
+        let key = source.plan.file_key(key);
+        let Some(located) = source.tensors.get(&key) else {
             let path = self.maps.first().map(|m| m.path.as_path());
-            return Err(missing(format!("tensor `{key}` of `{}` is missing, the plan needs {}", source.name, tensor.ty), path));
+            return Err(missing(
+                format!("tensor `{key}` of `{}` is missing, the plan needs {}", source.plan.name, tensor.ty),
+                path,
+            ));
         };
         let file = &self.maps[located.file];
         if located.ty != tensor.ty {
@@ -128,13 +133,15 @@ fn find(
             continue;
         }
         let map = map_file(path)?;
-        match identity.matches(&map, full) {
-            Ok(()) => return Ok((path.clone(), map)),
-            Err(problem) => similar = Some((path.clone(), problem)),
+        let found = identity_of(path, &map)?;
+        let found = if full && identity.full.is_some() { found.with_full_hash(&map) } else { found };
+        match found.difference(identity) {
+            None => return Ok((path.clone(), map)),
+            Some(difference) => similar = Some((path.clone(), difference)),
         }
     }
     let remedy = match similar {
-        Some((path, problem)) => format!("`{}` has the same length, but {problem}", path.display()),
+        Some((path, difference)) => format!("`{}` has the same length, but {difference}", path.display()),
         None => "name its folder with `--weights`, or compile the plan for the files you have".into(),
     };
     Err(RunError::WeightFile {
@@ -151,6 +158,21 @@ fn map_file(path: &Path) -> Result<Mmap, RunError> {
     // SAFETY: the map is only read. A file that is changed while it is mapped changes the numbers, as it would between
     // two reads; one that is truncated ends the process, which no reader of mapped files can prevent.
     unsafe { Mmap::map(&file) }.map_err(|e| RunError::io(path, e))
+}
+
+fn identity_of(path: &Path, map: &Mmap) -> Result<FileIdentity, RunError> {
+    let bad = |problem: String| RunError::WeightContent { path: path.into(), problem };
+    let (header_bytes, header) = SafeTensors::read_metadata(map).map_err(|e| bad(e.to_string()))?;
+    let data = 8 + header_bytes as u64;
+    let tensors = header.tensors();
+    let spans: Vec<Span<'_>> = tensors
+        .iter()
+        .map(|(key, info)| {
+            let (start, end) = info.data_offsets;
+            Span { key, offset: data + start as u64, bytes: (end - start) as u64 }
+        })
+        .collect();
+    FileIdentity::of(map, data, &spans).map_err(|e| bad(e.to_string()))
 }
 
 fn tensors_of(path: &Path, map: &Mmap, file: usize) -> Result<Vec<(String, Located)>, RunError> {

@@ -6,8 +6,7 @@
 use std::path::{Path, PathBuf};
 
 use ltxc_runtime::media::{
-    RoundTrip, ffmpeg::Ffmpeg, image_round_trip, load_conditioning_image, load_image,
-    resize_and_crop,
+    RoundTrip, ffmpeg::Ffmpeg, image_round_trip, load_conditioning_image, load_image, resize_and_crop,
 };
 use safetensors::SafeTensors;
 
@@ -26,14 +25,9 @@ fn fixtures() -> Option<PathBuf> {
 /// A recorded `[1, 3, 1, h, w]` tensor as `(w, h, [h, w, 3])`.
 fn recorded(file: &SafeTensors<'_>, name: &str) -> (usize, usize, Vec<f32>) {
     let tensor = file.tensor(name).expect("recorded");
-    let [1, 3, 1, height, width] = *tensor.shape() else {
-        panic!("{name} has shape {:?}", tensor.shape())
-    };
-    let planar: Vec<f32> = tensor
-        .data()
-        .chunks_exact(4)
-        .map(|bytes| f32::from_le_bytes(bytes.try_into().expect("four")))
-        .collect();
+    let [1, 3, 1, height, width] = *tensor.shape() else { panic!("{name} has shape {:?}", tensor.shape()) };
+    let planar: Vec<f32> =
+        tensor.data().chunks_exact(4).map(|bytes| f32::from_le_bytes(bytes.try_into().expect("four"))).collect();
     let at = |i: usize| planar[(i % 3) * width * height + i / 3];
     (width, height, (0..planar.len()).map(at).collect())
 }
@@ -52,16 +46,11 @@ fn images_are_resized_as_in_the_reference() {
     let bytes = std::fs::read(folder.join("expected/common/images.safetensors")).expect("read");
     let file = SafeTensors::deserialize(&bytes).expect("read");
     let mut compared = 0;
-    for name in file
-        .names()
-        .into_iter()
-        .filter(|name| !name.contains("crf"))
-    {
+    for name in file.names().into_iter().filter(|name| !name.contains("crf")) {
         let (width, height, want) = recorded(&file, name);
         let stem = name.split('.').next().expect("a first part");
         let path = folder.join(format!("inputs/{stem}.png"));
-        let got =
-            load_conditioning_image(&path, width, height, 0, RoundTrip::Auto).expect("loaded");
+        let got = load_conditioning_image(&path, width, height, 0, RoundTrip::Auto).expect("loaded");
         let error = relative_error(&got, &want);
         println!("{name}: relative error {error:.1e}");
         assert!(error < 1e-6, "{name}: relative error {error}");
@@ -77,12 +66,7 @@ fn compression_errors(folder: &Path, codec: RoundTrip) -> (f64, f64) {
     let (width, height, want) = recorded(&file, "image0.crf33.64x96");
     let image = load_image(&folder.join("inputs/image0.png")).expect("loaded");
     let compressed = image_round_trip(&image, 33, codec).expect("compressed");
-    let error = |image| {
-        relative_error(
-            &resize_and_crop(image, width, height).expect("resized"),
-            &want,
-        )
-    };
+    let error = |image| relative_error(&resize_and_crop(image, width, height).expect("resized"), &want);
     (error(&compressed), error(&image))
 }
 
@@ -104,8 +88,5 @@ fn embedded_compression_is_near_the_reference() {
     let Some(folder) = fixtures() else { return };
     let (error, skipped) = compression_errors(&folder, RoundTrip::Embedded);
     println!("relative error {error:.3}, without compression {skipped:.3}");
-    assert!(
-        error < skipped,
-        "compression must be nearer to the reference than none: {error} and {skipped}"
-    );
+    assert!(error < skipped, "compression must be nearer to the reference than none: {error} and {skipped}");
 }

@@ -15,16 +15,9 @@ const FRAMES: usize = 97;
 /// A moving gradient with a textured disc on a circular path.
 fn frame(index: usize) -> Vec<f32> {
     let t = index as f32;
-    let (cx, cy) = (
-        192.0 + 90.0 * (t / 15.0).cos(),
-        128.0 + 60.0 * (t / 15.0).sin(),
-    );
+    let (cx, cy) = (192.0 + 90.0 * (t / 15.0).cos(), 128.0 + 60.0 * (t / 15.0).sin());
     let pixel = |i: usize| {
-        let (x, y, c) = (
-            (i / 3 % WIDTH) as f32,
-            (i / 3 / WIDTH) as f32,
-            (i % 3) as f32,
-        );
+        let (x, y, c) = ((i / 3 % WIDTH) as f32, (i / 3 / WIDTH) as f32, (i % 3) as f32);
         if (x - cx).hypot(y - cy) < 40.0 {
             0.5 + 0.4 * ((x - cx) * 0.7 + c).sin() * ((y - cy) * 0.5).cos()
         } else {
@@ -50,19 +43,9 @@ fn is_present(program: &str) -> bool {
 }
 
 fn run(program: &str, args: &[&str], path: &Path) -> Vec<u8> {
-    let output = Command::new(program)
-        .args(["-v", "warning"])
-        .arg("-i")
-        .arg(path)
-        .args(args)
-        .output()
-        .expect("run");
+    let output = Command::new(program).args(["-v", "warning"]).arg("-i").arg(path).args(args).output().expect("run");
     let errors = String::from_utf8_lossy(&output.stderr);
-    assert!(
-        output.status.success() && errors.trim().is_empty(),
-        "{program} on {}: {errors}",
-        path.display()
-    );
+    assert!(output.status.success() && errors.trim().is_empty(), "{program} on {}: {errors}", path.display());
     output.stdout
 }
 
@@ -72,20 +55,14 @@ fn check(fps: &str, rate_hz: u32, seconds: f64) {
         return;
     }
     let scratch = tempfile::tempdir().expect("a folder");
-    let folder =
-        std::env::var_os("LTXC_KEEP_MEDIA").map_or(scratch.path().to_path_buf(), PathBuf::from);
+    let folder = std::env::var_os("LTXC_KEEP_MEDIA").map_or(scratch.path().to_path_buf(), PathBuf::from);
     let path = folder.join(format!("clip-{}-{rate_hz}.mp4", fps.replace('/', "_")));
     let fps: Rational = fps.parse().expect("a rate");
     let format = VideoFormat::new(WIDTH, HEIGHT, fps).expect("a format");
     let mut options = OutputOptions::default();
-    options.tags.extend(
-        [
-            ("comment", "a red fox"),
-            ("seed", "10"),
-            ("plan_hash", "c0ffee"),
-        ]
-        .map(|(k, v)| (k.into(), v.into())),
-    );
+    options
+        .tags
+        .extend([("comment", "a red fox"), ("seed", "10"), ("plan_hash", "c0ffee")].map(|(k, v)| (k.into(), v.into())));
     let mut writer = MediaWriter::create(&path, Some(format), options).expect("created");
     for index in 0..FRAMES {
         writer.write_frames(&frame(index)).expect("written");
@@ -96,17 +73,7 @@ fn check(fps: &str, rate_hz: u32, seconds: f64) {
 
     let show = "stream=codec_name,codec_time_base,avg_frame_rate,r_frame_rate,start_time,nb_read_frames,pix_fmt,\
                 color_range,color_space,color_transfer,color_primaries,duration:format_tags";
-    let facts = run(
-        "ffprobe",
-        &[
-            "-count_frames",
-            "-show_entries",
-            show,
-            "-of",
-            "compact=nk=0",
-        ],
-        &path,
-    );
+    let facts = run("ffprobe", &["-count_frames", "-show_entries", show, "-of", "compact=nk=0"], &path);
     let facts = String::from_utf8(facts).expect("text");
     println!("{facts}");
     let duration = FRAMES as f64 * f64::from(fps.den()) / f64::from(fps.num());
@@ -128,29 +95,13 @@ fn check(fps: &str, rate_hz: u32, seconds: f64) {
     assert_eq!(facts.matches("start_time=0.000000").count(), 2, "{facts}");
 
     let samples = run("ffmpeg", &["-map", "0:a", "-f", "s16le", "-"], &path);
-    let left: Vec<i16> = samples
-        .chunks_exact(4)
-        .map(|bytes| i16::from_le_bytes([bytes[0], bytes[1]]))
-        .collect();
-    let loudest = (0..left.len())
-        .max_by_key(|i| left[*i].unsigned_abs())
-        .expect("not empty");
+    let left: Vec<i16> = samples.chunks_exact(4).map(|bytes| i16::from_le_bytes([bytes[0], bytes[1]])).collect();
+    let loudest = (0..left.len()).max_by_key(|i| left[*i].unsigned_abs()).expect("not empty");
     println!("click at sample {loudest} of {}, {len} written", left.len());
-    assert_eq!(
-        loudest, rate_hz as usize,
-        "the click is at one second to the sample"
-    );
-    assert!(
-        left.len() >= len && left.len() - len < 1024,
-        "{} samples decoded of {len}",
-        left.len()
-    );
+    assert_eq!(loudest, rate_hz as usize, "the click is at one second to the sample");
+    assert!(left.len() >= len && left.len() - len < 1024, "{} samples decoded of {len}", left.len());
 
-    let decoded = run(
-        "ffmpeg",
-        &["-map", "0:v", "-pix_fmt", "yuv420p", "-f", "rawvideo", "-"],
-        &path,
-    );
+    let decoded = run("ffmpeg", &["-map", "0:v", "-pix_fmt", "yuv420p", "-f", "rawvideo", "-"], &path);
     assert_eq!(decoded.len(), FRAMES * WIDTH * HEIGHT * 3 / 2);
 }
 

@@ -13,7 +13,13 @@ impl Display for Plan {
         for p in &self.programs {
             let group = self.groups.get(p.group as usize).map_or("?", |g| &g.name);
             let function = self.functions.get(p.function as usize).map_or("?", |x| &x.name);
-            writeln!(f, "program {} = @{function} group {group} {} arena {:?} {{", p.name, p.rate.name(), p.arena_bytes)?;
+            writeln!(
+                f,
+                "program {} = @{function} group {group} {} arena {:?} {{",
+                p.name,
+                p.rate.name(),
+                p.arena_bytes
+            )?;
             p.inputs.iter().try_for_each(|s| write_slot(f, "in ", s))?;
             p.outputs.iter().try_for_each(|s| write_slot(f, "out", s))?;
             writeln!(f, "}}")?;
@@ -24,7 +30,9 @@ impl Display for Plan {
 
 fn write_slot(f: &mut fmt::Formatter<'_>, direction: &str, slot: &Slot) -> fmt::Result {
     match slot.place {
-        SlotPlace::Arena { arena, offset } => writeln!(f, "  {direction} {}: {} arena{arena}+{offset}", slot.name, slot.ty),
+        SlotPlace::Arena { arena, offset } => {
+            writeln!(f, "  {direction} {}: {} arena{arena}+{offset}", slot.name, slot.ty)
+        }
         SlotPlace::State { offset } => writeln!(f, "  {direction} {}: {} state+{offset}", slot.name, slot.ty),
     }
 }
@@ -54,10 +62,13 @@ fn write_function(f: &mut fmt::Formatter<'_>, plan: &Plan, function: &PlanFuncti
             Step::Kernel(call) => (&call.args, &call.results, &call.name),
             Step::Call(call) => (&call.args, &call.results, &call.name),
         };
-        let list = |operands: &[Operand]| operands.iter().map(Written).map(|o| o.to_string()).collect::<Vec<_>>().join(", ");
+        let list =
+            |operands: &[Operand]| operands.iter().map(Written).map(|o| o.to_string()).collect::<Vec<_>>().join(", ");
         write!(f, "  {} = ", list(results))?;
         match step {
-            Step::Kernel(call) => write!(f, "{} {}", call.kernel.name(), list(args)).and_then(|()| write_attributes(f, &call.kernel))?,
+            Step::Kernel(call) => {
+                write!(f, "{} {}", call.kernel.name(), list(args)).and_then(|()| write_attributes(f, &call.kernel))?
+            }
             Step::Call(call) => {
                 let callee = plan.functions.get(call.function as usize).map_or("?", |x| &x.name);
                 write!(f, "call @{callee}({}) frame {:?} prefix `{}`", list(args), call.frame, call.prefix)?;

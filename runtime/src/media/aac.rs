@@ -27,18 +27,10 @@ impl Audio {
     pub fn new(rate_hz: u32, planar: Vec<f32>) -> Result<Self, MediaError> {
         if !planar.len().is_multiple_of(CHANNELS) {
             let expected = "two channels of equal length".to_owned();
-            return Err(MediaError::Length {
-                what: "stereo waveform",
-                got: planar.len(),
-                expected,
-            });
+            return Err(MediaError::Length { what: "stereo waveform", got: planar.len(), expected });
         }
         if planar.is_empty() || rate_hz == 0 {
-            return Err(MediaError::limit(
-                "length or rate of the sound",
-                0,
-                "it must be positive",
-            ));
+            return Err(MediaError::limit("length or rate of the sound", 0, "it must be positive"));
         }
         Ok(Self { rate_hz, planar })
     }
@@ -75,9 +67,7 @@ pub fn to_i16(sample: f32) -> i16 {
 /// [`MediaError::Limit`] if AAC does not know the sampling rate; [`MediaError::Codec`] if the encoder fails.
 pub fn encode(audio: &Audio) -> Result<AudioTrack, MediaError> {
     // ISO/IEC 14496-3, table 1.18, less the two rates whose number does not fit an mp4 sample description.
-    const RATES_HZ: [u32; 11] = [
-        64000, 48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000, 7350,
-    ];
+    const RATES_HZ: [u32; 11] = [64000, 48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000, 7350];
     if !RATES_HZ.contains(&audio.rate_hz) {
         return Err(MediaError::limit(
             "audio sampling rate",
@@ -93,12 +83,8 @@ pub fn encode(audio: &Audio) -> Result<AudioTrack, MediaError> {
     let mut encoder = syom::Encoder::new(audio.rate_hz, CHANNELS, &options).map_err(failed)?;
 
     let (left, right) = audio.channels();
-    let quantised = |channel: &[f32]| -> Vec<f32> {
-        channel
-            .iter()
-            .map(|sample| f32::from(to_i16(*sample)) / 32768.0)
-            .collect()
-    };
+    let quantised =
+        |channel: &[f32]| -> Vec<f32> { channel.iter().map(|sample| f32::from(to_i16(*sample)) / 32768.0).collect() };
     let (left, right) = (quantised(left), quantised(right));
     let mut frames = Vec::new();
     let mut keep = |frame: syom::EncodedFrame<'_>| {
@@ -107,8 +93,7 @@ pub fn encode(audio: &Audio) -> Result<AudioTrack, MediaError> {
     };
     encoder.feed(&[&left, &right], &mut keep).map_err(failed)?;
     let info = encoder.finish(&mut keep).map_err(failed)?;
-    let priming =
-        u32::try_from(info.priming).map_err(|error| MediaError::codec("aac encoder", error))?;
+    let priming = u32::try_from(info.priming).map_err(|error| MediaError::codec("aac encoder", error))?;
     Ok(AudioTrack {
         rate_hz: audio.rate_hz,
         channels: CHANNELS as u16,
@@ -146,16 +131,11 @@ mod tests {
             _ => panic!("a configuration has two bytes"),
         };
         assert_eq!(channels, 2);
-        let adts: Vec<u8> = track
-            .frames
-            .iter()
-            .flat_map(|frame| syom::wrap_adts_au(frame, rate_hz, 2).expect("wrapped"))
-            .collect();
+        let adts: Vec<u8> =
+            track.frames.iter().flat_map(|frame| syom::wrap_adts_au(frame, rate_hz, 2).expect("wrapped")).collect();
         let decoded = syom::decode_with(&adts, &syom::DecodeOptions::unbounded()).expect("decoded");
         let left = &decoded.channels[0];
-        let peak = (0..left.len())
-            .max_by(|a, b| left[*a].abs().total_cmp(&left[*b].abs()))
-            .expect("not empty");
+        let peak = (0..left.len()).max_by(|a, b| left[*a].abs().total_cmp(&left[*b].abs())).expect("not empty");
         assert_eq!(peak - track.priming as usize, at);
     }
 
@@ -168,23 +148,13 @@ mod tests {
 
     #[test]
     fn very_short_sound_is_encoded() {
-        assert_eq!(
-            encode(&click(24_000, 1, 0))
-                .expect("encoded")
-                .samples_per_channel,
-            1
-        );
+        assert_eq!(encode(&click(24_000, 1, 0)).expect("encoded").samples_per_channel, 1);
     }
 
     #[test]
     fn an_unknown_rate_is_an_error() {
         let error = encode(&click(47_999, 100, 0)).expect_err("not an AAC rate");
-        assert!(
-            error
-                .to_string()
-                .starts_with("audio sampling rate is 47999; AAC in mp4 knows"),
-            "{error}"
-        );
+        assert!(error.to_string().starts_with("audio sampling rate is 47999; AAC in mp4 knows"), "{error}");
     }
 
     #[test]

@@ -80,9 +80,7 @@ pub enum MediaError {
         expected: String,
     },
     /// A frame rate that is no rate.
-    #[error(
-        "frame rate `{got}` is not usable; give a positive number such as `24`, `23.976` or `30000/1001`"
-    )]
+    #[error("frame rate `{got}` is not usable; give a positive number such as `24`, `23.976` or `30000/1001`")]
     FrameRate {
         /// What was asked for.
         got: String,
@@ -113,9 +111,7 @@ pub enum MediaError {
         source: io::Error,
     },
     /// The `ffmpeg` program ran and did not deliver.
-    #[error(
-        "`{program}` failed while {doing} ({status}): {message}; the embedded codec needs no ffmpeg"
-    )]
+    #[error("`{program}` failed while {doing} ({status}): {message}; the embedded codec needs no ffmpeg")]
     Ffmpeg {
         /// The program.
         program: String,
@@ -142,27 +138,16 @@ impl MediaError {
         let path = path.to_path_buf();
         match source.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::DiskFull { path },
-            _ => Self::Io {
-                action,
-                path,
-                source,
-            },
+            _ => Self::Io { action, path, source },
         }
     }
 
     pub(crate) fn limit(what: &'static str, got: impl ToString, limit: &'static str) -> Self {
-        Self::Limit {
-            what,
-            got: got.to_string(),
-            limit,
-        }
+        Self::Limit { what, got: got.to_string(), limit }
     }
 
     pub(crate) fn codec(codec: &'static str, error: impl ToString) -> Self {
-        Self::Codec {
-            codec,
-            message: error.to_string(),
-        }
+        Self::Codec { codec, message: error.to_string() }
     }
 }
 
@@ -172,22 +157,9 @@ mod tests {
 
     #[test]
     fn full_disk_is_its_own_situation() {
-        let error = MediaError::io(
-            "write",
-            Path::new("a.mp4"),
-            io::Error::from(io::ErrorKind::StorageFull),
-        );
-        assert!(
-            error
-                .to_string()
-                .starts_with("disk full while writing `a.mp4`"),
-            "{error}"
-        );
-        let error = MediaError::io(
-            "write",
-            Path::new("a.mp4"),
-            io::Error::from(io::ErrorKind::PermissionDenied),
-        );
+        let error = MediaError::io("write", Path::new("a.mp4"), io::Error::from(io::ErrorKind::StorageFull));
+        assert!(error.to_string().starts_with("disk full while writing `a.mp4`"), "{error}");
+        let error = MediaError::io("write", Path::new("a.mp4"), io::Error::from(io::ErrorKind::PermissionDenied));
         assert_eq!(error.to_string(), "cannot write `a.mp4`");
     }
 }

@@ -22,17 +22,12 @@ impl Ffmpeg {
     pub fn find() -> Option<Self> {
         let name = format!("ffmpeg{}", std::env::consts::EXE_SUFFIX);
         let path = std::env::var_os("PATH")?;
-        std::env::split_paths(&path)
-            .map(|folder| folder.join(&name))
-            .find(|file| file.is_file())
-            .map(Self::at)
+        std::env::split_paths(&path).map(|folder| folder.join(&name)).find(|file| file.is_file()).map(Self::at)
     }
 
     /// The program at a given place.
     pub fn at(program: impl Into<PathBuf>) -> Self {
-        Self {
-            program: program.into(),
-        }
+        Self { program: program.into() }
     }
 
     /// Where the program is.
@@ -54,42 +49,19 @@ impl Ffmpeg {
     /// [`MediaError::NoFfmpeg`] or [`MediaError::Ffmpeg`].
     ///
     /// Source: ltx_pipelines/utils/media_io (Lightricks/LTX-2 @ 400fd31).
-    pub fn image_round_trip(
-        &self,
-        image: &RgbImage,
-        crf: u8,
-    ) -> Result<(RgbImage, usize), MediaError> {
+    pub fn image_round_trip(&self, image: &RgbImage, crf: u8) -> Result<(RgbImage, usize), MediaError> {
         let size = format!("{}x{}", image.width(), image.height());
         let crf = crf.to_string();
         let encode = [
-            &[
-                "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", &size, "-r", "1", "-i", "pipe:0",
-            ][..],
-            &[
-                "-vf",
-                "scale=flags=bilinear",
-                "-pix_fmt",
-                "yuv420p",
-                "-frames:v",
-                "1",
-            ],
-            &[
-                "-c:v", "libx264", "-preset", "veryfast", "-crf", &crf, "-f", "h264", "pipe:1",
-            ],
+            &["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", &size, "-r", "1", "-i", "pipe:0"][..],
+            &["-vf", "scale=flags=bilinear", "-pix_fmt", "yuv420p", "-frames:v", "1"],
+            &["-c:v", "libx264", "-preset", "veryfast", "-crf", &crf, "-f", "h264", "pipe:1"],
         ]
         .concat();
         let stream = self.run("encoding an image with libx264", &encode, image.rgb())?;
         let decode = [
             &["-f", "h264", "-i", "pipe:0", "-vf", "scale=flags=bilinear"][..],
-            &[
-                "-pix_fmt",
-                "rgb24",
-                "-frames:v",
-                "1",
-                "-f",
-                "rawvideo",
-                "pipe:1",
-            ],
+            &["-pix_fmt", "rgb24", "-frames:v", "1", "-f", "rawvideo", "pipe:1"],
         ]
         .concat();
         let rgb = self.run("decoding an image", &decode, &stream)?;
@@ -97,17 +69,12 @@ impl Ffmpeg {
             let status = format!("{} bytes instead of {}", rgb.len(), image.rgb().len());
             return Err(self.failure("decoding an image", status, String::new()));
         }
-        Ok((
-            RgbImage::new(image.width(), image.height(), rgb)?,
-            stream.len(),
-        ))
+        Ok((RgbImage::new(image.width(), image.height(), rgb)?, stream.len()))
     }
 
     /// Runs the program with `input` on its standard input and returns its standard output.
     fn run(&self, doing: &'static str, args: &[&str], input: &[u8]) -> Result<Vec<u8>, MediaError> {
-        let mut all: Vec<OsString> = ["-nostdin", "-hide_banner", "-loglevel", "error"]
-            .map(OsString::from)
-            .to_vec();
+        let mut all: Vec<OsString> = ["-nostdin", "-hide_banner", "-loglevel", "error"].map(OsString::from).to_vec();
         all.extend(args.iter().map(OsString::from));
         let mut child = Command::new(&self.program)
             .args(all)
@@ -115,25 +82,17 @@ impl Ffmpeg {
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
-            .map_err(|source| MediaError::NoFfmpeg {
-                program: self.name(),
-                source,
-            })?;
-        let (stdin, stdout, stderr) =
-            (child.stdin.take(), child.stdout.take(), child.stderr.take());
+            .map_err(|source| MediaError::NoFfmpeg { program: self.name(), source })?;
+        let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
 
         // All three pipes are served at once; a full one would stop the program for ever.
         let (written, read, message) = thread::scope(|scope| {
-            let writer =
-                scope.spawn(move || stdin.map_or(Ok(()), |mut pipe| pipe.write_all(input)));
+            let writer = scope.spawn(move || stdin.map_or(Ok(()), |mut pipe| pipe.write_all(input)));
             let errors = scope.spawn(move || read_all(stderr));
             let read = read_all(stdout);
             (join(writer.join()), read, join(errors.join()))
         });
-        let status = child.wait().map_err(|source| MediaError::NoFfmpeg {
-            program: self.name(),
-            source,
-        })?;
+        let status = child.wait().map_err(|source| MediaError::NoFfmpeg { program: self.name(), source })?;
         let message = message.map(|bytes| last_lines(&bytes)).unwrap_or_default();
         // The exit status explains a broken pipe better than the pipe does.
         if !status.success() {
@@ -141,9 +100,7 @@ impl Ffmpeg {
         }
         match (written, read) {
             (Ok(()), Ok(output)) => Ok(output),
-            (Err(error), _) | (_, Err(error)) => {
-                Err(self.failure(doing, error.to_string(), message))
-            }
+            (Err(error), _) | (_, Err(error)) => Err(self.failure(doing, error.to_string(), message)),
         }
     }
 
@@ -152,12 +109,7 @@ impl Ffmpeg {
     }
 
     fn failure(&self, doing: &'static str, status: String, message: String) -> MediaError {
-        MediaError::Ffmpeg {
-            program: self.name(),
-            doing,
-            status,
-            message,
-        }
+        MediaError::Ffmpeg { program: self.name(), doing, status, message }
     }
 }
 
@@ -176,11 +128,7 @@ fn join<T>(result: thread::Result<io::Result<T>>) -> io::Result<T> {
 /// The end of an error output, on one line.
 fn last_lines(bytes: &[u8]) -> String {
     let text = String::from_utf8_lossy(bytes);
-    let lines: Vec<&str> = text
-        .lines()
-        .map(str::trim)
-        .filter(|line| !line.is_empty())
-        .collect();
+    let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
     lines[lines.len().saturating_sub(3)..].join("; ")
 }
 
@@ -199,8 +147,7 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let program = folder.path().join("ffmpeg");
         std::fs::write(&program, format!("#!/bin/sh\n{script}\n")).expect("written");
-        std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755))
-            .expect("executable");
+        std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).expect("executable");
         Ffmpeg::at(&program).run("testing", &[], &vec![7; 1 << 20])
     }
 
@@ -213,10 +160,7 @@ mod tests {
     fn a_failing_program_is_quoted() {
         let error = run_script("echo 'Unknown encoder libx264' >&2; exit 3").expect_err("failed");
         let text = error.to_string();
-        assert!(
-            text.contains("while testing (exit status: 3): Unknown encoder libx264;"),
-            "{text}"
-        );
+        assert!(text.contains("while testing (exit status: 3): Unknown encoder libx264;"), "{text}");
     }
 
     #[test]
@@ -228,9 +172,7 @@ mod tests {
     #[test]
     fn a_missing_program_is_an_error() {
         let _guard = ONE_AT_A_TIME.lock();
-        let error = Ffmpeg::at("/nonexistent/ffmpeg")
-            .run("testing", &[], &[])
-            .expect_err("missing");
+        let error = Ffmpeg::at("/nonexistent/ffmpeg").run("testing", &[], &[]).expect_err("missing");
         assert!(matches!(error, MediaError::NoFfmpeg { .. }), "{error}");
     }
 }

@@ -25,15 +25,10 @@ impl Rational {
     /// [`MediaError::FrameRate`] if either part is zero.
     pub fn new(num: u32, den: u32) -> Result<Self, MediaError> {
         if num == 0 || den == 0 {
-            return Err(MediaError::FrameRate {
-                got: format!("{num}/{den}"),
-            });
+            return Err(MediaError::FrameRate { got: format!("{num}/{den}") });
         }
         let divisor = gcd(num, den);
-        Ok(Self {
-            num: num / divisor,
-            den: den / divisor,
-        })
+        Ok(Self { num: num / divisor, den: den / divisor })
     }
 
     /// The rate that a decimal number means: whole rates, the NTSC family (23.976 → 24000/1001), else a multiple of
@@ -43,9 +38,7 @@ impl Rational {
     /// [`MediaError::FrameRate`] unless `fps` is finite and in `0.001..=1000`.
     pub fn from_fps(fps: f64) -> Result<Self, MediaError> {
         if !(0.001..=1000.0).contains(&fps) {
-            return Err(MediaError::FrameRate {
-                got: fps.to_string(),
-            });
+            return Err(MediaError::FrameRate { got: fps.to_string() });
         }
         if (fps - fps.round()).abs() < 1e-6 {
             return Self::new(fps.round() as u32, 1);
@@ -89,14 +82,11 @@ impl std::str::FromStr for Rational {
 
     /// Reads `24`, `23.976` or `24000/1001`.
     fn from_str(text: &str) -> Result<Self, MediaError> {
-        let bad = || MediaError::FrameRate {
-            got: text.to_owned(),
-        };
+        let bad = || MediaError::FrameRate { got: text.to_owned() };
         match text.split_once('/') {
-            Some((num, den)) => Self::new(
-                num.trim().parse().map_err(|_| bad())?,
-                den.trim().parse().map_err(|_| bad())?,
-            ),
+            Some((num, den)) => {
+                Self::new(num.trim().parse().map_err(|_| bad())?, den.trim().parse().map_err(|_| bad())?)
+            }
             None => Self::from_fps(text.trim().parse().map_err(|_| bad())?),
         }
     }
@@ -122,11 +112,7 @@ impl VideoFormat {
     pub fn new(width: usize, height: usize, fps: Rational) -> Result<Self, MediaError> {
         for (what, side) in [("frame width", width), ("frame height", height)] {
             if !(1..=MAX_SIDE).contains(&side) {
-                return Err(MediaError::limit(
-                    what,
-                    side,
-                    "it must be 1 to 16384 pixels",
-                ));
+                return Err(MediaError::limit(what, side, "it must be 1 to 16384 pixels"));
             }
         }
         Ok(Self { width, height, fps })
@@ -221,11 +207,7 @@ impl I420 {
                 ));
             }
         }
-        Ok(Self {
-            width,
-            height,
-            data: vec![0; width * height * 3 / 2],
-        })
+        Ok(Self { width, height, data: vec![0; width * height * 3 / 2] })
     }
 
     /// Pixels per row of Y.
@@ -271,11 +253,7 @@ impl I420 {
     pub fn fill_bt709(&mut self, rgb: &[f32]) -> Result<(), MediaError> {
         let (width, expected) = (self.width, self.width * self.height * 3);
         if rgb.len() != expected {
-            return Err(MediaError::Length {
-                what: "frame",
-                got: rgb.len(),
-                expected: expected.to_string(),
-            });
+            return Err(MediaError::Length { what: "frame", got: rgb.len(), expected: expected.to_string() });
         }
         let (y, u, v) = self.planes_mut();
         y.par_chunks_exact_mut(2 * width)
@@ -331,28 +309,14 @@ mod tests {
 
     #[test]
     fn impossible_rates_are_errors() {
-        for text in [
-            "0",
-            "-1",
-            "nan",
-            "inf",
-            "1/0",
-            "0/1",
-            "",
-            "x",
-            "1e9",
-            "4294967296/1",
-        ] {
+        for text in ["0", "-1", "nan", "inf", "1/0", "0/1", "", "x", "1e9", "4294967296/1"] {
             assert!(text.parse::<Rational>().is_err(), "{text}");
         }
     }
 
     #[test]
     fn rgb8_truncates_and_saturates() {
-        assert_eq!(
-            to_rgb8(&[0.0, 0.999, 1.0, 2.0, -1.0, f32::NAN, 0.5]),
-            [0, 254, 255, 255, 0, 0, 127]
-        );
+        assert_eq!(to_rgb8(&[0.0, 0.999, 1.0, 2.0, -1.0, f32::NAN, 0.5]), [0, 254, 255, 255, 0, 0, 127]);
     }
 
     #[track_caller]
@@ -360,10 +324,7 @@ mod tests {
         let mut picture = I420::new(2, 2).expect("even");
         picture.fill_bt709(&rgb.repeat(4)).expect("one frame");
         let (y, u, v) = picture.planes();
-        assert_eq!(
-            (y, u, v),
-            (&[want[0]; 4][..], &[want[1]][..], &[want[2]][..])
-        );
+        assert_eq!((y, u, v), (&[want[0]; 4][..], &[want[1]][..], &[want[2]][..]));
     }
 
     #[test]
@@ -378,14 +339,9 @@ mod tests {
     #[test]
     fn chroma_is_the_mean_of_four_pixels() {
         let mut picture = I420::new(2, 2).expect("even");
-        picture
-            .fill_bt709(&[1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
-            .expect("one frame");
+        picture.fill_bt709(&[1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]).expect("one frame");
         // (-0.1146 + 0.5)/4·224+128 = 149.6, (0.5 - 0.0458)/4·224+128 = 153.4.
-        assert_eq!(
-            picture.planes(),
-            (&[62, 31, 16, 16][..], &[149][..], &[153][..])
-        );
+        assert_eq!(picture.planes(), (&[62, 31, 16, 16][..], &[149][..], &[153][..]));
     }
 
     #[test]
@@ -399,9 +355,6 @@ mod tests {
     fn a_cut_frame_is_an_error() {
         let format = VideoFormat::new(4, 2, Rational { num: 24, den: 1 }).expect("a format");
         assert!(Frames::new(format, &[0.0; 23]).is_err());
-        assert_eq!(
-            Frames::new(format, &[0.0; 48]).expect("two frames").len(),
-            2
-        );
+        assert_eq!(Frames::new(format, &[0.0; 48]).expect("two frames").len(), 2);
     }
 }

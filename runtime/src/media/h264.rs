@@ -6,8 +6,7 @@
 use openh264::OpenH264API;
 use openh264::decoder::{DecoderConfig, Flush};
 use openh264::encoder::{
-    Complexity, EncoderConfig, FrameRate, FrameType, IntraFramePeriod, QpRange, RateControlMode,
-    UsageType, VuiConfig,
+    Complexity, EncoderConfig, FrameRate, FrameType, IntraFramePeriod, QpRange, RateControlMode, UsageType, VuiConfig,
 };
 use openh264::formats::{YUVSlices, YUVSource};
 
@@ -37,8 +36,7 @@ pub struct EncoderOptions {
 /// The QP whose distortion is nearest to that of x264 `-preset veryfast -crf`; the numbers are in
 /// `bench/results/image-crf-calibration.md`.
 pub fn video_qp(crf: u8) -> u8 {
-    crf.saturating_add(VIDEO_QP_ABOVE_CRF)
-        .clamp(*QP_RANGE.start(), *QP_RANGE.end())
+    crf.saturating_add(VIDEO_QP_ABOVE_CRF).clamp(*QP_RANGE.start(), *QP_RANGE.end())
 }
 
 /// Equal luma PSNR is at 1 above on a clean moving scene and at 3 above on a grainy one.
@@ -63,19 +61,9 @@ impl Encoder {
     /// [`MediaError::Limit`] for a QP out of range, [`MediaError::Codec`] if the library refuses.
     pub fn new(options: EncoderOptions) -> Result<Self, MediaError> {
         if !QP_RANGE.contains(&options.qp) {
-            return Err(MediaError::limit(
-                "H.264 quantiser",
-                options.qp,
-                "it must be 12 to 51",
-            ));
+            return Err(MediaError::limit("H.264 quantiser", options.qp, "it must be 12 to 51"));
         }
-        Ok(Self {
-            inner: open(options)?,
-            options,
-            frames: 0,
-            sps: Vec::new(),
-            pps: Vec::new(),
-        })
+        Ok(Self { inner: open(options)?, options, frames: 0, sps: Vec::new(), pps: Vec::new() })
     }
 
     /// Encodes the next picture.
@@ -103,11 +91,7 @@ impl Encoder {
 
     fn try_encode(&mut self, picture: &I420) -> Result<VideoSample, MediaError> {
         let (width, height) = (picture.width(), picture.height());
-        let source = YUVSlices::new(
-            picture.planes(),
-            (width, height),
-            (width, width / 2, width / 2),
-        );
+        let source = YUVSlices::new(picture.planes(), (width, height), (width, width / 2, width / 2));
         let fps = self.options.fps;
         let milliseconds = self.frames * 1000 * u64::from(fps.den()) / u64::from(fps.num());
         let time = openh264::Timestamp::from_millis(milliseconds);
@@ -146,10 +130,7 @@ impl Encoder {
 
 impl std::fmt::Debug for Encoder {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Encoder")
-            .field("options", &self.options)
-            .field("frames", &self.frames)
-            .finish_non_exhaustive()
+        f.debug_struct("Encoder").field("options", &self.options).field("frames", &self.frames).finish_non_exhaustive()
     }
 }
 
@@ -172,8 +153,8 @@ fn open(options: EncoderOptions) -> Result<openh264::encoder::Encoder, MediaErro
     if options.is_bt709 {
         config = config.vui(VuiConfig::bt709());
     }
-    let mut inner = openh264::encoder::Encoder::with_api_config(OpenH264API::from_source(), config)
-        .map_err(encoder_error)?;
+    let mut inner =
+        openh264::encoder::Encoder::with_api_config(OpenH264API::from_source(), config).map_err(encoder_error)?;
     silence(&mut inner)?;
     Ok(inner)
 }
@@ -206,26 +187,19 @@ pub fn decode_single(sps: &[u8], pps: &[u8], sample: &VideoSample) -> Result<I42
     let mut rest = &sample.data[..];
     while let Some((len, tail)) = rest.split_first_chunk::<4>() {
         let len = u32::from_be_bytes(*len) as usize;
-        let nal = tail
-            .get(..len)
-            .ok_or_else(|| decoder_error("a NAL unit is cut"))?;
+        let nal = tail.get(..len).ok_or_else(|| decoder_error("a NAL unit is cut"))?;
         stream.extend(START);
         stream.extend(nal);
         rest = &tail[len..];
     }
     let config = DecoderConfig::new().flush_after_decode(Flush::NoFlush);
     let mut decoder =
-        openh264::decoder::Decoder::with_api_config(OpenH264API::from_source(), config)
-            .map_err(decoder_error)?;
+        openh264::decoder::Decoder::with_api_config(OpenH264API::from_source(), config).map_err(decoder_error)?;
     if let Some(picture) = decoder.decode(&stream).map_err(decoder_error)? {
         return copy_planes(&picture);
     }
     let waiting = decoder.flush_remaining().map_err(decoder_error)?;
-    copy_planes(
-        waiting
-            .first()
-            .ok_or_else(|| decoder_error("the stream holds no picture"))?,
-    )
+    copy_planes(waiting.first().ok_or_else(|| decoder_error("the stream holds no picture"))?)
 }
 
 fn copy_planes(source: &impl YUVSource) -> Result<I420, MediaError> {
@@ -239,10 +213,7 @@ fn copy_planes(source: &impl YUVSource) -> Result<I420, MediaError> {
         (v, source.v(), width / 2, strides.2),
     ] {
         for (dst, src) in dst.chunks_exact_mut(row).zip(src.chunks(stride)) {
-            dst.copy_from_slice(
-                src.get(..row)
-                    .ok_or_else(|| decoder_error("a row is cut"))?,
-            );
+            dst.copy_from_slice(src.get(..row).ok_or_else(|| decoder_error("a row is cut"))?);
         }
     }
     Ok(picture)
@@ -256,19 +227,9 @@ fn silence(encoder: &mut openh264::encoder::Encoder) -> Result<(), MediaError> {
     let mut level: std::ffi::c_int = openh264_sys2::WELS_LOG_QUIET;
     // SAFETY: the option is one that may be set before initialisation and reads one C int through the pointer, which
     // is valid for the call.
-    let status = unsafe {
-        encoder.raw_api().set_option(
-            openh264_sys2::ENCODER_OPTION_TRACE_LEVEL,
-            (&raw mut level).cast(),
-        )
-    };
-    if status == 0 {
-        Ok(())
-    } else {
-        Err(encoder_error(format!(
-            "status {status} when setting the log level"
-        )))
-    }
+    let status =
+        unsafe { encoder.raw_api().set_option(openh264_sys2::ENCODER_OPTION_TRACE_LEVEL, (&raw mut level).cast()) };
+    if status == 0 { Ok(()) } else { Err(encoder_error(format!("status {status} when setting the log level"))) }
 }
 
 fn strip_start_code(nal: &[u8]) -> &[u8] {
@@ -284,13 +245,7 @@ fn keep_parameter_set(kept: &mut Vec<u8>, nal: &[u8]) -> Result<(), MediaError> 
     if kept.is_empty() {
         kept.extend(nal);
     }
-    if kept == nal {
-        Ok(())
-    } else {
-        Err(encoder_error(
-            "the parameter sets changed within the stream",
-        ))
-    }
+    if kept == nal { Ok(()) } else { Err(encoder_error("the parameter sets changed within the stream")) }
 }
 
 fn encoder_error(error: impl ToString) -> MediaError {
@@ -308,9 +263,7 @@ mod tests {
     fn picture(width: usize, height: usize, shift: usize) -> I420 {
         let mut picture = I420::new(width, height).expect("even");
         let (y, u, v) = picture.planes_mut();
-        y.iter_mut()
-            .enumerate()
-            .for_each(|(i, y)| *y = (40 + (i % width + i / width + shift) % 160) as u8);
+        y.iter_mut().enumerate().for_each(|(i, y)| *y = (40 + (i % width + i / width + shift) % 160) as u8);
         u.fill(110);
         v.fill(140);
         picture
@@ -318,12 +271,7 @@ mod tests {
 
     fn encoder(qp: u8) -> Encoder {
         let fps = Rational::new(24, 1).expect("a rate");
-        Encoder::new(EncoderOptions {
-            qp,
-            fps,
-            is_bt709: true,
-        })
-        .expect("an encoder")
+        Encoder::new(EncoderOptions { qp, fps, is_bt709: true }).expect("an encoder")
     }
 
     #[test]
@@ -335,24 +283,14 @@ mod tests {
         let (sps, pps) = encoder.parameter_sets();
         let decoded = decode_single(sps, pps, &sample).expect("decoded");
         assert_eq!((decoded.width(), decoded.height()), (66, 48));
-        let error: f64 = source
-            .data()
-            .iter()
-            .zip(decoded.data())
-            .map(|(a, b)| f64::from(a.abs_diff(*b)).powi(2))
-            .sum();
-        assert!(
-            error / (source.data().len() as f64) < 4.0,
-            "mean squared error {error}"
-        );
+        let error: f64 = source.data().iter().zip(decoded.data()).map(|(a, b)| f64::from(a.abs_diff(*b)).powi(2)).sum();
+        assert!(error / (source.data().len() as f64) < 4.0, "mean squared error {error}");
     }
 
     #[test]
     fn every_picture_gives_a_sample_and_sync_comes_every_two_seconds() {
         let mut encoder = encoder(22);
-        let samples: Vec<_> = (0..60)
-            .map(|i| encoder.encode(&picture(64, 64, i)).expect("encoded"))
-            .collect();
+        let samples: Vec<_> = (0..60).map(|i| encoder.encode(&picture(64, 64, i)).expect("encoded")).collect();
         let sync: Vec<usize> = (0..60).filter(|i| samples[*i].is_sync).collect();
         assert_eq!(sync, [0, 48]);
     }
@@ -377,9 +315,7 @@ mod tests {
     fn encoding_is_deterministic() {
         let run = || {
             let mut encoder = encoder(22);
-            (0..5)
-                .map(|i| encoder.encode(&picture(64, 64, i)).expect("encoded"))
-                .collect::<Vec<_>>()
+            (0..5).map(|i| encoder.encode(&picture(64, 64, i)).expect("encoded")).collect::<Vec<_>>()
         };
         assert_eq!(run(), run());
     }
@@ -394,10 +330,7 @@ mod tests {
 
     #[test]
     fn damaged_streams_are_errors() {
-        let sample = |data: &[u8]| VideoSample {
-            data: data.to_vec(),
-            is_sync: true,
-        };
+        let sample = |data: &[u8]| VideoSample { data: data.to_vec(), is_sync: true };
         for data in [&[][..], &[0, 0, 0, 9, 1], &[0, 0, 0, 1, 0x65], &[0xff; 40]] {
             assert!(decode_single(&[0x67, 66, 0, 30], &[0x68, 1], &sample(data)).is_err());
         }

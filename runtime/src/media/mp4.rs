@@ -126,18 +126,8 @@ pub fn mux(
     on_io: impl Fn(std::io::Error) -> MediaError,
 ) -> Result<u64, MediaError> {
     let sizes = SampleSizes {
-        video: movie
-            .video
-            .iter()
-            .flat_map(|t| &t.samples)
-            .map(|s| s.data.len() as u64)
-            .collect(),
-        audio: movie
-            .audio
-            .iter()
-            .flat_map(|t| &t.frames)
-            .map(|f| f.len() as u64)
-            .collect(),
+        video: movie.video.iter().flat_map(|t| &t.samples).map(|s| s.data.len() as u64).collect(),
+        audio: movie.audio.iter().flat_map(|t| &t.frames).map(|f| f.len() as u64).collect(),
     };
     let header = plan(movie, &sizes)?;
     let mut write = |bytes: &[u8]| dst.write_all(bytes).map_err(&on_io);
@@ -146,13 +136,9 @@ pub fn mux(
         let range = chunk.first..chunk.first + chunk.len;
         match (&movie.video, &movie.audio) {
             (Some(video), _) if chunk.is_video => {
-                video.samples[range]
-                    .iter()
-                    .try_for_each(|sample| write(&sample.data))?;
+                video.samples[range].iter().try_for_each(|sample| write(&sample.data))?;
             }
-            (_, Some(audio)) => audio.frames[range]
-                .iter()
-                .try_for_each(|frame| write(frame))?,
+            (_, Some(audio)) => audio.frames[range].iter().try_for_each(|frame| write(frame))?,
             _ => unreachable!("a chunk belongs to a track that is present"),
         }
     }
@@ -166,35 +152,15 @@ pub fn mux(
 /// [`MediaError::Limit`] if there is no track or no sample, or a size, duration, rate or count exceeds its field.
 pub fn plan(movie: &Movie, sizes: &SampleSizes) -> Result<Header, MediaError> {
     if movie.video.is_none() && movie.audio.is_none() {
-        return Err(MediaError::limit(
-            "number of tracks",
-            0,
-            "an mp4 file needs at least one",
-        ));
+        return Err(MediaError::limit("number of tracks", 0, "an mp4 file needs at least one"));
     }
-    let video = movie
-        .video
-        .as_ref()
-        .map(|track| VideoTiming::new(track, &sizes.video))
-        .transpose()?;
-    let audio = movie
-        .audio
-        .as_ref()
-        .map(|track| AudioTiming::new(track, &sizes.audio))
-        .transpose()?;
+    let video = movie.video.as_ref().map(|track| VideoTiming::new(track, &sizes.video)).transpose()?;
+    let audio = movie.audio.as_ref().map(|track| AudioTiming::new(track, &sizes.audio)).transpose()?;
     let order = interleave(video.as_ref(), audio.as_ref());
-    let data_len = sum(&sizes.video)?
-        .checked_add(sum(&sizes.audio)?)
-        .ok_or_else(too_large)?;
+    let data_len = sum(&sizes.video)?.checked_add(sum(&sizes.audio)?).ok_or_else(too_large)?;
 
     let ftyp = boxes::ftyp();
-    let layout = Layout {
-        movie,
-        sizes,
-        video,
-        audio,
-        order: &order,
-    };
+    let layout = Layout { movie, sizes, video, audio, order: &order };
     // The length of `moov` depends on the width of the offsets, not on their values.
     for is_wide in [false, true] {
         if !is_wide && data_len > u64::from(u32::MAX) {
@@ -210,11 +176,7 @@ pub fn plan(movie: &Movie, sizes: &SampleSizes) -> Result<Header, MediaError> {
         let mut bytes = ftyp;
         bytes.extend(layout.moov(data_at, is_wide)?);
         boxes::mdat_header(&mut bytes, data_len, is_wide)?;
-        return Ok(Header {
-            bytes,
-            order,
-            file_len,
-        });
+        return Ok(Header { bytes, order, file_len });
     }
     unreachable!("wide offsets hold every file length")
 }
@@ -224,21 +186,12 @@ fn too_large() -> MediaError {
 }
 
 fn sum(sizes: &[u64]) -> Result<u64, MediaError> {
-    sizes
-        .iter()
-        .try_fold(0_u64, |sum, size| sum.checked_add(*size))
-        .ok_or_else(too_large)
+    sizes.iter().try_fold(0_u64, |sum, size| sum.checked_add(*size)).ok_or_else(too_large)
 }
 
 /// Narrows a number to a field of the file.
 fn fit<T: TryFrom<u64>>(what: &'static str, value: u64) -> Result<T, MediaError> {
-    T::try_from(value).map_err(|_| {
-        MediaError::limit(
-            what,
-            value,
-            "an mp4 field cannot hold it; write a shorter video",
-        )
-    })
+    T::try_from(value).map_err(|_| MediaError::limit(what, value, "an mp4 field cannot hold it; write a shorter video"))
 }
 
 /// Ticks of the video track.
@@ -254,24 +207,13 @@ impl VideoTiming {
     fn new(track: &VideoTrack, sizes: &[u64]) -> Result<Self, MediaError> {
         let len: u32 = fit("number of frames", sizes.len() as u64)?;
         if len == 0 {
-            return Err(MediaError::limit(
-                "number of frames",
-                0,
-                "a video track needs at least one",
-            ));
+            return Err(MediaError::limit("number of frames", 0, "a video track needs at least one"));
         }
         if track.width == 0 || track.height == 0 {
-            return Err(MediaError::limit(
-                "frame size",
-                0,
-                "a video track needs pixels",
-            ));
+            return Err(MediaError::limit("frame size", 0, "a video track needs pixels"));
         }
         if track.sps.len() < 4 || track.pps.is_empty() {
-            return Err(MediaError::codec(
-                "h264",
-                "the stream has no parameter sets",
-            ));
+            return Err(MediaError::codec("h264", "the stream has no parameter sets"));
         }
         // Some players round times to a clock of 1000 ticks or mistrust coarse ones, hence fine ticks.
         let mut fine = 1;
@@ -280,16 +222,8 @@ impl VideoTiming {
         }
         let ticks_per_second = fit("frame rate", fine * u64::from(track.fps.num()))?;
         let ticks_per_frame: u32 = fit("frame duration", fine * u64::from(track.fps.den()))?;
-        let duration = fit(
-            "video duration",
-            u64::from(len) * u64::from(ticks_per_frame),
-        )?;
-        Ok(Self {
-            len,
-            ticks_per_second,
-            ticks_per_frame,
-            duration,
-        })
+        let duration = fit("video duration", u64::from(len) * u64::from(ticks_per_frame))?;
+        Ok(Self { len, ticks_per_second, ticks_per_frame, duration })
     }
 }
 
@@ -310,17 +244,10 @@ impl AudioTiming {
         let len: u32 = fit("number of audio frames", sizes.len() as u64)?;
         let rate_hz: u16 = fit("audio rate", track.rate_hz.into())?;
         if rate_hz == 0 || track.channels == 0 {
-            return Err(MediaError::limit(
-                "audio rate or channels",
-                0,
-                "an audio track needs both",
-            ));
+            return Err(MediaError::limit("audio rate or channels", 0, "an audio track needs both"));
         }
         let audible: u32 = fit("audio duration", track.samples_per_channel)?;
-        let needed: u32 = fit(
-            "audio duration",
-            u64::from(audible) + u64::from(track.priming),
-        )?;
+        let needed: u32 = fit("audio duration", u64::from(audible) + u64::from(track.priming))?;
         let before_last = u64::from(len.saturating_sub(1)) * u64::from(AAC_FRAME);
         let coded = u64::from(len) * u64::from(AAC_FRAME);
         if audible == 0 || u64::from(needed) > coded {
@@ -333,14 +260,7 @@ impl AudioTiming {
         // Frames past the end of the sound, if any, keep their length and lie outside of the edit list.
         let duration = fit("audio duration", u64::from(needed).max(before_last + 1))?;
         let last = u64::from(duration) - before_last;
-        Ok(Self {
-            len,
-            rate_hz,
-            priming: track.priming,
-            audible,
-            last: fit("audio frame", last)?,
-            duration,
-        })
+        Ok(Self { len, rate_hz, priming: track.priming, audible, last: fit("audio frame", last)?, duration })
     }
 }
 
@@ -352,14 +272,7 @@ fn interleave(video: Option<&VideoTiming>, audio: Option<&AudioTiming>) -> Vec<C
         let mut first = 0;
         for i in 1..=len as usize {
             if i == len as usize || slot(i) != slot(first) {
-                chunks.push((
-                    slot(first),
-                    Chunk {
-                        is_video,
-                        first,
-                        len: i - first,
-                    },
-                ));
+                chunks.push((slot(first), Chunk { is_video, first, len: i - first }));
                 first = i;
             }
         }
@@ -409,11 +322,7 @@ impl Layout<'_> {
         if let (Some(track), Some(timing)) = (&self.movie.video, &self.video) {
             id += 1;
             let mut trak = BoxWriter::open(b"trak");
-            trak.child(boxes::tkhd(
-                id,
-                video_len,
-                Some((track.width, track.height)),
-            ))?;
+            trak.child(boxes::tkhd(id, video_len, Some((track.width, track.height))))?;
             let mut mdia = BoxWriter::open(b"mdia");
             mdia.child(boxes::mdhd(timing.ticks_per_second, timing.duration))?;
             mdia.child(boxes::hdlr(b"vide", b"VideoHandler\0"))?;
@@ -435,18 +344,9 @@ impl Layout<'_> {
             mdia.child(boxes::mdhd(timing.rate_hz.into(), timing.duration))?;
             mdia.child(boxes::hdlr(b"soun", b"SoundHandler\0"))?;
             let mut stbl = BoxWriter::open(b"stbl");
-            stbl.child(boxes::mp4a(
-                track,
-                timing.rate_hz,
-                sum(&self.sizes.audio)?,
-                timing.duration,
-            )?)?;
+            stbl.child(boxes::mp4a(track, timing.rate_hz, sum(&self.sizes.audio)?, timing.duration)?)?;
             let full = [(timing.len - 1, AAC_FRAME), (1, timing.last)];
-            stbl.child(boxes::stts(if timing.len == 1 {
-                &full[1..]
-            } else {
-                &full
-            }))?;
+            stbl.child(boxes::stts(if timing.len == 1 { &full[1..] } else { &full }))?;
             self.sample_table(&mut stbl, false, data_at, is_wide)?;
             stbl.child(boxes::sgpd_roll())?;
             stbl.child(boxes::sbgp_roll(timing.len))?;
@@ -462,12 +362,7 @@ impl Layout<'_> {
 
     /// `stss`, left out when decoding can start at every picture.
     fn stss(&self, stbl: &mut BoxWriter, track: &VideoTrack, len: u32) -> Result<(), MediaError> {
-        let is_sync = |i: u32| {
-            track
-                .samples
-                .get(i as usize)
-                .is_none_or(|sample| sample.is_sync)
-        };
+        let is_sync = |i: u32| track.samples.get(i as usize).is_none_or(|sample| sample.is_sync);
         let numbers: Vec<u32> = (0..len).filter(|i| is_sync(*i)).map(|i| i + 1).collect();
         if numbers.len() == len as usize {
             return Ok(());
@@ -487,11 +382,7 @@ impl Layout<'_> {
         let mut runs: Vec<(u32, u32)> = Vec::new();
         let mut at = data_at;
         for chunk in self.order {
-            let sizes = if chunk.is_video {
-                &self.sizes.video
-            } else {
-                &self.sizes.audio
-            };
+            let sizes = if chunk.is_video { &self.sizes.video } else { &self.sizes.audio };
             if chunk.is_video == is_video {
                 offsets.push(at);
                 // `chunk.len` is at most the sample count, which fits.
@@ -500,16 +391,10 @@ impl Layout<'_> {
                     runs.push((offsets.len() as u32, len));
                 }
             }
-            at = at
-                .checked_add(sum(&sizes[chunk.first..chunk.first + chunk.len])?)
-                .ok_or_else(too_large)?;
+            at = at.checked_add(sum(&sizes[chunk.first..chunk.first + chunk.len])?).ok_or_else(too_large)?;
         }
         stbl.child(boxes::stsc(&runs)?)?;
-        stbl.child(boxes::stsz(if is_video {
-            &self.sizes.video
-        } else {
-            &self.sizes.audio
-        })?)?;
+        stbl.child(boxes::stsz(if is_video { &self.sizes.video } else { &self.sizes.audio })?)?;
         stbl.child(boxes::chunk_offsets(&offsets, is_wide)?)
     }
 }

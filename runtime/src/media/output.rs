@@ -34,16 +34,11 @@ impl Kind {
     /// # Errors
     /// [`MediaError::UnknownOutput`] for any other extension.
     pub fn of_path(path: &Path) -> Result<Self, MediaError> {
-        let unknown = || MediaError::UnknownOutput {
-            path: path.to_path_buf(),
-        };
+        let unknown = || MediaError::UnknownOutput { path: path.to_path_buf() };
         if path.file_name().is_none() {
             return Err(unknown());
         }
-        match path
-            .extension()
-            .map(|extension| extension.to_ascii_lowercase())
-        {
+        match path.extension().map(|extension| extension.to_ascii_lowercase()) {
             None => Ok(Self::Frames),
             Some(extension) if extension == "mp4" => Ok(Self::Mp4),
             Some(extension) if extension == "wav" => Ok(Self::Wav),
@@ -70,12 +65,7 @@ pub struct OutputOptions {
 impl Default for OutputOptions {
     fn default() -> Self {
         let encoder = format!("ltxc {}", env!("CARGO_PKG_VERSION"));
-        Self {
-            kind: None,
-            crf: 19,
-            tags: vec![("encoder".to_owned(), encoder)],
-            progress: None,
-        }
+        Self { kind: None, crf: 19, tags: vec![("encoder".to_owned(), encoder)], progress: None }
     }
 }
 
@@ -136,20 +126,12 @@ impl MediaWriter {
     /// [`MediaError::UnknownOutput`] if the kind cannot be told, [`MediaError::WrongStream`] for video into a WAV file
     /// or frames without video, [`MediaError::Limit`] if the codec does not take the size or `crf`,
     /// [`MediaError::OutputExists`] if a folder is in use, [`MediaError::Io`] if nothing can be created there.
-    pub fn create(
-        path: &Path,
-        video: Option<VideoFormat>,
-        options: OutputOptions,
-    ) -> Result<Self, MediaError> {
+    pub fn create(path: &Path, video: Option<VideoFormat>, options: OutputOptions) -> Result<Self, MediaError> {
         let kind = match options.kind {
             Some(kind) => kind,
             None => Kind::of_path(path)?,
         };
-        let wrong = |what, remedy| MediaError::WrongStream {
-            path: path.to_path_buf(),
-            what,
-            remedy,
-        };
+        let wrong = |what, remedy| MediaError::WrongStream { path: path.to_path_buf(), what, remedy };
         let sink = match (kind, video) {
             (Kind::Wav, Some(_)) => {
                 return Err(wrong("video", "choose `.mp4` or a folder of PNG frames"));
@@ -158,31 +140,15 @@ impl MediaWriter {
             (Kind::Wav, None) => Sink::Wav(PartialFile::create(path)?),
             (Kind::Frames, Some(_)) => {
                 let is_ours = |name: &str| png::is_frame_name(name) || name == FOLDER_AUDIO;
-                Sink::Frames {
-                    dir: PartialDir::create(path, is_ours)?,
-                    bytes: 0,
-                }
+                Sink::Frames { dir: PartialDir::create(path, is_ours)?, bytes: 0 }
             }
             (Kind::Mp4, video) => {
                 // Sizes are checked first; nothing is created for a video that cannot be encoded.
-                let stream = video
-                    .map(|format| video_stream(format, options.crf))
-                    .transpose()?;
-                Sink::Mp4(Box::new(Mp4Sink {
-                    file: PartialFile::create(path)?,
-                    stream,
-                    samples: Vec::new(),
-                }))
+                let stream = video.map(|format| video_stream(format, options.crf)).transpose()?;
+                Sink::Mp4(Box::new(Mp4Sink { file: PartialFile::create(path)?, stream, samples: Vec::new() }))
             }
         };
-        Ok(Self {
-            path: path.to_path_buf(),
-            video,
-            options,
-            audio: None,
-            frames: 0,
-            sink: Some(sink),
-        })
+        Ok(Self { path: path.to_path_buf(), video, options, audio: None, frames: 0, sink: Some(sink) })
     }
 
     /// Appends frames, `[f, h, w, 3]` f32 in `[0, 1]`; values outside are clipped.
@@ -205,9 +171,7 @@ impl MediaWriter {
         for frame in Frames::new(format, rgb)?.iter() {
             match self.sink.as_mut().ok_or_else(|| closed(&self.path))? {
                 Sink::Mp4(sink) => sink.append(frame)?,
-                Sink::Frames { dir, bytes } => {
-                    *bytes += write_png(dir, self.frames, format, frame)?
-                }
+                Sink::Frames { dir, bytes } => *bytes += write_png(dir, self.frames, format, frame)?,
                 Sink::Wav(_) => unreachable!("create refuses video here"),
             }
             self.frames += 1;
@@ -237,10 +201,7 @@ impl MediaWriter {
     /// sampling rate that AAC lacks; [`MediaError::DiskFull`] and other file errors. After an error nothing is left.
     pub fn finish(mut self) -> Result<Written, MediaError> {
         let sink = self.sink.take().ok_or_else(|| closed(&self.path))?;
-        let empty = |expected| MediaError::Empty {
-            path: self.path.clone(),
-            expected,
-        };
+        let empty = |expected| MediaError::Empty { path: self.path.clone(), expected };
         if self.video.is_some() && self.frames == 0 {
             return Err(empty("frames"));
         }
@@ -249,35 +210,22 @@ impl MediaWriter {
         }
         let audio = self.audio.as_ref();
         let bytes = match sink {
-            Sink::Mp4(sink) => {
-                sink.finish(self.video, audio, std::mem::take(&mut self.options.tags))?
-            }
+            Sink::Mp4(sink) => sink.finish(self.video, audio, std::mem::take(&mut self.options.tags))?,
             Sink::Frames { dir, bytes } => finish_folder(dir, audio)? + bytes,
             Sink::Wav(mut file) => {
                 if let Some(audio) = audio {
                     wav::write(audio, &mut file).map_err(|error| file.error(error))?;
                 }
                 file.commit()?;
-                std::fs::metadata(&self.path)
-                    .map_err(|error| MediaError::io("read", &self.path, error))?
-                    .len()
+                std::fs::metadata(&self.path).map_err(|error| MediaError::io("read", &self.path, error))?.len()
             }
         };
         let samples_per_channel = audio.map_or(0, |audio| audio.len() as u64);
-        Ok(Written {
-            path: self.path,
-            frames: self.frames,
-            samples_per_channel,
-            bytes,
-        })
+        Ok(Written { path: self.path, frames: self.frames, samples_per_channel, bytes })
     }
 
     fn wrong_stream(&self, what: &'static str, remedy: &'static str) -> MediaError {
-        MediaError::WrongStream {
-            path: self.path.clone(),
-            what,
-            remedy,
-        }
+        MediaError::WrongStream { path: self.path.clone(), what, remedy }
     }
 }
 
@@ -295,20 +243,13 @@ fn video_stream(format: VideoFormat, crf: u8) -> Result<(Encoder, I420), MediaEr
     }
     let picture = I420::new(format.width(), format.height())?;
     h264::check_size(format.width(), format.height())?;
-    let options = EncoderOptions {
-        qp: h264::video_qp(crf),
-        fps: format.fps(),
-        is_bt709: true,
-    };
+    let options = EncoderOptions { qp: h264::video_qp(crf), fps: format.fps(), is_bt709: true };
     Ok((Encoder::new(options)?, picture))
 }
 
 impl Mp4Sink {
     fn append(&mut self, frame: &[f32]) -> Result<(), MediaError> {
-        let (encoder, picture) = self
-            .stream
-            .as_mut()
-            .expect("present with video, which the caller checked");
+        let (encoder, picture) = self.stream.as_mut().expect("present with video, which the caller checked");
         picture.fill_bt709(frame)?;
         self.samples.push(encoder.encode(picture)?);
         Ok(())
@@ -320,14 +261,9 @@ impl Mp4Sink {
         audio: Option<&Audio>,
         tags: Vec<(String, String)>,
     ) -> Result<u64, MediaError> {
-        let Self {
-            mut file,
-            stream,
-            samples,
-        } = self;
+        let Self { mut file, stream, samples } = self;
         let side = |what, side: usize| {
-            u16::try_from(side)
-                .map_err(|_| MediaError::limit(what, side, "an mp4 file holds up to 65535"))
+            u16::try_from(side).map_err(|_| MediaError::limit(what, side, "an mp4 file holds up to 65535"))
         };
         let video = match (video, stream) {
             (Some(format), Some((encoder, _))) => {
@@ -343,27 +279,16 @@ impl Mp4Sink {
             }
             _ => None,
         };
-        let movie = Movie {
-            video,
-            audio: audio.map(aac::encode).transpose()?,
-            tags,
-        };
+        let movie = Movie { video, audio: audio.map(aac::encode).transpose()?, tags };
         let path = file.path().to_path_buf();
-        let len = mp4::mux(&movie, &mut file, |error| {
-            MediaError::io("write", &path, error)
-        })?;
+        let len = mp4::mux(&movie, &mut file, |error| MediaError::io("write", &path, error))?;
         file.commit()?;
         Ok(len)
     }
 }
 
 /// Writes one frame and returns its size.
-fn write_png(
-    dir: &PartialDir,
-    index: u64,
-    format: VideoFormat,
-    frame: &[f32],
-) -> Result<u64, MediaError> {
+fn write_png(dir: &PartialDir, index: u64, format: VideoFormat, frame: &[f32]) -> Result<u64, MediaError> {
     let mut bytes = Vec::new();
     let path = dir.part().join(png::frame_name(index));
     let failed = |error| MediaError::io("write", &path, error);
@@ -379,9 +304,7 @@ fn finish_folder(dir: PartialDir, audio: Option<&Audio>) -> Result<u64, MediaErr
         let path = dir.part().join(FOLDER_AUDIO);
         let failed = |error| MediaError::io("write", &path, error);
         let mut file = BufWriter::new(File::create(&path).map_err(failed)?);
-        wav::write(audio, &mut file)
-            .and_then(|()| file.flush())
-            .map_err(failed)?;
+        wav::write(audio, &mut file).and_then(|()| file.flush()).map_err(failed)?;
         bytes = std::fs::metadata(&path).map_err(failed)?.len();
     }
     tracing::debug!(folder = %dir.path().display(), "wrote PNG frames");

@@ -21,19 +21,12 @@ impl PartialFile {
     /// Creates `<path>.part` and the folders above it. An unfinished file of an earlier run is overwritten.
     pub(crate) fn create(path: &Path) -> Result<Self, MediaError> {
         if path.is_dir() {
-            return Err(MediaError::OutputExists {
-                path: path.to_path_buf(),
-                found: "it is a folder".to_owned(),
-            });
+            return Err(MediaError::OutputExists { path: path.to_path_buf(), found: "it is a folder".to_owned() });
         }
         create_parents(path)?;
         let part = part_name(path);
         let file = File::create(&part).map_err(|error| MediaError::io("create", &part, error))?;
-        Ok(Self {
-            writer: Some(BufWriter::new(file)),
-            part,
-            path: path.to_path_buf(),
-        })
+        Ok(Self { writer: Some(BufWriter::new(file)), part, path: path.to_path_buf() })
     }
 
     /// Final name.
@@ -48,27 +41,17 @@ impl PartialFile {
 
     /// Flushes to the disk and gives the file its final name, replacing one that is there.
     pub(crate) fn commit(mut self) -> Result<(), MediaError> {
-        let writer = self
-            .writer
-            .take()
-            .expect("present until commit, which consumes the file");
-        let synced = writer
-            .into_inner()
-            .map_err(io::IntoInnerError::into_error)
-            .and_then(|file| file.sync_all());
-        synced
-            .and_then(|()| fs::rename(&self.part, &self.path))
-            .map_err(|error| {
-                // The writer is gone, so drop would not remove the file.
-                let _ = fs::remove_file(&self.part);
-                MediaError::io("write", &self.path, error)
-            })
+        let writer = self.writer.take().expect("present until commit, which consumes the file");
+        let synced = writer.into_inner().map_err(io::IntoInnerError::into_error).and_then(|file| file.sync_all());
+        synced.and_then(|()| fs::rename(&self.part, &self.path)).map_err(|error| {
+            // The writer is gone, so drop would not remove the file.
+            let _ = fs::remove_file(&self.part);
+            MediaError::io("write", &self.path, error)
+        })
     }
 
     fn writer(&mut self) -> &mut BufWriter<File> {
-        self.writer
-            .as_mut()
-            .expect("present until commit, which consumes the file")
+        self.writer.as_mut().expect("present until commit, which consumes the file")
     }
 }
 
@@ -118,10 +101,7 @@ impl PartialDir {
         if part.exists() {
             for name in names(&part)? {
                 if !is_ours(&name) {
-                    return Err(MediaError::OutputExists {
-                        path: part,
-                        found: name,
-                    });
+                    return Err(MediaError::OutputExists { path: part, found: name });
                 }
                 let file = part.join(name);
                 fs::remove_file(&file).map_err(|error| MediaError::io("remove", &file, error))?;
@@ -129,11 +109,7 @@ impl PartialDir {
         } else {
             fs::create_dir(&part).map_err(|error| MediaError::io("create", &part, error))?;
         }
-        Ok(Self {
-            part,
-            path: path.to_path_buf(),
-            is_committed: false,
-        })
+        Ok(Self { part, path: path.to_path_buf(), is_committed: false })
     }
 
     /// Where files go until the end.
@@ -150,11 +126,9 @@ impl PartialDir {
     pub(crate) fn commit(mut self) -> Result<(), MediaError> {
         refuse_if_occupied(&self.path)?;
         if self.path.is_dir() {
-            fs::remove_dir(&self.path)
-                .map_err(|error| MediaError::io("replace", &self.path, error))?;
+            fs::remove_dir(&self.path).map_err(|error| MediaError::io("replace", &self.path, error))?;
         }
-        fs::rename(&self.part, &self.path)
-            .map_err(|error| MediaError::io("create", &self.path, error))?;
+        fs::rename(&self.part, &self.path).map_err(|error| MediaError::io("create", &self.path, error))?;
         self.is_committed = true;
         Ok(())
     }
@@ -170,18 +144,12 @@ impl Drop for PartialDir {
 
 fn refuse_if_occupied(path: &Path) -> Result<(), MediaError> {
     if path.is_file() {
-        return Err(MediaError::OutputExists {
-            path: path.to_path_buf(),
-            found: "it is a file".to_owned(),
-        });
+        return Err(MediaError::OutputExists { path: path.to_path_buf(), found: "it is a file".to_owned() });
     }
     if path.is_dir()
         && let Some(found) = names(path)?.into_iter().next()
     {
-        return Err(MediaError::OutputExists {
-            path: path.to_path_buf(),
-            found,
-        });
+        return Err(MediaError::OutputExists { path: path.to_path_buf(), found });
     }
     Ok(())
 }

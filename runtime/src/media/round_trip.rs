@@ -67,17 +67,9 @@ pub enum RoundTrip {
 /// # Errors
 /// [`MediaError::Limit`] for `crf` above 51; with ffmpeg those of [`Ffmpeg::image_round_trip`], except that
 /// [`RoundTrip::Auto`] answers a failing ffmpeg with a warning and the embedded codec.
-pub fn image_round_trip(
-    image: &RgbImage,
-    crf: u8,
-    codec: RoundTrip,
-) -> Result<RgbImage, MediaError> {
+pub fn image_round_trip(image: &RgbImage, crf: u8, codec: RoundTrip) -> Result<RgbImage, MediaError> {
     if crf > MAX_CRF {
-        return Err(MediaError::limit(
-            "image crf",
-            crf,
-            "it must be 0 (no compression) to 51",
-        ));
+        return Err(MediaError::limit("image crf", crf, "it must be 0 (no compression) to 51"));
     }
     if crf == 0 || image.width() < 2 || image.height() < 2 {
         return Ok(image.clone());
@@ -123,27 +115,14 @@ pub fn compress_at_qp(image: &RgbImage, qp: u8) -> Result<(RgbImage, usize), Med
         for left in (0..image.width()).step_by(TILE) {
             let width = TILE.min(image.width() - left);
             let height = TILE.min(image.height() - top);
-            let tile = extract(
-                &source,
-                left,
-                top,
-                width.max(MIN_SIDE),
-                height.max(MIN_SIDE),
-            )?;
-            let mut encoder = Encoder::new(EncoderOptions {
-                qp,
-                fps: Rational::new(1, 1)?,
-                is_bt709: false,
-            })?;
+            let tile = extract(&source, left, top, width.max(MIN_SIDE), height.max(MIN_SIDE))?;
+            let mut encoder = Encoder::new(EncoderOptions { qp, fps: Rational::new(1, 1)?, is_bt709: false })?;
             let sample = encoder.encode(&tile)?;
             let (sps, pps) = encoder.parameter_sets();
             bytes += sps.len() + pps.len() + sample.data.len();
             let decoded = h264::decode_single(sps, pps, &sample)?;
             if (decoded.width(), decoded.height()) != (tile.width(), tile.height()) {
-                return Err(MediaError::codec(
-                    "h264 decoder",
-                    "the picture changed its size",
-                ));
+                return Err(MediaError::codec("h264 decoder", "the picture changed its size"));
             }
             paste(&decoded, &mut result, left, top, width, height);
         }
@@ -175,14 +154,7 @@ pub fn mean_activity(picture: &I420) -> f64 {
 }
 
 /// Sum of squared differences from the mean in a block; the last row and column continue beyond the picture.
-fn block_energy(
-    plane: &[u8],
-    width: usize,
-    height: usize,
-    left: usize,
-    top: usize,
-    side: usize,
-) -> f64 {
+fn block_energy(plane: &[u8], width: usize, height: usize, left: usize, top: usize, side: usize) -> f64 {
     let (mut sum, mut squares) = (0_u32, 0_u32);
     for y in top..top + side {
         let row = y.min(height - 1) * width;
@@ -196,13 +168,7 @@ fn block_energy(
 }
 
 /// A rectangle of a picture; beyond the border the last row and column continue. All arguments are even.
-fn extract(
-    source: &I420,
-    left: usize,
-    top: usize,
-    width: usize,
-    height: usize,
-) -> Result<I420, MediaError> {
+fn extract(source: &I420, left: usize, top: usize, width: usize, height: usize) -> Result<I420, MediaError> {
     let mut tile = I420::new(width, height)?;
     let (y, u, v) = tile.planes_mut();
     let planes = source.planes();
@@ -224,9 +190,7 @@ fn paste(tile: &I420, dst: &mut I420, left: usize, top: usize, width: usize, hei
     let (y, u, v) = dst.planes_mut();
     let planes = tile.planes();
     for (dst, src, shift) in [(y, planes.0, 0), (u, planes.1, 1), (v, planes.2, 1)] {
-        let rows = src
-            .chunks_exact(tile.width() >> shift)
-            .take(height >> shift);
+        let rows = src.chunks_exact(tile.width() >> shift).take(height >> shift);
         for (row, src) in rows.enumerate() {
             let at = ((top >> shift) + row) * (dst_width >> shift) + (left >> shift);
             dst[at..at + (width >> shift)].copy_from_slice(&src[..width >> shift]);
@@ -251,11 +215,7 @@ pub fn to_i420_bt601(image: &RgbImage) -> Result<I420, MediaError> {
     let (width, height) = (image.width(), image.height());
     let rgb = image.rgb();
     let dot = |weights: [i32; 3], at: usize| -> i32 {
-        weights
-            .iter()
-            .zip(&rgb[at..at + 3])
-            .map(|(weight, value)| weight * i32::from(*value))
-            .sum()
+        weights.iter().zip(&rgb[at..at + 3]).map(|(weight, value)| weight * i32::from(*value)).sum()
     };
     let (y, u, v) = picture.planes_mut();
     for (pixel, y) in y.iter_mut().enumerate() {
@@ -270,9 +230,7 @@ pub fn to_i420_bt601(image: &RgbImage) -> Result<I420, MediaError> {
                 for (tap, weight) in ROWS.iter().enumerate() {
                     let from = (2 * row + tap).saturating_sub(1).min(height - 1);
                     let at = 3 * (from * width + 2 * column);
-                    sum += weight
-                        * ((dot(weights, at) + dot(weights, at + 3) + (256 << 15) + (1 << 9))
-                            >> 10);
+                    sum += weight * ((dot(weights, at) + dot(weights, at + 3) + (256 << 15) + (1 << 9)) >> 10);
                 }
                 *out = ((sum + (1 << 8)) >> 9).clamp(0, 255) as u8;
             }
@@ -299,8 +257,7 @@ pub fn from_i420_bt601(picture: &I420) -> Result<RgbImage, MediaError> {
     let mut rgb = Vec::with_capacity(3 * y.len());
     for (pixel, luma) in y.iter().enumerate() {
         let chroma = pixel / width / 2 * (width / 2) + pixel % width / 2;
-        let scaled =
-            |value: u8, zero: i32, factor: i32| ((i32::from(value) - zero) * 8 * factor) >> 16;
+        let scaled = |value: u8, zero: i32, factor: i32| ((i32::from(value) - zero) * 8 * factor) >> 16;
         let luma = scaled(*luma, 16, LUMA);
         let (u, v) = (u[chroma], v[chroma]);
         let red = luma + scaled(v, 128, RED_V);
@@ -319,11 +276,7 @@ mod tests {
     fn image(width: usize, height: usize) -> RgbImage {
         let mut state = 1_u32;
         let rgb = (0..width * height * 3).map(|i| {
-            let (x, y, c) = (
-                (i / 3 % width) as f32,
-                (i / 3 / width) as f32,
-                (i % 3) as f32,
-            );
+            let (x, y, c) = ((i / 3 % width) as f32, (i / 3 / width) as f32, (i % 3) as f32);
             state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
             let grain = (state >> 24) as f32 / 16.0 - 8.0;
             (128.0 + 80.0 * (x / 17.0 + c).sin() * (y / 11.0 - c).cos() + grain) as u8
@@ -332,12 +285,7 @@ mod tests {
     }
 
     fn psnr(a: &RgbImage, b: &RgbImage) -> f64 {
-        let error: f64 = a
-            .rgb()
-            .iter()
-            .zip(b.rgb())
-            .map(|(a, b)| f64::from(a.abs_diff(*b)).powi(2))
-            .sum();
+        let error: f64 = a.rgb().iter().zip(b.rgb()).map(|(a, b)| f64::from(a.abs_diff(*b)).powi(2)).sum();
         10.0 * (255.0 * 255.0 * a.rgb().len() as f64 / error.max(1e-9)).log10()
     }
 
@@ -346,30 +294,16 @@ mod tests {
         let grey = |value: u8| RgbImage::new(2, 2, vec![value; 12]).expect("an image");
         let picture = to_i420_bt601(&grey(255)).expect("converted");
         assert_eq!(picture.data(), [235, 235, 235, 235, 128, 128]);
-        assert_eq!(
-            to_i420_bt601(&grey(0)).expect("converted").data(),
-            [16, 16, 16, 16, 128, 128]
-        );
-        assert_eq!(
-            from_i420_bt601(&picture).expect("converted").rgb(),
-            [255; 12]
-        );
+        assert_eq!(to_i420_bt601(&grey(0)).expect("converted").data(), [16, 16, 16, 16, 128, 128]);
+        assert_eq!(from_i420_bt601(&picture).expect("converted").rgb(), [255; 12]);
         let red = RgbImage::new(2, 2, [255, 0, 0].repeat(4)).expect("an image");
-        assert_eq!(
-            to_i420_bt601(&red).expect("converted").data(),
-            [81, 81, 81, 81, 90, 240]
-        );
+        assert_eq!(to_i420_bt601(&red).expect("converted").data(), [81, 81, 81, 81, 90, 240]);
     }
 
     #[test]
     fn more_crf_is_less_quality() {
         let source = image(160, 96);
-        let quality = |crf| {
-            psnr(
-                &source,
-                &image_round_trip(&source, crf, RoundTrip::Embedded).expect("compressed"),
-            )
-        };
+        let quality = |crf| psnr(&source, &image_round_trip(&source, crf, RoundTrip::Embedded).expect("compressed"));
         let (fine, coarse) = (quality(18), quality(33));
         assert!(fine > coarse + 2.0, "{fine} dB and {coarse} dB");
     }
@@ -377,15 +311,9 @@ mod tests {
     #[test]
     fn no_compression_returns_the_image() {
         let source = image(33, 17);
-        assert_eq!(
-            image_round_trip(&source, 0, RoundTrip::Auto).expect("as it is"),
-            source
-        );
+        assert_eq!(image_round_trip(&source, 0, RoundTrip::Auto).expect("as it is"), source);
         let line = image(1, 40);
-        assert_eq!(
-            image_round_trip(&line, 33, RoundTrip::Auto).expect("as it is"),
-            line
-        );
+        assert_eq!(image_round_trip(&line, 33, RoundTrip::Auto).expect("as it is"), line);
         assert!(image_round_trip(&source, 52, RoundTrip::Embedded).is_err());
     }
 
@@ -393,10 +321,7 @@ mod tests {
     fn check_size(width: usize, height: usize) {
         let source = image(width, height);
         let compressed = image_round_trip(&source, 18, RoundTrip::Embedded).expect("compressed");
-        assert_eq!(
-            (compressed.width(), compressed.height()),
-            (width / 2 * 2, height / 2 * 2)
-        );
+        assert_eq!((compressed.width(), compressed.height()), (width / 2 * 2, height / 2 * 2));
         assert!(psnr(&source.crop_to_even(), &compressed) > 24.0);
     }
 

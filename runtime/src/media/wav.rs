@@ -11,9 +11,7 @@ use super::aac::{Audio, CHANNELS, to_i16};
 pub fn write(audio: &Audio, dst: &mut (impl Write + Seek)) -> io::Result<()> {
     // The lengths in the file have 32 bits; 64 bytes are more than its headers.
     if audio.len() as u64 * 4 > u64::from(u32::MAX) - 64 {
-        return Err(io::Error::other(
-            "the sound is longer than a wav file can hold",
-        ));
+        return Err(io::Error::other("the sound is longer than a wav file can hold"));
     }
     let spec = hound::WavSpec {
         channels: CHANNELS as u16,
@@ -48,14 +46,8 @@ mod tests {
         write(&audio, &mut bytes).expect("written");
         bytes.set_position(0);
         let mut reader = hound::WavReader::new(bytes).expect("read");
-        assert_eq!(
-            (reader.spec().sample_rate, reader.spec().channels),
-            (24_000, 2)
-        );
-        let samples: Vec<i16> = reader
-            .samples()
-            .map(|sample| sample.expect("read"))
-            .collect();
+        assert_eq!((reader.spec().sample_rate, reader.spec().channels), (24_000, 2));
+        let samples: Vec<i16> = reader.samples().map(|sample| sample.expect("read")).collect();
         assert_eq!(samples, [0, -32767, 16383, -16383, 32767, 32767]);
     }
 }

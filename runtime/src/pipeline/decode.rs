@@ -50,7 +50,11 @@ pub fn decode_video(
         for &row in rows {
             for &column in columns {
                 let program = program_name(time.len(), row.len(), column.len());
-                executor.write(&program, "latent", &crop(latent, grid, video.channels as usize, [time, row, column]))?;
+                executor.write(
+                    &program,
+                    "latent",
+                    &crop(latent, grid, video.channels as usize, [time, row, column]),
+                )?;
                 write_noise(executor, &program, noise, decoded)?;
                 executor.run(&program)?;
                 let [t, y, x] = plan.pixels([time, row, column]);

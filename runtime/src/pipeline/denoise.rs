@@ -116,7 +116,9 @@ pub fn sample<'p>(
     observer.event(Event::Stage { name: stage, steps: sigmas.len() - 1 });
     for (i, pair) in sigmas.windows(2).enumerate() {
         let velocities = denoiser.velocities(executor, video, audio, pair[0])?;
-        for (modality, state, velocity) in [("video", &mut *video, &velocities[0]), ("audio", &mut *audio, &velocities[1])] {
+        for (modality, state, velocity) in
+            [("video", &mut *video, &velocities[0]), ("audio", &mut *audio, &velocities[1])]
+        {
             let denoised = state.denoised(velocity, pair[0]);
             if let Some(problem) = numerical_problem(&denoised)
                 && !allow_bad_numerics

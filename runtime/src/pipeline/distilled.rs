@@ -84,7 +84,8 @@ pub fn run(
             (true, Some(latent)) => Some(upsample(executor, &latent)?),
             (_, latent) => latent,
         };
-        let (video, audio) = run_stage(executor, pipeline, stage, request, &text, initial, audio_latent.take(), observer)?;
+        let (video, audio) =
+            run_stage(executor, pipeline, stage, request, &text, initial, audio_latent.take(), observer)?;
         (video_latent, audio_latent) = (Some(video), Some(audio));
         executor.unload_all();
     }
@@ -101,7 +102,11 @@ fn check(pipeline: &Pipeline, request: &Request<'_>) -> Result<(), RunError> {
         let frames = pipeline.video.frames;
         if image.frame >= frames {
             let last = frames - 1;
-            return Err(RunError::Input(format!("image {} stands at frame {}, the last frame is {last}", i + 1, image.frame)));
+            return Err(RunError::Input(format!(
+                "image {} stands at frame {}, the last frame is {last}",
+                i + 1,
+                image.frame
+            )));
         }
         if !(0.0..=1.0).contains(&image.strength) {
             return Err(RunError::Input(format!("image {} has strength {}, it must be 0 to 1", i + 1, image.strength)));
@@ -112,14 +117,20 @@ fn check(pipeline: &Pipeline, request: &Request<'_>) -> Result<(), RunError> {
     }
     for (stage, sigmas) in &request.sigmas {
         if !pipeline.stages.iter().any(|s| s.name == *stage) {
-            return Err(RunError::Input(format!("noise levels for `{stage}`, which pipeline `{}` does not have", pipeline.name)));
+            return Err(RunError::Input(format!(
+                "noise levels for `{stage}`, which pipeline `{}` does not have",
+                pipeline.name
+            )));
         }
         check_sigmas(sigmas).map_err(RunError::Input)?;
     }
     for slot in request.noise.files.keys() {
         let stage = slot.split('.').next().unwrap_or_default();
         if !pipeline.stages.iter().any(|s| s.name == stage) {
-            return Err(RunError::Input(format!("a noise file for `{stage}`, which pipeline `{}` does not have", pipeline.name)));
+            return Err(RunError::Input(format!(
+                "a noise file for `{stage}`, which pipeline `{}` does not have",
+                pipeline.name
+            )));
         }
     }
     let keyframes = request.images.iter().filter(|i| i.frame > 0).count();
@@ -237,7 +248,12 @@ fn decode(
             && !request.allow_bad_numerics
         {
             let what = "decoded video".into();
-            return Err(RunError::BadNumerics { stage: "decode".into(), step: chunk + 1, what, problem: problem.into() });
+            return Err(RunError::BadNumerics {
+                stage: "decode".into(),
+                step: chunk + 1,
+                what,
+                problem: problem.into(),
+            });
         }
         chunk += 1;
         let rgb: Vec<f32> = frames.iter().map(|v| ((v + 1.0) * 0.5).clamp(0.0, 1.0)).collect();

@@ -144,7 +144,8 @@ pub fn video_positions(grid: [u32; 3], video: &VideoSettings) -> Vec<f32> {
 pub fn keyframe_positions(grid: [u32; 3], frame: u32, one_frame: bool, video: &VideoSettings) -> Vec<f32> {
     let factor = video.scale[0] as i64;
     // Only a keyframe at the very start takes part in the causal correction of the first frame.
-    let bound = |t: u32| if frame == 0 { (t as i64 * factor + 1 - factor).max(0) } else { t as i64 * factor + frame as i64 };
+    let bound =
+        |t: u32| if frame == 0 { (t as i64 * factor + 1 - factor).max(0) } else { t as i64 * factor + frame as i64 };
     grid_positions(grid, video, |f| (bound(f), if one_frame { bound(f) + 1 } else { bound(f + 1) }))
 }
 

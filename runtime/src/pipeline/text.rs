@@ -30,22 +30,29 @@ pub fn encode_prompt(
     prompt: &str,
     observer: &mut dyn Observer,
 ) -> Result<TextContext, RunError> {
-    let tokens = tokenizer.encode(prompt)?;
-    if let Some(cut) = &tokens.cut {
-        observer.event(Event::Note(format!("the prompt is longer than {} tokens; cut off: `{cut}`", settings.length)));
+    let prompt = tokenizer.encode(prompt)?;
+    let count = prompt.ids().len();
+    if prompt.cut() > 0 {
+        let tail = prompt.ids().iter().rev().take(8).rev().copied().collect::<Vec<_>>();
+        let last = tokenizer.decode(&tail)?;
+        let cut = prompt.cut();
+        observer.event(Event::Note(format!(
+            "the prompt has {cut} tokens too many; what stands behind `…{last}` is cut off"
+        )));
     }
-    let real = tokens.real();
-    let bucket = settings.buckets.iter().map(|&b| b as usize).find(|&b| b >= real.len());
-    let bucket = bucket.ok_or_else(|| RunError::Internal(format!("no text program for {} tokens", real.len())))?;
-    observer.event(Event::Note(format!("prompt: {} tokens, text encoder runs {bucket} of {}", real.len(), settings.length)));
+    if count == 1 {
+        observer.event(Event::Note("the prompt is empty; the model is free to show anything".into()));
+    }
+    let bucket = prompt.bucket(settings.buckets.iter().map(|&b| b as usize));
+    let inputs = bucket.and_then(|b| Some((b, prompt.inputs(b, settings.registers as usize)?)));
+    let (bucket, inputs) = inputs.ok_or_else(|| RunError::Internal(format!("no text program for {count} tokens")))?;
+    observer
+        .event(Event::Note(format!("prompt: {count} tokens; the text encoder runs {bucket} of {}", settings.length)));
 
     let program = format!("encode.{bucket}");
-    let pads = bucket - real.len();
-    let ids: Vec<i32> = std::iter::repeat_n(tokenizer.pad_id(), pads).chain(real.iter().copied()).collect();
-    let valid: Vec<f32> = (0..bucket).map(|i| if i < pads { 0.0 } else { 1.0 }).collect();
-    executor.write(&program, "ids", &ids)?;
-    executor.write(&program, "valid", &valid)?;
-    executor.write(&program, "place", &placement(real.len(), bucket, settings))?;
+    executor.write(&program, "ids", &inputs.ids)?;
+    executor.write(&program, "valid", &inputs.valid)?;
+    executor.write(&program, "place", &inputs.place)?;
     executor.run(&program)?;
     let outputs = ["video", "audio"].map(|name| executor.read(&program, name).map(<[f32]>::to_vec));
     let [video, audio] = outputs;
@@ -56,23 +63,4 @@ pub fn encode_prompt(
         video: executor.read("connect", "video_context")?.to_vec(),
         audio: executor.read("connect", "audio_context")?.to_vec(),
     })
-}
-
-/// Which row of (bucket slots, registers) stands at each position of the context: real tokens first, then the register
-/// of the absolute position.
-fn placement(real: usize, bucket: usize, settings: &TextSettings) -> Vec<i32> {
-    let registers = settings.registers as usize;
-    let row = |p: usize| if p < real { bucket - real + p } else { bucket + p % registers };
-    (0..settings.length as usize).map(|p| row(p) as i32).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn real_tokens_come_first_and_registers_count_from_the_absolute_position() {
-        let settings = TextSettings { length: 8, registers: 4, ..TextSettings::default() };
-        assert_eq!(placement(3, 6, &settings), [3, 4, 5, 6 + 3, 6, 6 + 1, 6 + 2, 6 + 3]);
-    }
 }

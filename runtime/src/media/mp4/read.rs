@@ -14,11 +14,7 @@ use crate::media::{MediaError, Rational};
 /// # Errors
 /// [`MediaError::Mp4`] if `bytes` is anything else.
 pub fn read(bytes: &[u8]) -> Result<Movie, MediaError> {
-    let mut file = Cursor {
-        bytes,
-        at: 0,
-        end: bytes.len(),
-    };
+    let mut file = Cursor { bytes, at: 0, end: bytes.len() };
     file.child(b"ftyp")?;
     let mut moov = file.child(b"moov")?;
     let data = file.child(b"mdat")?;
@@ -46,10 +42,7 @@ struct Cursor<'a> {
 
 impl<'a> Cursor<'a> {
     fn error(&self, problem: impl ToString) -> MediaError {
-        MediaError::Mp4 {
-            problem: problem.to_string(),
-            offset: self.at as u64,
-        }
+        MediaError::Mp4 { problem: problem.to_string(), offset: self.at as u64 }
     }
 
     fn take(&mut self, len: usize) -> Result<&'a [u8], MediaError> {
@@ -88,24 +81,11 @@ impl<'a> Cursor<'a> {
     }
 
     fn finish(&self) -> Result<(), MediaError> {
-        if self.at == self.end {
-            Ok(())
-        } else {
-            Err(self.error("unexpected bytes"))
-        }
+        if self.at == self.end { Ok(()) } else { Err(self.error("unexpected bytes")) }
     }
 
-    fn expect<T: PartialEq + std::fmt::Debug>(
-        &self,
-        what: &str,
-        got: T,
-        want: T,
-    ) -> Result<(), MediaError> {
-        if got == want {
-            Ok(())
-        } else {
-            Err(self.error(format!("{what} is {got:?}, {want:?} expected")))
-        }
+    fn expect<T: PartialEq + std::fmt::Debug>(&self, what: &str, got: T, want: T) -> Result<(), MediaError> {
+        if got == want { Ok(()) } else { Err(self.error(format!("{what} is {got:?}, {want:?} expected"))) }
     }
 
     /// The next box, or `None` at the end.
@@ -116,26 +96,13 @@ impl<'a> Cursor<'a> {
         let start = self.at;
         let short = self.u32()?;
         let name: [u8; 4] = self.array()?;
-        let len = if short == 1 {
-            self.u64()?
-        } else {
-            u64::from(short)
-        };
+        let len = if short == 1 { self.u64()? } else { u64::from(short) };
         let header = self.at - start;
-        let body = usize::try_from(len)
-            .ok()
-            .and_then(|len| len.checked_sub(header));
+        let body = usize::try_from(len).ok().and_then(|len| len.checked_sub(header));
         let body = body.ok_or_else(|| self.error("impossible box length"))?;
         let at = self.at;
         self.take(body)?;
-        Ok(Some((
-            name,
-            Self {
-                bytes: self.bytes,
-                at,
-                end: at + body,
-            },
-        )))
+        Ok(Some((name, Self { bytes: self.bytes, at, end: at + body })))
     }
 
     /// The next box, which must be `name`.
@@ -155,12 +122,7 @@ impl<'a> Cursor<'a> {
     }
 }
 
-fn track(
-    trak: &mut Cursor<'_>,
-    file: &[u8],
-    data: Range<usize>,
-    movie: &mut Movie,
-) -> Result<(), MediaError> {
+fn track(trak: &mut Cursor<'_>, file: &[u8], data: Range<usize>, movie: &mut Movie) -> Result<(), MediaError> {
     trak.full(b"tkhd", 0)?;
     let mut edit = None;
     if trak.bytes.get(trak.at + 4..trak.at + 8) == Some(b"edts") {
@@ -195,24 +157,14 @@ fn track(
         (b"soun", Some((audible, priming))) if movie.audio.is_none() => {
             let table = SampleTable::read(&mut stbl, file, data)?;
             stsd.expect("audio duration", table.ticks, u64::from(duration))?;
-            movie.audio = Some(audio(
-                &mut stsd,
-                &table,
-                ticks_per_second,
-                audible,
-                priming,
-            )?);
+            movie.audio = Some(audio(&mut stsd, &table, ticks_per_second, audible, priming)?);
         }
         _ => return Err(trak.error("unknown kind of track")),
     }
     Ok(())
 }
 
-fn video(
-    stsd: &mut Cursor<'_>,
-    table: &SampleTable<'_>,
-    ticks_per_second: u32,
-) -> Result<VideoTrack, MediaError> {
+fn video(stsd: &mut Cursor<'_>, table: &SampleTable<'_>, ticks_per_second: u32) -> Result<VideoTrack, MediaError> {
     let mut avc1 = stsd.child(b"avc1")?;
     avc1.take(24)?;
     let (width, height) = (avc1.u16()?, avc1.u16()?);
@@ -235,12 +187,7 @@ fn video(
     let [(_, ticks_per_frame)] = table.runs[..] else {
         return Err(stsd.error("frames of unequal duration"));
     };
-    let is_sync = |i: usize| {
-        table
-            .sync
-            .as_ref()
-            .is_none_or(|sync| sync.binary_search(&(i as u32 + 1)).is_ok())
-    };
+    let is_sync = |i: usize| table.sync.as_ref().is_none_or(|sync| sync.binary_search(&(i as u32 + 1)).is_ok());
     Ok(VideoTrack {
         width,
         height,
@@ -251,10 +198,7 @@ fn video(
             .samples
             .iter()
             .enumerate()
-            .map(|(i, data)| VideoSample {
-                data: data.to_vec(),
-                is_sync: is_sync(i),
-            })
+            .map(|(i, data)| VideoSample { data: data.to_vec(), is_sync: is_sync(i) })
             .collect(),
     })
 }
@@ -307,8 +251,7 @@ struct SampleTable<'a> {
 
 impl<'a> SampleTable<'a> {
     fn read(stbl: &mut Cursor<'_>, file: &'a [u8], data: Range<usize>) -> Result<Self, MediaError> {
-        let (mut runs, mut sync, mut chunks, mut sizes, mut offsets) =
-            (vec![], None, vec![], vec![], vec![]);
+        let (mut runs, mut sync, mut chunks, mut sizes, mut offsets) = (vec![], None, vec![], vec![], vec![]);
         while let Some((name, mut body)) = stbl.next()? {
             body.take(4)?;
             match &name {
@@ -327,10 +270,7 @@ impl<'a> SampleTable<'a> {
         }
         let counted: u64 = runs.iter().map(|run| u64::from(run.0)).sum();
         stbl.expect("number of timed samples", counted, sizes.len() as u64)?;
-        let ticks = runs
-            .iter()
-            .map(|run| u64::from(run.0) * u64::from(run.1))
-            .fold(0, u64::saturating_add);
+        let ticks = runs.iter().map(|run| u64::from(run.0) * u64::from(run.1)).fold(0, u64::saturating_add);
 
         let mut samples = Vec::with_capacity(sizes.len());
         let mut runs_of_chunks = chunks.iter().peekable();
@@ -341,24 +281,15 @@ impl<'a> SampleTable<'a> {
             }
             let mut at = usize::try_from(*offset).unwrap_or(usize::MAX);
             for _ in 0..per_chunk {
-                let size = *sizes
-                    .get(samples.len())
-                    .ok_or_else(|| stbl.error("chunks hold too many samples"))?;
-                let end = at
-                    .checked_add(size as usize)
-                    .filter(|end| data.start <= at && *end <= data.end);
+                let size = *sizes.get(samples.len()).ok_or_else(|| stbl.error("chunks hold too many samples"))?;
+                let end = at.checked_add(size as usize).filter(|end| data.start <= at && *end <= data.end);
                 let end = end.ok_or_else(|| stbl.error("a sample lies outside of the data"))?;
                 samples.push(&file[at..end]);
                 at = end;
             }
         }
         stbl.expect("number of samples in chunks", samples.len(), sizes.len())?;
-        Ok(Self {
-            runs,
-            ticks,
-            sync,
-            samples,
-        })
+        Ok(Self { runs, ticks, sync, samples })
     }
 }
 

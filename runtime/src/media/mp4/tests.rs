@@ -12,12 +12,7 @@ fn movie(frames: usize, fps: Rational, rate_hz: u32, audible: u64) -> Movie {
             fps,
             sps: vec![0x67, 66, 0xc0, 30, 1, 2],
             pps: vec![0x68, 1],
-            samples: (0..frames)
-                .map(|i| VideoSample {
-                    data: vec![i as u8; 5 + i % 3],
-                    is_sync: i % 4 == 0,
-                })
-                .collect(),
+            samples: (0..frames).map(|i| VideoSample { data: vec![i as u8; 5 + i % 3], is_sync: i % 4 == 0 }).collect(),
         }),
         audio: Some(AudioTrack {
             rate_hz,
@@ -49,43 +44,23 @@ fn check_round_trip(movie: &Movie) {
 
 #[test]
 fn what_is_written_is_read() {
-    check_round_trip(&movie(
-        97,
-        Rational::new(24000, 1001).expect("a rate"),
-        48_000,
-        193_900,
-    ));
+    check_round_trip(&movie(97, Rational::new(24000, 1001).expect("a rate"), 48_000, 193_900));
     check_round_trip(&movie(1, Rational::new(24, 1).expect("a rate"), 24_000, 1));
-    check_round_trip(&movie(
-        9,
-        Rational::new(25, 2).expect("a rate"),
-        44_100,
-        1024,
-    ));
+    check_round_trip(&movie(9, Rational::new(25, 2).expect("a rate"), 44_100, 1024));
 }
 
 #[test]
 fn each_track_can_be_alone() {
     let both = movie(9, Rational::new(24, 1).expect("a rate"), 48_000, 3000);
-    check_round_trip(&Movie {
-        audio: None,
-        ..both.clone()
-    });
-    check_round_trip(&Movie {
-        video: None,
-        tags: Vec::new(),
-        ..both
-    });
+    check_round_trip(&Movie { audio: None, ..both.clone() });
+    check_round_trip(&Movie { video: None, tags: Vec::new(), ..both });
     assert!(plan(&Movie::default(), &SampleSizes::default()).is_err());
 }
 
 #[test]
 fn large_files_get_wide_offsets() {
     let movie = movie(3, Rational::new(1, 1).expect("a rate"), 48_000, 3000);
-    let sizes = |size| SampleSizes {
-        video: vec![size; 3],
-        audio: vec![9; 4],
-    };
+    let sizes = |size| SampleSizes { video: vec![size; 3], audio: vec![9; 4] };
     let has = |header: &Header, name: &[u8]| header.bytes.windows(4).any(|window| window == name);
     let small = plan(&movie, &sizes(1 << 30)).expect("planned");
     assert!(has(&small, b"stco") && !has(&small, b"co64"));
@@ -96,18 +71,8 @@ fn large_files_get_wide_offsets() {
 
 #[test]
 fn moov_precedes_the_data() {
-    let bytes = write(&movie(
-        5,
-        Rational::new(24, 1).expect("a rate"),
-        48_000,
-        3000,
-    ));
-    let at = |name: &[u8]| {
-        bytes
-            .windows(4)
-            .position(|window| window == name)
-            .expect("present")
-    };
+    let bytes = write(&movie(5, Rational::new(24, 1).expect("a rate"), 48_000, 3000));
+    let at = |name: &[u8]| bytes.windows(4).position(|window| window == name).expect("present");
     assert!(at(b"moov") < at(b"mdat"));
 }
 
