@@ -8,6 +8,8 @@
 //! `[o, i, k..]` to `[k.., i, o]`; the compiler turns that into a weight recipe.
 
 mod error;
+pub mod upsampler;
+pub mod video_vae;
 mod weights;
 
 pub use error::ModelError;
