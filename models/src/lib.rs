@@ -12,6 +12,8 @@ pub mod checkpoint;
 mod error;
 pub mod text;
 pub mod transformer;
+pub mod upsampler;
+pub mod video_vae;
 mod weights;
 
 pub use error::ModelError;
