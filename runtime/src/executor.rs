@@ -121,11 +121,17 @@ impl<'a> Executor<'a> {
         Ok(())
     }
 
-    /// Forgets all loaded programs and packed weights; arenas and state stay.
-    pub fn unload_all(&mut self) {
+    /// Forgets all loaded programs, packed weights and values, and gives their memory back.
+    ///
+    /// # Errors
+    /// If the memory cannot be reserved anew.
+    pub fn unload_all(&mut self) -> Result<(), RunError> {
         self.loaded.clear();
         self.packed.clear();
         self.workspace = Vec::new();
+        self.arenas = self.plan.arena_bytes().into_iter().map(Memory::new).collect::<Result<_, _>>()?;
+        self.state = Memory::new(self.plan.state_bytes())?;
+        Ok(())
     }
 
     /// Runs `program`, loading it first if need be.

@@ -8,7 +8,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use ltxc_ir::identity::{FileIdentity, Span};
-use ltxc_ir::plan::{FileTensor, Plan, WeightSource};
+use ltxc_ir::plan::{FileTensor, Plan, TextSettings, WeightSource};
 use ltxc_ir::{DType, TensorType};
 use memmap2::Mmap;
 use safetensors::SafeTensors;
@@ -50,7 +50,7 @@ impl WeightFiles {
     /// # Errors
     /// A file that is not there or has other content.
     pub fn open(plan: &Plan, folders: &[PathBuf], full: bool) -> Result<WeightFiles, RunError> {
-        let candidates = safetensors_below(folders);
+        let candidates = files_below(folders, |p| p.extension().is_some_and(|e| e == "safetensors"));
         let mut files = WeightFiles { sources: Vec::new(), maps: Vec::new() };
         for source in &plan.sources {
             let mut tensors = BTreeMap::new();
@@ -101,22 +101,45 @@ impl WeightFiles {
     }
 }
 
-/// All safetensors files below the folders (or named directly), in a fixed order.
-fn safetensors_below(folders: &[PathBuf]) -> Vec<PathBuf> {
+/// The `tokenizer.json` that a plan was compiled with, below `folders` or beside a file named there.
+///
+/// # Errors
+/// If there is none with the recorded length and hash.
+pub fn find_tokenizer(settings: &TextSettings, folders: &[PathBuf]) -> Result<PathBuf, RunError> {
+    let beside = folders.iter().filter(|f| f.is_file()).filter_map(|f| f.parent());
+    let places: Vec<PathBuf> = folders.iter().cloned().chain(beside.map(Path::to_path_buf)).collect();
+    let (bytes, hash) = settings.tokenizer;
+    for path in files_below(&places, |p| p.file_name().is_some_and(|n| n == "tokenizer.json")) {
+        if std::fs::metadata(&path).map(|m| m.len()).ok() != Some(bytes) {
+            continue;
+        }
+        let content = std::fs::read(&path).map_err(|e| RunError::io(&path, e))?;
+        if *blake3::hash(&content).as_bytes() == hash {
+            return Ok(path);
+        }
+    }
+    Err(RunError::Input(format!(
+        "the tokenizer of the plan (`tokenizer.json` of {bytes} bytes) was not found below {}; name the Gemma folder with `--weights`",
+        folders.iter().map(|f| format!("`{}`", f.display())).collect::<Vec<_>>().join(", ")
+    )))
+}
+
+/// All files below the folders (or named directly) that `wanted` accepts, in a fixed order.
+fn files_below(folders: &[PathBuf], wanted: impl Fn(&Path) -> bool) -> Vec<PathBuf> {
     fn visit(path: &Path, depth: usize, out: &mut Vec<PathBuf>) {
-        if path.is_dir() {
-            let entries = std::fs::read_dir(path).into_iter().flatten().flatten();
-            let mut children: Vec<PathBuf> = entries.map(|e| e.path()).collect();
-            children.sort();
-            if depth > 0 {
-                children.iter().for_each(|c| visit(c, depth - 1, out));
-            }
-        } else if path.extension().is_some_and(|e| e == "safetensors") {
-            out.push(path.into());
+        if !path.is_dir() {
+            return out.push(path.into());
+        }
+        let entries = std::fs::read_dir(path).into_iter().flatten().flatten();
+        let mut children: Vec<PathBuf> = entries.map(|e| e.path()).collect();
+        children.sort();
+        if depth > 0 {
+            children.iter().for_each(|c| visit(c, depth - 1, out));
         }
     }
     let mut out = Vec::new();
     folders.iter().for_each(|f| visit(f, SEARCH_DEPTH, &mut out));
+    out.retain(|p| wanted(p));
     out
 }
 

@@ -239,8 +239,8 @@ pub struct DemoArgs {
     pub output: PathBuf,
 }
 
-/// Parses the command line. Long flags may be written with `_` for `-`, as other tools have them.
-pub fn parse(args: impl IntoIterator<Item = OsString>) -> Cli {
+/// The command line with `-` for `_` in the names of long flags, as other tools write them.
+pub fn with_dashes(args: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
     let with_dashes = args.into_iter().map(|arg| match arg.to_str() {
         Some(text) if text.starts_with("--") => {
             let end = text.find('=').unwrap_or(text.len());
@@ -248,5 +248,5 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Cli {
         }
         _ => arg,
     });
-    Cli::parse_from(with_dashes)
+    with_dashes.collect()
 }

@@ -77,9 +77,10 @@ impl ModelFiles {
         Ok(ModelFiles { model, gemma, upsampler, verify: args.verify })
     }
 
-    /// Folders that hold the files, for a run right after compiling.
-    pub fn folders(&self) -> Vec<PathBuf> {
+    /// Paths of all files, for a run right after compiling.
+    pub fn paths(&self) -> Vec<PathBuf> {
         let mut paths = self.model.paths();
+        paths.extend(self.gemma.tokenizer_path());
         paths.extend(self.gemma.files().iter().map(|f| f.path().to_path_buf()));
         paths.extend(self.upsampler.iter().flat_map(Checkpoint::paths));
         paths

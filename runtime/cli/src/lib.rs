@@ -3,6 +3,10 @@
 pub mod args;
 pub mod assemble;
 pub mod compile;
+pub mod demo;
+pub mod doctor;
 pub mod inspect;
 pub mod job;
 pub mod report;
+pub mod run;
+pub mod synth;

@@ -95,6 +95,17 @@ impl Report {
         }
     }
 
+    /// The command has failed: one sentence, with what caused it.
+    pub fn fail(&mut self, error: &anyhow::Error) {
+        if let Some(Running { bar: Some(bar), .. }) = self.stage.take() {
+            bar.finish_and_clear();
+        }
+        if self.style == Style::Json {
+            println!("{}", json!({"event": "error", "text": format!("{error:#}")}));
+        }
+        eprintln!("error: {error:#}");
+    }
+
     /// The command has written `path`; the path is the last line on standard output.
     pub fn finish(&mut self, path: &std::path::Path, facts: serde_json::Value) {
         self.end();

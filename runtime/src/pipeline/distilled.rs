@@ -64,7 +64,7 @@ pub trait Output {
 /// A request that the plan has no room for, bad numerics, an interruption, or what `output` returns.
 pub fn run(
     executor: &mut Executor<'_>,
-    tokenizer: &Tokenizer,
+    tokenizer: Tokenizer,
     request: &Request<'_>,
     observer: &mut dyn Observer,
     output: &mut dyn Output,
@@ -72,10 +72,11 @@ pub fn run(
     let pipeline = &executor.plan().pipeline;
     check(pipeline, request)?;
     observer.event(Event::Stage { name: "text", steps: 1 });
-    let text = encode_prompt(executor, &pipeline.text, tokenizer, request.prompt, observer)?;
+    let text = encode_prompt(executor, &pipeline.text, &tokenizer, request.prompt, observer)?;
+    drop(tokenizer);
     observer.event(Event::Step { stage: "text", index: 1 });
     // The text encoder is the largest component besides the transformer; neither should wait for the other in memory.
-    executor.unload_all();
+    executor.unload_all()?;
 
     let mut video_latent: Option<Vec<f32>> = None;
     let mut audio_latent: Option<Vec<f32>> = None;
@@ -87,7 +88,7 @@ pub fn run(
         let (video, audio) =
             run_stage(executor, pipeline, stage, request, &text, initial, audio_latent.take(), observer)?;
         (video_latent, audio_latent) = (Some(video), Some(audio));
-        executor.unload_all();
+        executor.unload_all()?;
     }
     let missing = || RunError::Internal("the plan has no stages".into());
     let (video, audio) = (video_latent.ok_or_else(missing)?, audio_latent.ok_or_else(missing)?);
@@ -229,7 +230,7 @@ fn upsample(executor: &mut Executor<'_>, latent: &[f32]) -> Result<Vec<f32>, Run
     executor.write("upsample", "latent", latent)?;
     executor.run("upsample")?;
     let upsampled = executor.read("upsample", "latent")?.to_vec();
-    executor.unload_all();
+    executor.unload_all()?;
     Ok(upsampled)
 }
 
@@ -242,7 +243,8 @@ fn decode(
     observer: &mut dyn Observer,
     output: &mut dyn Output,
 ) -> Result<(), RunError> {
-    let mut chunk = 0;
+    let frame_len = pipeline.video.height as usize * pipeline.video.width as usize * 3;
+    let (mut chunk, mut rgb) = (0, Vec::with_capacity(frame_len));
     let mut sink = |frames: &[f32]| {
         if let Some(problem) = numerical_problem(frames)
             && !request.allow_bad_numerics
@@ -256,11 +258,15 @@ fn decode(
             });
         }
         chunk += 1;
-        let rgb: Vec<f32> = frames.iter().map(|v| ((v + 1.0) * 0.5).clamp(0.0, 1.0)).collect();
-        output.frames(&rgb)
+        for frame in frames.chunks(frame_len) {
+            rgb.clear();
+            rgb.extend(frame.iter().map(|v| ((v + 1.0) * 0.5).clamp(0.0, 1.0)));
+            output.frames(&rgb)?;
+        }
+        Ok(())
     };
     decode_video(executor, pipeline, video, &request.noise, observer, &mut sink)?;
-    executor.unload_all();
+    executor.unload_all()?;
 
     observer.event(Event::Stage { name: "sound", steps: 1 });
     executor.write("decode_audio", "latent", audio)?;
