@@ -9,6 +9,7 @@
 
 pub mod checkpoint;
 mod error;
+pub mod synth;
 mod weights;
 
 pub use error::ModelError;
