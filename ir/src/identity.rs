@@ -143,9 +143,11 @@ fn sample_offset(key: &str, bytes: u64) -> u64 {
 fn slice<'a>(file: &'a [u8], key: &str, offset: u64, bytes: u64) -> Result<&'a [u8], OutsideFile> {
     let end = offset.saturating_add(bytes);
     let range = usize::try_from(offset).ok().zip(usize::try_from(end).ok());
-    range
-        .and_then(|(start, end)| file.get(start..end))
-        .ok_or_else(|| OutsideFile { key: key.into(), end, bytes: file.len() as u64 })
+    range.and_then(|(start, end)| file.get(start..end)).ok_or_else(|| OutsideFile {
+        key: key.into(),
+        end,
+        bytes: file.len() as u64,
+    })
 }
 
 #[cfg(test)]

@@ -88,7 +88,10 @@ fn upsamplers_have_exactly_the_listed_tensors() {
         let upsampler = Checkpoint::open_upsampler(&path).unwrap();
         assert_same(&stored(&upsampler), &shapes(tensors::upsampler(upsampler.config()).unwrap()));
     }
-    assert!(message(Checkpoint::open_upsampler(&path("tiny-ltx2/vae-alt-tiny.safetensors"))).contains("no latent upsampler"));
+    assert!(
+        message(Checkpoint::open_upsampler(&path("tiny-ltx2/vae-alt-tiny.safetensors")))
+            .contains("no latent upsampler")
+    );
 }
 
 #[test]
@@ -156,7 +159,7 @@ fn folders_with_a_choice_ask_for_it() {
     let text = message(Checkpoint::open(&path("tiny-ltx25")));
     assert!(text.contains("3 files of kind VideoVae") && text.contains("name one"), "{text}");
     let text = message(Checkpoint::open(&path("inputs")));
-    assert!(text.contains("inputs") || text.contains("model"), "{text}");
+    assert!(text.contains("neither `model_index.json` nor"), "{text}");
 }
 
 #[test]
@@ -241,7 +244,8 @@ fn files_without_configuration_are_refused_with_a_way_out() {
     assert_eq!(FileKind::of(&WeightFile::open(&lora).unwrap()), FileKind::Adapter);
     assert!(message(Checkpoint::open(&path("tiny-gemma3/model.safetensors"))).contains("no part of an LTX-2 model"));
     assert!(message(Checkpoint::open_files(&ModelFiles::default())).contains("no file"));
-    let files = ModelFiles { video_vae: Some(path("tiny-ltx2/audio-vae-alt-tiny.safetensors")), ..ModelFiles::default() };
+    let files =
+        ModelFiles { video_vae: Some(path("tiny-ltx2/audio-vae-alt-tiny.safetensors")), ..ModelFiles::default() };
     assert!(message(Checkpoint::open_files(&files)).contains("AudioVae"));
 }
 
@@ -307,7 +311,9 @@ fn to_diffusers(key: &str) -> Option<(&'static str, String)> {
     }
     let diffusion = key.strip_prefix("model.diffusion_model.");
     Some(match key.split('.').next()? {
-        _ if diffusion.is_some_and(|k| k.contains("_embeddings_connector")) => ("connectors", replace(diffusion?, &CONNECTORS)),
+        _ if diffusion.is_some_and(|k| k.contains("_embeddings_connector")) => {
+            ("connectors", replace(diffusion?, &CONNECTORS))
+        }
         "text_embedding_projection" => ("connectors", replace(key, &CONNECTORS)),
         "model" => ("transformer", replace(diffusion?, &DIFFUSION)),
         "vae" => {
@@ -383,7 +389,9 @@ fn diffusers_configs(config: &Value) -> Vec<(&'static str, Value)> {
     vocoder["output_sampling_rate"] = v["output_sampling_rate"].clone();
     if let Some(bwe) = v.get("bwe") {
         vocoder.as_object_mut().unwrap().extend(generator(bwe, "bwe_").as_object().unwrap().clone());
-        for (theirs, ours) in [("filter_length", "n_fft"), ("hop_length", "hop_length"), ("num_mel_channels", "num_mels")] {
+        for (theirs, ours) in
+            [("filter_length", "n_fft"), ("hop_length", "hop_length"), ("num_mel_channels", "num_mels")]
+        {
             vocoder[theirs] = bwe[ours].clone();
         }
         vocoder["input_sampling_rate"] = bwe["input_sampling_rate"].clone();
@@ -484,10 +492,8 @@ fn diffusers_folders_are_the_single_file() {
         for section in ["transformer", "vae", "audio_vae", "vocoder"] {
             same_settings(section, &found.config()[section], &expected.config()[section]);
         }
-        assert_same(&shapes(tensors::transformer(&found.config()["transformer"]).unwrap()), &{
-            let all = shapes(tensors::transformer(&expected.config()["transformer"]).unwrap());
-            all
-        });
+        let listed = |c: &Checkpoint| shapes(tensors::transformer(&c.config()["transformer"]).unwrap());
+        assert_same(&listed(&found), &listed(&expected));
     }
 }
 
@@ -504,7 +510,7 @@ fn same_settings(path: &str, found: &Value, expected: &Value) {
             same_settings(&format!("{path}.{key}"), value, other);
         }
     }
-    const NOT_IN_DIFFUSERS: [&str; 12] = [
+    const NOT_IN_DIFFUSERS: [&str; 11] = [
         "attention_type",
         "norm_num_groups",
         "scaling_factor",
@@ -516,7 +522,6 @@ fn same_settings(path: &str, found: &Value, expected: &Value) {
         "max_wav_value",
         "duration",
         "causal_padding",
-        "encoder_blocks",
     ];
     let missing: Vec<_> = e.keys().filter(|k| !f.contains_key(*k) && !NOT_IN_DIFFUSERS.contains(&k.as_str())).collect();
     assert!(missing.is_empty(), "{path}: the folder does not say {missing:?}");
@@ -668,7 +673,6 @@ fn presets_of_real_size_take_no_space() {
         for upsampler in &made.upsamplers {
             Checkpoint::open_upsampler(upsampler).unwrap();
         }
-        // One page of every large tensor: cheap, even for 40 GB.
-        checkpoint.identities(false).unwrap();
+        assert_eq!(checkpoint.identities(false).unwrap(), checkpoint.identities(false).unwrap());
     }
 }

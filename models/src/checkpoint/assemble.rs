@@ -244,7 +244,8 @@ fn split_files(folder: &Path) -> Result<ModelFiles, ModelError> {
         [one] => Ok(Some(one.clone())),
         several => {
             let names: Vec<String> = several.iter().map(|p| format!("`{}`", p.display())).collect();
-            let problem = format!("holds {} files of kind {kind:?}: {}; name one of them", several.len(), names.join(", "));
+            let problem =
+                format!("holds {} files of kind {kind:?}: {}; name one of them", several.len(), names.join(", "));
             Err(ModelError::file(folder, problem))
         }
     };
@@ -273,12 +274,18 @@ fn without_config(path: &Path) -> ModelError {
 
 fn twice(path: &Path, key: &str) -> ModelError {
     let key = super::header::clip(key);
-    ModelError::file(path, format!("has `{key}` twice, under two spellings or in two files; use the files as published"))
+    ModelError::file(
+        path,
+        format!("has `{key}` twice, under two spellings or in two files; use the files as published"),
+    )
 }
 
 fn not_a_model(part: &Part) -> ModelError {
     let kind = part.files.first().map_or(FileKind::Other, FileKind::of);
     let first = part.files.iter().flat_map(|f| &f.header().tensors).next().map_or("none", |t| t.key.as_str());
-    let problem = format!("is no part of an LTX-2 model (kind {kind:?}, first key `{}`); name a model file", super::header::clip(first));
+    let problem = format!(
+        "is no part of an LTX-2 model (kind {kind:?}, first key `{}`); name a model file",
+        super::header::clip(first)
+    );
     ModelError::file(&part.path, problem)
 }

@@ -72,7 +72,8 @@ pub(super) fn parts(root: &Path) -> Result<Vec<Part>, ModelError> {
             parts.push(component_part(&folder, component)?);
         }
     }
-    let Some(transformer) = parts.iter().position(|p| p.entries.iter().any(|e| e.component == Component::Transformer)) else {
+    let Some(transformer) = parts.iter().position(|p| p.entries.iter().any(|e| e.component == Component::Transformer))
+    else {
         return Err(ModelError::file(root, "has no `transformer` folder with weights; download the whole folder"));
     };
     join_connector_config(&mut parts, transformer);
@@ -97,7 +98,11 @@ fn component_part(folder: &Path, component: Component) -> Result<Part, ModelErro
     let mut part = Part { path: folder.into(), model_version: version(&config), ..Part::default() };
     for (f, file) in files.iter().enumerate() {
         for (t, tensor) in file.header().tensors.iter().enumerate() {
-            let key = if is_official { with_prefix(&tensor.key, component) } else { official(&tensor.key, component, blocks) };
+            let key = if is_official {
+                with_prefix(&tensor.key, component)
+            } else {
+                official(&tensor.key, component, blocks)
+            };
             match layout::canonical(&key, None) {
                 Some((component, key)) => part.entries.push(Entry { file: f, tensor: t, component, key }),
                 None => part.ignored.push((f, tensor.key.clone())),
@@ -198,7 +203,9 @@ fn has_official_keys(file: &WeightFile, component: Component) -> bool {
 
 /// An official key with the prefix of its component, which FastVideo leaves out.
 fn with_prefix(key: &str, component: Component) -> String {
-    if layout::canonical(key, None).is_some() && !(component == Component::Vocoder && !key.starts_with("vocoder.vocoder.")) {
+    if layout::canonical(key, None).is_some()
+        && !(component == Component::Vocoder && !key.starts_with("vocoder.vocoder."))
+    {
         return key.into();
     }
     format!("{}{key}", prefix(component))
@@ -260,10 +267,14 @@ fn video_vae_key(key: &str, blocks: usize) -> String {
     let number = |s: &str| s.parse::<usize>().ok().filter(|&n| n < 1 << 16);
     let (side, index, rest) = match segments.as_slice() {
         ["encoder", "mid_block", rest @ ..] => ("encoder.down_blocks", Some(2 * blocks), rest),
-        ["encoder", "down_blocks", i, "downsamplers", "0", rest @ ..] => ("encoder.down_blocks", number(i).map(|i| 2 * i + 1), rest),
+        ["encoder", "down_blocks", i, "downsamplers", "0", rest @ ..] => {
+            ("encoder.down_blocks", number(i).map(|i| 2 * i + 1), rest)
+        }
         ["encoder", "down_blocks", i, rest @ ..] => ("encoder.down_blocks", number(i).map(|i| 2 * i), rest),
         ["decoder", "mid_block", rest @ ..] => ("decoder.up_blocks", Some(0), rest),
-        ["decoder", "up_blocks", i, "upsamplers", "0", rest @ ..] => ("decoder.up_blocks", number(i).map(|i| 2 * i + 1), rest),
+        ["decoder", "up_blocks", i, "upsamplers", "0", rest @ ..] => {
+            ("decoder.up_blocks", number(i).map(|i| 2 * i + 1), rest)
+        }
         ["decoder", "up_blocks", i, rest @ ..] => ("decoder.up_blocks", number(i).map(|i| 2 * i + 2), rest),
         ["decoder", "time_embedder", rest @ ..] => return format!("decoder.last_time_embedder.{}", rest.join(".")),
         ["decoder", "scale_shift_table"] => return "decoder.last_scale_shift_table".into(),
@@ -290,7 +301,11 @@ mod tests {
         let d = "model.diffusion_model.";
         check(Transformer, "proj_in.weight", &format!("{d}patchify_proj.weight"));
         check(Transformer, "time_embed.linear.bias", &format!("{d}adaln_single.linear.bias"));
-        check(Transformer, "transformer_blocks.3.attn1.norm_q.weight", &format!("{d}transformer_blocks.3.attn1.q_norm.weight"));
+        check(
+            Transformer,
+            "transformer_blocks.3.attn1.norm_q.weight",
+            &format!("{d}transformer_blocks.3.attn1.q_norm.weight"),
+        );
         check(
             Transformer,
             "transformer_blocks.3.video_a2v_cross_attn_scale_shift_table",
@@ -303,11 +318,27 @@ mod tests {
             &format!("{d}audio_embeddings_connector.transformer_1d_blocks.1.attn1.k_norm.weight"),
         );
         check(VideoVae, "latents_mean", "vae.per_channel_statistics.mean-of-means");
-        check(VideoVae, "encoder.mid_block.resnets.1.conv1.conv.bias", "vae.encoder.down_blocks.8.res_blocks.1.conv1.conv.bias");
-        check(VideoVae, "encoder.down_blocks.2.downsamplers.0.conv.conv.bias", "vae.encoder.down_blocks.5.conv.conv.bias");
-        check(VideoVae, "decoder.mid_block.resnets.0.conv2.conv.bias", "vae.decoder.up_blocks.0.res_blocks.0.conv2.conv.bias");
+        check(
+            VideoVae,
+            "encoder.mid_block.resnets.1.conv1.conv.bias",
+            "vae.encoder.down_blocks.8.res_blocks.1.conv1.conv.bias",
+        );
+        check(
+            VideoVae,
+            "encoder.down_blocks.2.downsamplers.0.conv.conv.bias",
+            "vae.encoder.down_blocks.5.conv.conv.bias",
+        );
+        check(
+            VideoVae,
+            "decoder.mid_block.resnets.0.conv2.conv.bias",
+            "vae.decoder.up_blocks.0.res_blocks.0.conv2.conv.bias",
+        );
         check(VideoVae, "decoder.up_blocks.0.upsamplers.0.conv.conv.bias", "vae.decoder.up_blocks.1.conv.conv.bias");
-        check(VideoVae, "decoder.up_blocks.2.resnets.4.conv1.conv.bias", "vae.decoder.up_blocks.6.res_blocks.4.conv1.conv.bias");
+        check(
+            VideoVae,
+            "decoder.up_blocks.2.resnets.4.conv1.conv.bias",
+            "vae.decoder.up_blocks.6.res_blocks.4.conv1.conv.bias",
+        );
         check(AudioVae, "latents_std", "audio_vae.per_channel_statistics.std-of-means");
         check(AudioVae, "decoder.up.1.upsample.conv.conv.bias", "audio_vae.decoder.up.1.upsample.conv.conv.bias");
         check(Vocoder, "upsamplers.0.bias", "vocoder.ups.0.bias");

@@ -168,7 +168,10 @@ pub(super) fn video_vae(from: &Object) -> Result<Value, ModelError> {
     fixed(from, "_class_name", json!("AutoencoderKLLTX2Video"))?;
     fixed(from, "patch_size_t", json!(1))?;
     fixed(from, "encoder_causal", json!(true))?;
-    let latent = value(from, "latent_channels")?.as_u64().filter(|&c| c > 0).ok_or_else(|| wrong("latent_channels", "a count"))?;
+    let latent = value(from, "latent_channels")?
+        .as_u64()
+        .filter(|&c| c > 0)
+        .ok_or_else(|| wrong("latent_channels", "a count"))?;
 
     let widths = counts(from, "block_out_channels", None)?;
     let layers = counts(from, "layers_per_block", Some(widths.len() + 1))?;
@@ -177,7 +180,8 @@ pub(super) fn video_vae(from: &Object) -> Result<Value, ModelError> {
     let mut width = latent;
     for ((&layers, kind), &next) in layers.iter().zip(kinds).zip(&widths) {
         let multiplier = next.checked_div(width).filter(|&m| m > 0 && m.checked_mul(width) == Some(next));
-        let multiplier = multiplier.ok_or_else(|| wrong("block_out_channels", "widths that are multiples of the one before"))?;
+        let multiplier =
+            multiplier.ok_or_else(|| wrong("block_out_channels", "widths that are multiples of the one before"))?;
         encoder.push(json!(["res_x", { "num_layers": layers }]));
         encoder.push(json!([format!("{}_res", sampler(kind, "downsample_type")?), { "multiplier": multiplier }]));
         width = next;

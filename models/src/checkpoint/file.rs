@@ -79,11 +79,23 @@ impl WeightFile {
     /// # Errors
     /// If the file changed since it was opened.
     pub fn identity(&self, full: bool) -> Result<FileIdentity, ModelError> {
+        // Reading ahead of a sample would read most of the file.
+        self.read_ahead(false);
         let spans: Vec<Span<'_>> = self.header.tensors.iter().map(StoredTensor::span).collect();
-        let identity = FileIdentity::of(&self.map, self.header.data_start, &spans)
-            .map_err(|e| ModelError::file(&self.path, format!("header does not describe the file: {e}; open it again")))?;
+        let identity = FileIdentity::of(&self.map, self.header.data_start, &spans).map_err(|e| {
+            ModelError::file(&self.path, format!("header does not describe the file: {e}; open it again"))
+        })?;
+        self.read_ahead(true);
         let identity = if full { identity.with_full_hash(&self.map) } else { identity };
         Ok(FileIdentity { sha256: cached_sha256(&self.path), ..identity })
+    }
+
+    /// Tells the system whether to read more than it is asked for. It may refuse, which costs time and nothing else.
+    fn read_ahead(&self, wanted: bool) {
+        #[cfg(unix)]
+        let _ = self.map.advise(if wanted { memmap2::Advice::Normal } else { memmap2::Advice::Random });
+        #[cfg(not(unix))]
+        let _ = wanted;
     }
 }
 
@@ -118,7 +130,10 @@ fn cached_sha256(path: &Path) -> Option<[u8; 32]> {
 pub(super) fn read_side_file(path: &Path) -> Result<Vec<u8>, ModelError> {
     let bytes = std::fs::metadata(path).map_err(ModelError::io(path, "read"))?.len();
     if bytes > MAX_SIDE_FILE {
-        return Err(ModelError::file(path, format!("has {bytes} bytes, expected at most {MAX_SIDE_FILE}; check the folder")));
+        return Err(ModelError::file(
+            path,
+            format!("has {bytes} bytes, expected at most {MAX_SIDE_FILE}; check the folder"),
+        ));
     }
     std::fs::read(path).map_err(ModelError::io(path, "read"))
 }
@@ -129,7 +144,8 @@ pub(super) fn read_side_file(path: &Path) -> Result<Vec<u8>, ModelError> {
 /// If it cannot be read or is no JSON.
 pub(super) fn read_json(path: &Path) -> Result<Value, ModelError> {
     let bytes = read_side_file(path)?;
-    serde_json::from_slice(&bytes).map_err(|e| ModelError::file(path, format!("is not valid JSON: {e}; download it again")))
+    serde_json::from_slice(&bytes)
+        .map_err(|e| ModelError::file(path, format!("is not valid JSON: {e}; download it again")))
 }
 
 /// The safetensors files directly in `folder`, sorted. `stem` is what their names start with.
@@ -152,7 +168,10 @@ pub(super) fn shards(folder: &Path, stem: &str) -> Result<Vec<PathBuf>, ModelErr
     let mut files: Vec<PathBuf> = Vec::new();
     for value in map.values() {
         let Some(file) = value.as_str().filter(|f| is_plain_name(f)) else {
-            return Err(ModelError::file(index, format!("names the shard {value}, expected a file name; download it again")));
+            return Err(ModelError::file(
+                index,
+                format!("names the shard {value}, expected a file name; download it again"),
+            ));
         };
         files.push(folder.join(file));
     }
@@ -160,7 +179,8 @@ pub(super) fn shards(folder: &Path, stem: &str) -> Result<Vec<PathBuf>, ModelErr
     files.dedup();
     match files.iter().find(|f| !f.is_file()) {
         Some(missing) => {
-            let problem = format!("names the shard `{}`, which is not there; download the missing shard", name(missing));
+            let problem =
+                format!("names the shard `{}`, which is not there; download the missing shard", name(missing));
             Err(ModelError::file(index, problem))
         }
         None => Ok(files),
@@ -170,7 +190,8 @@ pub(super) fn shards(folder: &Path, stem: &str) -> Result<Vec<PathBuf>, ModelErr
 /// Entries of a folder, sorted by name.
 pub(super) fn list(folder: &Path) -> Result<Vec<PathBuf>, ModelError> {
     let entries = std::fs::read_dir(folder).map_err(ModelError::io(folder, "list"))?;
-    let mut paths = entries.map(|e| e.map(|e| e.path())).collect::<Result<Vec<_>, _>>().map_err(ModelError::io(folder, "list"))?;
+    let mut paths =
+        entries.map(|e| e.map(|e| e.path())).collect::<Result<Vec<_>, _>>().map_err(ModelError::io(folder, "list"))?;
     paths.sort();
     Ok(paths)
 }

@@ -56,7 +56,8 @@ impl GemmaFolder {
         if !path.is_dir() {
             let file = WeightFile::open(path)?;
             let Some(config) = file.metadata().gemma_config.clone() else {
-                let problem = "has no `gemma_config` in its metadata; name the folder that has `config.json` and the tokenizer";
+                let problem =
+                    "has no `gemma_config` in its metadata; name the folder that has `config.json` and the tokenizer";
                 return Err(ModelError::file(path, problem));
             };
             return GemmaFolder::new(path, config, Tokenizer::Bundled, vec![file]);
@@ -79,20 +80,28 @@ impl GemmaFolder {
         GemmaFolder::new(folder, config, Tokenizer::Folder(tokenizer), files)
     }
 
-    fn new(path: &Path, config: Value, tokenizer: Tokenizer, files: Vec<WeightFile>) -> Result<GemmaFolder, ModelError> {
+    fn new(
+        path: &Path,
+        config: Value,
+        tokenizer: Tokenizer,
+        files: Vec<WeightFile>,
+    ) -> Result<GemmaFolder, ModelError> {
         let family = family(path, &config)?;
         let mut tensors = BTreeMap::new();
         for (f, file) in files.iter().enumerate() {
             for (t, tensor) in file.header().tensors.iter().enumerate() {
                 if tensors.insert(canonical(&tensor.key), (f, t)).is_some() {
                     let key = super::header::clip(&tensor.key);
-                    let problem = format!("has `{key}` twice, under two spellings or in two files; keep one set of weights in it");
+                    let problem = format!(
+                        "has `{key}` twice, under two spellings or in two files; keep one set of weights in it"
+                    );
                     return Err(ModelError::file(path, problem));
                 }
             }
         }
         if !tensors.contains_key("language_model.model.embed_tokens.weight") {
-            let problem = "has no `embed_tokens.weight`, so it is no language model; name the folder of the Gemma model";
+            let problem =
+                "has no `embed_tokens.weight`, so it is no language model; name the folder of the Gemma model";
             return Err(ModelError::file(path, problem));
         }
         Ok(GemmaFolder { path: path.into(), config, family, tokenizer, files, tensors })
@@ -166,7 +175,9 @@ impl GemmaFolder {
     /// If there is none, or it is no JSON.
     pub fn tokenizer_config(&self) -> Result<Value, ModelError> {
         let bytes = self.side_file("tokenizer_config.json", "hf_asset__tokenizer_config.json")?;
-        let problem = |e| ModelError::file(&self.path, format!("`tokenizer_config.json` is not valid JSON: {e}; download it again"));
+        let problem = |e| {
+            ModelError::file(&self.path, format!("`tokenizer_config.json` is not valid JSON: {e}; download it again"))
+        };
         serde_json::from_slice(&bytes).map_err(problem)
     }
 
@@ -179,7 +190,8 @@ impl GemmaFolder {
                     let as_tensor = f.header().tensor(bundled).map(|t| f.data(t));
                     as_tensor.or_else(|| f.header().metadata.get(bundled).map(String::as_bytes))
                 });
-                let missing = || ModelError::file(&self.path, format!("bundles no `{name}`; use the file as published"));
+                let missing =
+                    || ModelError::file(&self.path, format!("bundles no `{name}`; use the file as published"));
                 found.map(Cow::Borrowed).ok_or_else(missing)
             }
         }
@@ -197,8 +209,12 @@ impl GemmaFolder {
         if let Some(needed) = checkpoint.gemma_version() {
             return match own {
                 Some(own) if own == needed => Ok(None),
-                Some(own) => wrong(format!("is the text encoder `{own}`, but the transformer needs `{needed}`; name that one")),
-                None => wrong(format!("does not say which text encoder it is, but the transformer needs `{needed}`; name that one")),
+                Some(own) => {
+                    wrong(format!("is the text encoder `{own}`, but the transformer needs `{needed}`; name that one"))
+                }
+                None => wrong(format!(
+                    "does not say which text encoder it is, but the transformer needs `{needed}`; name that one"
+                )),
             };
         }
         if checkpoint.version().at_least(2, 4) {
@@ -234,7 +250,10 @@ impl TensorDirectory for GemmaFolder {
 
 fn family(path: &Path, config: &Value) -> Result<GemmaFamily, ModelError> {
     let Some(kind) = config.get("model_type").and_then(Value::as_str) else {
-        return Err(ModelError::file(path, "its configuration has no `model_type`; name the folder of the Gemma model"));
+        return Err(ModelError::file(
+            path,
+            "its configuration has no `model_type`; name the folder of the Gemma model",
+        ));
     };
     match kind {
         "gemma3" | "gemma3_text" => Ok(GemmaFamily::Gemma3),

@@ -117,7 +117,8 @@ impl Header {
     pub fn parse(file: &[u8]) -> Result<Header, String> {
         let json = json_bytes(file)?;
         let data_start = LENGTH_FIELD + json.len() as u64;
-        let raw: RawHeader = serde_json::from_slice(json).map_err(|e| format!("header is not valid: {e}; {DAMAGED}"))?;
+        let raw: RawHeader =
+            serde_json::from_slice(json).map_err(|e| format!("header is not valid: {e}; {DAMAGED}"))?;
         let data_bytes = file.len() as u64 - data_start;
         let mut tensors = Vec::with_capacity(raw.tensors.len());
         for (key, entry) in raw.tensors {
@@ -233,7 +234,10 @@ fn check_cover(tensors: &[StoredTensor], data_start: u64, file_bytes: u64) -> Re
         at += tensor.bytes;
     }
     if at != file_bytes {
-        return Err(format!("file has {file_bytes} bytes, expected {at}: {} belong to no tensor; {DAMAGED}", file_bytes - at));
+        return Err(format!(
+            "file has {file_bytes} bytes, expected {at}: {} belong to no tensor; {DAMAGED}",
+            file_bytes - at
+        ));
     }
     Ok(())
 }
@@ -241,7 +245,11 @@ fn check_cover(tensors: &[StoredTensor], data_start: u64, file_bytes: u64) -> Re
 /// A key for a message, shortened if hostile.
 pub(crate) fn clip(text: &str) -> String {
     const MOST: usize = 120;
-    if text.chars().count() <= MOST { text.into() } else { format!("{}…", text.chars().take(MOST).collect::<String>()) }
+    if text.chars().count() <= MOST {
+        text.into()
+    } else {
+        format!("{}…", text.chars().take(MOST).collect::<String>())
+    }
 }
 
 #[derive(Deserialize)]
@@ -343,9 +351,8 @@ mod tests {
 
     #[test]
     fn reads_tensors_in_the_order_of_their_data() {
-        let json = format!(
-            r#"{{"z":{{"dtype":"I64","shape":[],"data_offsets":[12,20]}},"__metadata__":{{"k":"v"}},{A}}}   "#
-        );
+        let json =
+            format!(r#"{{"z":{{"dtype":"I64","shape":[],"data_offsets":[12,20]}},"__metadata__":{{"k":"v"}},{A}}}   "#);
         let header = Header::parse(&file(&json, 20)).unwrap();
         assert_eq!(header.metadata["k"], "v");
         assert_eq!(header.tensors[0].ty(), Some(TensorType::new(DType::BF16, [2, 3])));
@@ -385,8 +392,14 @@ mod tests {
 
     #[test]
     fn refuses_sizes_that_overflow() {
-        for shape in ["[18446744073709551615,18446744073709551615]", "[4294967296,4294967296]", "[0,9223372036854775807,4]"] {
-            refuses(&format!(r#"{{"a":{{"dtype":"F32","shape":{shape},"data_offsets":[0,0]}}}}"#), 0, &["`a`", "no file"]);
+        for shape in
+            ["[18446744073709551615,18446744073709551615]", "[4294967296,4294967296]", "[0,9223372036854775807,4]"]
+        {
+            refuses(
+                &format!(r#"{{"a":{{"dtype":"F32","shape":{shape},"data_offsets":[0,0]}}}}"#),
+                0,
+                &["`a`", "no file"],
+            );
         }
         let deep = format!(r#"{{"a":{{"dtype":"F32","shape":[{}1],"data_offsets":[0,4]}}}}"#, "1,".repeat(99));
         refuses(&deep, 4, &["100 axes"]);

@@ -71,7 +71,8 @@ impl HubName {
     /// If the repository, the revision or the file is not there.
     pub fn find(&self, cache: &Path) -> Result<PathBuf, ModelError> {
         let folder = cache.join(format!("models--{}", self.repository.replace('/', "--")));
-        let what = [Some(self.repository.as_str()), self.file.as_deref()].into_iter().flatten().collect::<Vec<_>>().join(" ");
+        let what =
+            [Some(self.repository.as_str()), self.file.as_deref()].into_iter().flatten().collect::<Vec<_>>().join(" ");
         let missing = |problem: &str| ModelError::file(&folder, format!("{problem}; get it with `hf download {what}`"));
         if !folder.is_dir() {
             return Err(missing(&format!("`{}` is not in the local cache", self.repository)));

@@ -105,7 +105,9 @@ pub(super) fn bare_component(file: &WeightFile) -> Option<Component> {
     let header = file.header();
     if header.has_prefix("adaln_single.") {
         Some(Component::Transformer)
-    } else if (header.has_prefix("encoder.") || header.has_prefix("decoder.")) && file.metadata().section("vae").is_some() {
+    } else if (header.has_prefix("encoder.") || header.has_prefix("decoder."))
+        && file.metadata().section("vae").is_some()
+    {
         Some(Component::VideoVae)
     } else {
         None

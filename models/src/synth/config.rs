@@ -212,7 +212,14 @@ pub(super) enum Upscale {
 }
 
 /// `config.json` of a Gemma 3. `heads` are query heads, key-value heads and their width.
-pub(super) fn gemma3(hidden: usize, inner: usize, layers: usize, heads: [usize; 3], window: usize, vocabulary: usize) -> Value {
+pub(super) fn gemma3(
+    hidden: usize,
+    inner: usize,
+    layers: usize,
+    heads: [usize; 3],
+    window: usize,
+    vocabulary: usize,
+) -> Value {
     let [query, key_value, head_dim] = heads;
     json!({
         "architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "torch_dtype": "bfloat16",

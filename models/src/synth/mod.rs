@@ -283,7 +283,8 @@ mod tests {
 
     #[test]
     fn bad_configurations_are_errors() {
-        for (key, value) in [("num_layers", json!(1e18)), ("attention_head_dim", json!(-1)), ("num_layers", json!("3"))] {
+        for (key, value) in [("num_layers", json!(1e18)), ("attention_head_dim", json!(-1)), ("num_layers", json!("3"))]
+        {
             let mut config = ltx2().config;
             config["transformer"][key] = value;
             assert!(tensors::model(&config, 49).is_err(), "{key}");

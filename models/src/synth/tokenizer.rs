@@ -47,7 +47,8 @@ pub struct Tokenizer {
 
 /// Makes the tokenizer. Always the same one.
 pub fn tokenizer() -> Tokenizer {
-    let mut vocabulary: Vec<String> = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "[multimodal]"].map(String::from).to_vec();
+    let mut vocabulary: Vec<String> =
+        ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "[multimodal]"].map(String::from).to_vec();
     vocabulary.extend((0..99).map(|i| format!("<unused{i}>")));
     vocabulary.extend(["<start_of_turn>", "<end_of_turn>"].map(String::from));
     vocabulary.extend((0..=255).map(|byte| format!("<0x{byte:02X}>")));

@@ -58,7 +58,9 @@ impl Kind {
         let leaf = key.rsplit('.').next().unwrap_or(key);
         match leaf {
             "std-of-means" => return Kind::AboutOne,
-            "mean-of-means" | "alpha" | "beta" | "per_channel_scale1" | "per_channel_scale2" => return Kind::Centred(0.3),
+            "mean-of-means" | "alpha" | "beta" | "per_channel_scale1" | "per_channel_scale2" => {
+                return Kind::Centred(0.3);
+            }
             "mean-of-stds" | "mean-of-stds_over_std-of-means" => return Kind::Constant(1.0),
             "channel" => return Kind::Index,
             "kernel" => return Kind::Blur,
@@ -120,7 +122,11 @@ mod tests {
     fn matrices_keep_the_scale() {
         check_deviation("model.diffusion_model.transformer_blocks.0.attn1.to_v.weight", &[64, 100], 0.1);
         check_deviation("model.diffusion_model.transformer_blocks.0.attn1.to_q.weight", &[64, 100], 0.14);
-        check_deviation("vae.decoder.up_blocks.0.res_blocks.0.conv2.conv.weight", &[16, 4, 3, 3, 3], 0.9 / 108f32.sqrt());
+        check_deviation(
+            "vae.decoder.up_blocks.0.res_blocks.0.conv2.conv.weight",
+            &[16, 4, 3, 3, 3],
+            0.9 / 108f32.sqrt(),
+        );
         check_deviation("vocoder.ups.0.weight", &[25, 16, 12], 0.1);
         check_deviation("language_model.model.embed_tokens.weight", &[100, 64], 0.125);
     }

@@ -28,7 +28,12 @@ const ELEMENT: u64 = 2;
 ///
 /// # Errors
 /// If the folder cannot be written.
-pub(super) fn write(path: &Path, metadata: &[(&str, String)], tensors: &[TensorSpec], data: Data) -> Result<(), ModelError> {
+pub(super) fn write(
+    path: &Path,
+    metadata: &[(&str, String)],
+    tensors: &[TensorSpec],
+    data: Data,
+) -> Result<(), ModelError> {
     let mut tensors: Vec<&TensorSpec> = tensors.iter().collect();
     tensors.sort();
     let (header, data_bytes) = header(path, metadata, &tensors)?;

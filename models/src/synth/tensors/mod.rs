@@ -67,7 +67,8 @@ pub fn transformer(config: &Value) -> Result<Vec<TensorSpec>, ModelError> {
 
     let mut list = List::below("model.diffusion_model.");
     let (input, output) = (read.count_or("in_channels", 128)?, read.count_or("out_channels", 128)?);
-    let (audio_input, audio_output) = (read.count_or("audio_in_channels", 128)?, read.count_or("audio_out_channels", 128)?);
+    let (audio_input, audio_output) =
+        (read.count_or("audio_in_channels", 128)?, read.count_or("audio_out_channels", 128)?);
     let streams = [("", width, input, output), ("audio_", audio_inner, audio_input, audio_output)];
     for (side, width, input, output) in streams {
         list.linear(&format!("{side}patchify_proj"), width, input, true);

@@ -169,7 +169,8 @@ fn decoder(read: &Fields<'_>, list: &mut List, latent: usize) -> Result<(), Mode
             }
             "attn" => attention(&mut list, width),
             name => {
-                let Some(stride) = stride(name).filter(|_| ["compress_time", "compress_space", "compress_all"].contains(&name))
+                let Some(stride) =
+                    stride(name).filter(|_| ["compress_time", "compress_space", "compress_all"].contains(&name))
                 else {
                     return Err(read.problem("decoder_blocks", &format!("has the unknown block `{name}`")));
                 };
