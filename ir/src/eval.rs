@@ -293,6 +293,9 @@ pub enum EvalError {
 /// Where the evaluator finds weights: called with source, complete key and type.
 pub type WeightLookup<'a> = dyn Fn(&str, &str, &TensorType) -> Option<Tensor> + 'a;
 
+/// What looks at named values: called with the full name path and the value.
+pub type Tap<'a> = dyn Fn(&str, &Tensor) + 'a;
+
 /// Runs functions of a module. See the module documentation.
 pub struct Evaluator<'a> {
     module: &'a Module,
@@ -301,7 +304,7 @@ pub struct Evaluator<'a> {
     prefix: std::cell::RefCell<String>,
     missing: std::cell::RefCell<Option<EvalError>>,
     /// Called with the full name path and value of every named value.
-    tap: Option<&'a dyn Fn(&str, &Tensor)>,
+    tap: Option<&'a Tap<'a>>,
 }
 
 impl<'a> Evaluator<'a> {
@@ -324,7 +327,7 @@ impl<'a> Evaluator<'a> {
     }
 
     /// Shows every named value to `tap`, with its full name path.
-    pub fn tap(mut self, tap: &'a dyn Fn(&str, &Tensor)) -> Evaluator<'a> {
+    pub fn tap(mut self, tap: &'a Tap<'a>) -> Evaluator<'a> {
         self.tap = Some(tap);
         self
     }

@@ -25,7 +25,10 @@ pub mod graph;
 pub mod identity;
 pub mod ops;
 pub mod plan;
+pub mod text;
+pub mod tiling;
 pub mod types;
+pub mod verify;
 
 pub use builder::{BuildError, Builder};
 pub use graph::{Function, FunctionResult, Module, Node, Param, Rate, ValueId, ValueInfo};

@@ -215,7 +215,7 @@ impl OpDef for GroupNorm {
     fn infer(&self, args: &[&TensorType]) -> Result<TensorType, String> {
         expect_args(args, 3)?;
         let x = args[0];
-        if x.rank() < 2 || self.groups == 0 || x.shape[x.rank() - 1] % self.groups != 0 || x.elements() == 0 {
+        if x.rank() < 2 || self.groups == 0 || !x.shape[x.rank() - 1].is_multiple_of(self.groups) || x.elements() == 0 {
             return Err(format!("{x} cannot be split into {} groups of channels", self.groups));
         }
         infer_row_norm(args)
@@ -265,7 +265,7 @@ impl OpDef for Rope {
     fn infer(&self, args: &[&TensorType]) -> Result<TensorType, String> {
         expect_args(args, 3)?;
         let x = args[0];
-        if x.rank() != 4 || x.shape[3] % 2 != 0 {
+        if x.rank() != 4 || !x.shape[3].is_multiple_of(2) {
             return Err(format!("{x} is not [b, t, n, even d]"));
         }
         let half = [x.shape[0], x.shape[1], x.shape[2], x.shape[3] / 2];

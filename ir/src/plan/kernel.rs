@@ -230,3 +230,10 @@ pub enum InPlace {
     /// The result may lie on any operand.
     Any,
 }
+
+impl InPlace {
+    /// Whether the result may lie on operand `index`.
+    pub fn allows(self, index: usize) -> bool {
+        self == InPlace::Any || (self == InPlace::First && index == 0)
+    }
+}
