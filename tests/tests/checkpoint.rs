@@ -159,7 +159,7 @@ fn folders_with_a_choice_ask_for_it() {
     let text = message(Checkpoint::open(&path("tiny-ltx25")));
     assert!(text.contains("3 files of kind VideoVae") && text.contains("name one"), "{text}");
     let text = message(Checkpoint::open(&path("inputs")));
-    assert!(text.contains("inputs") || text.contains("model"), "{text}");
+    assert!(text.contains("neither `model_index.json` nor"), "{text}");
 }
 
 #[test]
@@ -492,10 +492,8 @@ fn diffusers_folders_are_the_single_file() {
         for section in ["transformer", "vae", "audio_vae", "vocoder"] {
             same_settings(section, &found.config()[section], &expected.config()[section]);
         }
-        assert_same(&shapes(tensors::transformer(&found.config()["transformer"]).unwrap()), &{
-            let all = shapes(tensors::transformer(&expected.config()["transformer"]).unwrap());
-            all
-        });
+        let listed = |c: &Checkpoint| shapes(tensors::transformer(&c.config()["transformer"]).unwrap());
+        assert_same(&listed(&found), &listed(&expected));
     }
 }
 
@@ -512,7 +510,7 @@ fn same_settings(path: &str, found: &Value, expected: &Value) {
             same_settings(&format!("{path}.{key}"), value, other);
         }
     }
-    const NOT_IN_DIFFUSERS: [&str; 12] = [
+    const NOT_IN_DIFFUSERS: [&str; 11] = [
         "attention_type",
         "norm_num_groups",
         "scaling_factor",
@@ -524,7 +522,6 @@ fn same_settings(path: &str, found: &Value, expected: &Value) {
         "max_wav_value",
         "duration",
         "causal_padding",
-        "encoder_blocks",
     ];
     let missing: Vec<_> = e.keys().filter(|k| !f.contains_key(*k) && !NOT_IN_DIFFUSERS.contains(&k.as_str())).collect();
     assert!(missing.is_empty(), "{path}: the folder does not say {missing:?}");
@@ -676,7 +673,6 @@ fn presets_of_real_size_take_no_space() {
         for upsampler in &made.upsamplers {
             Checkpoint::open_upsampler(upsampler).unwrap();
         }
-        // One page of every large tensor: cheap, even for 40 GB.
-        checkpoint.identities(false).unwrap();
+        assert_eq!(checkpoint.identities(false).unwrap(), checkpoint.identities(false).unwrap());
     }
 }
