@@ -152,6 +152,8 @@ fn read_ratio(fields: &Fields<'_>) -> [usize; 2] {
 
 /// Builds the entry `upsample`: `latent` f32 `[1, f, h, w, c]` → `latent` f32 `[1, f', h', w', c]`, both normalised.
 ///
+/// The network alone goes from the value named `upsampler.input` to the one named `upsampler.final_conv`.
+///
 /// - `upsampler`: all weights of the upsampler's file; `model`: those of the checkpoint or VAE file with the statistics.
 /// - `grid`: f, h and w, for the result see [`UpsamplerConfig::output_grid`]; `dtype`: of the activations.
 ///
@@ -177,8 +179,7 @@ pub fn upsample(
     let net = Net { b: &b, weights: upsampler, config };
     let shared = SharedFunctions::new("res_block");
     let output = b.scope("upsampler", || net.run(&shared, Video { value: input, f, h, w, c }));
-    let output = b.name("upsampler.output", output.value);
-    b.result("latent", b.cast(statistics.normalise(&b, output), DType::F32));
+    b.result("latent", b.cast(statistics.normalise(&b, output.value), DType::F32));
     let mut functions = shared.finish()?;
     upsampler.finish()?;
     model.finish()?;
