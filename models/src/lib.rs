@@ -10,6 +10,7 @@
 pub mod audio;
 pub mod checkpoint;
 mod error;
+pub mod synth;
 pub mod text;
 pub mod transformer;
 pub mod upsampler;

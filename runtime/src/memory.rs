@@ -142,7 +142,9 @@ impl MemoryNeed {
         let part = self.largest().map_or("", |p| p.name.as_str());
         let remedy = match part {
             "decode" => "compile with smaller `--vae-tile`, a smaller size or fewer frames".into(),
-            _ => format!("`{part}` needs the most; compile with a smaller size or fewer frames, or close other programs"),
+            _ => {
+                format!("`{part}` needs the most; compile with a smaller size or fewer frames, or close other programs")
+            }
         };
         Err(RunError::Memory { needed: readable(self.peak()), available: readable(available), remedy })
     }

@@ -99,12 +99,11 @@ impl Tokenizer {
         let ids = ids.map_err(|e| problem(e.to_string()))?;
         let spoken = ids.iter().skip_while(|&&id| id == self.bos).copied();
         let mut ids: Vec<i32> = std::iter::once(self.bos).chain(spoken).collect();
-        let cut = ids.len().saturating_sub(CONTEXT_TOKENS);
-        ids.truncate(CONTEXT_TOKENS);
+        let cut = ids.split_off(ids.len().min(CONTEXT_TOKENS));
         Ok(Prompt { ids, pad: self.pad, cut })
     }
 
-    /// The text of `ids`, special tokens included; for messages.
+    /// The text of `ids`, special tokens included: for messages, such as what was cut off a prompt.
     ///
     /// # Errors
     /// Ids that the tokenizer cannot decode.
@@ -133,7 +132,7 @@ fn required(tokenizer: &tokenizers::Tokenizer, name: &str, role: &'static str) -
 pub struct Prompt {
     ids: Vec<i32>,
     pad: i32,
-    cut: usize,
+    cut: Vec<i32>,
 }
 
 impl Prompt {
@@ -142,9 +141,9 @@ impl Prompt {
         &self.ids
     }
 
-    /// Number of tokens that were cut off the end; worth a warning if not 0.
-    pub fn cut(&self) -> usize {
-        self.cut
+    /// The tokens that were cut off the end; worth a warning if there are any (see [`Tokenizer::decode`]).
+    pub fn cut(&self) -> &[i32] {
+        &self.cut
     }
 
     /// The smallest of `buckets` that holds the prompt.
@@ -245,13 +244,13 @@ mod tests {
     fn stored_truncation_is_ignored_and_long_prompts_are_cut() {
         let tokenizer = Tokenizer::from_bytes(&toy(true, &SPECIAL), None).expect("a tokenizer");
         let prompt = tokenizer.encode(&"ab".repeat(600)).expect("encodes");
-        assert_eq!((prompt.ids().len(), prompt.cut()), (1024, 177));
+        assert_eq!((prompt.ids().len(), prompt.cut().len()), (1024, 177));
         assert_eq!(&prompt.ids()[1020..], [4, 3, 4, 3]);
     }
 
     #[test]
     fn inputs_are_padded_on_the_left() {
-        let prompt = Prompt { ids: vec![2, 3, 4], pad: 7, cut: 0 };
+        let prompt = Prompt { ids: vec![2, 3, 4], pad: 7, cut: Vec::new() };
         let inputs = prompt.inputs(5, 4).expect("fits");
         assert_eq!(inputs.ids, [7, 7, 2, 3, 4]);
         assert_eq!(inputs.valid, [0.0, 0.0, 1.0, 1.0, 1.0]);

@@ -363,3 +363,99 @@ fn rope_of(rope: &Fields, head_dim: usize, theta: Option<f64>) -> Result<GemmaRo
         _ => Err(rope.error("rope_type", format!("is `{kind}`, expected `default`, `linear` or `proportional`"))),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    /// `text_config` of the published 12B model, which leaves out class defaults.
+    fn published() -> Value {
+        json!({ "model_type": "gemma3", "text_config": {
+            "hidden_size": 3840, "intermediate_size": 15360, "model_type": "gemma3_text", "num_attention_heads": 16,
+            "num_hidden_layers": 48, "num_key_value_heads": 8, "sliding_window": 1024,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        }})
+    }
+
+    #[test]
+    fn absent_keys_have_the_class_defaults() {
+        let gemma = GemmaConfig::from_json(&published()).expect("valid");
+        assert_eq!((gemma.vocab_size, gemma.sliding.head_dim, gemma.states()), (262_208, 256, 49));
+        assert_eq!((gemma.sliding.scale, gemma.sliding.window, gemma.global.window), (1.0 / 16.0, Some(1024), None));
+        assert_eq!(gemma.sliding.rope, GemmaRope { theta: 1e4, factor: 1.0, pairs: 128 });
+        assert_eq!(gemma.global.rope, GemmaRope { theta: 1e6, factor: 8.0, pairs: 128 });
+        let global = (0..48).filter(|&i| gemma.layers[i] == LayerKind::Global);
+        assert!(global.eq([5, 11, 17, 23, 29, 35, 41, 47]));
+    }
+
+    #[test]
+    fn rope_per_layer_type_means_the_same() {
+        let mut config = published();
+        let text = &mut config["text_config"];
+        text["rope_scaling"] = Value::Null;
+        text["rope_parameters"] = json!({
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        });
+        let types = (1..=48).map(|i| if i % 6 == 0 { "full_attention" } else { "sliding_attention" });
+        text["layer_types"] = types.collect();
+        assert_eq!(
+            GemmaConfig::from_json(&config).expect("valid"),
+            GemmaConfig::from_json(&published()).expect("valid")
+        );
+    }
+
+    /// Replaces `text_config.<key>` and expects an error with `text`.
+    #[track_caller]
+    fn check_error(key: &str, value: Value, text: &str) {
+        let mut config = published();
+        config["text_config"][key] = value;
+        let message = GemmaConfig::from_json(&config).expect_err("must not be accepted").to_string();
+        assert!(message.contains(text) && message.contains("gemma.text_config"), "{message}");
+    }
+
+    #[test]
+    fn bad_values_are_errors_that_name_the_key() {
+        check_error("hidden_size", Value::Null, "hidden_size`: is missing");
+        check_error("hidden_size", json!(0), "expected an integer in 1..=");
+        check_error("hidden_size", json!(-4), "expected an integer in 1..=");
+        check_error("hidden_size", json!(u64::MAX), "expected an integer in 1..=");
+        check_error("num_hidden_layers", json!("48"), "expected an integer in 1..=");
+        check_error("num_key_value_heads", json!(5), "does not divide");
+        check_error("head_dim", json!(255), "cannot be split into pairs");
+        check_error("rms_norm_eps", json!(-1.0), "expected a positive number");
+        check_error("layer_types", json!(["full_attention"]), "has 1 entries for 48 layers");
+        check_error("layer_types", json!(["chunked_attention"]), "is not a list of");
+        check_error("rope_scaling", json!({"rope_type": "yarn"}), "is `yarn`");
+        check_error("rope_scaling", json!({"rope_type": "linear"}), "factor`: is missing");
+        check_error("rope_scaling", json!([1]), "is missing or not an object");
+        check_error("hidden_activation", json!("silu"), "expected `gelu_pytorch_tanh`");
+        check_error("attn_logit_softcapping", json!(50.0), "which no supported encoder has");
+        check_error("attention_bias", json!(true), "which no supported encoder has");
+        check_error("use_bidirectional_attention", json!(true), "text must be causal");
+    }
+
+    #[test]
+    fn other_models_are_refused() {
+        for config in [json!(null), json!({}), json!({"model_type": "gemma2", "text_config": {}})] {
+            assert!(GemmaConfig::from_json(&config).is_err(), "{config}");
+        }
+    }
+
+    #[test]
+    fn encoder_and_transformer_must_belong_together() {
+        let stock = GemmaConfig::from_json(&published()).expect("valid");
+        let tuned = GemmaConfig { gemma_version: Some("v1".into()), ..stock.clone() };
+        let other = GemmaConfig { model_type: "gemma4_unified".into(), ..stock.clone() };
+        assert!(tuned.check_pairing(Some("v1"), &[2, 5, 0]).is_ok());
+        assert!(tuned.check_pairing(Some("v2"), &[2, 5, 0]).is_err());
+        assert!(stock.check_pairing(Some("v1"), &[2, 5, 0]).is_err());
+        assert!(tuned.check_pairing(None, &[2, 4, 0]).is_err());
+        assert!(stock.check_pairing(None, &[2, 4, 0]).is_ok());
+        assert!(stock.check_pairing(None, &[2, 3]).is_ok());
+        assert!(stock.check_pairing(None, &[]).is_ok());
+        assert!(other.check_pairing(None, &[2, 3, 0]).is_err());
+    }
+}

@@ -346,6 +346,25 @@ mod tests {
         assert_eq!(connectors.widths(), [6 * 128, 6 * 64]);
     }
 
+    #[track_caller]
+    fn check_error(key: &str, value: serde_json::Value) {
+        let message = Connectors::from_json(&serde_json::json!({ key: value })).expect_err("must not be accepted");
+        assert!(message.to_string().contains(&format!("transformer.{key}`")), "{message}");
+    }
+
+    #[test]
+    fn bad_values_are_errors_that_name_the_key() {
+        check_error("connector_num_attention_heads", 0.into());
+        check_error("connector_num_layers", u64::MAX.into());
+        check_error("connector_attention_head_dim", 7.into());
+        check_error("audio_connector_attention_head_dim", 5.into());
+        check_error("connector_positional_embedding_max_pos", serde_json::json!([20, 2048]));
+        check_error("connector_positional_embedding_max_pos", 4096.into());
+        check_error("connector_apply_gated_attention", "yes".into());
+        check_error("rope_type", "spiral".into());
+        assert!(Connectors::from_json(&serde_json::Value::Null).is_err());
+    }
+
     #[test]
     fn a_single_frequency_is_finite() {
         let config = Connectors::from_json(&serde_json::json!({

@@ -61,7 +61,7 @@ impl FeatureExtractor {
 /// Features for video and audio, `[1, t, width]` each, of the dtype of the states.
 ///
 /// - `weights`: the complete set of files with `text_embedding_projection.*`.
-/// - `states`: every hidden state, `[1, t, hidden]`; `valid`: `f32[t]`, 1 for real tokens, of which the last one is.
+/// - `states`: every hidden state (at least one), `[1, t, hidden]`; `valid`: `f32[t]`, 1 for real tokens, of which the last one is.
 /// - `widths`: widths of the video and audio connector. The rows of pads are finite and mean nothing.
 ///
 /// # Errors
@@ -144,4 +144,33 @@ fn normalise_range(ty: &TensorType) -> Result<Function, BuildError> {
     let centred = b.sub(b.cast(x, DType::F32), mean);
     b.result("state", b.cast(b.div(b.mul_scalar(centred, RANGE), range), ty.dtype));
     b.finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    #[track_caller]
+    fn check(transformer: Value, expected: Option<FeatureExtractor>) {
+        let fields = Fields::new("transformer", &transformer).expect("an object");
+        assert_eq!(FeatureExtractor::from_fields(&fields).ok(), expected);
+    }
+
+    #[test]
+    fn only_the_two_known_combinations_choose_a_version() {
+        let switches = |first: bool, second: bool| {
+            json!({
+                "caption_proj_before_connector": true, "caption_projection_first_linear": first,
+                "caption_proj_input_norm": false, "caption_projection_second_linear": second,
+            })
+        };
+        check(json!({}), Some(FeatureExtractor::Shared));
+        check(switches(false, false), Some(FeatureExtractor::PerModality));
+        check(switches(true, false), None);
+        check(switches(false, true), None);
+        check(json!({"caption_proj_before_connector": true}), None);
+        check(json!({"caption_proj_before_connector": 1}), None);
+    }
 }

@@ -116,13 +116,7 @@ pub(super) fn modulation_rows(
 /// The embedding of a timestep by the module `key`: `[width]` in `dtype`.
 ///
 /// `timestep`: f32 `[1]`, already multiplied by the checkpoint's factor.
-pub(super) fn embed_timestep(
-    layers: &Layers<'_>,
-    key: &str,
-    timestep: ValueId,
-    width: usize,
-    dtype: DType,
-) -> ValueId {
+pub(super) fn embed_timestep(layers: &Layers<'_>, key: &str, timestep: ValueId, width: usize, dtype: DType) -> ValueId {
     let b = layers.b;
     let half = SINUSOID / 2;
     // The exponent is rounded to f32 before the exponential, as in the reference.

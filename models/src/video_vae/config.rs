@@ -221,7 +221,8 @@ impl VideoVaeConfig {
 
     /// Width behind `conv_in` of the decoder and behind each of its blocks.
     pub fn decoder_widths(&self) -> Vec<usize> {
-        let bottleneck = self.decoder_blocks.iter().fold(self.decoder_base_channels, |n, b| n.saturating_mul(b.divisor()));
+        let bottleneck =
+            self.decoder_blocks.iter().fold(self.decoder_base_channels, |n, b| n.saturating_mul(b.divisor()));
         let mut widths = vec![bottleneck];
         for block in &self.decoder_blocks {
             let width = widths.last().copied().unwrap_or(1);
@@ -372,11 +373,7 @@ impl BlockFields<'_> {
 }
 
 /// The entries of the block list `key`; what `parse` refuses is recorded and left out.
-fn read_blocks<T>(
-    fields: &Fields<'_>,
-    key: &str,
-    parse: impl Fn(&BlockFields<'_>) -> Result<T, String>,
-) -> Vec<T> {
+fn read_blocks<T>(fields: &Fields<'_>, key: &str, parse: impl Fn(&BlockFields<'_>) -> Result<T, String>) -> Vec<T> {
     let list = fields.list(key);
     if list.len() > MOST_BLOCKS {
         fields.problem(format!("`{key}` has {} entries, at most {MOST_BLOCKS} are supported", list.len()));
@@ -418,7 +415,9 @@ fn encoder_block(block: &BlockFields<'_>) -> Result<EncoderBlock, String> {
     match block.name {
         "res_x" => Ok(EncoderBlock::ResStack { layers: block.size("num_layers", None)? }),
         "res_x_y" => Ok(EncoderBlock::ResWiden { multiplier: block.size("multiplier", Some(2))? }),
-        "compress_all_x_y" => Ok(EncoderBlock::Conv { stride: [2, 2, 2], multiplier: block.size("multiplier", Some(2))? }),
+        "compress_all_x_y" => {
+            Ok(EncoderBlock::Conv { stride: [2, 2, 2], multiplier: block.size("multiplier", Some(2))? })
+        }
         "attn" => Ok(EncoderBlock::Attention),
         name => {
             let what = name.strip_prefix("compress_").ok_or_else(unknown)?;
@@ -433,7 +432,10 @@ fn encoder_block(block: &BlockFields<'_>) -> Result<EncoderBlock, String> {
 
 fn decoder_block(block: &BlockFields<'_>) -> Result<DecoderBlock, String> {
     match block.name {
-        "res_x" => Ok(DecoderBlock::ResStack { layers: block.size("num_layers", None)?, has_noise: block.bool("inject_noise")? }),
+        "res_x" => Ok(DecoderBlock::ResStack {
+            layers: block.size("num_layers", None)?,
+            has_noise: block.bool("inject_noise")?,
+        }),
         "res_x_y" => {
             let divisor = block.size("multiplier", Some(2))?;
             Ok(DecoderBlock::ResNarrow { divisor, has_noise: block.bool("inject_noise")? })

@@ -5,11 +5,18 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use ltxc_models::synth::Preset;
 
 /// Compile LTX-2 models ahead of time and run them.
 #[derive(Debug, Parser)]
-#[command(name = "ltxc", version, about, after_help = "Example:\n  ltxc demo            writes ./demo.mp4 from a tiny synthetic model")]
+#[command(
+    name = "ltxc",
+    version,
+    about,
+    after_help = "Example:\n  ltxc demo            writes ./demo.mp4 from a tiny synthetic model"
+)]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]
@@ -97,8 +104,10 @@ pub enum PipelineName {
 
 /// `ltxc compile`.
 #[derive(Debug, Args)]
-#[command(after_help = "Example:\n  ltxc compile --checkpoint-path ltx-2-19b-distilled.safetensors --gemma-root gemma-3-12b \\\n    \
-    --spatial-upsampler-path ltx-2-spatial-upscaler-x2-1.0.safetensors --height 512 --width 768 -o x.ltxplan")]
+#[command(
+    after_help = "Example:\n  ltxc compile --checkpoint-path ltx-2-19b-distilled.safetensors --gemma-root gemma-3-12b \\\n    \
+    --spatial-upsampler-path ltx-2-spatial-upscaler-x2-1.0.safetensors --height 512 --width 768 -o x.ltxplan"
+)]
 pub struct CompileArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
@@ -113,7 +122,9 @@ pub struct CompileArgs {
 
 /// `ltxc run`.
 #[derive(Debug, Args)]
-#[command(after_help = "Example:\n  ltxc run x.ltxplan --weights models/ --prompt \"a red fox in deep snow\" -o fox.mp4")]
+#[command(
+    after_help = "Example:\n  ltxc run x.ltxplan --weights models/ --prompt \"a red fox in deep snow\" -o fox.mp4"
+)]
 pub struct RunArgs {
     /// Plan made by `ltxc compile`; without one, model files are compiled into the cache first.
     pub plan: Option<PathBuf>,
@@ -138,7 +149,7 @@ pub struct RunArgs {
 }
 
 /// What a run may choose freely.
-#[derive(Debug, Clone, Args)]
+#[derive(Debug, Clone, Default, Args)]
 #[command(next_help_heading = "Content")]
 pub struct ContentArgs {
     /// What to show; `-` reads standard input, `@FILE` a file.
@@ -209,26 +220,15 @@ pub struct InspectArgs {
 
 /// `ltxc synth`.
 #[derive(Debug, Args)]
-#[command(after_help = "Example:\n  ltxc synth --preset ltx-2-19b models/   writes sparse files of full size in a second")]
+#[command(
+    after_help = "Example:\n  ltxc synth --preset ltx-2-19b models/   writes sparse files of full size in a second"
+)]
 pub struct SynthArgs {
     /// Model to write; the full-size ones have real shapes and no data.
-    #[arg(long, value_enum)]
+    #[arg(long, value_parser = preset_parser())]
     pub preset: Preset,
     /// Folder to write into.
     pub dir: PathBuf,
-}
-
-/// Synthetic models.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Preset {
-    /// A few megabytes of random weights that run end to end.
-    Tiny,
-    /// LTX-2 19B.
-    #[value(name = "ltx-2-19b")]
-    Ltx2,
-    /// LTX-2.3 22B.
-    #[value(name = "ltx-2.3-22b")]
-    Ltx23,
 }
 
 /// `ltxc demo`.
@@ -237,6 +237,12 @@ pub struct DemoArgs {
     /// Where to write the video.
     #[arg(long, short, default_value = "demo.mp4")]
     pub output: PathBuf,
+}
+
+fn preset_parser() -> impl TypedValueParser<Value = Preset> {
+    let names = PossibleValuesParser::new(Preset::ALL.map(Preset::name));
+    // The parser before has accepted the name, so there is a preset of it.
+    names.map(|name| Preset::from_name(&name).unwrap_or(Preset::Tiny))
 }
 
 /// The command line with `-` for `_` in the names of long flags, as other tools write them.

@@ -91,7 +91,8 @@ impl ModelFiles {
     /// # Errors
     /// A file that cannot be read.
     pub fn sources(&self) -> Result<Vec<WeightSource>> {
-        let stored = |(key, at): (&'_ str, ltxc_models::checkpoint::Location<'_>)| (key.to_string(), at.stored.key.clone());
+        let stored =
+            |(key, at): (&'_ str, ltxc_models::checkpoint::Location<'_>)| (key.to_string(), at.stored.key.clone());
         let source = |name: &str, files, keys: Vec<(String, String)>| {
             let renames = WeightSource::renames_of(keys.iter().map(|(a, b)| (a.as_str(), b.as_str())));
             WeightSource { name: name.into(), files, renames }
@@ -101,7 +102,11 @@ impl ModelFiles {
             source(GEMMA, self.gemma.identities(self.verify)?, self.gemma.tensors().map(stored).collect()),
         ];
         if let Some(upsampler) = &self.upsampler {
-            sources.push(source(UPSAMPLER, upsampler.identities(self.verify)?, upsampler.tensors().map(stored).collect()));
+            sources.push(source(
+                UPSAMPLER,
+                upsampler.identities(self.verify)?,
+                upsampler.tensors().map(stored).collect(),
+            ));
         }
         Ok(sources)
     }
@@ -152,8 +157,11 @@ pub fn assemble(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
         programs.push(ProgramSource { group: group.into(), name: name.into(), module });
     };
 
-    let text_weights =
-        || TextWeights { gemma: weights(GEMMA, &files.gemma), projection: model.weights(), transformer: model.weights() };
+    let text_weights = || TextWeights {
+        gemma: weights(GEMMA, &files.gemma),
+        projection: model.weights(),
+        transformer: model.weights(),
+    };
     for bucket in BUCKETS {
         add("text", &format!("encode.{bucket}"), text::encode(&model.text, &text_weights(), bucket, DTYPE)?);
     }
@@ -163,7 +171,8 @@ pub fn assemble(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
     let (stages, factors) = (model.stages(shape), model.video_vae.factors());
     for stage in &stages {
         for class in &stage.classes {
-            let module = transformer::build(&model.transformer, &model.weights(), &model.spec(shape, stage, class), DTYPE)?;
+            let module =
+                transformer::build(&model.transformer, &model.weights(), &model.spec(shape, stage, class), DTYPE)?;
             add(&class.program, &class.program, module);
         }
         let pixels = [1, stage.height as usize, stage.width as usize];
@@ -242,16 +251,22 @@ impl<'a> Components<'a> {
         }
         let (latent, video) = (self.video_vae.latent_channels, self.transformer.video.in_channels);
         if latent != video {
-            bail!("`{name}`: the video VAE has {latent} latent channels, the transformer takes {video}; they are not of one model");
+            bail!(
+                "`{name}`: the video VAE has {latent} latent channels, the transformer takes {video}; they are not of one model"
+            );
         }
         let (tokens, audio) = (self.audio_vae.token_channels(), self.transformer.audio.in_channels);
         if tokens != audio {
-            bail!("`{name}`: the audio VAE has tokens of {tokens} values, the transformer takes {audio}; they are not of one model");
+            bail!(
+                "`{name}`: the audio VAE has tokens of {tokens} values, the transformer takes {audio}; they are not of one model"
+            );
         }
         let widths = self.text.connectors.widths();
         let taken = transformer::Stream::BOTH.map(|s| self.transformer.context_channels(s));
         if widths != taken {
-            bail!("`{name}`: the text connectors give {widths:?} channels (video, audio), the transformer takes {taken:?}");
+            bail!(
+                "`{name}`: the text connectors give {widths:?} channels (video, audio), the transformer takes {taken:?}"
+            );
         }
         shape.check(self.video_vae.factors())
     }

@@ -30,7 +30,11 @@ pub fn run(args: &InspectArgs, json: bool) -> Result<()> {
         return Ok(());
     }
     let facts = facts(&plan, &hash, std::fs::metadata(path)?.len());
-    if json { println!("{facts}") } else { print!("{}", text(&plan, &facts)) }
+    if json {
+        println!("{facts}")
+    } else {
+        print!("{}", text(&plan, &facts))
+    }
     Ok(())
 }
 
@@ -55,8 +59,11 @@ fn facts(plan: &Plan, hash: &[u8; 32], bytes: u64) -> Value {
         .collect();
     let sources: Vec<Value> = (plan.sources.iter())
         .map(|s| {
-            let files: Vec<Value> =
-                s.files.iter().map(|f| json!({"bytes": f.bytes, "header": hex(&f.header), "samples": hex(&f.samples)})).collect();
+            let files: Vec<Value> = s
+                .files
+                .iter()
+                .map(|f| json!({"bytes": f.bytes, "header": hex(&f.header), "samples": hex(&f.samples)}))
+                .collect();
             json!({"name": s.name, "files": files, "renamed_prefixes": s.renames.len()})
         })
         .collect();

@@ -125,7 +125,9 @@ impl Shape {
             if !value.is_multiple_of(unit) {
                 let below = value / unit * unit;
                 let nearest = if below == 0 { format!("{unit}") } else { format!("{below} or {}", below + unit) };
-                bail!("`{flag} {value}` is not a multiple of {unit}, which the {name} pipeline needs; the nearest is {nearest}");
+                bail!(
+                    "`{flag} {value}` is not a multiple of {unit}, which the {name} pipeline needs; the nearest is {nearest}"
+                );
             }
         }
         let k = factors[0];
@@ -210,7 +212,8 @@ mod tests {
     use super::*;
 
     fn shape(height: u32, width: u32, frames: u32) -> Result<()> {
-        let args = ShapeArgs { height: Some(height), width: Some(width), num_frames: Some(frames), ..ShapeArgs::default() };
+        let args =
+            ShapeArgs { height: Some(height), width: Some(width), num_frames: Some(frames), ..ShapeArgs::default() };
         Shape::resolve(&args, 0)?.check([8, 32, 32])
     }
 

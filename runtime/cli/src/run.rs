@@ -8,7 +8,9 @@ use anyhow::{Context, Result, bail};
 use ltxc_ir::plan::Plan;
 use ltxc_runtime::RunError;
 use ltxc_runtime::executor::Executor;
-use ltxc_runtime::media::{Audio, MediaWriter, OutputOptions, Rational, RoundTrip, VideoFormat, image_round_trip, load_image};
+use ltxc_runtime::media::{
+    Audio, MediaWriter, OutputOptions, Rational, RoundTrip, VideoFormat, image_round_trip, load_image,
+};
 use ltxc_runtime::memory::{MemoryNeed, available, readable};
 use ltxc_runtime::pipeline::schedule::distilled_subset;
 use ltxc_runtime::pipeline::{Conditioning, Noise, Output, Request, run as run_pipeline};
@@ -96,7 +98,9 @@ fn sigmas(content: &ContentArgs, plan: &Plan) -> Result<BTreeMap<String, Vec<f32
     let mut out = BTreeMap::new();
     let first = plan.pipeline.stages.first().context("the plan has no stages")?;
     match (&content.sigmas, content.num_inference_steps) {
-        (Some(_), Some(_)) => bail!("`--sigmas` and `--num-inference-steps` both choose the noise levels; give one of them"),
+        (Some(_), Some(_)) => {
+            bail!("`--sigmas` and `--num-inference-steps` both choose the noise levels; give one of them")
+        }
         (Some(list), None) => drop(out.insert(first.name.clone(), list.clone())),
         (None, Some(steps)) => {
             let list = distilled_subset(&first.sigmas, steps).map_err(RunError::Input)?;
