@@ -7,9 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use ltxc_ir::plan::verify::verify;
-use ltxc_ir::plan::{
-    Group, Pipeline, Plan, PlanFunction, Program, Slot, SlotPlace, Step, Target, WeightSource,
-};
+use ltxc_ir::plan::{Group, Pipeline, Plan, PlanFunction, Program, Slot, SlotPlace, Step, Target, WeightSource};
 use ltxc_ir::{Function, Module, Rate, TensorType};
 
 use crate::error::CompileError;
@@ -97,7 +95,8 @@ impl PlanBuilder {
             if self.programs.iter().any(|p| p.name == name) {
                 return Err(CompileError::DuplicateProgram { name });
             }
-            let inputs = function.params.iter().map(|p| (function.name_of(p.value).into(), function.ty(p.value).clone()));
+            let inputs =
+                function.params.iter().map(|p| (function.name_of(p.value).into(), function.ty(p.value).clone()));
             let outputs = function.results.iter().map(|r| (r.name.clone(), function.ty(r.value).clone()));
             self.programs.push(ProgramDraft {
                 name,
@@ -172,7 +171,8 @@ impl PlanBuilder {
         let mut state_places: Vec<Option<u64>> = slots.iter().map(|(n, ty)| state.find(draft, n, ty)).collect();
         // A program that reads and writes a name keeps its result apart from what it reads.
         for i in draft.inputs.len()..slots.len() {
-            if state_places[i].is_some() && (0..slots.len()).any(|j| is_input(j) && state_places[j] == state_places[i]) {
+            if state_places[i].is_some() && (0..slots.len()).any(|j| is_input(j) && state_places[j] == state_places[i])
+            {
                 state_places[i] = None;
             }
         }

@@ -3,9 +3,9 @@
 mod support;
 
 use ltxc_compiler::{Fuse, Options, PlanBuilder, optimize, passes};
+use ltxc_ir::Module;
 use ltxc_ir::plan::{Pipeline, Plan, Target, WeightSource};
 use ltxc_ir::verify::verify;
-use ltxc_ir::Module;
 use support::interp::Interpreter;
 use support::{arguments, assert_close, evaluate, evaluate_split, random};
 

@@ -213,7 +213,7 @@ fn linspace(from: f32, to: f32, steps: usize, i: usize) -> f32 {
 }
 
 /// The tiles of a video on the latent grid, per axis, in ascending order.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct TilePlan {
     /// Tiles along time, height and width.
     pub axes: [Vec<AxisTile>; 3],

@@ -56,7 +56,8 @@ pub(crate) fn lower_module(
         }
         sources.insert(function.name.clone(), own);
         let drafted =
-            Drafter { lowering, module, function, indices: &indices, sources: &sources, draft: Draft::default() }.run()?;
+            Drafter { lowering, module, function, indices: &indices, sources: &sources, draft: Draft::default() }
+                .run()?;
         let mut lowered = place::place(&function.name, drafted, plan, lowering.target)?;
         lowered.name = format!("{prefix}{}", function.name);
         // The same block often serves several programs.
@@ -277,7 +278,13 @@ impl Drafter<'_> {
         if ty.elements() > 0 {
             self.draft.buffers[buffer].writer = Some(self.draft.steps.len());
             let results = vec![DraftOperand { base: Base::Buffer(buffer), offset_bytes: 0, ty: ty.clone() }];
-            self.draft.steps.push(DraftStep { action: Action::Kernel(kernel), args, results, name: name.into(), flops });
+            self.draft.steps.push(DraftStep {
+                action: Action::Kernel(kernel),
+                args,
+                results,
+                name: name.into(),
+                flops,
+            });
         }
         View::whole(Base::Buffer(buffer), ty)
     }

@@ -3,9 +3,9 @@
 pub mod interp;
 pub mod random;
 
+use ltxc_ir::Module;
 use ltxc_ir::TensorType;
 use ltxc_ir::eval::{Data, Evaluator, Tensor};
-use ltxc_ir::Module;
 
 /// Deterministic numbers from a seed (SplitMix64).
 pub struct Numbers(pub u64);

@@ -54,7 +54,8 @@ impl<'a> Parity<'a> {
         }
         let sampled = &self.meta["sampled"][name];
         let size = |v: &Value| v.as_u64().expect("recorded sizes are numbers") as usize;
-        let shape: Vec<usize> = sampled["shape"].as_array().expect("thinned tensors record a shape").iter().map(size).collect();
+        let shape: Vec<usize> =
+            sampled["shape"].as_array().expect("thinned tensors record a shape").iter().map(size).collect();
         let values = channels_first(found, shape.len());
         assert_eq!(values.len(), shape.iter().product::<usize>(), "{name}");
         let thinned: Vec<f32> = values.iter().copied().step_by(size(&sampled["stride"])).collect();
@@ -83,7 +84,8 @@ impl<'a> Parity<'a> {
     fn check_bytes(&mut self, name: &str, frames: &Tensor) {
         let expected = self.input(name).ints();
         let byte = |x: &f64| (((*x as f32 + 1.0) * 0.5).clamp(0.0, 1.0) * 255.0) as i64;
-        let differences: Vec<i64> = frames.floats().iter().map(byte).zip(expected).map(|(a, b)| (a - b).abs()).collect();
+        let differences: Vec<i64> =
+            frames.floats().iter().map(byte).zip(expected).map(|(a, b)| (a - b).abs()).collect();
         let most = differences.iter().max().copied().unwrap_or(0);
         let share = differences.iter().filter(|&&d| d > 0).count() as f64 / expected.len() as f64;
         let ok = differences.len() == expected.len() && most <= 1 && share <= 0.02;
@@ -142,7 +144,8 @@ pub fn channels_last(x: &Tensor) -> Tensor {
         Data::Int(v) => v.iter().map(|&v| v as f32 / 127.5 - 1.0).collect(),
     };
     let plane = f * h * w;
-    let out: Vec<f32> = (0..plane).flat_map(|p| (0..c).map(move |k| (p, k))).map(|(p, k)| values[k * plane + p]).collect();
+    let out: Vec<f32> =
+        (0..plane).flat_map(|p| (0..c).map(move |k| (p, k))).map(|(p, k)| values[k * plane + p]).collect();
     Tensor::f32(&[1, f, h, w, c], &out)
 }
 
@@ -307,7 +310,13 @@ fn cut(x: &Tensor, tile: [(usize, usize); 3]) -> Tensor {
 }
 
 /// Runs `run` on every tile of `x` and blends the results; `plan` may not need a division.
-fn blend(plan: &TilePlan, x: &Tensor, shape: &[usize; 5], decodes: bool, mut run: impl FnMut(&Tensor) -> Tensor) -> Tensor {
+fn blend(
+    plan: &TilePlan,
+    x: &Tensor,
+    shape: &[usize; 5],
+    decodes: bool,
+    mut run: impl FnMut(&Tensor) -> Tensor,
+) -> Tensor {
     let [_, _, height, width, c] = *shape;
     let mut sum = vec![0.0f32; shape.iter().product()];
     for tile in plan.tiles() {
@@ -346,7 +355,8 @@ fn check_tiled_decodes(parity: &mut Parity<'_>, vae: &Checkpoint) {
     let cases = parity.meta["tiled"].as_object().expect("tiled cases are recorded").clone();
     for (name, recorded) in &cases {
         let text = recorded["config"].as_str().expect("a case records its config");
-        let plan = TilePlan::decode(grid, factors, &tiling_of(text, grid, factors)).expect("recorded tilings are valid");
+        let plan =
+            TilePlan::decode(grid, factors, &tiling_of(text, grid, factors)).expect("recorded tilings are valid");
         let case = format!("tiled.{name}");
         check_tiles(parity, &case, recorded, &plan, true);
         let chunks: Vec<Value> = plan.chunks().iter().map(|c| c.len().into()).collect();
@@ -493,7 +503,12 @@ fn tile_plans_at_real_sizes() {
                 });
                 let found: Vec<Value> = rows.map(|r| r.to_vec().into()).collect();
                 let as_f64 = |row: &Value| -> Value {
-                    row.as_array().expect("a row").iter().map(|v| v.as_f64().expect("a number")).collect::<Vec<_>>().into()
+                    row.as_array()
+                        .expect("a row")
+                        .iter()
+                        .map(|v| v.as_f64().expect("a number"))
+                        .collect::<Vec<_>>()
+                        .into()
                 };
                 let expected: Vec<Value> = axes[i].as_array().expect("rows per axis").iter().map(as_f64).collect();
                 report.check_equal(&format!("{size} {name}: {axis:?}"), &found, &expected);
@@ -580,7 +595,8 @@ fn equal_blocks_share_a_function_and_others_do_not() {
         let listed = Listed(types.clone());
         names(&video_vae::decode(&vae.config, &Weights::new("model", &listed), [1, 2, 2], DType::F32).expect("it fits"))
     };
-    let blocks = vae.file.iter().filter(|(k, _)| k.starts_with("vae.decoder.") && k.ends_with("conv1.conv.bias")).count();
+    let blocks =
+        vae.file.iter().filter(|(k, _)| k.starts_with("vae.decoder.") && k.ends_with("conv1.conv.bias")).count();
     let shared = count(&types);
     assert!(shared < blocks + 1, "{shared} functions for {blocks} blocks");
     // A stack of two is one function; with one weight stored in another dtype it is two.
