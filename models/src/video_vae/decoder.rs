@@ -10,8 +10,9 @@
 
 use ltxc_ir::{Builder, DType, Module, Rate, TensorType, ValueId};
 
+use super::block_list::DecoderBlock;
 use super::blocks::{ResInputs, attention, embed_timestep, modulation_rows, res_block, upsample};
-use super::config::{DecoderBlock, VideoVaeConfig};
+use super::config::VideoVaeConfig;
 use super::layers::{Layers, Statistics, Style, Video, unpatchify, vae_weights};
 use super::refuse_request;
 use super::shared::SharedFunctions;
@@ -50,9 +51,9 @@ pub fn decode(
     let c = config.latent_channels;
     let latent_type = TensorType::f32([1, f, h, w, c]);
     let latent = b.param("latent", latent_type.clone(), Rate::Step);
-    let conditioning = config.has_timestep.then(|| {
-        (b.param("noise", latent_type, Rate::Step), b.param("timestep", TensorType::f32([1]), Rate::Step))
-    });
+    let conditioning = config
+        .has_timestep
+        .then(|| (b.param("noise", latent_type, Rate::Step), b.param("timestep", TensorType::f32([1]), Rate::Step)));
     let plane = |(i, shape): (usize, &[usize; 2])| b.param(&format!("noise.{i}"), TensorType::f32(*shape), Rate::Step);
     let planes: Vec<ValueId> = noise_planes(config, [h, w]).iter().enumerate().map(plane).collect();
 
