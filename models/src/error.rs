@@ -1,5 +1,7 @@
 //! What can be wrong with a checkpoint or a request for a model.
 
+use std::path::{Path, PathBuf};
+
 use ltxc_ir::BuildError;
 
 use crate::Listed;
@@ -12,6 +14,28 @@ pub enum ModelError {
     Weights { source_name: String, problems: Listed },
     #[error("config `{path}`: {problem}")]
     Config { path: String, problem: String },
+    /// A file or folder whose content is not what it has to be; `problem` ends with a way out.
+    #[error("`{}`: {problem}", path.display())]
+    File { path: PathBuf, problem: String },
+    #[error("`{}`: cannot {doing}: {source}", path.display())]
+    Io { path: PathBuf, doing: &'static str, source: std::io::Error },
     #[error(transparent)]
     Build(#[from] BuildError),
+}
+
+impl ModelError {
+    /// A [`ModelError::File`].
+    pub fn file(path: &Path, problem: impl Into<String>) -> ModelError {
+        ModelError::File { path: path.into(), problem: problem.into() }
+    }
+
+    /// A [`ModelError::Config`]: `path` is the key path, for example `transformer.num_layers`.
+    pub fn config(path: impl Into<String>, problem: impl Into<String>) -> ModelError {
+        ModelError::Config { path: path.into(), problem: problem.into() }
+    }
+
+    /// Turns an I/O error into a [`ModelError::Io`], for `map_err`.
+    pub fn io(path: &Path, doing: &'static str) -> impl FnOnce(std::io::Error) -> ModelError {
+        move |source| ModelError::Io { path: path.into(), doing, source }
+    }
 }

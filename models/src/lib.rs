@@ -7,7 +7,12 @@
 //! `[b, t, c]`, tokens `[b, t, c]`. Convolution weights are transposed in the graph from the published
 //! `[o, i, k..]` to `[k.., i, o]`; the compiler turns that into a weight recipe.
 
+pub mod audio;
+pub mod checkpoint;
 mod error;
+pub mod synth;
+pub mod text;
+pub mod transformer;
 pub mod upsampler;
 pub mod video_vae;
 mod weights;

@@ -69,10 +69,20 @@ impl<'a> Weights<'a> {
         self.checked.iter().all(|p| self.directory.tensor_type(&format!("{p}{key}")).is_some())
     }
 
+    /// Stored type of `key` (under the first prefix).
+    pub fn stored_type(&self, key: &str) -> Option<TensorType> {
+        let prefix = self.checked.first()?;
+        self.directory.tensor_type(&format!("{prefix}{key}"))
+    }
+
     /// Stored shape of `key` (under the first prefix).
     pub fn shape(&self, key: &str) -> Option<Vec<usize>> {
-        let prefix = self.checked.first()?;
-        self.directory.tensor_type(&format!("{prefix}{key}")).map(|ty| ty.shape)
+        self.stored_type(key).map(|ty| ty.shape)
+    }
+
+    /// The same view with a problem list of its own, for building something that is thrown away.
+    pub fn unreported(&self) -> Weights<'a> {
+        Weights { problems: Rc::default(), ..self.clone() }
     }
 
     /// The weight `key`, which must have `shape`. A problem is recorded, and found by [`Weights::finish`].

@@ -1,1 +1,16 @@
-//! runtime
+//! Plan execution for LTX-2 models: weights, executor, pipelines and media.
+//!
+//! The runtime knows plans, not graphs: it depends neither on the compiler nor on the models.
+
+pub mod audio_frontend;
+pub mod error;
+pub mod executor;
+pub mod files;
+pub mod media;
+pub mod memory;
+pub mod pipeline;
+pub mod random;
+pub mod tokenizer;
+pub mod weights;
+
+pub use error::RunError;

@@ -14,6 +14,8 @@
 pub mod container;
 mod kernel;
 mod pipeline;
+pub mod summary;
+mod text;
 pub mod verify;
 
 use serde::{Deserialize, Serialize};
@@ -91,6 +93,57 @@ pub struct WeightSource {
     pub name: String,
     /// The files, in lookup order.
     pub files: Vec<FileIdentity>,
+    /// How keys stand in these files, where they differ from the plan's: pairs of prefixes (plan, file), sorted.
+    pub renames: Vec<(String, String)>,
+}
+
+impl WeightSource {
+    /// The key in the files for a key of the plan: the longest prefix that is renamed decides.
+    pub fn file_key(&self, key: &str) -> String {
+        let matching = self.renames.iter().filter(|(from, _)| key.starts_with(from.as_str()));
+        match matching.max_by_key(|(from, _)| from.len()) {
+            Some((from, to)) => format!("{to}{}", &key[from.len()..]),
+            None => key.into(),
+        }
+    }
+
+    /// The shortest renames that map every key of the plan (first) to its key in the files (second).
+    pub fn renames_of<'a>(pairs: impl IntoIterator<Item = (&'a str, &'a str)> + Clone) -> Vec<(String, String)> {
+        let mut renames = std::collections::BTreeMap::new();
+        for (plan, file) in pairs.clone() {
+            if plan != file {
+                let (from, to) = without_common_end(plan, file);
+                renames.insert(from.to_string(), to.to_string());
+            }
+        }
+        // A short rename may catch keys that are not renamed, or otherwise; those get a rule of their own.
+        let mut source =
+            WeightSource { name: String::new(), files: Vec::new(), renames: renames.into_iter().collect() };
+        let wrong: Vec<(String, String)> = (pairs.into_iter())
+            .filter(|(plan, file)| source.file_key(plan) != *file)
+            .map(|(plan, file)| (plan.into(), file.into()))
+            .collect();
+        source.renames.extend(wrong);
+        source.renames.sort();
+        source.renames.dedup_by(|b, a| {
+            a.0 == b.0 && {
+                a.1 = std::mem::take(&mut b.1);
+                true
+            }
+        });
+        source.renames
+    }
+}
+
+/// Cuts off the longest common end that starts at a dot.
+fn without_common_end<'a>(a: &'a str, b: &'a str) -> (&'a str, &'a str) {
+    let common = a.bytes().rev().zip(b.bytes().rev()).take_while(|(x, y)| x == y).count();
+    // Keys are compared by bytes; the cut is moved to a dot, which is a character of its own.
+    let tail = a.as_bytes().len() - common;
+    match (tail..a.len()).find(|&i| a.as_bytes()[i] == b'.') {
+        Some(cut) => (&a[..cut], &b[..b.len() - (a.len() - cut)]),
+        None => (a, b),
+    }
 }
 
 /// State shared by the programs of one group: what slow programs leave for fast ones.
@@ -307,4 +360,26 @@ pub enum Place {
     Weight(u32),
     /// The constants of the function.
     Constant,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn renames_map_every_key() {
+        let pairs = [
+            ("a.q_norm.weight", "a.norm_q.weight"),
+            ("a.to_q.weight", "a.to_q.weight"),
+            ("a.to_q.bias", "a.to_q.bias"),
+            ("proj.weight", "x.proj_in.weight"),
+            ("proj.bias", "proj.bias"),
+            ("language_model.model.norm.weight", "model.language_model.norm.weight"),
+        ];
+        let renames = WeightSource::renames_of(pairs);
+        let source = WeightSource { name: String::new(), files: Vec::new(), renames };
+        for (plan, file) in pairs {
+            assert_eq!(source.file_key(plan), file);
+        }
+    }
 }

@@ -5,8 +5,10 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::tiling::TilePlan;
+
 /// Settings of the pipeline a plan was compiled for.
-#[derive(Clone, Debug, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Pipeline {
     /// Name as on the command line, for example `distilled`.
     pub name: String,
@@ -20,8 +22,8 @@ pub struct Pipeline {
     pub text: TextSettings,
     /// Denoising stages, in order.
     pub stages: Vec<Stage>,
-    /// Tiles of the video decoder.
-    pub decode: DecodeSettings,
+    /// Tiles of the video decoder, in latents; each size of tile is decoded by the program `decode.<f>x<h>x<w>`.
+    pub decode: TilePlan,
 }
 
 /// What the plan was compiled from.
@@ -110,24 +112,4 @@ pub struct StageClass {
     pub keyframes: u32,
     /// Number of distinct video timesteps the program can take.
     pub rows: u32,
-}
-
-/// Tiles of the video decoder, per axis.
-#[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
-pub struct DecodeSettings {
-    /// Tiles along time, height and width. Each combination is decoded by the program `decode.<f>x<h>x<w>`.
-    pub axes: [Vec<TileSpan>; 3],
-}
-
-/// One tile along one axis, in latents.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
-pub struct TileSpan {
-    /// First latent.
-    pub start: u32,
-    /// End, exclusive.
-    pub end: u32,
-    /// Latents over which the tile fades in.
-    pub left: u32,
-    /// Latents over which the tile fades out.
-    pub right: u32,
 }

@@ -1,1 +1,58 @@
-fn main() {}
+//! The `ltxc` binary.
+
+use std::process::ExitCode;
+use std::sync::atomic::Ordering;
+
+use clap::{ArgMatches, CommandFactory, FromArgMatches};
+use ltxc::args::{Cli, Command, with_dashes};
+use ltxc::report::{Report, Style};
+use ltxc::{compile, demo, doctor, inspect, run, synth};
+use ltxc_runtime::RunError;
+
+/// Exit code after Ctrl-C, as shells expect it.
+const INTERRUPTED: u8 = 130;
+
+fn main() -> ExitCode {
+    let matches = Cli::command().get_matches_from(with_dashes(std::env::args_os()));
+    let cli = match Cli::from_arg_matches(&matches) {
+        Ok(cli) => cli,
+        Err(e) => e.exit(),
+    };
+    let style = match (cli.json, cli.quiet) {
+        (true, _) => Style::Json,
+        (_, true) => Style::Quiet,
+        _ => Style::Text,
+    };
+    let mut report = Report::new(style);
+    if let Err(e) = ctrlc::set_handler(|| run::INTERRUPT.store(true, Ordering::Relaxed)) {
+        report.note(&format!("note: Ctrl-C will not clean up: {e}"));
+    }
+    match execute(&cli, &matches, &mut report) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) if matches!(e.downcast_ref::<RunError>(), Some(RunError::Interrupted)) => {
+            eprintln!("interrupted; nothing was written");
+            ExitCode::from(INTERRUPTED)
+        }
+        Err(e) => {
+            report.fail(&e);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn execute(cli: &Cli, matches: &ArgMatches, report: &mut Report) -> anyhow::Result<()> {
+    match &cli.command {
+        Command::Compile(args) => compile::run(args, report),
+        Command::Run(args) => run::run(args, &image_occurrences(matches), report),
+        Command::Inspect(args) => inspect::run(args, cli.json),
+        Command::Synth(args) => synth::run(args, report),
+        Command::Demo(args) => demo::run(args, report),
+        Command::Doctor => doctor::run(cli.json),
+    }
+}
+
+/// Number of values of each `--image` of `ltxc run`.
+fn image_occurrences(matches: &ArgMatches) -> Vec<usize> {
+    let of = matches.subcommand_matches("run").and_then(|m| m.get_occurrences::<String>("image"));
+    of.map(|occurrences| occurrences.map(Iterator::count).collect()).unwrap_or_default()
+}

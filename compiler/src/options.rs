@@ -1,0 +1,53 @@
+//! What a caller may choose about compiling.
+
+use crate::{CompileError, passes};
+
+/// How much is computed by one kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fuse {
+    /// Composites are expanded into primitives, one kernel per primitive.
+    None,
+    /// One kernel per composite, as an eager framework runs.
+    Composite,
+}
+
+/// Choices about compiling that do not change what is computed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// Level of fusion.
+    pub fuse: Fuse,
+    /// Names of passes to leave out. `expand` always runs, because kernels exist only for what it leaves.
+    pub disabled: Vec<String>,
+    /// Whether to verify the module after every pass. The input and the finished plan are verified always.
+    pub verify: bool,
+    /// Most bytes that one program may keep between denoising steps to save work.
+    pub hoist_budget_bytes: u64,
+}
+
+impl Default for Options {
+    fn default() -> Options {
+        Options {
+            fuse: Fuse::Composite,
+            disabled: Vec::new(),
+            verify: cfg!(debug_assertions),
+            // Text keys and values of the 19B model at full length are 1.2 GB.
+            hoist_budget_bytes: 2 << 30,
+        }
+    }
+}
+
+impl Options {
+    /// Refuses names that are no pass.
+    pub(crate) fn check(&self) -> Result<(), CompileError> {
+        let known = passes().map(|p| p.name);
+        match self.disabled.iter().find(|d| !known.contains(&d.as_str())) {
+            None => Ok(()),
+            Some(name) => {
+                let mut known = known.to_vec();
+                known.sort_unstable();
+                known.dedup();
+                Err(CompileError::UnknownPass { name: name.clone(), known: known.join(", ") })
+            }
+        }
+    }
+}

@@ -1,0 +1,135 @@
+//! Every pass, and the whole compiler, keep what random modules compute.
+
+mod support;
+
+use ltxc_compiler::{Fuse, Options, PlanBuilder, optimize, passes};
+use ltxc_ir::plan::{Pipeline, Plan, Target, WeightSource};
+use ltxc_ir::verify::verify;
+use ltxc_ir::Module;
+use support::interp::Interpreter;
+use support::{arguments, assert_close, evaluate, evaluate_split, random};
+
+const SEEDS: u64 = 150;
+
+fn options(fuse: Fuse) -> Options {
+    Options { fuse, verify: true, ..Options::default() }
+}
+
+fn plan(module: &Module, options: Options, target: Target) -> Plan {
+    let source = WeightSource { name: "model".into(), files: vec![] };
+    let mut builder = PlanBuilder::new("test", target, options, vec![source]);
+    builder.add("group", "main", module, "main").unwrap_or_else(|e| panic!("{e}\n{module}"));
+    builder.finish(Pipeline::default()).unwrap_or_else(|e| panic!("{e}\n{module}"))
+}
+
+/// Runs all parts of `main` and returns what the last one gives.
+fn interpret(plan: &Plan, args: &[(String, ltxc_ir::eval::Tensor)]) -> Vec<(String, ltxc_ir::eval::Tensor)> {
+    let mut interpreter = Interpreter::new(plan);
+    let mut last = Vec::new();
+    for program in &plan.programs {
+        last = interpreter.run(&program.name, args);
+    }
+    last
+}
+
+#[test]
+fn every_pass_keeps_values_exactly() {
+    for seed in 0..SEEDS {
+        let module = random::module(seed, seed % 2 == 0);
+        verify(&module).unwrap_or_else(|e| panic!("seed {seed}: {e}"));
+        let args = arguments(&module, "main", seed);
+        let expected = evaluate(&module, "main", &args);
+        for fuse in [Fuse::None, Fuse::Composite] {
+            let options = options(fuse);
+            let mut now = module.clone();
+            for pass in passes() {
+                now = (pass.run)(&now, &options);
+                verify(&now).unwrap_or_else(|e| panic!("seed {seed}, {}: {e}\n{now}", pass.name));
+                let found = evaluate_split(&now, &args);
+                assert_close(&found, &expected, 0.0, &format!("seed {seed}, pass {}", pass.name));
+            }
+        }
+    }
+}
+
+#[test]
+fn passes_reach_the_same_module_again() {
+    for seed in 0..SEEDS {
+        let module = random::module(seed, true);
+        let options = options(Fuse::Composite);
+        assert_eq!(optimize(&module, &options), optimize(&module, &options), "seed {seed}");
+    }
+}
+
+#[test]
+fn plans_compute_what_the_graph_means() {
+    for seed in 0..SEEDS {
+        let narrow = seed % 3 == 0;
+        let module = random::module(seed, narrow);
+        let args = arguments(&module, "main", seed);
+        let expected = evaluate(&module, "main", &args);
+        // A rounding to bf16 turns a difference in the last bit of f32 into one of 2^-8.
+        let limit = if narrow { 0.03 } else { 2e-6 };
+        for fuse in [Fuse::None, Fuse::Composite] {
+            let plan = plan(&module, options(fuse), Target::cpu());
+            assert_close(&interpret(&plan, &args), &expected, limit, &format!("seed {seed}, {fuse:?}"));
+        }
+    }
+}
+
+#[test]
+fn every_pass_can_be_left_out() {
+    for seed in 0..SEEDS / 3 {
+        let module = random::module(seed, false);
+        let args = arguments(&module, "main", seed);
+        let expected = evaluate(&module, "main", &args);
+        for disabled in [vec!["simplify"], vec!["hoist"], vec!["pack"], vec!["simplify", "hoist", "pack"]] {
+            let disabled: Vec<String> = disabled.into_iter().map(String::from).collect();
+            let options = Options { disabled: disabled.clone(), ..options(Fuse::Composite) };
+            let plan = plan(&module, options, Target::cpu());
+            assert_close(&interpret(&plan, &args), &expected, 2e-6, &format!("seed {seed}, without {disabled:?}"));
+        }
+    }
+}
+
+#[test]
+fn hoisting_respects_every_budget() {
+    for seed in 0..SEEDS / 3 {
+        let module = random::module(seed, false);
+        let args = arguments(&module, "main", seed);
+        let expected = evaluate(&module, "main", &args);
+        for budget in [0, 64, 256, 1024] {
+            let options = Options { hoist_budget_bytes: budget, ..options(Fuse::Composite) };
+            let found = evaluate_split(&optimize(&module, &options).unwrap(), &args);
+            assert_close(&found, &expected, 0.0, &format!("seed {seed}, budget {budget}"));
+            let plan = plan(&module, options, Target::cpu());
+            assert_close(&interpret(&plan, &args), &expected, 2e-6, &format!("seed {seed}, budget {budget}"));
+            let kept = &optimize(&module, &Options { hoist_budget_bytes: budget, ..Options::default() }).unwrap();
+            let crossing = kept.entries.iter().filter(|e| *e != "main").map(|e| kept.function(e).unwrap());
+            let bytes: usize = crossing.flat_map(|f| f.result_types()).map(|t| t.bytes()).sum();
+            assert!(bytes as u64 <= budget, "seed {seed}: {bytes} bytes of {budget}");
+        }
+    }
+}
+
+#[test]
+fn plans_with_small_arenas_compute_the_same() {
+    for seed in 0..SEEDS / 3 {
+        let module = random::module(seed, false);
+        let args = arguments(&module, "main", seed);
+        let expected = evaluate(&module, "main", &args);
+        let target = Target { max_arena_bytes: 2048, ..Target::cpu() };
+        let plan = plan(&module, options(Fuse::Composite), target);
+        assert!(plan.arena_bytes().iter().all(|&b| b <= 2048));
+        assert_close(&interpret(&plan, &args), &expected, 2e-6, &format!("seed {seed}"));
+    }
+}
+
+#[test]
+fn the_same_module_gives_the_same_plan() {
+    for seed in 0..SEEDS / 3 {
+        let module = random::module(seed, true);
+        let [a, b] = [0, 1].map(|_| plan(&module, options(Fuse::Composite), Target::cpu()));
+        assert_eq!(a, b, "seed {seed}");
+    }
+}

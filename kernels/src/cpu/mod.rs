@@ -1,0 +1,83 @@
+//! The native CPU backend: every kernel of the plan on this machine, on all threads of the current rayon pool.
+//!
+//! [`launch`] looks at dtypes and attributes once and then runs loops over slices. Arithmetic is f32 whatever the dtype
+//! of the operands: narrower ones are widened in panels or rows where they are used, results are rounded once when they
+//! are stored. The same call gives the same bytes with any number of threads.
+//!
+//! | file | what |
+//! | --- | --- |
+//! | [`simd`] | instruction sets |
+//! | [`math`] | elementary functions |
+//! | [`element`] | dtypes in memory |
+//! | [`parallel`] | threads and scratch memory |
+//! | [`tile`], [`pack`], [`gemm`] | blocked matrix product |
+//! | the others | kernels |
+
+mod element;
+mod gemm;
+mod math;
+mod matmul;
+mod pack;
+mod parallel;
+mod simd;
+mod tile;
+
+use ltxc_ir::TensorType;
+use ltxc_ir::plan::Kernel;
+
+pub use parallel::threads;
+
+/// An operand of a kernel call.
+#[derive(Clone, Copy, Debug)]
+pub struct Arg<'a> {
+    /// Its type.
+    pub ty: &'a TensorType,
+    /// Its first element.
+    pub ptr: *const u8,
+}
+
+/// A result of a kernel call.
+#[derive(Clone, Copy, Debug)]
+pub struct Output<'a> {
+    /// Its type.
+    pub ty: &'a TensorType,
+    /// Its first element.
+    pub ptr: *mut u8,
+}
+
+// SAFETY: operands are only read, and valid for the time of a launch by the contract of `launch`.
+unsafe impl Sync for Arg<'_> {}
+// SAFETY: tasks of a launch write disjoint parts; each writes in an unsafe block that says which.
+unsafe impl Sync for Output<'_> {}
+
+/// Runs `kernel`. Returns when the result is complete.
+///
+/// # Safety
+/// - [`Kernel::check`] accepts the types, which fit into memory ([`TensorType::checked_bytes`]);
+/// - every pointer is valid for the bytes of its type, and aligned to its dtype;
+/// - the result overlaps no operand, except that it may be exactly an operand that [`Kernel::in_place`] allows, of the
+///   same type; nobody else writes to operands or reads the result meanwhile.
+///
+/// # Panics
+/// If `workspace` is smaller than [`crate::catalogue::workspace_bytes`] says for this call and [`threads`].
+pub unsafe fn launch(kernel: &Kernel, args: &[Arg<'_>], results: &[Output<'_>], workspace: &mut [u8]) {
+    let out = &results[0];
+    if out.ty.elements() == 0 {
+        return;
+    }
+    // SAFETY: the contract of this function is the contract of each kernel.
+    unsafe {
+        match kernel {
+            Kernel::Matmul(op) => matmul::launch(op, args, out, workspace),
+            _ => {}
+        }
+    }
+}
+
+/// Scratch that a call needs.
+pub(crate) fn need(kernel: &Kernel, args: &[&TensorType], out: &TensorType) -> parallel::Need {
+    match kernel {
+        Kernel::Matmul(_) => matmul::need(args, out),
+        _ => Default::default(),
+    }
+}

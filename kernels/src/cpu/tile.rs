@@ -1,0 +1,274 @@
+//! The innermost loop of every matrix product: a tile of the result held in registers.
+//!
+//! The left operand is a block of rows at a fixed distance ([`Tile::run`]'s `LDA`), so that all rows are reached from one
+//! pointer; the right operand is a panel of [`width`] columns, row after row. A tile sums one block of k and is stored
+//! or added at the end.
+//!
+//! | level | tile | registers |
+//! | --- | --- | --- |
+//! | AVX-512 | 12 × 32 | 24 sums, 2 of the panel, 1 of the block |
+//! | AVX2 | 6 × 16 | 12 sums, 2, 1 |
+//! | portable | 6 × 16 | as four-lane vectors: 24 sums of the 32 of AArch64 |
+
+use super::simd::{Level, level};
+
+/// Most columns that a panel has on any machine.
+pub(crate) const MAX_WIDTH: usize = 32;
+
+/// Most rows that a tile has on any machine.
+pub(crate) const MAX_ROWS: usize = 12;
+
+/// Columns of a panel on this machine.
+#[inline]
+pub(crate) fn width() -> usize {
+    match level() {
+        Level::Portable => portable::WIDTH,
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx2 => avx2::WIDTH,
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512 => avx512::WIDTH,
+    }
+}
+
+/// Most rows of a tile on this machine.
+#[inline]
+pub(crate) fn max_rows() -> usize {
+    match level() {
+        Level::Portable => portable::ROWS,
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx2 => avx2::ROWS,
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512 => avx512::ROWS,
+    }
+}
+
+/// What a tile does with what the result holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Store {
+    /// Overwrites it.
+    Set,
+    /// Adds to it.
+    Add,
+}
+
+/// One tile of `rows × columns` over `k` summed elements.
+pub(crate) struct Tile {
+    /// Summed elements.
+    pub k: usize,
+    /// First row of the left block; its rows are `LDA` apart.
+    pub a: *const f32,
+    /// The panel: `k` rows of [`width`].
+    pub b: *const f32,
+    /// Columns that are stored, at most [`width`].
+    pub columns: usize,
+    /// What happens to the result.
+    pub store: Store,
+    /// Fetched into the second cache on the way: 64 bytes for every [`STEP`] summed elements.
+    pub next: *const f32,
+}
+
+/// Summed elements between two fetches.
+pub(crate) const STEP: usize = 8;
+
+impl Tile {
+    /// Computes the tile. `c` points to the first column of each of its rows.
+    ///
+    /// # Safety
+    /// - `a` is valid for `c.len()` rows of `k` at distance `LDA`, `b` for `k · width()`;
+    /// - every `c` is valid for `columns` and nothing else reads or writes there;
+    /// - `c.len() ≤ max_rows()`, `columns ≤ width()`.
+    #[inline]
+    pub(crate) unsafe fn run<const LDA: usize>(&self, c: &[*mut f32]) {
+        // SAFETY: the promises of the caller are those of the tables' entries; the level was found on this machine.
+        unsafe {
+            match level() {
+                Level::Portable => portable::run::<LDA>(self, c),
+                #[cfg(target_arch = "x86_64")]
+                Level::Avx2 => avx2::run::<LDA>(self, c),
+                #[cfg(target_arch = "x86_64")]
+                Level::Avx512 => avx512::run::<LDA>(self, c),
+            }
+        }
+    }
+}
+
+/// Asks for the line at `p` in the first cache. Any address is allowed.
+#[inline(always)]
+fn fetch_now(p: *const f32) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a hint that reads nothing.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(p.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = p;
+}
+
+/// Asks for the line at `p` in the second cache. Any address is allowed.
+#[inline(always)]
+fn fetch_soon(p: *const f32) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a hint that reads nothing.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(p.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = p;
+}
+
+/// Defines `tile::<R, LDA>` for one instruction set. `VECTORS` vectors of `LANES` make the width.
+macro_rules! tile_kernel {
+    ($rows:literal: $($r:literal)+, $vectors:literal x $lanes:literal, $(#[$features:meta])?) => {
+        pub(super) const ROWS: usize = $rows;
+        pub(super) const WIDTH: usize = $vectors * $lanes;
+
+        /// # Safety
+        /// As for [`Tile::run`], with the features of this level.
+        $(#[$features])?
+        pub(super) unsafe fn run<const LDA: usize>(t: &Tile, c: &[*mut f32]) {
+            // SAFETY: passed on to the caller.
+            unsafe {
+                match c.len() {
+                    $($r => tile::<$r, LDA>(t, c),)+
+                    _ => debug_assert!(c.is_empty(), "a tile has at most {ROWS} rows"),
+                }
+            }
+        }
+
+        /// # Safety
+        /// As for [`Tile::run`] with `R` rows.
+        $(#[$features])?
+        unsafe fn tile<const R: usize, const LDA: usize>(t: &Tile, c: &[*mut f32]) {
+            let (a, b) = (t.a, t.b);
+            // SAFETY: the caller promises `R` rows at `a`, `k` rows of the panel at `b` and `columns` at every `c`; `row`
+            // has the width of the panel.
+            unsafe {
+                let mut sums = [[splat(0.0); $vectors]; R];
+                let mut p = 0;
+                while p < t.k {
+                    let step = p / STEP;
+                    fetch_soon(t.next.wrapping_add(step * 16));
+                    if step < R {
+                        let c = *c.get_unchecked(step);
+                        (0..WIDTH / 16).for_each(|line| fetch_now(c.wrapping_add(line * 16)));
+                    }
+                    let end = t.k.min(p + STEP);
+                    while p < end {
+                        let panel: [Vector; $vectors] = std::array::from_fn(|v| load(b.add(p * WIDTH + v * $lanes)));
+                        for r in 0..R {
+                            let x = splat(*a.add(r * LDA + p));
+                            for v in 0..$vectors {
+                                sums[r][v] = fma(x, panel[v], sums[r][v]);
+                            }
+                        }
+                        p += 1;
+                    }
+                }
+                for r in 0..R {
+                    let c = *c.get_unchecked(r);
+                    if t.columns == WIDTH {
+                        for v in 0..$vectors {
+                            let y = c.add(v * $lanes);
+                            let sum = if t.store == Store::Add { add(load(y), sums[r][v]) } else { sums[r][v] };
+                            put(y, sum);
+                        }
+                    } else {
+                        let mut row = [0f32; WIDTH];
+                        for v in 0..$vectors {
+                            put(row.as_mut_ptr().add(v * $lanes), sums[r][v]);
+                        }
+                        for (j, &sum) in row[..t.columns].iter().enumerate() {
+                            let y = c.add(j);
+                            *y = if t.store == Store::Add { *y + sum } else { sum };
+                        }
+                    }
+                }
+            }
+        }
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx512 {
+    use super::{STEP, Store, Tile, fetch_now, fetch_soon};
+    use std::arch::x86_64::{
+        __m512 as Vector, _mm512_add_ps as add, _mm512_fmadd_ps as fma, _mm512_loadu_ps as load, _mm512_set1_ps as splat,
+        _mm512_storeu_ps as put,
+    };
+    tile_kernel!(12: 1 2 3 4 5 6 7 8 9 10 11 12, 2 x 16, #[target_feature(enable = "avx512f")]);
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx2 {
+    use super::{STEP, Store, Tile, fetch_now, fetch_soon};
+    use std::arch::x86_64::{
+        __m256 as Vector, _mm256_add_ps as add, _mm256_fmadd_ps as fma, _mm256_loadu_ps as load, _mm256_set1_ps as splat,
+        _mm256_storeu_ps as put,
+    };
+    tile_kernel!(6: 1 2 3 4 5 6, 2 x 8, #[target_feature(enable = "avx2,fma")]);
+}
+
+mod portable {
+    use super::{STEP, Store, Tile, fetch_now, fetch_soon};
+
+    type Vector = [f32; 4];
+
+    #[inline(always)]
+    fn splat(x: f32) -> Vector {
+        [x; 4]
+    }
+
+    /// # Safety
+    /// `p` is valid for four floats.
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> Vector {
+        // SAFETY: passed on to the caller.
+        unsafe { p.cast::<Vector>().read_unaligned() }
+    }
+
+    /// # Safety
+    /// `p` is valid for four floats.
+    #[inline(always)]
+    unsafe fn put(p: *mut f32, v: Vector) {
+        // SAFETY: passed on to the caller.
+        unsafe { p.cast::<Vector>().write_unaligned(v) }
+    }
+
+    #[inline(always)]
+    fn add(a: Vector, b: Vector) -> Vector {
+        std::array::from_fn(|i| a[i] + b[i])
+    }
+
+    #[inline(always)]
+    fn fma(a: Vector, b: Vector, c: Vector) -> Vector {
+        std::array::from_fn(|i| a[i].mul_add(b[i], c[i]))
+    }
+
+    tile_kernel!(6: 1 2 3 4 5 6, 4 x 4,);
+}
+#[cfg(test)]
+mod timing {
+    #[test]
+    fn timing() {
+        use super::*;
+        for (k, panels, rows) in [(64usize,1usize,1usize),(128,1,1),(192,1,1),(256,1,1),(384,1,1),(192,32,16),(256,32,16),(384,32,16),(384,1,16),(384,32,1)] {
+            let mut buf = vec![0f32; 400*192 + 16 + 32*k*panels + 192*1024*2];
+            let off = buf.as_ptr().align_offset(64);
+            let a = unsafe { buf.as_mut_ptr().add(off) };
+            let b = unsafe { a.add(400*192) };
+            let c = unsafe { b.add(32*k*panels) };
+            let mut best=f64::MAX;
+            for _ in 0..20 {
+            let t = std::time::Instant::now();
+            let reps = (400_000_000 / (k*768*panels*rows)).max(1)/20+1;
+            for _ in 0..reps { for p in 0..panels { for r in 0..rows {
+                let cs: [*mut f32; 12] = std::array::from_fn(|i| unsafe { c.add((r*12+i) * 1040 + p*32) });
+                unsafe { Tile { k, a: a.add(r*12*400), b: b.add(p*32*k), columns: 32, store: Store::Add, next: a }.run::<400>(&cs) };
+            }}}
+            let s = t.elapsed().as_secs_f64()/(reps*panels*rows) as f64;
+            best=best.min(s);
+            }
+            println!("k {k} panels {panels} rows {rows}: {:.1} GF", (k * 768) as f64 / best / 1e9);
+        }
+    }
+}

@@ -1,0 +1,189 @@
+//! Checkpoints: the files people have, seen as one set of tensors with one configuration.
+//!
+//! A [`Checkpoint`] is opened from a published single file, from split files, from a folder of either, or from a diffusers
+//! or FastVideo folder. It has the keys of the published single file ([`layout`]) and that file's `config`, and knows
+//! where every tensor really is. Nothing of the weights is read: files are mapped, and only headers are looked at.
+//!
+//! Text encoders are separate ([`GemmaFolder`]), latent upsamplers are opened on their own
+//! ([`Checkpoint::open_upsampler`]). GGUF and quantised layouts are not read here.
+//!
+//! *Invariant:* every location points into a file whose header was fully checked.
+
+mod assemble;
+mod diffusers;
+mod diffusers_config;
+mod file;
+mod gemma;
+pub mod generation;
+pub mod header;
+pub mod hub;
+pub mod layout;
+mod metadata;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use ltxc_ir::TensorType;
+use ltxc_ir::identity::FileIdentity;
+use serde_json::Value;
+
+pub use assemble::ModelFiles;
+pub use file::WeightFile;
+pub use gemma::{GemmaFamily, GemmaFolder};
+pub use generation::{Generation, Version};
+pub use header::{Header, StoredTensor, StoredType};
+pub use layout::{Component, FileKind};
+pub use metadata::Metadata;
+
+use crate::{ModelError, TensorDirectory};
+
+/// The files of a model, as one set of tensors under canonical keys.
+pub struct Checkpoint {
+    name: String,
+    files: Vec<WeightFile>,
+    /// Canonical key → index of the file and of the tensor in it.
+    tensors: BTreeMap<String, (usize, usize)>,
+    config: Value,
+    model_version: Option<String>,
+    gemma_version: Option<String>,
+    ignored: Vec<(usize, String)>,
+}
+
+/// A tensor of a [`Checkpoint`] or [`GemmaFolder`].
+#[derive(Clone, Copy, Debug)]
+pub struct Location<'a> {
+    /// Index of its file.
+    pub file: usize,
+    /// Key, type, shape and place in that file.
+    pub stored: &'a StoredTensor,
+}
+
+impl Checkpoint {
+    /// Opens `path`: a single file, one split file, or a folder (diffusers, FastVideo, split files, or one with a single
+    /// file). Names of the Hugging Face hub go through [`hub::resolve`] first.
+    ///
+    /// # Errors
+    /// If something is missing, ambiguous, damaged or without configuration; the message says what to do.
+    pub fn open(path: &Path) -> Result<Checkpoint, ModelError> {
+        assemble::open(path)
+    }
+
+    /// Opens the named files. Explicit components win over those of the single file.
+    ///
+    /// # Errors
+    /// As for [`Checkpoint::open`].
+    pub fn open_files(files: &ModelFiles) -> Result<Checkpoint, ModelError> {
+        assemble::open_files(files)
+    }
+
+    /// Opens a latent upsampler: a published file, or a diffusers `latent_upsampler` folder. Its keys have no prefix, and
+    /// [`Checkpoint::config`] is its own configuration.
+    ///
+    /// # Errors
+    /// If it is none, or damaged.
+    pub fn open_upsampler(path: &Path) -> Result<Checkpoint, ModelError> {
+        assemble::open_upsampler(path)
+    }
+
+    /// What messages call it: the path it was opened from.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Its files, in the order that [`Location::file`] counts.
+    pub fn files(&self) -> &[WeightFile] {
+        &self.files
+    }
+
+    /// The configuration, as in the metadata of the published single file.
+    pub fn config(&self) -> &Value {
+        &self.config
+    }
+
+    /// The sub-object `name` of the configuration.
+    ///
+    /// # Errors
+    /// If the files have none, that is, if the component is not in them.
+    pub fn section(&self, name: &str) -> Result<&Value, ModelError> {
+        self.config.get(name).ok_or_else(|| {
+            ModelError::config(name, format!("`{}` has no such part; name the file that has it", self.name))
+        })
+    }
+
+    /// `model_version` as written; for diffusers folders, which have none, the first version with these switches.
+    pub fn model_version(&self) -> Option<&str> {
+        self.model_version.as_deref()
+    }
+
+    /// The generation that decides on defaults.
+    pub fn generation(&self) -> Generation {
+        Generation::of(&self.version())
+    }
+
+    /// The version, parsed.
+    pub fn version(&self) -> Version {
+        self.model_version.as_deref().map(Version::parse).unwrap_or_default()
+    }
+
+    /// The text encoder that the transformer was trained with (`gemma_version` of LTX-2.5).
+    pub fn gemma_version(&self) -> Option<&str> {
+        self.gemma_version.as_deref()
+    }
+
+    /// Whether a file was written by [`crate::synth`], so that results mean nothing.
+    pub fn is_synthetic(&self) -> bool {
+        self.files.iter().any(|f| f.metadata().is_synthetic)
+    }
+
+    /// The tensor with the canonical key `key`.
+    pub fn tensor(&self, key: &str) -> Option<Location<'_>> {
+        let &(file, tensor) = self.tensors.get(key)?;
+        Some(Location { file, stored: self.files.get(file)?.header().tensors.get(tensor)? })
+    }
+
+    /// All tensors by canonical key, sorted.
+    pub fn tensors(&self) -> impl Iterator<Item = (&str, Location<'_>)> {
+        self.tensors.keys().filter_map(|key| Some((key.as_str(), self.tensor(key)?)))
+    }
+
+    /// The key that the file has for the canonical `key`; `key` itself if there is no such tensor.
+    pub fn actual_key(&self, key: &str) -> String {
+        self.tensor(key).map_or_else(|| key.to_string(), |found| found.stored.key.clone())
+    }
+
+    /// The bytes of the tensor `key`.
+    pub fn data(&self, key: &str) -> Option<&[u8]> {
+        let found = self.tensor(key)?;
+        Some(self.files.get(found.file)?.data(found.stored))
+    }
+
+    /// Keys that belong to no component, with the index of their file: reported, never used.
+    pub fn ignored(&self) -> &[(usize, String)] {
+        &self.ignored
+    }
+
+    /// Tensors whose element type graphs do not know, with the name of the type. A builder that needs one finds it
+    /// missing.
+    pub fn unsupported(&self) -> impl Iterator<Item = (&str, StoredType)> {
+        self.tensors().filter(|(_, found)| found.stored.ty().is_none()).map(|(key, found)| (key, found.stored.dtype))
+    }
+
+    /// The identity of every file; `full` reads all of them.
+    ///
+    /// # Errors
+    /// If a file changed since it was opened.
+    pub fn identities(&self, full: bool) -> Result<Vec<FileIdentity>, ModelError> {
+        self.files.iter().map(|f| f.identity(full)).collect()
+    }
+
+    /// Paths of the files.
+    pub fn paths(&self) -> Vec<PathBuf> {
+        self.files.iter().map(|f| f.path().to_path_buf()).collect()
+    }
+}
+
+impl TensorDirectory for Checkpoint {
+    fn tensor_type(&self, key: &str) -> Option<TensorType> {
+        self.tensor(key).and_then(|found| found.stored.ty())
+    }
+}

@@ -1,0 +1,258 @@
+//! What was typed. Names are those of the official tools where they have one; other spellings are aliases.
+//!
+//! Nothing is resolved here: see [`crate::job`] for what it means.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use ltxc_models::synth::Preset;
+
+/// Compile LTX-2 models ahead of time and run them.
+#[derive(Debug, Parser)]
+#[command(
+    name = "ltxc",
+    version,
+    about,
+    after_help = "Example:\n  ltxc demo            writes ./demo.mp4 from a tiny synthetic model"
+)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+    /// Print one JSON object per event to standard output.
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// Print nothing but results and errors.
+    #[arg(long, short, global = true)]
+    pub quiet: bool,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Compile a plan from model files.
+    Compile(CompileArgs),
+    /// Make a video from a prompt, with a plan or straight from model files.
+    Run(Box<RunArgs>),
+    /// Show what a plan, or the graph of model files, contains.
+    Inspect(InspectArgs),
+    /// Write synthetic model files in the published format.
+    Synth(SynthArgs),
+    /// Make ./demo.mp4 with a tiny synthetic model.
+    Demo(DemoArgs),
+    /// Show devices, memory, caches and codecs of this machine.
+    Doctor,
+}
+
+/// Model files.
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "Model files (path, or hub name looked up in the local cache)")]
+pub struct ModelArgs {
+    /// Model: a single file, a folder with model_index.json, or `org/name[:file]`.
+    #[arg(long, value_name = "FILE", aliases = ["checkpoint", "model-path", "model", "distilled-checkpoint-path"])]
+    pub checkpoint_path: Option<PathBuf>,
+    /// Folder of the Gemma text encoder.
+    #[arg(long, value_name = "DIR", aliases = ["gemma-path", "text-encoder", "gemma"])]
+    pub gemma_root: Option<PathBuf>,
+    /// Spatial upscaler, needed by pipelines of two stages.
+    #[arg(long, value_name = "FILE", alias = "spatial-upsampler")]
+    pub spatial_upsampler_path: Option<PathBuf>,
+    /// Compare complete hashes of weight files instead of samples.
+    #[arg(long)]
+    pub verify: bool,
+}
+
+/// What is fixed when a plan is compiled.
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "Shape")]
+pub struct ShapeArgs {
+    /// Pipeline [default: distilled]
+    #[arg(long, value_enum)]
+    pub pipeline: Option<PipelineName>,
+    /// Height in pixels [default: 1024, or 512 for one stage]
+    #[arg(long, short = 'H')]
+    pub height: Option<u32>,
+    /// Width in pixels [default: 1536, or 768 for one stage]
+    #[arg(long, short = 'W')]
+    pub width: Option<u32>,
+    /// Number of frames, 8k+1 [default: 121]
+    #[arg(long, alias = "frames")]
+    pub num_frames: Option<u32>,
+    /// Frames per second, a number or a fraction like 24000/1001 [default: 24]
+    #[arg(long, alias = "fps")]
+    pub frame_rate: Option<String>,
+    /// Images behind frame 0 that a run may give [default: 0, or what --image needs]
+    #[arg(long)]
+    pub max_keyframes: Option<u32>,
+    /// Tiles of the video decoder: auto, off, or SIZExOVERLAP,FRAMESxOVERLAP in pixels and frames [default: auto]
+    #[arg(long)]
+    pub vae_tile: Option<String>,
+}
+
+/// Pipelines that can be compiled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum PipelineName {
+    /// Two stages: half size, latent upscaling, full size.
+    #[default]
+    Distilled,
+    /// One stage at full size.
+    #[value(alias = "text-to-video")]
+    DistilledOneStage,
+}
+
+/// `ltxc compile`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Example:\n  ltxc compile --checkpoint-path ltx-2-19b-distilled.safetensors --gemma-root gemma-3-12b \\\n    \
+    --spatial-upsampler-path ltx-2-spatial-upscaler-x2-1.0.safetensors --height 512 --width 768 -o x.ltxplan"
+)]
+pub struct CompileArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub shape: ShapeArgs,
+    /// Where to write the plan.
+    #[arg(long, short, value_name = "FILE", default_value = "model.ltxplan", alias = "output-path")]
+    pub output: PathBuf,
+}
+
+/// `ltxc run`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Example:\n  ltxc run x.ltxplan --weights models/ --prompt \"a red fox in deep snow\" -o fox.mp4"
+)]
+pub struct RunArgs {
+    /// Plan made by `ltxc compile`; without one, model files are compiled into the cache first.
+    pub plan: Option<PathBuf>,
+    /// Folder with the weight files of the plan; may be repeated.
+    #[arg(long, value_name = "DIR")]
+    pub weights: Vec<PathBuf>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub shape: ShapeArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub content: ContentArgs,
+    /// Output: .mp4, .wav, or a folder for PNG frames and a WAV file.
+    #[arg(long, short, value_name = "PATH", default_value = "out.mp4", alias = "output-path")]
+    pub output: PathBuf,
+    /// Leave prompt and seed out of the output's metadata.
+    #[arg(long)]
+    pub no_metadata: bool,
+}
+
+/// What a run may choose freely.
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "Content")]
+pub struct ContentArgs {
+    /// What to show; `-` reads standard input, `@FILE` a file.
+    #[arg(long, short)]
+    pub prompt: String,
+    /// Seed of all noise, or `random`.
+    #[arg(long, default_value = "10")]
+    pub seed: String,
+    /// Image to start from or pass through, repeatable: PATH FRAME STRENGTH [CRF].
+    #[arg(long, num_args = 1..=4, value_names = ["PATH", "FRAME", "STRENGTH", "CRF"], action = clap::ArgAction::Append)]
+    pub image: Vec<String>,
+    /// Steps of the first stage, fewer than the model's own.
+    #[arg(long, alias = "steps")]
+    pub num_inference_steps: Option<usize>,
+    /// Noise levels of the first stage, from at most 1 down to 0.
+    #[arg(long, value_delimiter = ',')]
+    pub sigmas: Option<Vec<f32>>,
+    /// Noise levels of the second stage.
+    #[arg(long, value_delimiter = ',')]
+    pub sigmas_stage2: Option<Vec<f32>>,
+    /// Noise of stage 1, video: read if the file exists, else written.
+    #[arg(long, value_name = "FILE")]
+    pub ltx2_initial_latent_path: Option<PathBuf>,
+    /// Noise of stage 1, sound.
+    #[arg(long, value_name = "FILE")]
+    pub ltx2_audio_latent_path: Option<PathBuf>,
+    /// Noise of stage 2, video.
+    #[arg(long, value_name = "FILE")]
+    pub ltx2_refine_noise_path: Option<PathBuf>,
+    /// Noise of stage 2, sound.
+    #[arg(long, value_name = "FILE")]
+    pub ltx2_refine_audio_noise_path: Option<PathBuf>,
+    /// Codec for the H.264 round trip of images.
+    #[arg(long, value_enum, default_value_t)]
+    pub image_codec: ImageCodec,
+    /// Go on with latents or frames that are NaN, infinite or constant.
+    #[arg(long)]
+    pub allow_bad_numerics: bool,
+}
+
+/// Codec for the H.264 round trip of conditioning images.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum ImageCodec {
+    /// ffmpeg's libx264 if ffmpeg is installed, else the embedded codec.
+    #[default]
+    Auto,
+    /// The embedded codec.
+    Embedded,
+    /// ffmpeg's libx264.
+    Ffmpeg,
+}
+
+/// `ltxc inspect`.
+#[derive(Debug, Args)]
+pub struct InspectArgs {
+    /// Plan to show; without one, the graph of the model files.
+    pub plan: Option<PathBuf>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub shape: ShapeArgs,
+    /// Print the IR text: kernel calls of a plan, ops of model files.
+    #[arg(long)]
+    pub graph: bool,
+}
+
+/// `ltxc synth`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Example:\n  ltxc synth --preset ltx-2-19b models/   writes sparse files of full size in a second"
+)]
+pub struct SynthArgs {
+    /// Model to write; the full-size ones have real shapes and no data.
+    #[arg(long, value_parser = preset_parser())]
+    pub preset: Preset,
+    /// Folder to write into.
+    pub dir: PathBuf,
+}
+
+/// `ltxc demo`.
+#[derive(Debug, Args)]
+pub struct DemoArgs {
+    /// Where to write the video.
+    #[arg(long, short, default_value = "demo.mp4")]
+    pub output: PathBuf,
+}
+
+fn preset_parser() -> impl TypedValueParser<Value = Preset> {
+    let names = PossibleValuesParser::new(Preset::ALL.map(Preset::name));
+    // The parser before has accepted the name, so there is a preset of it.
+    names.map(|name| Preset::from_name(&name).unwrap_or(Preset::Tiny))
+}
+
+/// The command line with `-` for `_` in the names of long flags, as other tools write them.
+pub fn with_dashes(args: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
+    let with_dashes = args.into_iter().map(|arg| match arg.to_str() {
+        Some(text) if text.starts_with("--") => {
+            let end = text.find('=').unwrap_or(text.len());
+            OsString::from(format!("{}{}", text[..end].replace('_', "-"), &text[end..]))
+        }
+        _ => arg,
+    });
+    with_dashes.collect()
+}

@@ -1,0 +1,357 @@
+//! From model files and a shape to the graphs of a pipeline: which programs there are, and what each is built from.
+//!
+//! # Programs of the distilled pipelines
+//! - `encode.<n>` and `connect`: text to contexts, a program per bucket of prompt lengths;
+//! - one group per stage and kind of conditioning, named by [`StageClass::program`];
+//! - `encode_image.<stage>`, `upsample`, `decode.<f>x<h>x<w>`, `decode_audio`.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use ltxc_ir::plan::{AudioSettings, ModelInfo, Pipeline, Stage, StageClass, TextSettings, VideoSettings, WeightSource};
+use ltxc_ir::tiling::TilePlan;
+use ltxc_ir::{DType, Module};
+use ltxc_models::audio::{AudioVaeConfig, VocoderConfig, decode_audio};
+use ltxc_models::checkpoint::{Checkpoint, GemmaFolder, Generation, hub};
+use ltxc_models::text::{self, TextConfig, TextWeights};
+use ltxc_models::transformer::{self, StreamSpec, TransformerConfig, TransformerSpec};
+use ltxc_models::upsampler::{UpsamplerConfig, upsample};
+use ltxc_models::video_vae::{self, VideoVaeConfig};
+use ltxc_models::{TensorDirectory, Weights};
+use ltxc_runtime::pipeline::decode::program_name;
+use ltxc_runtime::pipeline::schedule::{DISTILLED_STAGE_1, DISTILLED_STAGE_2};
+
+use crate::args::ModelArgs;
+use crate::job::Shape;
+
+/// Names of the weight sources in graphs and plans.
+const MODEL: &str = "model";
+const GEMMA: &str = "gemma";
+const UPSAMPLER: &str = "upsampler";
+
+/// Prompt lengths that have a program of their own, in tokens.
+const BUCKETS: [usize; 6] = [32, 64, 128, 256, 512, 1024];
+
+/// Dtype of activations. The CPU computes in f32.
+const DTYPE: DType = DType::F32;
+
+/// The model files of a pipeline, opened.
+pub struct ModelFiles {
+    /// Transformer, VAEs, vocoder, text projection.
+    pub model: Checkpoint,
+    /// Text encoder.
+    pub gemma: GemmaFolder,
+    /// Latent upsampler, if the pipeline has two stages.
+    pub upsampler: Option<Checkpoint>,
+    verify: bool,
+}
+
+impl ModelFiles {
+    /// Opens what `args` names. Hub names resolve in the local cache.
+    ///
+    /// # Errors
+    /// A file that is missing, damaged, or of another kind.
+    pub fn open(args: &ModelArgs, needs_upsampler: bool) -> Result<ModelFiles> {
+        let path = |value: &Option<PathBuf>, flag: &str, what: &str| -> Result<PathBuf> {
+            let Some(path) = value else { bail!("`{flag}` is missing: it names the {what}") };
+            local(path)
+        };
+        let checkpoint = path(&args.checkpoint_path, "--checkpoint-path", "model file or folder")?;
+        let model = Checkpoint::open(&checkpoint)?;
+        let gemma = match (&args.gemma_root, bundled_gemma(&checkpoint)) {
+            (None, Some(bundled)) => bundled,
+            _ => path(&args.gemma_root, "--gemma-root", "folder of the Gemma text encoder")?,
+        };
+        let gemma = GemmaFolder::open(&gemma)?;
+        if let Some(note) = gemma.check_pairing(&model)? {
+            eprintln!("note: {note}");
+        }
+        let upsampler = match needs_upsampler {
+            true => {
+                let path = path(&args.spatial_upsampler_path, "--spatial-upsampler-path", "spatial upscaler")?;
+                Some(Checkpoint::open_upsampler(&path)?)
+            }
+            false => None,
+        };
+        Ok(ModelFiles { model, gemma, upsampler, verify: args.verify })
+    }
+
+    /// Paths of all files, for a run right after compiling.
+    pub fn paths(&self) -> Vec<PathBuf> {
+        let mut paths = self.model.paths();
+        paths.extend(self.gemma.tokenizer_path());
+        paths.extend(self.gemma.files().iter().map(|f| f.path().to_path_buf()));
+        paths.extend(self.upsampler.iter().flat_map(Checkpoint::paths));
+        paths
+    }
+
+    /// The sources of a plan, with the identity of every file.
+    ///
+    /// # Errors
+    /// A file that cannot be read.
+    pub fn sources(&self) -> Result<Vec<WeightSource>> {
+        let stored =
+            |(key, at): (&'_ str, ltxc_models::checkpoint::Location<'_>)| (key.to_string(), at.stored.key.clone());
+        let source = |name: &str, files, keys: Vec<(String, String)>| {
+            let renames = WeightSource::renames_of(keys.iter().map(|(a, b)| (a.as_str(), b.as_str())));
+            WeightSource { name: name.into(), files, renames }
+        };
+        let mut sources = vec![
+            source(MODEL, self.model.identities(self.verify)?, self.model.tensors().map(stored).collect()),
+            source(GEMMA, self.gemma.identities(self.verify)?, self.gemma.tensors().map(stored).collect()),
+        ];
+        if let Some(upsampler) = &self.upsampler {
+            sources.push(source(
+                UPSAMPLER,
+                upsampler.identities(self.verify)?,
+                upsampler.tensors().map(stored).collect(),
+            ));
+        }
+        Ok(sources)
+    }
+}
+
+/// A path as it is, or the local copy of a hub name.
+fn local(path: &Path) -> Result<PathBuf> {
+    if path.exists() {
+        return Ok(path.into());
+    }
+    let name = path.to_str().with_context(|| format!("`{}` does not exist", path.display()))?;
+    Ok(hub::resolve(name)?)
+}
+
+/// Text encoder inside a diffusers folder.
+fn bundled_gemma(checkpoint: &Path) -> Option<PathBuf> {
+    let folder = checkpoint.join("text_encoder");
+    folder.is_dir().then(|| checkpoint.to_path_buf())
+}
+
+/// A program to compile.
+pub struct ProgramSource {
+    /// Group that shares state.
+    pub group: String,
+    /// Name of the program.
+    pub name: String,
+    /// Its graph.
+    pub module: Module,
+}
+
+/// Everything a plan is compiled from.
+pub struct Assembly {
+    /// Programs, in the order they run.
+    pub programs: Vec<ProgramSource>,
+    /// What the driver does with them.
+    pub pipeline: Pipeline,
+}
+
+/// Builds the graphs of a pipeline.
+///
+/// # Errors
+/// A model that does not fit the pipeline, or sizes that it cannot run.
+pub fn assemble(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
+    let model = Components::read(files)?;
+    model.check(files, shape)?;
+    let mut programs = Vec::new();
+    let mut add = |group: &str, name: &str, module: Module| {
+        programs.push(ProgramSource { group: group.into(), name: name.into(), module });
+    };
+
+    let text_weights = || TextWeights {
+        gemma: weights(GEMMA, &files.gemma),
+        projection: model.weights(),
+        transformer: model.weights(),
+    };
+    for bucket in BUCKETS {
+        add("text", &format!("encode.{bucket}"), text::encode(&model.text, &text_weights(), bucket, DTYPE)?);
+    }
+    let length = text::CONTEXT_TOKENS;
+    add("text", "connect", text::connect(&model.text.connectors, &model.weights(), length, DTYPE)?);
+
+    let (stages, factors) = (model.stages(shape), model.video_vae.factors());
+    for stage in &stages {
+        for class in &stage.classes {
+            let module =
+                transformer::build(&model.transformer, &model.weights(), &model.spec(shape, stage, class), DTYPE)?;
+            add(&class.program, &class.program, module);
+        }
+        let pixels = [1, stage.height as usize, stage.width as usize];
+        let module = video_vae::encode(&model.video_vae, &model.weights(), pixels, DTYPE)?;
+        add("image", &format!("encode_image.{}", stage.name), module);
+    }
+    let last = stages.last().context("a pipeline has stages")?;
+    if let (Some(upsampler), [first, ..]) = (&files.upsampler, &stages[..]) {
+        let config = UpsamplerConfig::from_json(upsampler.config())?;
+        let grid = first.grid.map(|n| n as usize);
+        let (found, expected) = (config.output_grid(grid), last.grid.map(|n| n as usize));
+        if found != expected {
+            bail!(
+                "the upscaler `{}` makes {found:?} latents (frames, rows, columns) of {grid:?}, the second stage needs {expected:?}; \
+                 name a spatial x2 upscaler",
+                upsampler.name()
+            );
+        }
+        add("upsample", "upsample", upsample(&config, &weights(UPSAMPLER, upsampler), &model.weights(), grid, DTYPE)?);
+    }
+    let grid = last.grid.map(|n| n as usize);
+    let tiles = TilePlan::decode(grid, factors, &shape.tile.tiling(grid, factors)?)?;
+    let sizes: BTreeSet<[usize; 3]> = tiles.tiles().map(|t| t.map(|axis| axis.len())).collect();
+    for [f, h, w] in sizes {
+        let module = video_vae::decode(&model.video_vae, &model.weights(), [f, h, w], DTYPE)?;
+        add("decode", &program_name(f, h, w), module);
+    }
+    let tokens = model.audio_tokens(shape);
+    let module = Module {
+        functions: vec![decode_audio(&model.audio_vae, &model.vocoder, &model.weights(), tokens, DTYPE)?],
+        entries: vec!["decode_audio".into()],
+    };
+    add("sound", "decode_audio", module);
+
+    let pipeline = model.pipeline(files, shape, stages, tiles)?;
+    Ok(Assembly { programs, pipeline })
+}
+
+fn weights<'a>(source: &str, directory: &'a dyn TensorDirectory) -> Weights<'a> {
+    Weights::new(source, directory)
+}
+
+/// Configurations of all components of a model.
+struct Components<'a> {
+    checkpoint: &'a Checkpoint,
+    text: TextConfig,
+    transformer: TransformerConfig,
+    video_vae: VideoVaeConfig,
+    audio_vae: AudioVaeConfig,
+    vocoder: VocoderConfig,
+}
+
+impl<'a> Components<'a> {
+    fn read(files: &'a ModelFiles) -> Result<Components<'a>> {
+        let model = &files.model;
+        Ok(Components {
+            checkpoint: model,
+            text: TextConfig::from_json(files.gemma.config(), model.section("transformer")?)?,
+            transformer: TransformerConfig::from_json(model.section("transformer")?)?,
+            video_vae: VideoVaeConfig::from_json(model.section("vae")?)?,
+            audio_vae: AudioVaeConfig::from_json(model.section("audio_vae")?)?,
+            vocoder: VocoderConfig::from_json(model.section("vocoder")?)?,
+        })
+    }
+
+    fn weights(&self) -> Weights<'a> {
+        weights(MODEL, self.checkpoint)
+    }
+
+    /// What the parts of one model must agree on, and what the pipeline can run.
+    fn check(&self, files: &ModelFiles, shape: &Shape) -> Result<()> {
+        let name = files.model.name();
+        let generation = files.model.generation();
+        if !matches!(generation, Generation::Ltx2 | Generation::Ltx23) {
+            bail!("`{name}` is {}, which is not supported yet; LTX-2 and LTX-2.3 are", generation.name());
+        }
+        let (latent, video) = (self.video_vae.latent_channels, self.transformer.video.in_channels);
+        if latent != video {
+            bail!(
+                "`{name}`: the video VAE has {latent} latent channels, the transformer takes {video}; they are not of one model"
+            );
+        }
+        let (tokens, audio) = (self.audio_vae.token_channels(), self.transformer.audio.in_channels);
+        if tokens != audio {
+            bail!(
+                "`{name}`: the audio VAE has tokens of {tokens} values, the transformer takes {audio}; they are not of one model"
+            );
+        }
+        let widths = self.text.connectors.widths();
+        let taken = transformer::Stream::BOTH.map(|s| self.transformer.context_channels(s));
+        if widths != taken {
+            bail!(
+                "`{name}`: the text connectors give {widths:?} channels (video, audio), the transformer takes {taken:?}"
+            );
+        }
+        shape.check(self.video_vae.factors())
+    }
+
+    fn stages(&self, shape: &Shape) -> Vec<Stage> {
+        let stage = |name: &str, height: usize, width: usize, sigmas: &[f32], upsampled: bool| {
+            let [ft, fh, fw] = self.video_vae.factors();
+            let grid = [(shape.frames - 1) / ft + 1, height / fh, width / fw].map(|n| n as u32);
+            let mut classes = Vec::new();
+            for keyframes in 0..=shape.max_keyframes as u32 {
+                for first_frame in [false, true] {
+                    let kind = match (first_frame, keyframes) {
+                        (false, 0) => String::new(),
+                        (true, 0) => ".first".into(),
+                        (false, n) => format!(".key{n}"),
+                        (true, n) => format!(".first.key{n}"),
+                    };
+                    let rows = 1 + keyframes + first_frame as u32;
+                    classes.push(StageClass { program: format!("{name}{kind}"), first_frame, keyframes, rows });
+                }
+            }
+            let (height, width, sigmas) = (height as u32, width as u32, sigmas.to_vec());
+            Stage { name: name.into(), height, width, grid, sigmas, upsampled, classes }
+        };
+        let (h, w) = (shape.height, shape.width);
+        if shape.has_two_stages() {
+            let first = stage("stage1", h / 2, w / 2, &DISTILLED_STAGE_1, false);
+            vec![first, stage("stage2", h, w, &DISTILLED_STAGE_2, true)]
+        } else {
+            vec![stage("stage1", h, w, &DISTILLED_STAGE_1, false)]
+        }
+    }
+
+    fn spec(&self, shape: &Shape, stage: &Stage, class: &StageClass) -> TransformerSpec {
+        let [f, h, w] = stage.grid.map(|n| n as usize);
+        let video = StreamSpec {
+            timestep_rows: class.rows as usize,
+            ..StreamSpec::new(f * h * w + class.keyframes as usize * h * w, text::CONTEXT_TOKENS)
+        };
+        let audio = StreamSpec::new(self.audio_tokens(shape), text::CONTEXT_TOKENS);
+        TransformerSpec { video: Some(video), audio: Some(audio), perturbation: Default::default() }
+    }
+
+    /// Number of audio latents for the length of the video, rounded half to even.
+    fn audio_tokens(&self, shape: &Shape) -> usize {
+        let (num, den) = self.audio_vae.latent_rate_hz();
+        let seconds = shape.frames as f64 / shape.frame_rate.to_f64();
+        ((seconds * num as f64 / den as f64).round_ties_even() as usize).max(1)
+    }
+
+    fn pipeline(&self, files: &ModelFiles, shape: &Shape, stages: Vec<Stage>, decode: TilePlan) -> Result<Pipeline> {
+        let tokenizer = files.gemma.tokenizer_json()?;
+        let version = self.checkpoint.model_version().unwrap_or_default();
+        let name = if shape.has_two_stages() { "distilled" } else { "distilled-one-stage" };
+        Ok(Pipeline {
+            name: name.into(),
+            model: ModelInfo {
+                generation: self.checkpoint.generation().name().into(),
+                version: version.into(),
+                synthetic: self.checkpoint.is_synthetic(),
+                // Generations up to 2.3: spec/pipelines §1.1.
+                image_crf: 33,
+            },
+            video: VideoSettings {
+                height: shape.height as u32,
+                width: shape.width as u32,
+                frames: shape.frames as u32,
+                frame_rate: (shape.frame_rate.num(), shape.frame_rate.den()),
+                channels: self.video_vae.latent_channels as u32,
+                scale: self.video_vae.factors().map(|n| n as u32),
+                max_keyframes: shape.max_keyframes as u32,
+            },
+            audio: AudioSettings {
+                tokens: self.audio_tokens(shape) as u32,
+                channels: self.audio_vae.token_channels() as u32,
+                rate_hz: self.vocoder.output_rate_hz as u32,
+            },
+            text: TextSettings {
+                buckets: BUCKETS.map(|n| n as u32).into(),
+                length: text::CONTEXT_TOKENS as u32,
+                registers: self.text.connectors.registers(&self.weights(), text::CONTEXT_TOKENS)? as u32,
+                tokenizer: (tokenizer.len() as u64, *blake3::hash(&tokenizer).as_bytes()),
+            },
+            stages,
+            decode,
+        })
+    }
+}

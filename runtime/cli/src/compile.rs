@@ -1,0 +1,100 @@
+//! `ltxc compile`: model files and a shape to a plan.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use ltxc_compiler::{Options, PlanBuilder};
+use ltxc_ir::plan::summary::function_costs;
+use ltxc_ir::plan::{Plan, Target, container};
+use ltxc_runtime::files::write_atomically;
+use ltxc_runtime::memory::{MemoryNeed, readable};
+use serde_json::json;
+
+use crate::args::{CompileArgs, ModelArgs};
+use crate::assemble::{ModelFiles, assemble};
+use crate::job::Shape;
+use crate::report::Report;
+
+/// Compiles a plan for the CPU.
+///
+/// # Errors
+/// A model that does not fit the pipeline, or sizes that it cannot run.
+pub fn compile(files: &ModelFiles, shape: &Shape) -> Result<Plan> {
+    let assembly = assemble(files, shape)?;
+    let mut builder = PlanBuilder::new(&version(), Target::cpu(), Options::default(), files.sources()?);
+    for program in &assembly.programs {
+        for entry in &program.module.entries {
+            builder.add(&program.group, &program.name, &program.module, entry)?;
+        }
+    }
+    Ok(builder.finish(assembly.pipeline)?)
+}
+
+/// Name and version of this program, as plans and outputs record it.
+pub fn version() -> String {
+    format!("ltxc {}", env!("CARGO_PKG_VERSION"))
+}
+
+/// `ltxc compile`.
+///
+/// # Errors
+/// As for [`compile()`], and a plan that cannot be written.
+pub fn run(args: &CompileArgs, report: &mut Report) -> Result<()> {
+    let shape = Shape::resolve(&args.shape, 0)?;
+    let files = ModelFiles::open(&args.model, shape.has_two_stages())?;
+    let plan = compile(&files, &shape)?;
+    let bytes = container::encode(&plan)?;
+    write_atomically(&args.output, &bytes)?;
+    let need = MemoryNeed::of(&plan, rayon::current_num_threads());
+    let calls: u64 = function_costs(&plan).iter().map(|c| c.calls).sum();
+    report.note(&format!(
+        "{} programs, {calls} kernel calls, {} of memory at most besides mapped weights",
+        plan.programs.len(),
+        readable(need.peak())
+    ));
+    let facts = json!({"bytes": bytes.len(), "programs": plan.programs.len(), "peak_bytes": need.peak()});
+    report.finish(&args.output, facts);
+    Ok(())
+}
+
+/// The plan for model files, from the cache if it was compiled before.
+///
+/// # Errors
+/// As for [`compile()`], and a cache that cannot be written.
+pub fn cached(model: &ModelArgs, shape: &Shape) -> Result<(PathBuf, ModelFiles)> {
+    let files = ModelFiles::open(model, shape.has_two_stages())?;
+    let mut key = blake3::Hasher::new();
+    key.update(version().as_bytes());
+    key.update(format!("{shape:?}").as_bytes());
+    for source in files.sources()? {
+        key.update(format!("{source:?}").as_bytes());
+    }
+    let path = cache_folder()?.join(format!("{}.ltxplan", &key.finalize().to_hex()[..24]));
+    if !path.exists() || read(&path).is_err() {
+        let plan = compile(&files, shape)?;
+        write_atomically(&path, &container::encode(&plan)?)?;
+    }
+    Ok((path, files))
+}
+
+/// Folder for plans that were compiled on the way: `LTXC_CACHE`, else `ltxc` in the user's cache folder.
+///
+/// # Errors
+/// If the environment names none.
+pub fn cache_folder() -> Result<PathBuf> {
+    let from = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+    let home_cache = || Some(from("HOME").or_else(|| from("USERPROFILE"))?.join(".cache"));
+    from("LTXC_CACHE")
+        .or_else(|| Some(from("XDG_CACHE_HOME").or_else(home_cache)?.join("ltxc")))
+        .context("there is no cache folder; set LTXC_CACHE")
+}
+
+/// Reads and verifies a plan file. Returns it with its hash.
+///
+/// # Errors
+/// A file that cannot be read or is no plan.
+pub fn read(path: &Path) -> Result<(Plan, [u8; 32])> {
+    let bytes = std::fs::read(path).with_context(|| format!("plan `{}`", path.display()))?;
+    let plan = container::decode(&bytes).with_context(|| format!("plan `{}`", path.display()))?;
+    Ok((plan, container::hash(&bytes)))
+}

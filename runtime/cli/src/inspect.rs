@@ -1,0 +1,150 @@
+//! `ltxc inspect`: what is in a plan, or the graph of model files.
+
+use anyhow::{Context, Result};
+use ltxc_ir::plan::summary::{function_costs, weight_bytes};
+use ltxc_ir::plan::{Plan, container};
+use ltxc_runtime::memory::{MemoryNeed, readable};
+use serde_json::{Value, json};
+
+use crate::args::InspectArgs;
+use crate::assemble::{ModelFiles, assemble};
+use crate::compile::read;
+use crate::job::Shape;
+
+/// `ltxc inspect`.
+///
+/// # Errors
+/// A plan that cannot be read, or model files that do not fit.
+pub fn run(args: &InspectArgs, json: bool) -> Result<()> {
+    let Some(path) = &args.plan else {
+        let shape = Shape::resolve(&args.shape, 0)?;
+        let files = ModelFiles::open(&args.model, shape.has_two_stages()).context("name a plan, or model files")?;
+        for program in assemble(&files, &shape)?.programs {
+            println!("; program {} (group {})\n{}", program.name, program.group, program.module);
+        }
+        return Ok(());
+    };
+    let (plan, hash) = read(path)?;
+    if args.graph {
+        print!("{plan}");
+        return Ok(());
+    }
+    let facts = facts(&plan, &hash, std::fs::metadata(path)?.len());
+    if json {
+        println!("{facts}")
+    } else {
+        print!("{}", text(&plan, &facts))
+    }
+    Ok(())
+}
+
+/// Everything about a plan, for machines.
+fn facts(plan: &Plan, hash: &[u8; 32], bytes: u64) -> Value {
+    let costs = function_costs(plan);
+    let need = MemoryNeed::of(plan, rayon::current_num_threads());
+    let programs: Vec<Value> = (plan.programs.iter())
+        .map(|p| {
+            let cost = &costs[p.function as usize];
+            let (mapped, packed) = weight_bytes(plan, p);
+            let slots = |slots: &[ltxc_ir::plan::Slot]| -> Value {
+                slots.iter().map(|s| json!({"name": s.name, "type": s.ty.to_string()})).collect()
+            };
+            json!({
+                "name": p.name, "group": plan.groups[p.group as usize].name, "rate": p.rate.name(),
+                "calls": cost.calls, "by_kernel": cost.by_kernel, "flops": cost.flops, "bytes": cost.bytes,
+                "arena_bytes": p.arena_bytes, "mapped_weight_bytes": mapped, "packed_weight_bytes": packed,
+                "inputs": slots(&p.inputs), "outputs": slots(&p.outputs),
+            })
+        })
+        .collect();
+    let sources: Vec<Value> = (plan.sources.iter())
+        .map(|s| {
+            let files: Vec<Value> = s
+                .files
+                .iter()
+                .map(|f| json!({"bytes": f.bytes, "header": hex(&f.header), "samples": hex(&f.samples)}))
+                .collect();
+            json!({"name": s.name, "files": files, "renamed_prefixes": s.renames.len()})
+        })
+        .collect();
+    let memory: Vec<Value> = (need.parts.iter())
+        .map(|p| {
+            json!({
+                "part": p.name, "total_bytes": p.total(), "arena_bytes": p.arena, "state_bytes": p.state,
+                "packed_weight_bytes": p.packed, "workspace_bytes": p.workspace, "driver_bytes": p.host,
+            })
+        })
+        .collect();
+    json!({
+        "hash": hex(hash), "bytes": bytes, "format": container::FORMAT, "compiler": plan.compiler, "target": plan.target,
+        "pipeline": plan.pipeline, "functions": plan.functions.len(), "programs": programs, "weights": sources,
+        "memory": {"peak_bytes": need.peak(), "parts": memory},
+    })
+}
+
+fn hex(hash: &[u8; 32]) -> String {
+    hash.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+/// The same for people.
+fn text(plan: &Plan, facts: &Value) -> String {
+    let p = &plan.pipeline;
+    let (num, den) = p.video.frame_rate;
+    let synthetic = if p.model.synthetic { ", synthetic weights" } else { "" };
+    let mut out = format!(
+        "plan      {} ({}), by {}\nmodel     {} {}{synthetic}\npipeline  {}, {}x{}, {} frames at {} fps, sound at {} Hz\n\
+         target    {}\n\nprogram                      calls        FLOP      traffic        arena      weights  (packed)\n",
+        facts["hash"].as_str().unwrap_or_default(),
+        readable(facts["bytes"].as_u64().unwrap_or(0)),
+        plan.compiler,
+        p.model.generation,
+        p.model.version,
+        p.name,
+        p.video.height,
+        p.video.width,
+        p.video.frames,
+        if den == 1 { num.to_string() } else { format!("{num}/{den}") },
+        p.audio.rate_hz,
+        plan.target.backend,
+    );
+    for program in facts["programs"].as_array().into_iter().flatten() {
+        let number = |key: &str| program[key].as_u64().unwrap_or(0);
+        let arena: u64 = program["arena_bytes"].as_array().into_iter().flatten().filter_map(Value::as_u64).sum();
+        out += &format!(
+            "{:<26} {:>7} {:>11} {:>12} {:>12} {:>12} {:>9}\n",
+            program["name"].as_str().unwrap_or_default(),
+            number("calls"),
+            count(number("flops")),
+            readable(number("bytes")),
+            readable(arena),
+            readable(number("mapped_weight_bytes")),
+            readable(number("packed_weight_bytes")),
+        );
+    }
+    out += "\nmemory over time (besides mapped weights)\n";
+    let peak = facts["memory"]["peak_bytes"].as_u64().unwrap_or(0).max(1);
+    for part in facts["memory"]["parts"].as_array().into_iter().flatten() {
+        let total = part["total_bytes"].as_u64().unwrap_or(0);
+        let bar = "█".repeat((total as u128 * 40 / peak as u128) as usize);
+        out += &format!("{:<18} {:>10}  {bar}\n", part["part"].as_str().unwrap_or_default(), readable(total));
+    }
+    out += &format!("{:<18} {:>10}\n\nweights\n", "peak", readable(peak));
+    for source in &plan.sources {
+        for file in &source.files {
+            out += &format!("{:<10} {file}\n", source.name);
+        }
+    }
+    out
+}
+
+/// `1.5 T` and the like.
+fn count(n: u64) -> String {
+    let units = ["", " k", " M", " G", " T", " P", " E"];
+    let mut value = n as f64;
+    let mut unit = 0;
+    while value >= 1000.0 && unit + 1 < units.len() {
+        value /= 1000.0;
+        unit += 1;
+    }
+    if unit == 0 { n.to_string() } else { format!("{value:.2}{}", units[unit]) }
+}

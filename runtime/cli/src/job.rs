@@ -1,0 +1,238 @@
+//! From what was typed to what is meant: sizes, rates, tiles and noise levels, checked before anything is loaded.
+
+use anyhow::{Context, Result, bail};
+use ltxc_ir::tiling::{AxisTiling, Tiling};
+use ltxc_runtime::media::Rational;
+
+use crate::args::{ContentArgs, PipelineName, ShapeArgs};
+
+/// What a plan is compiled for.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Shape {
+    /// Pipeline.
+    pub pipeline: PipelineName,
+    /// Height in pixels.
+    pub height: usize,
+    /// Width in pixels.
+    pub width: usize,
+    /// Number of frames.
+    pub frames: usize,
+    /// Frames per second.
+    pub frame_rate: Rational,
+    /// Images behind frame 0 that a run may give.
+    pub max_keyframes: usize,
+    /// Tiles of the decoder.
+    pub tile: VaeTile,
+}
+
+/// How the decoder is tiled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum VaeTile {
+    /// The reference's rule.
+    Auto,
+    /// Not at all.
+    Off,
+    /// Sizes on the longer side in pixels, and in frames.
+    Size {
+        /// Pixels on the longer side.
+        space: (usize, usize),
+        /// Frames.
+        time: (usize, usize),
+    },
+}
+
+impl VaeTile {
+    fn parse(text: &str) -> Result<VaeTile> {
+        match text {
+            "auto" => return Ok(VaeTile::Auto),
+            "off" => return Ok(VaeTile::Off),
+            _ => {}
+        }
+        let pair = |part: &str| -> Option<(usize, usize)> {
+            let (size, overlap) = part.split_once('x')?;
+            Some((size.trim().parse().ok()?, overlap.trim().parse().ok()?))
+        };
+        let parsed = text.split_once(',').and_then(|(space, time)| Some((pair(space)?, pair(time)?)));
+        let Some((space, time)) = parsed else {
+            bail!("`--vae-tile {text}` is not auto, off or SIZExOVERLAP,FRAMESxOVERLAP, for example 512x64,64x24");
+        };
+        Ok(VaeTile::Size { space, time })
+    }
+
+    /// The rule for a latent of these frames, rows and columns.
+    ///
+    /// # Errors
+    /// Sizes that the decoder cannot be split into.
+    pub fn tiling(self, latent: [usize; 3], factors: [usize; 3]) -> Result<Tiling> {
+        Ok(match self {
+            VaeTile::Auto => Tiling::automatic(latent, factors)?,
+            VaeTile::Off => Tiling::WHOLE,
+            VaeTile::Size { space, time } => {
+                let time = AxisTiling::Size { size: time.0, overlap: time.1 };
+                Tiling::long_side(time, space.0, space.1, latent, factors)?
+            }
+        })
+    }
+}
+
+/// Most pixels of a side and most frames: far beyond every model, small enough for all arithmetic.
+const MOST: usize = 1 << 16;
+
+impl Shape {
+    /// Resolves the arguments; `keyframes` is what the images of the same command need.
+    ///
+    /// # Errors
+    /// Values that no model could run. What depends on the model is checked when its files are known.
+    pub fn resolve(args: &ShapeArgs, keyframes: usize) -> Result<Shape> {
+        let pipeline = args.pipeline.unwrap_or_default();
+        let (height, width) = match pipeline {
+            PipelineName::Distilled => (1024, 1536),
+            PipelineName::DistilledOneStage => (512, 768),
+        };
+        let size = |value: Option<u32>, default: usize, flag: &str| -> Result<usize> {
+            let value = value.map_or(default, |v| v as usize);
+            if !(1..=MOST).contains(&value) {
+                bail!("`{flag} {value}` is out of range, expected 1 to {MOST}");
+            }
+            Ok(value)
+        };
+        let rate = args.frame_rate.as_deref().unwrap_or("24");
+        Ok(Shape {
+            pipeline,
+            height: size(args.height, height, "--height")?,
+            width: size(args.width, width, "--width")?,
+            frames: size(args.num_frames, 121, "--num-frames")?,
+            frame_rate: rate.parse().with_context(|| format!("`--frame-rate {rate}`"))?,
+            max_keyframes: args.max_keyframes.map_or(keyframes, |n| n as usize),
+            tile: VaeTile::parse(args.vae_tile.as_deref().unwrap_or("auto"))?,
+        })
+    }
+
+    /// Whether the pipeline has a second stage at twice the size.
+    pub fn has_two_stages(&self) -> bool {
+        self.pipeline == PipelineName::Distilled
+    }
+
+    /// Checks sizes against the scale factors of a model (time, height, width) and names the nearest valid ones.
+    ///
+    /// # Errors
+    /// A size or frame count that the pipeline cannot run.
+    pub fn check(&self, factors: [usize; 3]) -> Result<()> {
+        let stages = if self.has_two_stages() { 2 } else { 1 };
+        let name = if stages == 2 { "two-stage" } else { "one-stage" };
+        for (flag, value, factor) in [("--height", self.height, factors[1]), ("--width", self.width, factors[2])] {
+            let unit = factor * stages;
+            if !value.is_multiple_of(unit) {
+                let below = value / unit * unit;
+                let nearest = if below == 0 { format!("{unit}") } else { format!("{below} or {}", below + unit) };
+                bail!(
+                    "`{flag} {value}` is not a multiple of {unit}, which the {name} pipeline needs; the nearest is {nearest}"
+                );
+            }
+        }
+        let k = factors[0];
+        if self.frames % k != 1 % k {
+            let below = (self.frames - 1) / k * k + 1;
+            bail!("`--num-frames {}` is not {k}k+1; the nearest are {below} and {}", self.frames, below + k);
+        }
+        Ok(())
+    }
+}
+
+/// The seed of a run, and what to print about it.
+///
+/// # Errors
+/// Text that is no seed.
+pub fn seed(text: &str) -> Result<u64> {
+    if text == "random" || text == "-1" {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        return Ok(now.as_nanos() as u64 & 0x7fff_ffff);
+    }
+    text.parse().with_context(|| format!("`--seed {text}` is not a whole number or `random`"))
+}
+
+/// An image as given on the command line.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ImageArg {
+    /// File.
+    pub path: std::path::PathBuf,
+    /// Pixel frame.
+    pub frame: u32,
+    /// Strength.
+    pub strength: f32,
+    /// CRF of the round trip, if not the model's.
+    pub crf: Option<u8>,
+}
+
+/// Splits the values of repeated `--image` flags: `occurrences` says how many values each one had.
+///
+/// # Errors
+/// A frame, strength or CRF that is none.
+pub fn images(values: &[String], occurrences: &[usize]) -> Result<Vec<ImageArg>> {
+    let mut rest = values;
+    let mut out = Vec::new();
+    for &n in occurrences {
+        let (this, others) = rest.split_at(n.min(rest.len()));
+        rest = others;
+        let Some(path) = this.first() else { continue };
+        let number = |i: usize, what: &str, default: f64| -> Result<f64> {
+            let Some(text) = this.get(i) else { return Ok(default) };
+            text.parse().with_context(|| format!("`--image {path}`: {what} `{text}` is not a number"))
+        };
+        let frame = number(1, "frame", 0.0)?;
+        if frame < 0.0 || frame.fract() != 0.0 || frame > MOST as f64 {
+            bail!("`--image {path}`: frame {frame} is not a frame number");
+        }
+        let crf = match this.get(3) {
+            Some(text) => Some(text.parse().with_context(|| format!("`--image {path}`: crf `{text}` is not 0 to 51"))?),
+            None => None,
+        };
+        let strength = number(2, "strength", 1.0)? as f32;
+        out.push(ImageArg { path: path.into(), frame: frame as u32, strength, crf });
+    }
+    Ok(out)
+}
+
+/// The prompt: given, read from standard input (`-`), or from a file (`@FILE`).
+///
+/// # Errors
+/// Input that cannot be read.
+pub fn prompt(args: &ContentArgs) -> Result<String> {
+    match args.prompt.as_str() {
+        "-" => std::io::read_to_string(std::io::stdin()).context("prompt from standard input"),
+        text => match text.strip_prefix('@') {
+            Some(path) => std::fs::read_to_string(path).with_context(|| format!("prompt file `{path}`")),
+            None => Ok(text.into()),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shape(height: u32, width: u32, frames: u32) -> Result<()> {
+        let args =
+            ShapeArgs { height: Some(height), width: Some(width), num_frames: Some(frames), ..ShapeArgs::default() };
+        Shape::resolve(&args, 0)?.check([8, 32, 32])
+    }
+
+    #[test]
+    fn nearest_valid_sizes_are_named() {
+        assert!(shape(512, 768, 121).is_ok());
+        let message = |r: Result<()>| r.unwrap_err().to_string();
+        assert!(message(shape(1080, 768, 121)).contains("1024 or 1088"));
+        assert!(message(shape(512, 768, 120)).contains("113 and 121"));
+        assert!(message(shape(16, 768, 121)).contains("the nearest is 64"));
+    }
+
+    #[test]
+    fn image_values_are_split_by_flag() {
+        let values: Vec<String> = ["a.png", "b.png", "8", "0.5", "20"].map(String::from).into();
+        let found = images(&values, &[1, 4]).unwrap();
+        assert_eq!((found[0].frame, found[0].strength, found[0].crf), (0, 1.0, None));
+        assert_eq!((found[1].frame, found[1].strength, found[1].crf), (8, 0.5, Some(20)));
+        assert!(images(&values[1..2], &[1]).is_ok());
+        assert!(images(&["a".into(), "x".into()], &[2]).is_err());
+    }
+}

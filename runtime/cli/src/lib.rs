@@ -1,0 +1,12 @@
+//! The command line of ltxc, as a library so that tests and benchmarks can compile plans the way the binary does.
+
+pub mod args;
+pub mod assemble;
+pub mod compile;
+pub mod demo;
+pub mod doctor;
+pub mod inspect;
+pub mod job;
+pub mod report;
+pub mod run;
+pub mod synth;

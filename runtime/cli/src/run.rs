@@ -1,0 +1,166 @@
+//! `ltxc run`: a prompt to a video with sound.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+
+use anyhow::{Context, Result, bail};
+use ltxc_ir::plan::Plan;
+use ltxc_runtime::RunError;
+use ltxc_runtime::executor::Executor;
+use ltxc_runtime::media::{
+    Audio, MediaWriter, OutputOptions, Rational, RoundTrip, VideoFormat, image_round_trip, load_image,
+};
+use ltxc_runtime::memory::{MemoryNeed, available, readable};
+use ltxc_runtime::pipeline::schedule::distilled_subset;
+use ltxc_runtime::pipeline::{Conditioning, Noise, Output, Request, run as run_pipeline};
+use ltxc_runtime::tokenizer::Tokenizer;
+use ltxc_runtime::weights::{WeightFiles, find_tokenizer};
+use serde_json::json;
+
+use crate::args::{ContentArgs, ImageCodec, RunArgs};
+use crate::compile::{cached, read};
+use crate::job::{self, ImageArg, Shape};
+use crate::report::Report;
+
+/// Set by Ctrl-C; the run stops at the next kernel and removes what it has begun to write.
+pub static INTERRUPT: AtomicBool = AtomicBool::new(false);
+
+/// `ltxc run`. `image_occurrences` says how many values each `--image` had.
+///
+/// # Errors
+/// Anything that stops the run; no output is left then.
+pub fn run(args: &RunArgs, image_occurrences: &[usize], report: &mut Report) -> Result<()> {
+    let images = job::images(&args.content.image, image_occurrences)?;
+    let (plan_path, folders) = plan_and_folders(args, &images)?;
+    let (plan, hash) = read(&plan_path)?;
+    let weights = WeightFiles::open(&plan, &folders, args.model.verify)?;
+    let tokenizer = tokenizer(&plan, &folders)?;
+    let need = MemoryNeed::of(&plan, rayon::current_num_threads());
+    report.note(&format!("memory: {} at most, besides mapped weights", readable(need.peak())));
+    need.check(available())?;
+
+    let seed = job::seed(&args.content.seed)?;
+    let prompt = job::prompt(&args.content)?;
+    report.note(&format!("seed {seed}, {} ({})", plan.pipeline.name, plan.pipeline.model.generation));
+    let conditioning = images.iter().map(|i| load(i, &plan, args.content.image_codec)).collect::<Result<Vec<_>>>()?;
+    let request = Request {
+        prompt: &prompt,
+        images: &conditioning,
+        sigmas: sigmas(&args.content, &plan)?,
+        noise: Noise { seed, given: BTreeMap::new(), files: noise_files(&args.content) },
+        allow_bad_numerics: args.content.allow_bad_numerics,
+    };
+    let mut executor = Executor::new(&plan, &weights, &INTERRUPT)?;
+    let tags = if args.no_metadata { Vec::new() } else { tags(&prompt, seed, &hash) };
+    let mut output = FileOutput::create(&args.output, &plan, tags)?;
+    run_pipeline(&mut executor, tokenizer, &request, report, &mut output)?;
+    let written = output.writer.finish()?;
+    report.finish(&written.path, json!({"frames": written.frames, "bytes": written.bytes, "seed": seed}));
+    Ok(())
+}
+
+fn tokenizer(plan: &Plan, folders: &[PathBuf]) -> Result<Tokenizer> {
+    let path = find_tokenizer(&plan.pipeline.text, folders)?;
+    Ok(Tokenizer::from_folder(path.parent().unwrap_or(Path::new(".")))?)
+}
+
+/// The plan to run and where its weights are.
+fn plan_and_folders(args: &RunArgs, images: &[ImageArg]) -> Result<(PathBuf, Vec<PathBuf>)> {
+    let Some(plan) = &args.plan else {
+        let keyframes = images.iter().filter(|i| i.frame > 0).count();
+        let shape = Shape::resolve(&args.shape, keyframes)?;
+        let (path, files) = cached(&args.model, &shape)?;
+        return Ok((path, [files.paths(), args.weights.clone()].concat()));
+    };
+    let mut folders = args.weights.clone();
+    let named = [&args.model.checkpoint_path, &args.model.gemma_root, &args.model.spatial_upsampler_path];
+    folders.extend(named.into_iter().flatten().cloned());
+    if folders.is_empty() {
+        let beside = plan.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        folders.push(beside.into());
+    }
+    Ok((plan.clone(), folders))
+}
+
+fn load(arg: &ImageArg, plan: &Plan, codec: ImageCodec) -> Result<Conditioning> {
+    let crf = arg.crf.unwrap_or(plan.pipeline.model.image_crf as u8);
+    let codec = match codec {
+        ImageCodec::Auto => RoundTrip::Auto,
+        ImageCodec::Embedded => RoundTrip::Embedded,
+        ImageCodec::Ffmpeg => RoundTrip::Ffmpeg,
+    };
+    let image = image_round_trip(&load_image(&arg.path)?, crf, codec)?;
+    Ok(Conditioning { image, frame: arg.frame, strength: arg.strength })
+}
+
+fn sigmas(content: &ContentArgs, plan: &Plan) -> Result<BTreeMap<String, Vec<f32>>> {
+    let mut out = BTreeMap::new();
+    let first = plan.pipeline.stages.first().context("the plan has no stages")?;
+    match (&content.sigmas, content.num_inference_steps) {
+        (Some(_), Some(_)) => {
+            bail!("`--sigmas` and `--num-inference-steps` both choose the noise levels; give one of them")
+        }
+        (Some(list), None) => drop(out.insert(first.name.clone(), list.clone())),
+        (None, Some(steps)) => {
+            let list = distilled_subset(&first.sigmas, steps).map_err(RunError::Input)?;
+            out.insert(first.name.clone(), list);
+        }
+        (None, None) => {}
+    }
+    if let Some(list) = &content.sigmas_stage2 {
+        out.insert("stage2".into(), list.clone());
+    }
+    Ok(out)
+}
+
+fn noise_files(content: &ContentArgs) -> BTreeMap<String, PathBuf> {
+    let slots = [
+        ("stage1.video", &content.ltx2_initial_latent_path),
+        ("stage1.audio", &content.ltx2_audio_latent_path),
+        ("stage2.video", &content.ltx2_refine_noise_path),
+        ("stage2.audio", &content.ltx2_refine_audio_noise_path),
+    ];
+    slots.into_iter().filter_map(|(slot, path)| Some((slot.to_string(), path.clone()?))).collect()
+}
+
+fn tags(prompt: &str, seed: u64, hash: &[u8; 32]) -> Vec<(String, String)> {
+    let hex: String = hash.iter().map(|b| format!("{b:02x}")).collect();
+    [("comment", prompt.to_string()), ("seed", seed.to_string()), ("plan_hash", hex)]
+        .map(|(name, value)| (name.to_string(), value))
+        .into()
+}
+
+/// Writes frames and sound to a file or folder.
+struct FileOutput {
+    writer: MediaWriter,
+    has_video: bool,
+}
+
+impl FileOutput {
+    fn create(path: &Path, plan: &Plan, tags: Vec<(String, String)>) -> Result<FileOutput> {
+        let video = &plan.pipeline.video;
+        let has_video = path.extension().is_none_or(|e| e != "wav");
+        let rate = Rational::new(video.frame_rate.0, video.frame_rate.1)?;
+        let format = VideoFormat::new(video.width as usize, video.height as usize, rate)?;
+        let mut options = OutputOptions::default();
+        options.tags.extend(tags);
+        let writer = MediaWriter::create(path, has_video.then_some(format), options)?;
+        Ok(FileOutput { writer, has_video })
+    }
+}
+
+impl Output for FileOutput {
+    fn frames(&mut self, rgb: &[f32]) -> Result<(), RunError> {
+        if self.has_video {
+            self.writer.write_frames(rgb)?;
+        }
+        Ok(())
+    }
+
+    fn sound(&mut self, samples: &[f32], rate_hz: u32) -> Result<(), RunError> {
+        let channel = |c: usize| samples.iter().skip(c).step_by(2).copied();
+        let planar = channel(0).chain(channel(1)).collect();
+        Ok(self.writer.write_audio(Audio::new(rate_hz, planar)?)?)
+    }
+}

@@ -1,0 +1,50 @@
+//! Media at the edge: conditioning images in, video and audio files out.
+//!
+//! | file | what |
+//! | --- | --- |
+//! | `frames` | RGB float frames, conversion to 8-bit RGB and BT.709 planes |
+//! | `h264` | H.264 encoder and decoder (embedded) |
+//! | `aac` | AAC-LC encoder (embedded) and the 16-bit conversion of audio |
+//! | `mp4` | MP4 writer and the reader of what it writes |
+//! | `wav`, `png` | uncompressed outputs |
+//! | `output` | one writer for all of these: streaming, atomic, with progress |
+//! | `image_input` | conditioning images: load, compress, resize, normalise |
+//! | `round_trip`, `ffmpeg` | the H.264 compression that conditioning images go through |
+//!
+//! Nothing here needs another program. An `ffmpeg` on `PATH` is used for exactly one thing, the compression of
+//! conditioning images, because only libx264 reproduces it to the bit; see [`round_trip`].
+//!
+//! ```no_run
+//! use ltxc_runtime::media::{Audio, MediaWriter, OutputOptions, Rational, VideoFormat};
+//!
+//! # fn main() -> Result<(), ltxc_runtime::media::MediaError> {
+//! let format = VideoFormat::new(768, 512, Rational::new(24, 1)?)?;
+//! let mut writer = MediaWriter::create("out.mp4".as_ref(), Some(format), OutputOptions::default())?;
+//! let chunk = vec![0.5_f32; 8 * 512 * 768 * 3];
+//! writer.write_frames(&chunk)?;
+//! writer.write_audio(Audio::new(48_000, vec![0.0; 2 * 16_000])?)?;
+//! let written = writer.finish()?;
+//! println!("{} frames in {}", written.frames, written.path.display());
+//! # Ok(())
+//! # }
+//! ```
+
+pub mod aac;
+mod error;
+pub mod ffmpeg;
+pub mod frames;
+pub mod h264;
+pub mod image_input;
+pub mod mp4;
+pub mod output;
+mod partial;
+pub mod png;
+pub mod round_trip;
+pub mod wav;
+
+pub use aac::Audio;
+pub use error::MediaError;
+pub use frames::{Frames, I420, Rational, VideoFormat};
+pub use image_input::{RgbImage, load_conditioning_image, load_image, resize_and_crop};
+pub use output::{Kind, MediaWriter, OutputOptions, Written};
+pub use round_trip::{RoundTrip, image_round_trip};

@@ -1,0 +1,205 @@
+//! Arenas of the CPU backend, how much memory a plan needs, and how much the machine has.
+
+use std::collections::BTreeMap;
+
+use ltxc_ir::plan::summary::weight_bytes;
+use ltxc_ir::plan::{Plan, Step};
+use ltxc_ir::tiling::Axis;
+use ltxc_kernels::catalogue::workspace_bytes;
+use memmap2::MmapMut;
+
+use crate::error::RunError;
+
+/// Zeroed memory, page-aligned. Pages take no memory until they are written.
+pub struct Memory {
+    map: Option<MmapMut>,
+}
+
+impl Memory {
+    /// Reserves `bytes`.
+    ///
+    /// # Errors
+    /// If the address space or the machine does not allow it.
+    pub fn new(bytes: u64) -> Result<Memory, RunError> {
+        if bytes == 0 {
+            return Ok(Memory { map: None });
+        }
+        let refused = || RunError::Memory {
+            needed: readable(bytes),
+            available: readable(available()),
+            remedy: "choose a smaller size or fewer frames".into(),
+        };
+        let length = usize::try_from(bytes).map_err(|_| refused())?;
+        let map = MmapMut::map_anon(length).map_err(|_| refused())?;
+        Ok(Memory { map: Some(map) })
+    }
+
+    /// Size in bytes.
+    pub fn len(&self) -> u64 {
+        self.map.as_ref().map_or(0, |m| m.len() as u64)
+    }
+
+    /// Whether there is nothing.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Start of the memory; dangling if it is empty.
+    pub fn start(&mut self) -> *mut u8 {
+        self.map.as_mut().map_or(std::ptr::dangling_mut(), |m| m.as_mut_ptr())
+    }
+
+    /// The bytes.
+    pub fn bytes(&self) -> &[u8] {
+        self.map.as_deref().unwrap_or(&[])
+    }
+
+    /// The bytes, to be written.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        self.map.as_deref_mut().unwrap_or(&mut [])
+    }
+}
+
+/// What a plan needs in each part of a run, besides the weights that are mapped from files. Parts do not overlap: each
+/// releases what it used.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MemoryNeed {
+    /// Parts in the order they run.
+    pub parts: Vec<PartNeed>,
+}
+
+/// What one part of a run needs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PartNeed {
+    /// Group of programs.
+    pub name: String,
+    /// Arenas of its largest program.
+    pub arena: u64,
+    /// State between its programs.
+    pub state: u64,
+    /// Packed copies of weights.
+    pub packed: u64,
+    /// Scratch of its hungriest kernel.
+    pub workspace: u64,
+    /// Buffers of the driver.
+    pub host: u64,
+}
+
+impl PartNeed {
+    /// All of it.
+    pub fn total(&self) -> u64 {
+        [self.arena, self.state, self.packed, self.workspace, self.host].iter().fold(0, |sum, &n| sum.saturating_add(n))
+    }
+}
+
+/// Code, allocator and what every process has, measured on Linux: see bench/NOTEBOOK.md.
+const PROCESS_BYTES: u64 = 24 << 20;
+
+impl MemoryNeed {
+    /// What `plan` needs when run with `threads` threads.
+    pub fn of(plan: &Plan, threads: usize) -> MemoryNeed {
+        let workspace: Vec<u64> = function_workspace(plan, threads);
+        let mut parts: BTreeMap<u32, PartNeed> = BTreeMap::new();
+        for program in &plan.programs {
+            let group = plan.groups.get(program.group as usize);
+            let part = parts.entry(program.group).or_insert_with(|| PartNeed {
+                name: group.map_or(String::new(), |g| g.name.clone()),
+                arena: 0,
+                state: group.map_or(0, |g| g.state_bytes),
+                packed: 0,
+                workspace: 0,
+                host: 0,
+            });
+            part.arena = part.arena.max(program.arena_bytes.iter().sum());
+            // Programs of a group read the same weights, of which each is packed once.
+            part.packed = part.packed.max(weight_bytes(plan, program).1);
+            part.workspace = part.workspace.max(workspace.get(program.function as usize).copied().unwrap_or(0));
+            if program.name.starts_with("decode.") {
+                part.host = frames_bytes(plan);
+            }
+        }
+        MemoryNeed { parts: parts.into_values().collect() }
+    }
+
+    /// The most that is needed at any time.
+    pub fn peak(&self) -> u64 {
+        PROCESS_BYTES + self.parts.iter().map(PartNeed::total).max().unwrap_or(0)
+    }
+
+    /// The part that needs the most.
+    pub fn largest(&self) -> Option<&PartNeed> {
+        self.parts.iter().max_by_key(|p| p.total())
+    }
+
+    /// Refuses a plan that does not fit.
+    ///
+    /// # Errors
+    /// [`RunError::Memory`] if less than the peak is available.
+    pub fn check(&self, available: u64) -> Result<(), RunError> {
+        if self.peak() <= available {
+            return Ok(());
+        }
+        let part = self.largest().map_or("", |p| p.name.as_str());
+        let remedy = match part {
+            "decode" => "compile with smaller `--vae-tile`, a smaller size or fewer frames".into(),
+            _ => {
+                format!("`{part}` needs the most; compile with a smaller size or fewer frames, or close other programs")
+            }
+        };
+        Err(RunError::Memory { needed: readable(self.peak()), available: readable(available), remedy })
+    }
+}
+
+/// Scratch that each function needs, callees included.
+fn function_workspace(plan: &Plan, threads: usize) -> Vec<u64> {
+    let mut need: Vec<u64> = Vec::with_capacity(plan.functions.len());
+    for function in &plan.functions {
+        let steps = function.steps.iter().map(|step| match step {
+            Step::Kernel(call) => {
+                let args: Vec<_> = call.args.iter().map(|a| &a.ty).collect();
+                let results: Vec<_> = call.results.iter().map(|r| &r.ty).collect();
+                workspace_bytes(&call.kernel, &args, &results, threads) as u64
+            }
+            Step::Call(call) => need.get(call.function as usize).copied().unwrap_or(0),
+        });
+        let most = steps.max().unwrap_or(0);
+        need.push(most);
+    }
+    need
+}
+
+/// The largest number of decoded frames that wait for the tiles that overlap them, in bytes.
+fn frames_bytes(plan: &Plan) -> u64 {
+    let (video, tiles) = (&plan.pipeline.video, &plan.pipeline.decode);
+    let frame = video.height as u64 * video.width as u64 * 3 * 4;
+    let waiting = tiles.axes[0].iter().zip(tiles.chunks()).map(|(tile, chunk)| {
+        let end = tile.pixels(Axis::Time, tiles.factors[0]).end;
+        (end - chunk.start.min(end)) as u64
+    });
+    waiting.max().unwrap_or(0).saturating_mul(frame)
+}
+
+/// Bytes that can be used without pushing anything out; `u64::MAX` where the system does not say.
+pub fn available() -> u64 {
+    let mut system = sysinfo::System::new();
+    system.refresh_memory();
+    match system.available_memory() {
+        0 => u64::MAX,
+        bytes => system.cgroup_limits().map_or(bytes, |c| bytes.min(c.free_memory)),
+    }
+}
+
+/// `1.5 GB` and the like.
+pub fn readable(bytes: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "kB", "MB", "GB", "TB"];
+    if bytes == u64::MAX {
+        return "an unknown amount".into();
+    }
+    let mut value = bytes as f64;
+    let mut unit = 0;
+    while value >= 1000.0 && unit + 1 < UNITS.len() {
+        value /= 1000.0;
+        unit += 1;
+    }
+    if unit == 0 { format!("{bytes} B") } else { format!("{value:.1} {}", UNITS[unit]) }
+}

@@ -1,0 +1,62 @@
+//! From a prompt to the two contexts that the transformer attends to.
+//!
+//! Only the smallest bucket of token slots that holds the prompt is computed: the states of real tokens do not depend on
+//! padding, and positions count from the padded length, so the result is the same (spec/text-encoder §2.3).
+
+use ltxc_ir::plan::TextSettings;
+
+use super::observe::{Event, Observer};
+use crate::error::RunError;
+use crate::executor::Executor;
+use crate::tokenizer::Tokenizer;
+
+/// Contexts of one prompt, `[length, width]` each; empty for a stream that the model does not have.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TextContext {
+    /// For the video stream.
+    pub video: Vec<f32>,
+    /// For the audio stream.
+    pub audio: Vec<f32>,
+}
+
+/// Encodes `prompt`.
+///
+/// # Errors
+/// A prompt that cannot be tokenised, or a program that cannot run.
+pub fn encode_prompt(
+    executor: &mut Executor<'_>,
+    settings: &TextSettings,
+    tokenizer: &Tokenizer,
+    prompt: &str,
+    observer: &mut dyn Observer,
+) -> Result<TextContext, RunError> {
+    let prompt = tokenizer.encode(prompt)?;
+    let count = prompt.ids().len();
+    if !prompt.cut().is_empty() {
+        let (n, text) = (prompt.cut().len(), tokenizer.decode(prompt.cut())?);
+        observer.event(Event::Note(format!("the prompt is {n} tokens longer than {}; cut off: `{text}`", settings.length)));
+    }
+    if count == 1 {
+        observer.event(Event::Note("the prompt is empty; the model is free to show anything".into()));
+    }
+    let bucket = prompt.bucket(settings.buckets.iter().map(|&b| b as usize));
+    let inputs = bucket.and_then(|b| Some((b, prompt.inputs(b, settings.registers as usize)?)));
+    let (bucket, inputs) = inputs.ok_or_else(|| RunError::Internal(format!("no text program for {count} tokens")))?;
+    observer
+        .event(Event::Note(format!("prompt: {count} tokens; the text encoder runs {bucket} of {}", settings.length)));
+
+    let program = format!("encode.{bucket}");
+    executor.write(&program, "ids", &inputs.ids)?;
+    executor.write(&program, "valid", &inputs.valid)?;
+    executor.write(&program, "place", &inputs.place)?;
+    executor.run(&program)?;
+    let outputs = ["video", "audio"].map(|name| executor.read(&program, name).map(<[f32]>::to_vec));
+    let [video, audio] = outputs;
+    executor.write("connect", "video", &video?)?;
+    executor.write("connect", "audio", &audio?)?;
+    executor.run("connect")?;
+    Ok(TextContext {
+        video: executor.read("connect", "video_context")?.to_vec(),
+        audio: executor.read("connect", "audio_context")?.to_vec(),
+    })
+}

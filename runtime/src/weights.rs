@@ -1,0 +1,233 @@
+//! Finding the weight files of a plan and reading tensors from them in place.
+//!
+//! A plan names files by identity, never by path: the runtime looks through the folders it is told about for files of the
+//! right length, and compares header and sampled pages before it uses one.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use ltxc_ir::identity::{FileIdentity, Span};
+use ltxc_ir::plan::{FileTensor, Plan, TextSettings, WeightSource};
+use ltxc_ir::{DType, TensorType};
+use memmap2::Mmap;
+use safetensors::SafeTensors;
+
+use crate::error::RunError;
+
+/// The weight files of a plan, mapped.
+pub struct WeightFiles {
+    /// Per source of the plan, the tensors of its files by key.
+    sources: Vec<Source>,
+    maps: Vec<MappedFile>,
+}
+
+struct Source {
+    plan: WeightSource,
+    tensors: BTreeMap<String, Located>,
+}
+
+struct MappedFile {
+    path: PathBuf,
+    map: Mmap,
+}
+
+struct Located {
+    file: usize,
+    ty: TensorType,
+    start: usize,
+    end: usize,
+}
+
+/// Depth to which folders are searched: deep enough for the hub cache (`models--a--b/snapshots/sha/folder/file`).
+const SEARCH_DEPTH: usize = 6;
+
+impl WeightFiles {
+    /// Finds and maps the files of all sources below `folders`.
+    ///
+    /// `full` compares the complete hash of every file that has one recorded.
+    ///
+    /// # Errors
+    /// A file that is not there or has other content.
+    pub fn open(plan: &Plan, folders: &[PathBuf], full: bool) -> Result<WeightFiles, RunError> {
+        let candidates = files_below(folders, |p| p.extension().is_some_and(|e| e == "safetensors"));
+        let mut files = WeightFiles { sources: Vec::new(), maps: Vec::new() };
+        for source in &plan.sources {
+            let mut tensors = BTreeMap::new();
+            for identity in &source.files {
+                let (path, map) = find(source, identity, &candidates, folders, full)?;
+                let file = files.maps.len();
+                for (key, located) in tensors_of(&path, &map, file)? {
+                    tensors.entry(key).or_insert(located);
+                }
+                files.maps.push(MappedFile { path, map });
+            }
+            files.sources.push(Source { plan: source.clone(), tensors });
+        }
+        Ok(files)
+    }
+
+    /// The bytes of a tensor, `key` being the complete key of the plan.
+    ///
+    /// # Errors
+    /// A key that the file does not have with that type.
+    pub fn tensor(&self, tensor: &FileTensor, key: &str) -> Result<&[u8], RunError> {
+        let missing = |problem: String, path: Option<&Path>| RunError::WeightContent {
+            path: path.map(PathBuf::from).unwrap_or_default(),
+            problem,
+        };
+        let source = self.sources.get(tensor.source as usize);
+        let source =
+            source.ok_or_else(|| RunError::Internal(format!("weight source {} does not exist", tensor.source)))?;
+        let key = source.plan.file_key(key);
+        let Some(located) = source.tensors.get(&key) else {
+            let path = self.maps.first().map(|m| m.path.as_path());
+            return Err(missing(
+                format!("tensor `{key}` of `{}` is missing, the plan needs {}", source.plan.name, tensor.ty),
+                path,
+            ));
+        };
+        let file = &self.maps[located.file];
+        if located.ty != tensor.ty {
+            let problem = format!("tensor `{key}` is {}, the plan was compiled for {}", located.ty, tensor.ty);
+            return Err(missing(problem, Some(&file.path)));
+        }
+        Ok(&file.map[located.start..located.end])
+    }
+
+    /// Paths of the mapped files.
+    pub fn paths(&self) -> Vec<&Path> {
+        self.maps.iter().map(|m| m.path.as_path()).collect()
+    }
+}
+
+/// The `tokenizer.json` that a plan was compiled with, below `folders` or beside a file named there.
+///
+/// # Errors
+/// If there is none with the recorded length and hash.
+pub fn find_tokenizer(settings: &TextSettings, folders: &[PathBuf]) -> Result<PathBuf, RunError> {
+    let beside = folders.iter().filter(|f| f.is_file()).filter_map(|f| f.parent());
+    let places: Vec<PathBuf> = folders.iter().cloned().chain(beside.map(Path::to_path_buf)).collect();
+    let (bytes, hash) = settings.tokenizer;
+    for path in files_below(&places, |p| p.file_name().is_some_and(|n| n == "tokenizer.json")) {
+        if std::fs::metadata(&path).map(|m| m.len()).ok() != Some(bytes) {
+            continue;
+        }
+        let content = std::fs::read(&path).map_err(|e| RunError::io(&path, e))?;
+        if *blake3::hash(&content).as_bytes() == hash {
+            return Ok(path);
+        }
+    }
+    Err(RunError::Input(format!(
+        "the tokenizer of the plan (`tokenizer.json` of {bytes} bytes) was not found below {}; name the Gemma folder with `--weights`",
+        folders.iter().map(|f| format!("`{}`", f.display())).collect::<Vec<_>>().join(", ")
+    )))
+}
+
+/// All files below the folders (or named directly) that `wanted` accepts, in a fixed order.
+fn files_below(folders: &[PathBuf], wanted: impl Fn(&Path) -> bool) -> Vec<PathBuf> {
+    fn visit(path: &Path, depth: usize, out: &mut Vec<PathBuf>) {
+        if !path.is_dir() {
+            return out.push(path.into());
+        }
+        let entries = std::fs::read_dir(path).into_iter().flatten().flatten();
+        let mut children: Vec<PathBuf> = entries.map(|e| e.path()).collect();
+        children.sort();
+        if depth > 0 {
+            children.iter().for_each(|c| visit(c, depth - 1, out));
+        }
+    }
+    let mut out = Vec::new();
+    folders.iter().for_each(|f| visit(f, SEARCH_DEPTH, &mut out));
+    out.retain(|p| wanted(p));
+    out
+}
+
+fn find(
+    source: &WeightSource,
+    identity: &FileIdentity,
+    candidates: &[PathBuf],
+    folders: &[PathBuf],
+    full: bool,
+) -> Result<(PathBuf, Mmap), RunError> {
+    let mut similar = None;
+    for path in candidates {
+        if std::fs::metadata(path).map(|m| m.len()).ok() != Some(identity.bytes) {
+            continue;
+        }
+        let map = map_file(path)?;
+        let found = identity_of(path, &map)?;
+        let found = if full && identity.full.is_some() { found.with_full_hash(&map) } else { found };
+        match found.difference(identity) {
+            None => return Ok((path.clone(), map)),
+            Some(difference) => similar = Some((path.clone(), difference)),
+        }
+    }
+    let remedy = match similar {
+        Some((path, difference)) => format!("`{}` has the same length, but {difference}", path.display()),
+        None => "name its folder with `--weights`, or compile the plan for the files you have".into(),
+    };
+    Err(RunError::WeightFile {
+        name: source.name.clone(),
+        bytes: identity.bytes,
+        header: identity.header.iter().take(4).map(|b| format!("{b:02x}")).collect(),
+        searched: folders.iter().map(|f| format!("`{}`", f.display())).collect(),
+        remedy,
+    })
+}
+
+fn map_file(path: &Path) -> Result<Mmap, RunError> {
+    let file = File::open(path).map_err(|e| RunError::io(path, e))?;
+    // SAFETY: the map is only read. A file that is changed while it is mapped changes the numbers, as it would between
+    // two reads; one that is truncated ends the process, which no reader of mapped files can prevent.
+    unsafe { Mmap::map(&file) }.map_err(|e| RunError::io(path, e))
+}
+
+fn identity_of(path: &Path, map: &Mmap) -> Result<FileIdentity, RunError> {
+    let bad = |problem: String| RunError::WeightContent { path: path.into(), problem };
+    let (header_bytes, header) = SafeTensors::read_metadata(map).map_err(|e| bad(e.to_string()))?;
+    let data = 8 + header_bytes as u64;
+    let tensors = header.tensors();
+    let spans: Vec<Span<'_>> = tensors
+        .iter()
+        .map(|(key, info)| {
+            let (start, end) = info.data_offsets;
+            Span { key, offset: data + start as u64, bytes: (end - start) as u64 }
+        })
+        .collect();
+    FileIdentity::of(map, data, &spans).map_err(|e| bad(e.to_string()))
+}
+
+fn tensors_of(path: &Path, map: &Mmap, file: usize) -> Result<Vec<(String, Located)>, RunError> {
+    let bad = |e: safetensors::SafeTensorError| RunError::WeightContent { path: path.into(), problem: e.to_string() };
+    let (header_bytes, header) = SafeTensors::read_metadata(map).map_err(bad)?;
+    let data = 8 + header_bytes;
+    let tensors = header.tensors().into_iter().filter_map(|(key, info)| {
+        let ty = TensorType::new(dtype(info.dtype)?, info.shape.clone());
+        let (start, end) = (data + info.data_offsets.0, data + info.data_offsets.1);
+        Some((key, Located { file, ty, start, end }))
+    });
+    let tensors: Vec<(String, Located)> = tensors.collect();
+    match tensors.iter().find(|(_, l)| l.end > map.len() || l.ty.checked_bytes() != l.end.checked_sub(l.start)) {
+        Some((key, _)) => {
+            Err(RunError::WeightContent { path: path.into(), problem: format!("tensor `{key}` lies outside the file") })
+        }
+        None => Ok(tensors),
+    }
+}
+
+fn dtype(dtype: safetensors::Dtype) -> Option<DType> {
+    Some(match dtype {
+        safetensors::Dtype::F32 => DType::F32,
+        safetensors::Dtype::BF16 => DType::BF16,
+        safetensors::Dtype::F16 => DType::F16,
+        safetensors::Dtype::F8_E4M3 => DType::F8E4M3,
+        safetensors::Dtype::F8_E5M2 => DType::F8E5M2,
+        safetensors::Dtype::I8 => DType::I8,
+        safetensors::Dtype::U8 => DType::U8,
+        safetensors::Dtype::I32 => DType::I32,
+        safetensors::Dtype::U32 => DType::U32,
+        safetensors::Dtype::BOOL => DType::Bool,
+        _ => return None,
+    })
+}
