@@ -2,24 +2,16 @@
 
 mod support;
 
-use ltxc_compiler::{Fuse, Options, PlanBuilder, optimize, passes};
-use ltxc_ir::plan::{Pipeline, Plan, Target, WeightSource};
+use ltxc_compiler::{Fuse, Options, optimize, passes};
+use ltxc_ir::plan::{Plan, Target};
 use ltxc_ir::verify::verify;
-use ltxc_ir::Module;
 use support::interp::Interpreter;
-use support::{arguments, assert_close, evaluate, evaluate_split, random};
+use support::{arguments, assert_close, evaluate, evaluate_split, plan, random};
 
 const SEEDS: u64 = 150;
 
 fn options(fuse: Fuse) -> Options {
     Options { fuse, verify: true, ..Options::default() }
-}
-
-fn plan(module: &Module, options: Options, target: Target) -> Plan {
-    let source = WeightSource { name: "model".into(), files: vec![] };
-    let mut builder = PlanBuilder::new("test", target, options, vec![source]);
-    builder.add("group", "main", module, "main").unwrap_or_else(|e| panic!("{e}\n{module}"));
-    builder.finish(Pipeline::default()).unwrap_or_else(|e| panic!("{e}\n{module}"))
 }
 
 /// Runs all parts of `main` and returns what the last one gives.

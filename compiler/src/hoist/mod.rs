@@ -154,7 +154,8 @@ impl Hoister<'_> {
             }
         }
         self.work.entry(function.name.clone()).or_insert_with(|| 0);
-        let total = function.nodes.iter().fold(0u64, |n, node| n.saturating_add(cost::work(&function, node, &self.work)));
+        let total =
+            function.nodes.iter().fold(0u64, |n, node| n.saturating_add(cost::work(&function, node, &self.work)));
         self.work.insert(function.name.clone(), total);
         self.written.insert(function.name.clone());
         self.functions.push(function);

@@ -117,7 +117,8 @@ impl<'a> Interpreter<'a> {
                     states: BTreeMap::from([(0, vec![UNWRITTEN; recipe.results[0].bytes()])]),
                     kernels: 0,
                 };
-                let params = tensors.iter().map(|t| Location { space: Space::Bytes(Rc::new(file(t).to_bytes())), offset: 0 });
+                let params =
+                    tensors.iter().map(|t| Location { space: Space::Bytes(Rc::new(file(t).to_bytes())), offset: 0 });
                 let result = Location { space: Space::State(0), offset: 0 };
                 let frame = vec![0; recipe.frame_bytes.len()];
                 inner.call(*function, "", params.collect(), vec![result], frame);
