@@ -13,6 +13,7 @@
 //! | [`tile`], [`pack`], [`gemm`] | blocked matrix product |
 //! | the others | kernels |
 
+mod copy;
 mod element;
 mod gemm;
 mod lanes;
@@ -72,6 +73,7 @@ pub unsafe fn launch(kernel: &Kernel, args: &[Arg<'_>], results: &[Output<'_>], 
         match kernel {
             Kernel::Matmul(op) => matmul::launch(op, args, out, workspace),
             Kernel::Map(map) => map::launch(map, args, out, workspace),
+            Kernel::Copy(op) => copy::launch(op, args, out),
             _ => {}
         }
     }
