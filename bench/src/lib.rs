@@ -1,1 +1,25 @@
-//! bench
+//! Benchmarks of ltxc against PyTorch, other libraries and the machine.
+//!
+//! Each benchmark is a module with a `run` that measures and gives a [`report::Report`]; the binary `ltxc-bench` has a
+//! subcommand for each. Where there is another side, the two take turns in one process tree on the same cores
+//! ([`measure::alternate`]), and what is compared are medians of the ratios of neighbouring runs: other work on the
+//! machine then hits both.
+//!
+//! The PyTorch sides are the scripts in `bench/pytorch`, run by a Python that has `ltx-core`; without one they are left
+//! out. Inputs and weights are random numbers with the published shapes, and both sides read the same files, so that
+//! benchmarks also say how far the results are apart.
+
+pub mod block;
+pub mod compile;
+pub mod e2e;
+pub mod gemm;
+pub mod machine;
+pub mod measure;
+pub mod memory;
+pub mod process;
+pub mod report;
+pub mod session;
+pub mod synthetic;
+pub mod text;
+pub mod vae;
+pub mod worker;

@@ -139,9 +139,18 @@ impl<'a> Executor<'a> {
     /// # Errors
     /// As for [`Executor::load`], and [`RunError::Interrupted`].
     pub fn run(&mut self, program: &str) -> Result<(), RunError> {
+        self.run_observed(program, &mut |_| {})
+    }
+
+    /// Like [`Executor::run`], and calls `observe` after every kernel call with its number: calls are counted in the
+    /// order of the steps, those of called functions included.
+    ///
+    /// # Errors
+    /// Those of [`Executor::run`].
+    pub fn run_observed(&mut self, program: &str, observe: &mut dyn FnMut(usize)) -> Result<(), RunError> {
         self.load(program)?;
         let loaded = &self.loaded[program];
-        for call in &loaded.calls {
+        for (number, call) in loaded.calls.iter().enumerate() {
             if self.interrupt.load(Ordering::Relaxed) {
                 return Err(RunError::Interrupted);
             }
@@ -150,6 +159,7 @@ impl<'a> Executor<'a> {
             // SAFETY: verification: types fit the kernel, operands lie inside their memory and overlap no result beyond
             // what the kernel allows. Binding: addresses are aligned and their memory lives as long as the executor.
             unsafe { launch(call.kernel, &args, &results, &mut self.workspace) };
+            observe(number);
         }
         Ok(())
     }
@@ -179,11 +189,20 @@ impl<'a> Executor<'a> {
         if slot.ty.dtype != DType::F32 {
             return Err(RunError::Internal(format!("`{program}.{output}` is {}, not f32", slot.ty)));
         }
+        Ok(bytemuck::cast_slice(self.read_bytes(program, output)?))
+    }
+
+    /// Reads an output of a program as the bytes of its elements, in place.
+    ///
+    /// # Errors
+    /// A slot that does not exist: a bug of the driver.
+    pub fn read_bytes(&self, program: &str, output: &str) -> Result<&[u8], RunError> {
+        let slot = self.program(program)?.output(output).ok_or_else(|| no_slot(program, output))?;
         let (memory, offset) = match slot.place {
             SlotPlace::Arena { arena, offset } => (&self.arenas[arena as usize], offset as usize),
             SlotPlace::State { offset } => (&self.state, offset as usize),
         };
-        Ok(bytemuck::cast_slice(&memory.bytes()[offset..offset + slot.ty.bytes()]))
+        Ok(&memory.bytes()[offset..offset + slot.ty.bytes()])
     }
 
     /// The program `name` of the plan.

@@ -79,12 +79,23 @@ impl WeightFile {
     /// # Errors
     /// If the file changed since it was opened.
     pub fn identity(&self, full: bool) -> Result<FileIdentity, ModelError> {
+        // Reading ahead of a sample would read most of the file.
+        self.read_ahead(false);
         let spans: Vec<Span<'_>> = self.header.tensors.iter().map(StoredTensor::span).collect();
         let identity = FileIdentity::of(&self.map, self.header.data_start, &spans).map_err(|e| {
             ModelError::file(&self.path, format!("header does not describe the file: {e}; open it again"))
         })?;
+        self.read_ahead(true);
         let identity = if full { identity.with_full_hash(&self.map) } else { identity };
         Ok(FileIdentity { sha256: cached_sha256(&self.path), ..identity })
+    }
+
+    /// Tells the system whether to read more than it is asked for. It may refuse, which costs time and nothing else.
+    fn read_ahead(&self, wanted: bool) {
+        #[cfg(unix)]
+        let _ = self.map.advise(if wanted { memmap2::Advice::Normal } else { memmap2::Advice::Random });
+        #[cfg(not(unix))]
+        let _ = wanted;
     }
 }
 

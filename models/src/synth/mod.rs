@@ -155,7 +155,7 @@ const GEMMA_SHARDS: usize = 5;
 fn ltx2() -> Recipe {
     let sizes = Sizes { heads: 32, head_dims: [128, 64], layers: 48, latents: [128, 8], text: 3840 };
     Recipe {
-        file: "ltx-2-19b-dev.safetensors",
+        file: "ltx-2-19b-distilled.safetensors",
         version: "2.0.0",
         config: json!({
             "transformer": config::transformer_ltx2(&sizes, [30, 128, 2]),
@@ -179,7 +179,7 @@ fn ltx2() -> Recipe {
 fn ltx23() -> Recipe {
     let sizes = Sizes { heads: 32, head_dims: [128, 64], layers: 48, latents: [128, 8], text: 3840 };
     Recipe {
-        file: "ltx-2.3-22b-dev.safetensors",
+        file: "ltx-2.3-22b-distilled.safetensors",
         version: "2.3.0",
         config: json!({
             "transformer": config::transformer_ltx23(&sizes, 8),

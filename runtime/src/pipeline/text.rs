@@ -32,13 +32,10 @@ pub fn encode_prompt(
 ) -> Result<TextContext, RunError> {
     let prompt = tokenizer.encode(prompt)?;
     let count = prompt.ids().len();
-    if prompt.cut() > 0 {
-        let tail = prompt.ids().iter().rev().take(8).rev().copied().collect::<Vec<_>>();
-        let last = tokenizer.decode(&tail)?;
-        let cut = prompt.cut();
-        observer.event(Event::Note(format!(
-            "the prompt has {cut} tokens too many; what stands behind `…{last}` is cut off"
-        )));
+    if !prompt.cut().is_empty() {
+        let (n, text) = (prompt.cut().len(), tokenizer.decode(prompt.cut())?);
+        observer
+            .event(Event::Note(format!("the prompt is {n} tokens longer than {}; cut off: `{text}`", settings.length)));
     }
     if count == 1 {
         observer.event(Event::Note("the prompt is empty; the model is free to show anything".into()));

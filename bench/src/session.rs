@@ -1,0 +1,243 @@
+//! One module, compiled and run, with the time of every kernel call.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use ltxc_compiler::{Options, PlanBuilder};
+use ltxc_ir::plan::{Pipeline, Plan, Program, Step, Target, WeightSource};
+use ltxc_ir::{Module, Rate};
+use ltxc_models::checkpoint::WeightFile;
+use ltxc_runtime::executor::Executor;
+use ltxc_runtime::weights::WeightFiles;
+
+use crate::measure::{self, Sample};
+use crate::report::{Table, figure};
+
+/// What graphs of benchmarks call their weight file.
+pub const SOURCE: &str = "model";
+
+/// Compiles the entries of a module whose weights are all in `file`.
+///
+/// # Errors
+/// A graph that cannot be compiled.
+pub fn compile(module: &Module, file: &WeightFile, options: Options) -> Result<Plan> {
+    let source = WeightSource { name: SOURCE.into(), files: vec![file.identity(false)?], renames: Vec::new() };
+    let mut builder = PlanBuilder::new("ltxc-bench", Target::cpu(), options, vec![source]);
+    for entry in &module.entries {
+        builder.add("bench", entry, module, entry)?;
+    }
+    Ok(builder.finish(Pipeline::default())?)
+}
+
+/// The weights of a plan made by [`compile`].
+///
+/// # Errors
+/// If `file` changed.
+pub fn open_weights(plan: &Plan, file: &WeightFile) -> Result<WeightFiles> {
+    Ok(WeightFiles::open(plan, &[PathBuf::from(file.path())], false)?)
+}
+
+/// Benchmarks are stopped with the process.
+static NEVER: AtomicBool = AtomicBool::new(false);
+
+/// An input of programs.
+pub enum Input {
+    /// Floats.
+    F32(Vec<f32>),
+    /// Whole numbers.
+    I32(Vec<i32>),
+}
+
+/// A plan that is being run.
+pub struct Session<'p> {
+    executor: Executor<'p>,
+    programs: Vec<&'p Program>,
+    inputs: BTreeMap<String, Input>,
+}
+
+impl<'p> Session<'p> {
+    /// Loads all programs of the plan. `inputs` go by the names of parameters.
+    ///
+    /// # Errors
+    /// A weight that is missing, or not enough memory.
+    pub fn new(plan: &'p Plan, weights: &'p WeightFiles, inputs: BTreeMap<String, Input>) -> Result<Session<'p>> {
+        let mut executor = Executor::new(plan, weights, &NEVER)?;
+        for program in &plan.programs {
+            executor.load(&program.name)?;
+        }
+        Ok(Session { executor, programs: plan.programs.iter().collect(), inputs })
+    }
+
+    /// Runs all programs of `rate`, and gives the time of the kernels, without that for writing inputs.
+    ///
+    /// # Errors
+    /// A program that cannot run.
+    pub fn run(&mut self, rate: Rate) -> Result<Sample> {
+        let mut sum = Sample { seconds: 0.0, cpu_seconds: 0.0 };
+        for program in self.of_rate(rate) {
+            self.write(program)?;
+            let sample = measure::sample(|| Ok(self.executor.run(&program.name)?))?;
+            sum.seconds += sample.seconds;
+            sum.cpu_seconds += sample.cpu_seconds;
+        }
+        Ok(sum)
+    }
+
+    /// As [`Session::run`], and adds the times of single calls to `times`.
+    ///
+    /// # Errors
+    /// As for [`Session::run`].
+    pub fn run_timed(&mut self, rate: Rate, times: &mut CallTimes) -> Result<Sample> {
+        let mut sum = Sample { seconds: 0.0, cpu_seconds: 0.0 };
+        for program in self.of_rate(rate) {
+            self.write(program)?;
+            let mut calls = Vec::new();
+            let sample = measure::sample(|| {
+                let mut last = Instant::now();
+                Ok(self.executor.run_observed(&program.name, &mut |_| {
+                    let now = Instant::now();
+                    calls.push(now - last);
+                    last = now;
+                })?)
+            })?;
+            times.add(&program.name, &calls);
+            sum.seconds += sample.seconds;
+            sum.cpu_seconds += sample.cpu_seconds;
+        }
+        Ok(sum)
+    }
+
+    /// An f32 output of a program.
+    ///
+    /// # Errors
+    /// A name that does not exist.
+    pub fn output(&self, program: &str, name: &str) -> Result<Vec<f32>> {
+        Ok(self.executor.read(program, name)?.to_vec())
+    }
+
+    fn of_rate(&self, rate: Rate) -> Vec<&'p Program> {
+        self.programs.iter().copied().filter(|p| p.rate == rate).collect()
+    }
+
+    /// Slots outside the state do not outlive other programs, so inputs are written before each run.
+    fn write(&mut self, program: &Program) -> Result<()> {
+        for slot in &program.inputs {
+            match self.inputs.get(&slot.name) {
+                Some(Input::F32(values)) => self.executor.write(&program.name, &slot.name, values)?,
+                Some(Input::I32(values)) => self.executor.write(&program.name, &slot.name, values)?,
+                // What another program left.
+                None => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Times of the kernel calls of programs, added up over runs.
+#[derive(Default)]
+pub struct CallTimes {
+    runs: usize,
+    seconds: BTreeMap<String, Vec<f64>>,
+}
+
+impl CallTimes {
+    fn add(&mut self, program: &str, calls: &[Duration]) {
+        let sums = self.seconds.entry(program.into()).or_insert_with(|| vec![0.0; calls.len()]);
+        sums.iter_mut().zip(calls).for_each(|(sum, call)| *sum += call.as_secs_f64());
+    }
+
+    /// Says that one more round of all programs is in.
+    pub fn end_of_round(&mut self) {
+        self.runs += 1;
+    }
+
+    /// Mean seconds per round of the calls whose name path begins with `prefix`.
+    pub fn seconds_of(&self, plan: &Plan, prefix: &str) -> f64 {
+        self.calls(plan).iter().filter(|c| c.name.starts_with(prefix)).map(|c| c.seconds).sum()
+    }
+
+    /// Where time goes, by kernel and operand types: at most `most` rows, the slowest first.
+    pub fn table(&self, title: &str, plan: &Plan, most: usize) -> Table {
+        let calls = self.calls(plan);
+        let total: f64 = calls.iter().map(|c| c.seconds).sum();
+        let mut groups: BTreeMap<(&str, &str), Group> = BTreeMap::new();
+        for call in &calls {
+            let group = groups.entry((&call.kernel, &call.types)).or_default();
+            group.calls += 1;
+            group.seconds += call.seconds;
+            group.flops += call.flops as f64;
+            group.bytes += call.bytes as f64;
+        }
+        let mut groups: Vec<_> = groups.into_iter().collect();
+        groups.sort_by(|a, b| b.1.seconds.total_cmp(&a.1.seconds));
+        let rows = groups.iter().take(most).map(|((kernel, types), g)| {
+            vec![
+                kernel.to_string(),
+                types.to_string(),
+                g.calls.to_string(),
+                figure(g.seconds * 1e3),
+                format!("{:.1} %", 100.0 * g.seconds / total),
+                figure(g.flops / g.seconds / 1e9),
+                figure(g.bytes / g.seconds / 1e9),
+            ]
+        });
+        let columns = vec!["kernel", "operands → result", "calls", "ms", "share", "GFLOP/s", "GB/s"];
+        Table { title: format!("{title}: {} ms in {} calls", figure(total * 1e3), calls.len()), columns, rows: rows.collect() }
+    }
+
+    fn calls(&self, plan: &Plan) -> Vec<TimedCall> {
+        let mut calls = Vec::new();
+        for (program, seconds) in &self.seconds {
+            let Some(program) = plan.program(program) else { continue };
+            let mut named = Vec::new();
+            collect(plan, program.function, "", &mut named);
+            for (call, sum) in named.iter_mut().zip(seconds) {
+                call.seconds = sum / self.runs.max(1) as f64;
+            }
+            calls.append(&mut named);
+        }
+        calls
+    }
+}
+
+#[derive(Default)]
+struct Group {
+    calls: usize,
+    seconds: f64,
+    flops: f64,
+    bytes: f64,
+}
+
+struct TimedCall {
+    name: String,
+    kernel: String,
+    types: String,
+    flops: u64,
+    bytes: u64,
+    seconds: f64,
+}
+
+/// The kernel calls of a function in the order in which an executor counts them.
+fn collect(plan: &Plan, function: u32, path: &str, out: &mut Vec<TimedCall>) {
+    let join = |name: &str| [path, name].into_iter().filter(|s| !s.is_empty()).collect::<Vec<_>>().join(".");
+    for step in &plan.functions[function as usize].steps {
+        match step {
+            Step::Kernel(call) => {
+                let args: Vec<String> = call.args.iter().map(|a| a.ty.to_string()).collect();
+                let results: Vec<String> = call.results.iter().map(|r| r.ty.to_string()).collect();
+                out.push(TimedCall {
+                    name: join(&call.name),
+                    kernel: call.kernel.name().into(),
+                    types: format!("{} → {}", args.join(" "), results.join(" ")),
+                    flops: call.flops,
+                    bytes: call.bytes,
+                    seconds: 0.0,
+                });
+            }
+            Step::Call(call) => collect(plan, call.function, &join(&call.name), out),
+        }
+    }
+}
