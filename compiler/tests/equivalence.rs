@@ -11,7 +11,7 @@ use support::{arguments, assert_close, evaluate, evaluate_split, plan, random};
 const SEEDS: u64 = 150;
 
 fn options(fuse: Fuse) -> Options {
-    Options { fuse, verify: true, ..Options::default() }
+    Options { fuse, verify: true, passes_per_evaluation: 2, ..Options::default() }
 }
 
 /// Runs all parts of `main` and returns what the last one gives.
