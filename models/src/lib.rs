@@ -10,6 +10,7 @@
 pub mod audio;
 pub mod checkpoint;
 mod error;
+mod functions;
 pub mod synth;
 pub mod text;
 pub mod transformer;
@@ -18,4 +19,5 @@ pub mod video_vae;
 mod weights;
 
 pub use error::ModelError;
+pub use functions::{Block, Functions};
 pub use weights::{Listed, TensorDirectory, Weights};

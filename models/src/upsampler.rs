@@ -19,8 +19,7 @@ use serde_json::Value;
 
 use crate::video_vae::fields::Fields;
 use crate::video_vae::layers::{Statistics, Video, depth_to_space, drop_first_frame, vae_weights};
-use crate::video_vae::shared::SharedFunctions;
-use crate::{ModelError, Weights};
+use crate::{Block, Functions, ModelError, Weights};
 
 /// Epsilon of every group norm.
 const NORM_EPS: f64 = 1e-5; // torch.nn.GroupNorm
@@ -177,14 +176,12 @@ pub fn upsample(
     let statistics = Statistics::new(&b, &vae_weights(model), c, dtype);
     let input = b.name("upsampler.input", statistics.unnormalise(&b, b.cast(latent, dtype)));
     let net = Net { b: &b, weights: upsampler, config };
-    let shared = SharedFunctions::new("res_block");
-    let output = b.scope("upsampler", || net.run(&shared, Video { value: input, f, h, w, c }));
+    let functions = Functions::default();
+    let output = b.scope("upsampler", || net.run(&functions, Video { value: input, f, h, w, c }));
     b.result("latent", b.cast(statistics.normalise(&b, output.value), DType::F32));
-    let mut functions = shared.finish()?;
     upsampler.finish()?;
     model.finish()?;
-    functions.push(b.finish()?);
-    Ok(Module { functions, entries: vec!["upsample".into()] })
+    Ok(functions.into_module(b.finish()?)?)
 }
 
 /// Writes the network, or one residual block of it.
@@ -196,10 +193,10 @@ struct Net<'a, 'w> {
 
 impl Net<'_, '_> {
     /// Un-normalised latent to un-normalised latent.
-    fn run(&self, shared: &SharedFunctions, z: Video) -> Video {
+    fn run(&self, functions: &Functions, z: Video) -> Video {
         let UpsamplerConfig { in_channels, mid_channels, blocks_per_stage, .. } = *self.config;
         let stage = |key: &str, x: Video| {
-            (0..blocks_per_stage).fold(x, |x, i| self.res_block(shared, &format!("{key}.{i}"), x))
+            (0..blocks_per_stage).fold(x, |x, i| self.res_block(functions, &format!("{key}.{i}"), x))
         };
         let x = self.conv("initial_conv", z, mid_channels);
         let x = stage("res_blocks", self.silu(self.norm("initial_norm", x)));
@@ -208,8 +205,9 @@ impl Net<'_, '_> {
     }
 
     /// `silu(norm2(conv2(silu(norm1(conv1(x))))) + x)`.
-    fn res_block(&self, shared: &SharedFunctions, key: &str, x: Video) -> Video {
-        x.with(shared.call(self.b, self.weights, key, &[("x", x.value)], |b, weights, params| {
+    fn res_block(&self, functions: &Functions, key: &str, x: Video) -> Video {
+        let block = Block::at("res_block", key);
+        x.with(functions.call_one(self.b, self.weights, block, &[("x", x.value)], |b, weights, params| {
             let (net, x) = (Net { b, weights, config: self.config }, x.with(params[0]));
             let y = net.silu(net.norm("norm1", net.conv("conv1", x, x.c)));
             let y = net.norm("norm2", net.conv("conv2", y, x.c));

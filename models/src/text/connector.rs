@@ -14,11 +14,10 @@
 use std::f64::consts::FRAC_PI_2;
 
 use ltxc_ir::ops::{Attention, RopeLayout, Unary};
-use ltxc_ir::{BuildError, Builder, DType, Float, Function, Rate, TensorType, ValueId};
+use ltxc_ir::{Builder, DType, Float, TensorType, ValueId};
 
 use super::fields::{Fields, MAX_COUNT};
-use super::functions::Functions;
-use crate::{ModelError, Weights};
+use crate::{Block, Functions, ModelError, Weights};
 
 /// Epsilon of all norms: the reference passes none of the configured ones to the connectors.
 const EPS: f64 = 1e-6;
@@ -194,49 +193,37 @@ pub fn registers(
 /// - `weights`: the complete set of transformer files.
 /// - `x`: `[1, t, width]`, registers in place. Result: the same type.
 ///
-/// # Errors
-/// A graph that does not fit together; problems with weights are recorded in `weights`.
+/// Problems with weights are recorded in `weights`.
 pub fn connector(
     b: &Builder,
-    functions: &mut Functions,
+    functions: &Functions,
     config: &ConnectorConfig,
     modality: Modality,
     weights: &Weights,
     x: ValueId,
-) -> Result<ValueId, BuildError> {
+) -> ValueId {
     let weights = below(weights, modality);
     let ty = b.ty(x);
     let [cos, sin] = rope_tables(b, config, ty.shape[1], ty.dtype);
     let mut x = x;
     for i in 0..config.layers {
-        let prefix = format!("transformer_1d_blocks.{i}.");
-        let table = b.ty(cos);
-        let function = block(config, modality, &weights.repeated(std::slice::from_ref(&prefix)), &ty, &table)?;
-        let function = functions.share(function);
-        let name = format!("transformer_1d_blocks.{i}");
-        x = b.call(function, &name, &weights.call_prefix(&prefix), &[x, cos, sin])[0];
+        let (function, key) = (format!("{}_connector_block", modality.name()), format!("transformer_1d_blocks.{i}"));
+        let args = [("x", x), ("cos", cos), ("sin", sin)];
+        x = functions.call_one(b, &weights, Block::at(&function, &key), &args, |b, weights, params| {
+            block(b, config, weights, params[0], [params[1], params[2]])
+        });
     }
-    Ok(b.rms_norm(x, None, EPS))
+    b.rms_norm(x, None, EPS)
 }
 
-/// One block as a function of `(x, cos, sin)`: attention and feed-forward, each behind a norm and with a residual.
-fn block(
-    config: &ConnectorConfig,
-    modality: Modality,
-    weights: &Weights,
-    ty: &TensorType,
-    table: &TensorType,
-) -> Result<Function, BuildError> {
-    let b = Builder::new(format!("{}_connector_block", modality.name()));
-    let x = b.param("x", ty.clone(), Rate::Step);
-    let [cos, sin] = ["cos", "sin"].map(|name| b.param(name, table.clone(), Rate::Step));
+/// One block: attention and feed-forward, each behind a norm and with a residual; `tables`: cosines and sines.
+fn block(b: &Builder, config: &ConnectorConfig, weights: &Weights, x: ValueId, tables: [ValueId; 2]) -> ValueId {
     let normed = b.rms_norm(x, None, EPS);
-    let a = b.scope("attn1", || attention(&b, config, &weights.below("attn1."), normed, [cos, sin]));
+    let a = b.scope("attn1", || attention(b, config, &weights.below("attn1."), normed, tables));
     let x = b.add(x, b.name("attn1", a));
     let normed = b.rms_norm(x, None, EPS);
-    let f = b.scope("ff", || feed_forward(&b, config, &weights.below("ff."), normed));
-    b.result("output", b.add(x, b.name("ff", f)));
-    b.finish()
+    let f = b.scope("ff", || feed_forward(b, config, &weights.below("ff."), normed));
+    b.add(x, b.name("ff", f))
 }
 
 /// Self attention over all tokens, every head's output optionally multiplied by `2 σ(logit)`.

@@ -8,9 +8,8 @@ use super::config::GemmaConfig;
 use super::connector::{Connectors, Modality, connector, registers};
 use super::features::{FeatureExtractor, features};
 use super::fields::{Fields, check_compute_dtype};
-use super::functions::Functions;
 use super::gemma::gemma;
-use crate::{ModelError, Weights};
+use crate::{Functions, ModelError, Weights};
 
 /// Everything that configures the text side of one model.
 #[derive(Clone, Debug, PartialEq)]
@@ -69,14 +68,14 @@ pub fn encode(config: &TextConfig, weights: &TextWeights, tokens: usize, dtype: 
     }
     let rows = config.connectors.registers(&weights.transformer, CONTEXT_TOKENS)?;
     let b = Builder::new("encode");
-    let mut functions = Functions::default();
+    let functions = Functions::default();
     let ids = b.param("ids", TensorType::i32([tokens]), Rate::Generation);
     let valid = b.param("valid", TensorType::f32([tokens]), Rate::Generation);
     let place = b.param("place", TensorType::i32([CONTEXT_TOKENS]), Rate::Generation);
 
-    let states = gemma(&b, &mut functions, &config.gemma, &weights.gemma, ids, valid, dtype)?;
+    let states = gemma(&b, &functions, &config.gemma, &weights.gemma, ids, valid, dtype);
     let widths = config.connectors.widths();
-    let features = features(&b, &mut functions, config.extractor, &weights.projection, &states, valid, widths)?;
+    let features = features(&b, &functions, config.extractor, &weights.projection, &states, valid, widths);
     for (modality, features) in Modality::ALL.into_iter().zip(features) {
         let connector = config.connectors.get(modality);
         let registers = registers(&b, connector, modality, &weights.transformer, rows, dtype);
@@ -86,7 +85,7 @@ pub fn encode(config: &TextConfig, weights: &TextWeights, tokens: usize, dtype: 
     for part in [&weights.gemma, &weights.projection, &weights.transformer] {
         part.finish()?;
     }
-    Ok(functions.into_module(b.finish()?))
+    Ok(functions.into_module(b.finish()?)?)
 }
 
 /// The program from the connectors' inputs to the contexts, for `tokens` tokens ([`CONTEXT_TOKENS`] in every pipeline).
@@ -105,16 +104,16 @@ pub fn connect(connectors: &Connectors, weights: &Weights, tokens: usize, dtype:
         return Err(ModelError::Config { path: "context length".into(), problem });
     }
     let b = Builder::new("connect");
-    let mut functions = Functions::default();
+    let functions = Functions::default();
     let inputs = Modality::ALL.map(|modality| {
         let ty = TensorType::new(dtype, [1, tokens, connectors.get(modality).width()]);
         b.param(modality.name(), ty, Rate::Generation)
     });
     for (modality, x) in Modality::ALL.into_iter().zip(inputs) {
         let (config, scope) = (connectors.get(modality), format!("{}_connector", modality.name()));
-        let context = b.scope(&scope, || connector(&b, &mut functions, config, modality, weights, x))?;
+        let context = b.scope(&scope, || connector(&b, &functions, config, modality, weights, x));
         b.result(&format!("{}_context", modality.name()), context);
     }
     weights.finish()?;
-    Ok(functions.into_module(b.finish()?))
+    Ok(functions.into_module(b.finish()?)?)
 }

@@ -14,7 +14,6 @@ mod decoder;
 mod encoder;
 pub(crate) mod fields;
 pub(crate) mod layers;
-pub(crate) mod shared;
 
 pub use block_list::{DecoderBlock, EncoderBlock, Stride};
 pub use config::{LogVariance, Norm, PaddingMode, VideoVaeConfig};
