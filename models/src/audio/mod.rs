@@ -1,7 +1,7 @@
 //! Audio: the VAE between log-mel spectrograms and latents, and the vocoder that makes the waveform.
 //!
-//! Four entries: [`encode`], [`decode`], [`vocode`], and [`decode_audio`] (decode and vocode in one). Each is a single
-//! function of fixed length; what varies between models is in [`AudioVaeConfig`] and [`VocoderConfig`]. The spectrogram
+//! Four entries: [`encode`], [`decode`], [`vocode`], and [`decode_audio`] (decode and vocode in one). Each is a
+//! module of fixed length; what varies between models is in [`AudioVaeConfig`] and [`VocoderConfig`]. The spectrogram
 //! itself is computed on the host, not here.
 //!
 //! Source: spec/audio-vae-vocoder.
