@@ -101,7 +101,13 @@ fn place_in_order(blocks: &[Block], order: &[usize], alignment: u64, limit: u64)
 }
 
 /// Offset of the smallest gap of at least `bytes` between the blocks alive with block `i`; behind all if there is none.
-fn best_gap(blocks: &[Block], taken: &[(u64, usize)], i: usize, bytes: u64, alignment: u64) -> Result<u64, MemoryError> {
+fn best_gap(
+    blocks: &[Block],
+    taken: &[(u64, usize)],
+    i: usize,
+    bytes: u64,
+    alignment: u64,
+) -> Result<u64, MemoryError> {
     let mut best: Option<(u64, u64)> = None;
     let mut free_from = 0u64;
     for &(offset, other) in taken.iter().filter(|&&(_, other)| blocks[i].is_alive_with(&blocks[other])) {

@@ -102,7 +102,9 @@ fn chains(f: &Function) -> Vec<Option<Chain>> {
             op if !may_be_packed(op) => continue,
             op => Chain {
                 weight_bytes: args.iter().fold(0, |n: u64, a| n.saturating_add(a.weight_bytes)),
-                is_part_of_file: args.first().is_some_and(|a| a.is_part_of_file && stays_in_place(op, f.ty(node.args[0]))),
+                is_part_of_file: args
+                    .first()
+                    .is_some_and(|a| a.is_part_of_file && stays_in_place(op, f.ty(node.args[0]))),
             },
         };
         if bytes <= chain.weight_bytes.saturating_mul(MOST_GROWTH).saturating_add(SMALL_BYTES) {

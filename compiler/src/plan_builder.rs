@@ -7,13 +7,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use ltxc_ir::plan::verify::verify;
-use ltxc_ir::plan::{
-    Group, Pipeline, Plan, PlanFunction, Program, Slot, SlotPlace, Step, Target, WeightSource,
-};
+use ltxc_ir::plan::{Group, Pipeline, Plan, PlanFunction, Program, Slot, SlotPlace, Step, Target, WeightSource};
 use ltxc_ir::{Function, Module, Rate, TensorType};
 
 use crate::error::CompileError;
-use crate::lower::{Lowering, Rename, lower_module};
+use crate::lower::{Lowering, lower_module};
 use crate::memory::{self, Block, MemoryError};
 use crate::optimize;
 use crate::options::Options;
@@ -24,7 +22,6 @@ pub struct PlanBuilder {
     target: Target,
     options: Options,
     sources: Vec<WeightSource>,
-    renames: BTreeMap<String, Rename>,
     groups: Vec<String>,
     functions: Vec<PlanFunction>,
     programs: Vec<ProgramDraft>,
@@ -51,16 +48,10 @@ impl PlanBuilder {
             target,
             options,
             sources,
-            renames: BTreeMap::new(),
             groups: Vec::new(),
             functions: Vec::new(),
             programs: Vec::new(),
         }
-    }
-
-    /// Says how keys of `source` read in its files. Applied to keys and to prefixes of calls separately.
-    pub fn rename_keys(&mut self, source: &str, rename: Rename) {
-        self.renames.insert(source.into(), rename);
     }
 
     /// Compiles `entry` of `module` as the program `program` of `group`.
@@ -77,7 +68,7 @@ impl PlanBuilder {
         let module = Module { functions: module.functions.clone(), entries: vec![entry.into()] };
         let module = optimize(&module, &self.options)?;
         let sources: Vec<String> = self.sources.iter().map(|s| s.name.clone()).collect();
-        let lowering = Lowering { target: &self.target, sources: &sources, renames: &self.renames };
+        let lowering = Lowering { target: &self.target, sources: &sources };
         let indices = lower_module(&lowering, &module, &format!("{program}/"), &mut self.functions)?;
         let group = self.groups.iter().position(|g| g == group).unwrap_or_else(|| {
             self.groups.push(group.into());
@@ -97,7 +88,8 @@ impl PlanBuilder {
             if self.programs.iter().any(|p| p.name == name) {
                 return Err(CompileError::DuplicateProgram { name });
             }
-            let inputs = function.params.iter().map(|p| (function.name_of(p.value).into(), function.ty(p.value).clone()));
+            let inputs =
+                function.params.iter().map(|p| (function.name_of(p.value).into(), function.ty(p.value).clone()));
             let outputs = function.results.iter().map(|r| (r.name.clone(), function.ty(r.value).clone()));
             self.programs.push(ProgramDraft {
                 name,
@@ -172,7 +164,8 @@ impl PlanBuilder {
         let mut state_places: Vec<Option<u64>> = slots.iter().map(|(n, ty)| state.find(draft, n, ty)).collect();
         // A program that reads and writes a name keeps its result apart from what it reads.
         for i in draft.inputs.len()..slots.len() {
-            if state_places[i].is_some() && (0..slots.len()).any(|j| is_input(j) && state_places[j] == state_places[i]) {
+            if state_places[i].is_some() && (0..slots.len()).any(|j| is_input(j) && state_places[j] == state_places[i])
+            {
                 state_places[i] = None;
             }
         }

@@ -156,12 +156,12 @@ pub struct AxisTile {
 impl AxisTile {
     /// Number of elements.
     pub fn len(&self) -> usize {
-        self.end - self.start
+        self.end.saturating_sub(self.start)
     }
 
     /// Whether there are no elements; never so for tiles made here.
     pub fn is_empty(&self) -> bool {
-        self.end == self.start
+        self.len() == 0
     }
 
     /// The same tile of latents in frames or pixels, `factor` per latent.
@@ -171,7 +171,7 @@ impl AxisTile {
         match axis {
             Axis::Time => AxisTile {
                 start: factor * self.start,
-                end: 1 + factor * (self.end - 1),
+                end: 1 + factor * self.end.saturating_sub(1),
                 left_ramp: if self.left_ramp == 0 { 0 } else { 1 + factor * (self.left_ramp - 1) },
                 right_ramp: factor * self.right_ramp,
             },
@@ -213,7 +213,7 @@ fn linspace(from: f32, to: f32, steps: usize, i: usize) -> f32 {
 }
 
 /// The tiles of a video on the latent grid, per axis, in ascending order.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct TilePlan {
     /// Tiles along time, height and width.
     pub axes: [Vec<AxisTile>; 3],

@@ -305,3 +305,52 @@ fn same_conv(n: usize) -> Conv {
     let half = KERNEL / 2;
     Conv { stride: vec![1; n], dilation: vec![1; n], pad: vec![(half, half); n], groups: 1 }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[track_caller]
+    fn check(config: Value, want: Enlarge) {
+        assert_eq!(UpsamplerConfig::from_json(&config).unwrap().enlarge, want);
+    }
+
+    #[test]
+    fn switches_choose_what_is_enlarged() {
+        let space = |numerator, denominator| Enlarge::Space { numerator, denominator };
+        check(json!({}), space(2, 1));
+        check(json!({"spatial_scale": 1.5}), space(2, 1));
+        check(json!({"spatial_scale": 1.5, "rational_resampler": true}), space(3, 2));
+        check(json!({"spatial_scale": 0.75, "rational_resampler": true}), space(3, 4));
+        check(json!({"spatial_upsample": false, "temporal_upsample": true, "rational_resampler": true}), Enlarge::Time);
+        check(json!({"temporal_upsample": true}), Enlarge::SpaceAndTime);
+    }
+
+    #[test]
+    fn all_problems_are_listed() {
+        let config = json!({"dims": 4, "spatial_upsample": false, "mid_channels": 48, "in_channels": 0,
+            "rational_resampler": true, "spatial_scale": 3.0, "num_blocks_per_stage": 1000});
+        let error = UpsamplerConfig::from_json(&config).unwrap_err().to_string();
+        for part in
+            ["6 problem(s)", "dims", "both false", "mid_channels", "in_channels", "spatial_scale", "at most 256"]
+        {
+            assert!(error.contains(part), "{part}: {error}");
+        }
+        let config = json!({"dims": 2, "temporal_upsample": true});
+        assert!(UpsamplerConfig::from_json(&config).unwrap_err().to_string().contains("needs `dims` 3"));
+        let other =
+            UpsamplerConfig::from_json(&json!({"_class_name": "AVTransformer3DModel"})).unwrap_err().to_string();
+        assert!(other.contains("expected `LatentUpsampler`"), "{other}");
+        assert!(UpsamplerConfig::from_json(&json!(null)).is_err());
+    }
+
+    #[test]
+    fn grids_of_real_sizes() {
+        let grid = |config, grid| UpsamplerConfig::from_json(&config).unwrap().output_grid(grid);
+        assert_eq!(grid(json!({"rational_resampler": true, "spatial_scale": 1.5}), [16, 16, 24]), [16, 24, 36]);
+        assert_eq!(grid(json!({}), [16, 8, 12]), [16, 16, 24]);
+        assert_eq!(grid(json!({"spatial_upsample": false, "temporal_upsample": true}), [16, 16, 24]), [31, 16, 24]);
+    }
+}

@@ -189,11 +189,20 @@ impl<'a> Executor<'a> {
         if slot.ty.dtype != DType::F32 {
             return Err(RunError::Internal(format!("`{program}.{output}` is {}, not f32", slot.ty)));
         }
+        Ok(bytemuck::cast_slice(self.read_bytes(program, output)?))
+    }
+
+    /// Reads an output of a program as the bytes of its elements, in place.
+    ///
+    /// # Errors
+    /// A slot that does not exist: a bug of the driver.
+    pub fn read_bytes(&self, program: &str, output: &str) -> Result<&[u8], RunError> {
+        let slot = self.program(program)?.output(output).ok_or_else(|| no_slot(program, output))?;
         let (memory, offset) = match slot.place {
             SlotPlace::Arena { arena, offset } => (&self.arenas[arena as usize], offset as usize),
             SlotPlace::State { offset } => (&self.state, offset as usize),
         };
-        Ok(bytemuck::cast_slice(&memory.bytes()[offset..offset + slot.ty.bytes()]))
+        Ok(&memory.bytes()[offset..offset + slot.ty.bytes()])
     }
 
     /// The program `name` of the plan.

@@ -3,3 +3,4 @@
 pub mod compare;
 pub mod fixtures;
 pub mod harness;
+pub mod recorded;

@@ -17,6 +17,15 @@ fn path(name: &str) -> PathBuf {
     fixtures::root().join(name)
 }
 
+/// Whether an optional part of the fixtures is there; says so if not.
+fn has(name: &str) -> bool {
+    let is_there = path(name).exists();
+    if !is_there {
+        println!("absent: {name}");
+    }
+    is_there
+}
+
 type Shapes = BTreeMap<String, Vec<usize>>;
 
 fn shapes(specs: Vec<tensors::TensorSpec>) -> Shapes {
@@ -60,6 +69,9 @@ fn single_files_have_exactly_the_listed_tensors() {
         ("tiny-ltx2/ltx-2-tiny-f32", Generation::Ltx2),
         ("tiny-ltx23/ltx-2.3-tiny", Generation::Ltx23),
     ] {
+        if name.ends_with("-f32") && !has(&format!("{name}.safetensors")) {
+            continue;
+        }
         let checkpoint = Checkpoint::open(&path(&format!("{name}.safetensors"))).unwrap();
         assert_eq!(checkpoint.generation(), generation);
         assert_eq!(checkpoint.ignored(), []);
@@ -81,7 +93,8 @@ fn component_files_have_exactly_the_listed_tensors() {
 #[test]
 fn upsamplers_have_exactly_the_listed_tensors() {
     let folders = ["tiny-ltx2", "tiny-ltx23", "tiny-ltx25/latent_upscale_models"];
-    let files = folders.iter().flat_map(|f| fs::read_dir(path(f)).unwrap().map(|e| e.unwrap().path()));
+    let files =
+        folders.iter().filter(|f| has(f)).flat_map(|f| fs::read_dir(path(f)).unwrap().map(|e| e.unwrap().path()));
     let upsamplers: Vec<PathBuf> = files.filter(|p| p.to_string_lossy().contains("upscaler")).collect();
     assert!(upsamplers.len() > 3);
     for path in upsamplers {
@@ -108,6 +121,9 @@ fn text_encoders_are_the_same_in_every_layout() {
     assert_same(&text(&single), &shapes(tensors::gemma3(single.config()).unwrap()));
     assert_eq!(text(&single), text(&sharded));
 
+    if !has("tiny-ltx25") {
+        return;
+    }
     let folder = GemmaFolder::open(&path("tiny-ltx25/gemma4-hf")).unwrap();
     let bundled = "tiny-ltx25/text_encoders/gemma4-tiny-with-proj-ltx-2.5-bf16.safetensors";
     let bundled = GemmaFolder::open(&path(bundled)).unwrap();
@@ -135,6 +151,9 @@ fn split_files() -> ModelFiles {
 
 #[test]
 fn split_files_are_one_checkpoint() {
+    if !has("tiny-ltx25") {
+        return;
+    }
     let checkpoint = Checkpoint::open_files(&split_files()).unwrap();
     let gemma = GemmaFolder::open(&split_files().text_encoder.unwrap()).unwrap();
     assert_eq!(checkpoint.generation(), Generation::Ltx25);
@@ -156,14 +175,22 @@ fn split_files_are_one_checkpoint() {
 
 #[test]
 fn folders_with_a_choice_ask_for_it() {
-    let text = message(Checkpoint::open(&path("tiny-ltx25")));
-    assert!(text.contains("3 files of kind VideoVae") && text.contains("name one"), "{text}");
     let text = message(Checkpoint::open(&path("inputs")));
     assert!(text.contains("neither `model_index.json` nor"), "{text}");
+    let folder = tempfile::tempdir().unwrap();
+    for name in ["a", "b"] {
+        fs::copy(path("tiny-ltx2/ltx-2-tiny.safetensors"), folder.path().join(name).with_extension("safetensors"))
+            .unwrap();
+    }
+    let text = message(Checkpoint::open(folder.path()));
+    assert!(text.contains("2 files of kind Single") && text.contains("name one"), "{text}");
 }
 
 #[test]
 fn folders_of_split_files_are_recognised_by_content() {
+    if !has("tiny-ltx25") {
+        return;
+    }
     let folder = tempfile::tempdir().unwrap();
     for (i, file) in [split_files().transformer, split_files().video_vae, split_files().audio_vae].iter().enumerate() {
         fs::create_dir(folder.path().join(i.to_string())).unwrap();
@@ -189,6 +216,9 @@ fn a_named_vae_replaces_the_one_of_the_single_file() {
 
 #[test]
 fn wrong_pairings_are_refused() {
+    if !has("tiny-ltx25") {
+        return;
+    }
     let gemma3 = GemmaFolder::open(&path("tiny-gemma3")).unwrap();
     let gemma4 = GemmaFolder::open(&path("tiny-ltx25/gemma4-hf")).unwrap();
     let ltx25 = Checkpoint::open(&split_files().transformer.unwrap()).unwrap();
@@ -240,8 +270,11 @@ fn files_without_configuration_are_refused_with_a_way_out() {
     let half = folder.path().join("half.safetensors");
     rewrite(&half, &original, &keys, json!({ "config": r#"{"transformer":{}}"# }));
     assert!(message(Checkpoint::open(&half)).contains("no `vae`"));
-    let lora = path("tiny-ltx2/lora-rank4-tiny.safetensors");
+    let lora = folder.path().join("lora.safetensors");
+    let (module, key) = ("diffusion_model.proj_out", "model.diffusion_model.proj_out.weight");
+    rewrite(&lora, &original, &[(key, format!("{module}.lora_A.weight"))], Value::Null);
     assert_eq!(FileKind::of(&WeightFile::open(&lora).unwrap()), FileKind::Adapter);
+    assert!(message(Checkpoint::open(&lora)).contains("adapters and no model"));
     assert!(message(Checkpoint::open(&path("tiny-gemma3/model.safetensors"))).contains("no part of an LTX-2 model"));
     assert!(message(Checkpoint::open_files(&ModelFiles::default())).contains("no file"));
     let files =
@@ -600,7 +633,7 @@ fn identities_tell_files_apart() {
     let identity = bf16.identity(true).unwrap();
     assert_eq!(identity, file("tiny-ltx2/ltx-2-tiny.safetensors").identity(true).unwrap());
     assert_eq!(bf16.identity(false).unwrap().difference(&identity), None);
-    assert!(file("tiny-ltx2/ltx-2-tiny-f32.safetensors").identity(true).unwrap().difference(&identity).is_some());
+    assert!(file("tiny-ltx23/ltx-2.3-tiny.safetensors").identity(true).unwrap().difference(&identity).is_some());
 
     // The cache of the hub names blobs by their hash and links to them.
     let cache = tempfile::tempdir().unwrap();

@@ -44,7 +44,16 @@ fn chosen_crates_are_named_in_the_workspace() {
     let manifest = manifest("Cargo.toml");
     let dependencies = manifest["workspace"]["dependencies"].as_table().expect("a table");
     let chosen = [
-        "cubecl", "cubecl-cuda", "cubecl-wgpu", "safetensors", "tokenizers", "serde", "bincode", "clap", "memmap2", "rayon",
+        "cubecl",
+        "cubecl-cuda",
+        "cubecl-wgpu",
+        "safetensors",
+        "tokenizers",
+        "serde",
+        "bincode",
+        "clap",
+        "memmap2",
+        "rayon",
     ];
     for name in chosen {
         assert!(dependencies.contains_key(name), "`{name}` is not in the workspace manifest");
@@ -100,14 +109,16 @@ fn files_have_one_subject() {
 
 #[test]
 fn files_open_with_a_module_doc() {
-    let bare: Vec<String> = sources().into_iter().filter(|(_, text)| !text.starts_with("//!")).map(|(path, _)| path).collect();
+    let bare: Vec<String> =
+        sources().into_iter().filter(|(_, text)| !text.starts_with("//!")).map(|(path, _)| path).collect();
     assert!(bare.is_empty(), "no module doc:\n{}", bare.join("\n"));
 }
 
 #[test]
 fn nothing_is_left_unfinished() {
     // Split, so that this file does not find itself.
-    let forbidden = [concat!("to", "do!("), concat!("unimpl", "emented!("), concat!("db", "g!("), concat!("#[ig", "nore")];
+    let forbidden =
+        [concat!("to", "do!("), concat!("unimpl", "emented!("), concat!("db", "g!("), concat!("#[ig", "nore")];
     let mut found = Vec::new();
     for (path, text) in sources() {
         for (i, line) in text.lines().enumerate() {
@@ -140,10 +151,8 @@ fn panics_outside_tests_are_proved_impossible() {
 
 #[test]
 fn graph_ops_are_documented_with_their_name() {
-    let text: String = (sources().into_iter())
-        .filter(|(path, _)| path.starts_with("ir/src/ops/"))
-        .map(|(_, text)| text)
-        .collect();
+    let text: String =
+        (sources().into_iter()).filter(|(path, _)| path.starts_with("ir/src/ops/")).map(|(_, text)| text).collect();
     for name in ltxc_ir::Op::names() {
         assert!(text.contains(&format!("\"{name}\"")) || name == "call", "op `{name}` is not in the op table");
     }

@@ -98,13 +98,7 @@ pub(super) fn parts(body: &Body, cuts: &Cuts, is_entry: bool) -> Vec<Part> {
 }
 
 /// Collects what a part needs to compute its results.
-fn part(
-    body: &Body,
-    cuts: &Cuts,
-    names: &BTreeMap<ValueId, String>,
-    level: Level,
-    results: Vec<PartResult>,
-) -> Part {
+fn part(body: &Body, cuts: &Cuts, names: &BTreeMap<ValueId, String>, level: Level, results: Vec<PartResult>) -> Part {
     let f = &body.function;
     let mut nodes = vec![false; f.nodes.len()];
     let mut params = BTreeSet::new();
@@ -191,8 +185,7 @@ impl Hoister<'_> {
                 }
                 _ => {
                     rebuild.node(node);
-                    // A call of weights alone is no chain that `pack` takes.
-                    new_levels.extend(node.results.iter().map(|_| fastest.max(Level::Generation)));
+                    new_levels.extend(node.results.iter().map(|_| fastest));
                 }
             }
         }

@@ -1,9 +1,9 @@
 //! Values as views: movement ops change how a buffer is looked at, and only what a kernel cannot look at is copied.
 
+use ltxc_ir::TensorType;
 use ltxc_ir::ops::{Broadcast, Slice, Transpose};
 use ltxc_ir::plan::Copy;
 use ltxc_ir::types::strides_of;
-use ltxc_ir::TensorType;
 
 /// What a view looks at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -14,7 +14,8 @@ pub fn module(seed: u64, narrow: bool) -> Module {
     let tokens = 1 + numbers.below(4);
     let inner = function("inner", &mut numbers, tokens, narrow, &[], Shape { params: 2, ops: 6, results: 1 });
     let block = function("block", &mut numbers, tokens, narrow, &[&inner], Shape { params: 3, ops: 14, results: 2 });
-    let main = function("main", &mut numbers, tokens, narrow, &[&inner, &block], Shape { params: 4, ops: 20, results: 3 });
+    let main =
+        function("main", &mut numbers, tokens, narrow, &[&inner, &block], Shape { params: 4, ops: 20, results: 3 });
     Module { functions: vec![inner, block, main], entries: vec!["main".into()] }
 }
 

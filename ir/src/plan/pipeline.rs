@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::tiling::TilePlan;
 
 /// Settings of the pipeline a plan was compiled for.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Default, Serialize, Deserialize)]
 pub struct Pipeline {
     /// Name as on the command line, for example `distilled`.
     pub name: String,

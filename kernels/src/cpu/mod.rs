@@ -13,8 +13,11 @@
 //! | [`tile`], [`pack`], [`gemm`] | blocked matrix product |
 //! | the others | kernels |
 
+mod copy;
 mod element;
 mod gemm;
+mod lanes;
+mod map;
 mod math;
 mod matmul;
 mod pack;
@@ -69,6 +72,8 @@ pub unsafe fn launch(kernel: &Kernel, args: &[Arg<'_>], results: &[Output<'_>], 
     unsafe {
         match kernel {
             Kernel::Matmul(op) => matmul::launch(op, args, out, workspace),
+            Kernel::Map(map) => map::launch(map, args, out, workspace),
+            Kernel::Copy(op) => copy::launch(op, args, out),
             _ => {}
         }
     }
@@ -78,6 +83,7 @@ pub unsafe fn launch(kernel: &Kernel, args: &[Arg<'_>], results: &[Output<'_>], 
 pub(crate) fn need(kernel: &Kernel, args: &[&TensorType], out: &TensorType) -> parallel::Need {
     match kernel {
         Kernel::Matmul(_) => matmul::need(args, out),
+        Kernel::Map(map) => map::need(map, args, out),
         _ => Default::default(),
     }
 }

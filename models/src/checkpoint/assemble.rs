@@ -136,6 +136,12 @@ pub(super) fn open_upsampler(path: &Path) -> Result<Checkpoint, ModelError> {
 /// The part that is one file. `config` is used if the file has none.
 fn file_part(path: &Path, allowed: &[Component], config: Option<&Map<String, Value>>) -> Result<Part, ModelError> {
     let file = WeightFile::open(path)?;
+    if FileKind::of(&file) == FileKind::Adapter {
+        return Err(ModelError::file(
+            path,
+            "holds low-rank adapters and no model; name the model here, and this as LoRA",
+        ));
+    }
     let metadata = file.metadata().clone();
     let bare = layout::bare_component(&file).or_else(|| match (config, allowed) {
         (Some(_), [Component::VideoVae]) => Some(Component::VideoVae),

@@ -10,25 +10,23 @@ use super::philox::Stream;
 use super::tensors::TensorSpec;
 
 /// Gains of matrices whose key contains the first entry; the last that applies counts, 1 is the default.
-const GAINS: [(&str, f32); 14] = [
+const GAINS: [(&str, f32); 12] = [
     // Attention that is not nearly uniform.
     (".to_q.", 1.4),
     (".to_k.", 1.4),
     (".ff.net.2.", 1.4),
     // Residual blocks after pixel norm and SiLU, which halves the variance.
-    ("vae.encoder.", 1.0),
     (".conv1.", 1.3),
     (".conv2.", 0.9),
     // Frames with a standard deviation of about 0.4.
     ("vae.decoder.conv_out.", 0.6),
+    ("audio_vae.decoder.conv_out.", 1.0),
     ("audio_vae.encoder.conv_in.", 0.5),
     // A waveform that stays clear of the final tanh.
     ("vocoder.conv_pre.", 0.7),
     ("vocoder.resblocks.", 0.8),
     (".convs2.", 0.5),
     ("language_model.", 1.2),
-    ("audio_vae.decoder.conv_out.", 1.0),
-    ("vae.decoder.conv_in.", 1.0),
 ];
 
 /// The values of `tensor` under `seed`, as little-endian bf16.

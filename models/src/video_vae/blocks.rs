@@ -15,7 +15,7 @@
 use ltxc_ir::ops::{Attention, PadMode, ReduceKind, Unary};
 use ltxc_ir::{Builder, DType, Float, ValueId};
 
-use super::config::Stride;
+use super::block_list::Stride;
 use super::layers::{Layers, Video, depth_to_space, drop_first_frame, space_to_depth};
 use super::shared::SharedFunctions;
 
@@ -195,4 +195,155 @@ pub(super) fn attention(layers: &Layers<'_>, key: &str, x: Video) -> Video {
     let op = Attention { scale: Float((x.c as f64).powf(-0.5)), causal: false };
     let mixed = b.reshape(b.attention(op, head(0), head(1), head(2), None), &x.shape());
     x.with(b.add(x.value, linear(x.with(mixed), "proj", x.c)))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+    use std::collections::BTreeMap;
+
+    use ltxc_ir::TensorType;
+    use ltxc_ir::eval::{Evaluator, Tensor};
+    use serde_json::json;
+
+    use super::super::{VideoVaeConfig, decode, encode};
+    use super::*;
+    use crate::{TensorDirectory, Weights};
+
+    const CHANNELS: usize = 32;
+
+    /// Weights of a VAE whose only block is attention, with group norms and patches of one pixel.
+    struct File(BTreeMap<String, Tensor>);
+
+    impl TensorDirectory for File {
+        fn tensor_type(&self, key: &str) -> Option<TensorType> {
+            self.0.get(key).map(|t| t.ty.clone())
+        }
+    }
+
+    impl File {
+        fn new() -> File {
+            let c = CHANNELS;
+            let mut file = File(BTreeMap::new());
+            for (half, block, from, to) in [("encoder", "down_blocks.0", 3, c + 1), ("decoder", "up_blocks.0", c, 3)] {
+                for (key, shape) in [
+                    ("conv_in.conv.weight", vec![c, from, 3, 3, 3]),
+                    ("conv_in.conv.bias", vec![c]),
+                    ("conv_norm_out.weight", vec![c]),
+                    ("conv_norm_out.bias", vec![c]),
+                    ("conv_out.conv.weight", vec![to, c, 3, 3, 3]),
+                    ("conv_out.conv.bias", vec![to]),
+                ] {
+                    file.add(format!("{half}.{key}"), &shape);
+                }
+                for (key, shape) in [
+                    ("norm.gamma", vec![c, 1, 1]),
+                    ("to_qkv.weight", vec![3 * c, c, 1, 1]),
+                    ("to_qkv.bias", vec![3 * c]),
+                    ("proj.weight", vec![c, c, 1, 1]),
+                    ("proj.bias", vec![c]),
+                ] {
+                    file.add(format!("{half}.{block}.{key}"), &shape);
+                }
+            }
+            file.add("per_channel_statistics.mean-of-means".into(), &[c]);
+            file.add("per_channel_statistics.std-of-means".into(), &[c]);
+            file
+        }
+
+        fn add(&mut self, key: String, shape: &[usize]) {
+            self.0.insert(key, values(shape, self.0.len()));
+        }
+
+        fn at(&self, key: &str) -> &[f64] {
+            self.0[key].floats()
+        }
+    }
+
+    /// Values without structure.
+    fn values(shape: &[usize], seed: usize) -> Tensor {
+        let n: usize = shape.iter().product();
+        let value = |i: usize| (((i * 7919 + seed * 104_729) % 2003) as f32 / 1001.5 - 1.0) / 2.0;
+        Tensor::f32(shape, &(0..n).map(value).collect::<Vec<_>>())
+    }
+
+    /// `x + proj(softmax(q kᵀ / √c) v)` of one frame, written as the formula says.
+    fn attention_of_a_frame(x: &[f64], file: &File, prefix: &str) -> Vec<f64> {
+        let c = CHANNELS;
+        let linear = |x: &[f64], name: &str, rows: usize| -> Vec<f64> {
+            let (w, b) = (file.at(&format!("{prefix}{name}.weight")), file.at(&format!("{prefix}{name}.bias")));
+            (0..rows).map(|o| b[o] + (0..c).map(|i| w[o * c + i] * x[i]).sum::<f64>()).collect()
+        };
+        let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(x, y)| x * y).sum::<f64>();
+        let gamma = file.at(&format!("{prefix}norm.gamma"));
+        let qkv: Vec<Vec<f64>> = x
+            .chunks(c)
+            .map(|row| {
+                let length = dot(row, row).sqrt();
+                let normed: Vec<f64> = row.iter().zip(gamma).map(|(v, g)| v / length * (c as f64).sqrt() * g).collect();
+                linear(&normed, "to_qkv", 3 * c)
+            })
+            .collect();
+        let attend = |query: &Vec<f64>| {
+            let scores: Vec<f64> =
+                qkv.iter().map(|k| (dot(&query[..c], &k[c..2 * c]) / (c as f64).sqrt()).exp()).collect();
+            let total: f64 = scores.iter().sum();
+            let mixed: Vec<f64> =
+                (0..c).map(|i| qkv.iter().zip(&scores).map(|(v, s)| s / total * v[2 * c + i]).sum()).collect();
+            linear(&mixed, "proj", c)
+        };
+        x.chunks(c)
+            .zip(&qkv)
+            .flat_map(|(row, qkv)| row.iter().zip(attend(qkv)).map(|(x, y)| x + y).collect::<Vec<_>>())
+            .collect()
+    }
+
+    #[test]
+    fn attention_stays_inside_frames_and_follows_the_formula() {
+        let file = File::new();
+        let blocks = json!([["attn", {}]]);
+        let config = json!({"latent_channels": CHANNELS, "decoder_base_channels": CHANNELS, "patch_size": 1,
+            "norm_layer": "group_norm", "timestep_conditioning": false, "spatial_padding_mode": "circular",
+            "encoder_blocks": blocks, "decoder_blocks": blocks});
+        let config = VideoVaeConfig::from_json(&config).unwrap();
+        let weights = Weights::new("model", &file);
+        for (half, module, input) in [
+            ("encoder.down_blocks.0", encode(&config, &weights, [2, 3, 2], DType::F32), values(&[1, 2, 3, 2, 3], 5)),
+            (
+                "decoder.up_blocks.0",
+                decode(&config, &weights, [2, 3, 2], DType::F32),
+                values(&[1, 2, 3, 2, CHANNELS], 6),
+            ),
+        ] {
+            let module = module.unwrap();
+            let taps = RefCell::new(BTreeMap::new());
+            let tap = |name: &str, value: &Tensor| {
+                taps.borrow_mut().insert(name.to_string(), value.clone());
+            };
+            let lookup = |_: &str, key: &str, _: &TensorType| file.0.get(key).cloned();
+            Evaluator::new(&module, &lookup).tap(&tap).run(&module.entries[0], &[input]).unwrap();
+            let taps = taps.into_inner();
+            let (name, _) = half.split_once('.').unwrap();
+            let (x, y) = (taps[&format!("vae.{name}.conv_in")].floats(), taps[&format!("vae.{half}")].floats());
+            for (x, y) in x.chunks(6 * CHANNELS).zip(y.chunks(6 * CHANNELS)) {
+                let want = attention_of_a_frame(x, &file, &format!("{half}."));
+                let error = want.iter().zip(y).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+                assert!(error < 1e-5, "{half}: {error}");
+            }
+        }
+    }
+
+    #[test]
+    fn missing_weights_are_all_named() {
+        let mut file = File::new();
+        file.0.remove("decoder.conv_norm_out.weight");
+        file.0.remove("decoder.up_blocks.0.proj.bias");
+        let config = json!({"latent_channels": CHANNELS, "decoder_base_channels": CHANNELS, "patch_size": 1,
+            "norm_layer": "group_norm", "decoder_blocks": [["attn", {}]]});
+        let config = VideoVaeConfig::from_json(&config).unwrap();
+        let error = decode(&config, &Weights::new("model", &file), [1, 2, 2], DType::F32).unwrap_err().to_string();
+        for part in ["conv_norm_out.weight", "proj.bias", "timestep_scale_multiplier", "true if absent"] {
+            assert!(error.contains(part), "{part}: {error}");
+        }
+    }
 }

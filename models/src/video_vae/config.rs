@@ -1,4 +1,4 @@
-//! Configuration of the convolutional video VAE: the block lists with their widths, and the switches around them.
+//! Configuration of the convolutional video VAE: widths from block to block, and the switches around the block lists.
 //!
 //! Reading checks everything that does not need the weights: names and values, that the widths work out from block to
 //! block, that encoder and decoder agree on their factors. What is left can only fail on missing or misshapen weights.
@@ -8,17 +8,14 @@
 //! - Absent, `spatial_padding_mode` means zeros in the encoder (after `encoder_spatial_padding_mode`) but reflection in
 //!   the decoder, and `timestep_conditioning` means **true**.
 //! - The width of the encoder starts at `latent_channels`; `encoder_base_channels` is ignored, as in the reference.
-//! - `multiplier` is 1 by default for decoder upsamplers, 2 everywhere else.
 //!
 //! Source: spec/video-vae §2.
 
 use serde_json::Value;
 
+use super::block_list::{DecoderBlock, EncoderBlock, Stride, decoder_block, encoder_block, read_blocks};
 use super::fields::{Fields, MOST, as_size};
 use crate::ModelError;
-
-/// Most entries of a block list, and most layers of a block.
-const MOST_BLOCKS: usize = 256;
 
 /// Largest factor between latents and pixels.
 const MOST_FACTOR: usize = 1 << 12;
@@ -59,70 +56,6 @@ pub enum LogVariance {
     Constant,
     /// Nothing. The reference then halves the latent by mistake; encoding is refused.
     None,
-}
-
-/// Factors between input and output along time, height and width.
-pub type Stride = [usize; 3];
-
-/// One block of the encoder. Widths follow from the list, see [`VideoVaeConfig::encoder_widths`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum EncoderBlock {
-    /// A stack of residual blocks of one width.
-    ResStack {
-        /// How many.
-        layers: usize,
-    },
-    /// One residual block that multiplies the width.
-    ResWiden {
-        /// By how much.
-        multiplier: usize,
-    },
-    /// A strided convolution.
-    Conv {
-        /// Its stride.
-        stride: Stride,
-        /// Factor of the width.
-        multiplier: usize,
-    },
-    /// Space-to-depth of a convolution, with a skip path.
-    SpaceToDepth {
-        /// Factor per axis.
-        stride: Stride,
-        /// Factor of the width.
-        multiplier: usize,
-    },
-    /// Attention inside each frame.
-    Attention,
-}
-
-/// One block of the decoder. Widths follow from the list, see [`VideoVaeConfig::decoder_widths`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DecoderBlock {
-    /// A stack of residual blocks of one width.
-    ResStack {
-        /// How many.
-        layers: usize,
-        /// Whether each convolution is followed by noise.
-        has_noise: bool,
-    },
-    /// One residual block that divides the width.
-    ResNarrow {
-        /// By how much.
-        divisor: usize,
-        /// Whether each convolution is followed by noise.
-        has_noise: bool,
-    },
-    /// Depth-to-space of a convolution.
-    DepthToSpace {
-        /// Factor per axis.
-        stride: Stride,
-        /// Divisor of the width.
-        divisor: usize,
-        /// Whether the input is added, brought to the size of the output.
-        is_residual: bool,
-    },
-    /// Attention inside each frame.
-    Attention,
 }
 
 /// A convolutional video VAE.
@@ -288,166 +221,133 @@ const LOG_VARIANCES: [(&str, LogVariance); 4] = [
     ("none", LogVariance::None),
 ];
 
-impl EncoderBlock {
-    /// Factors between input and output, if they differ in size.
-    fn stride(&self) -> Option<Stride> {
-        match *self {
-            EncoderBlock::Conv { stride, .. } | EncoderBlock::SpaceToDepth { stride, .. } => Some(stride),
-            _ => None,
-        }
-    }
-
-    fn multiplier(&self) -> usize {
-        match *self {
-            EncoderBlock::ResWiden { multiplier }
-            | EncoderBlock::Conv { multiplier, .. }
-            | EncoderBlock::SpaceToDepth { multiplier, .. } => multiplier,
-            EncoderBlock::ResStack { .. } | EncoderBlock::Attention => 1,
-        }
-    }
-
-    /// Why the block cannot take `c` channels to `c_out`.
-    fn problem(&self, c: usize, c_out: usize) -> Option<String> {
-        let EncoderBlock::SpaceToDepth { stride, multiplier } = *self else { return None };
-        let block: usize = stride.iter().product();
-        (!block.is_multiple_of(multiplier) || !c_out.is_multiple_of(block))
-            .then(|| format!("space-to-depth by {stride:?} cannot turn {c} channels into {c_out}"))
-    }
-}
-
-impl DecoderBlock {
-    /// Factors between input and output, if they differ in size.
-    fn stride(&self) -> Option<Stride> {
-        if let DecoderBlock::DepthToSpace { stride, .. } = *self { Some(stride) } else { None }
-    }
-
-    fn divisor(&self) -> usize {
-        match *self {
-            DecoderBlock::ResNarrow { divisor, .. } | DecoderBlock::DepthToSpace { divisor, .. } => divisor,
-            DecoderBlock::ResStack { .. } | DecoderBlock::Attention => 1,
-        }
-    }
-
-    /// Why the block cannot take `c` channels.
-    fn problem(&self, c: usize) -> Option<String> {
-        let DecoderBlock::DepthToSpace { stride, divisor, is_residual: true } = *self else { return None };
-        let block: usize = stride.iter().product();
-        (!block.is_multiple_of(divisor) || !c.is_multiple_of(block))
-            .then(|| format!("the residual path cannot tile {c} channels by {stride:?} to {} channels", c / divisor))
-    }
-}
-
 /// Factors of a list of blocks, with the patches.
 fn product(patch_size: usize, strides: impl Iterator<Item = Stride>) -> Stride {
     strides.fold([1, patch_size, patch_size], |f, s| std::array::from_fn(|i| f[i].saturating_mul(s[i])))
 }
 
-/// Parameters of one entry of a block list.
-struct BlockFields<'a> {
-    name: &'a str,
-    /// An object, or a bare number that stands for `num_layers`.
-    parameters: &'a Value,
-}
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
 
-impl BlockFields<'_> {
-    fn value(&self, key: &str) -> Option<&Value> {
-        let is_bare = key == "num_layers" && self.parameters.is_number();
-        let value = if is_bare { Some(self.parameters) } else { self.parameters.get(key) };
-        value.filter(|v| !v.is_null())
+    use super::*;
+
+    /// The block lists of LTX-2 19B.
+    fn ltx2() -> Value {
+        let (res, up) = (|n: usize| json!(["res_x", n]), json!(["compress_all", {"residual": true, "multiplier": 2}]));
+        let down = |what: &str| json!([format!("compress_{what}_res"), {"multiplier": 2}]);
+        json!({
+            "_class_name": "CausalVideoAutoencoder",
+            "timestep_conditioning": false,
+            "encoder_blocks": [res(4), down("space"), res(6), down("time"), res(6), down("all"), res(2), down("all"), res(2)],
+            "decoder_blocks": [res(5), up, res(5), up, res(5), up, res(5)],
+        })
     }
 
-    fn size(&self, key: &str, default: Option<usize>) -> Result<usize, String> {
-        let Some(value) = self.value(key) else { return default.ok_or_else(|| format!("`{key}` is missing")) };
-        as_size(value)
-            .filter(|&n| n <= MOST_BLOCKS)
-            .ok_or_else(|| format!("`{key}` is `{value}`, expected a whole number in 1..={MOST_BLOCKS}"))
+    #[track_caller]
+    fn check_refused(edit: impl Fn(&mut Value), problems: &[&str]) {
+        let mut config = ltx2();
+        edit(&mut config);
+        let error = VideoVaeConfig::from_json(&config).expect_err("it must be refused").to_string();
+        assert!(problems.iter().all(|p| error.contains(p)), "{error}");
     }
 
-    fn bool(&self, key: &str) -> Result<bool, String> {
-        match self.value(key) {
-            None => Ok(false),
-            Some(Value::Bool(b)) => Ok(*b),
-            Some(other) => Err(format!("`{key}` is `{other}`, expected true or false")),
-        }
+    #[test]
+    fn released_lists_give_the_released_widths() {
+        let config = VideoVaeConfig::from_json(&ltx2()).unwrap();
+        assert_eq!(config.factors(), [8, 32, 32]);
+        assert_eq!(config.encoder_widths(), [128, 128, 256, 256, 512, 512, 1024, 1024, 2048, 2048]);
+        assert_eq!(config.decoder_widths(), [1024, 1024, 512, 512, 256, 256, 128, 128]);
+        assert_eq!(config.encoder_outputs(), 129);
+        assert_eq!((config.encoder_padding, config.decoder_padding), (PaddingMode::Zeros, PaddingMode::Reflect));
     }
-}
 
-/// The entries of the block list `key`; what `parse` refuses is recorded and left out.
-fn read_blocks<T>(fields: &Fields<'_>, key: &str, parse: impl Fn(&BlockFields<'_>) -> Result<T, String>) -> Vec<T> {
-    let list = fields.list(key);
-    if list.len() > MOST_BLOCKS {
-        fields.problem(format!("`{key}` has {} entries, at most {MOST_BLOCKS} are supported", list.len()));
-        return Vec::new();
+    #[test]
+    fn decoder_runs_the_list_in_reverse() {
+        let mut config = ltx2();
+        config["decoder_blocks"] = json!([["res_x", 1], ["compress_space", {}], ["compress_all", {}], ["compress_time", {}],
+            ["res_x_y", {"inject_noise": true}], ["compress_all", {"multiplier": 2}], ["attn", {}]]);
+        let config = VideoVaeConfig::from_json(&config).unwrap();
+        assert_eq!(config.decoder_blocks[0], DecoderBlock::Attention);
+        assert_eq!(config.decoder_widths(), [512, 512, 256, 128, 128, 128, 128, 128]);
+        assert_eq!(super::super::noise_planes(&config, [2, 3]), [[4, 6], [4, 6]]);
     }
-    let entry = |value: &Value| {
-        let malformed = || format!("is `{value}`, expected [name, number or object]");
-        let [name, parameters] = value.as_array().map(Vec::as_slice).ok_or_else(malformed)? else {
-            return Err(malformed());
+
+    #[test]
+    fn one_half_is_enough() {
+        let mut config = ltx2();
+        config["encoder_blocks"] = json!([]);
+        assert_eq!(VideoVaeConfig::from_json(&config).unwrap().factors(), [8, 32, 32]);
+    }
+
+    #[test]
+    fn all_problems_are_listed() {
+        let edit = |c: &mut Value| {
+            c["patch_size"] = json!(0);
+            c["norm_layer"] = json!("layer_norm");
+            c["spatial_padding_mode"] = json!(7);
+            c["causal_decoder"] = json!("yes");
+            c["dims"] = json!([2, 1]);
+            c["encoder_blocks"][1] = json!(["compress_everything", {}]);
+            c["decoder_blocks"][0] = json!(["res_x", {"num_layers": -1}]);
+            c["decoder_blocks"][1] = json!(["attn_res_x", {}]);
+            c["decoder_blocks"][2] = json!(["res_x", {}]);
         };
-        let name = name.as_str().ok_or_else(malformed)?;
-        if !parameters.is_object() && !parameters.is_number() {
-            return Err(malformed());
-        }
-        parse(&BlockFields { name, parameters })
-    };
-    let mut blocks = Vec::new();
-    for (i, value) in list.iter().enumerate() {
-        match entry(value) {
-            Ok(block) => blocks.push(block),
-            Err(problem) => fields.problem(format!("`{key}[{i}]`: {problem}")),
+        let problems = [
+            "9 problem(s)",
+            "patch_size",
+            "norm_layer",
+            "spatial_padding_mode",
+            "causal_decoder",
+            "dims",
+            "`encoder_blocks[1]`: the encoder has no block `compress_everything`",
+            "`decoder_blocks[0]`: `num_layers`",
+            "cannot be built there",
+            "`num_layers` is missing",
+        ];
+        check_refused(edit, &problems);
+    }
+
+    #[test]
+    fn lists_that_do_not_work_out_are_refused() {
+        check_refused(
+            |c| c["decoder_blocks"][1] = json!(["compress_space", {}]),
+            &["the encoder has factors [8, 32, 32]"],
+        );
+        check_refused(
+            |c| c["encoder_blocks"][3] = json!(["compress_time_res", {"multiplier": 3}]),
+            &["`encoder_blocks[3]`"],
+        );
+        check_refused(|c| c["decoder_blocks"][3][1] = json!("x"), &["expected [name, number or object]"]);
+        check_refused(
+            |c| c["decoder_blocks"][3][1]["multiplier"] = json!(3),
+            &["`decoder_blocks[3]`: the residual path"],
+        );
+        check_refused(
+            |c| {
+                c["norm_layer"] = json!("group_norm");
+                c["latent_channels"] = json!(5);
+            },
+            &["multiples of 32"],
+        );
+    }
+
+    #[test]
+    fn hostile_lists_are_refused() {
+        check_refused(
+            |c| c["encoder_blocks"] = json!(vec![json!(["compress_all_x_y", {"multiplier": 256}]); 256]),
+            &["out of range"],
+        );
+        check_refused(|c| c["encoder_blocks"] = json!(vec![json!(["res_x", 1]); 257]), &["257 entries"]);
+        check_refused(|c| c["encoder_blocks"][0][1] = json!(1e18), &["num_layers"]);
+        for config in [json!(null), json!([]), json!("vae"), json!({}), json!({"encoder_blocks": {"a": 1}})] {
+            assert!(VideoVaeConfig::from_json(&config).is_err(), "{config}");
         }
     }
-    blocks
-}
 
-/// Stride of the compressing blocks, by the part of their names that says so.
-fn stride_of(name: &str) -> Option<Stride> {
-    match name {
-        "time" => Some([2, 1, 1]),
-        "space" => Some([1, 2, 2]),
-        "all" => Some([2, 2, 2]),
-        _ => None,
-    }
-}
-
-fn encoder_block(block: &BlockFields<'_>) -> Result<EncoderBlock, String> {
-    let unknown = || format!("the encoder has no block `{}`", block.name);
-    match block.name {
-        "res_x" => Ok(EncoderBlock::ResStack { layers: block.size("num_layers", None)? }),
-        "res_x_y" => Ok(EncoderBlock::ResWiden { multiplier: block.size("multiplier", Some(2))? }),
-        "compress_all_x_y" => {
-            Ok(EncoderBlock::Conv { stride: [2, 2, 2], multiplier: block.size("multiplier", Some(2))? })
-        }
-        "attn" => Ok(EncoderBlock::Attention),
-        name => {
-            let what = name.strip_prefix("compress_").ok_or_else(unknown)?;
-            if let Some(stride) = stride_of(what) {
-                return Ok(EncoderBlock::Conv { stride, multiplier: 1 });
-            }
-            let stride = what.strip_suffix("_res").and_then(stride_of).ok_or_else(unknown)?;
-            Ok(EncoderBlock::SpaceToDepth { stride, multiplier: block.size("multiplier", Some(2))? })
-        }
-    }
-}
-
-fn decoder_block(block: &BlockFields<'_>) -> Result<DecoderBlock, String> {
-    match block.name {
-        "res_x" => Ok(DecoderBlock::ResStack {
-            layers: block.size("num_layers", None)?,
-            has_noise: block.bool("inject_noise")?,
-        }),
-        "res_x_y" => {
-            let divisor = block.size("multiplier", Some(2))?;
-            Ok(DecoderBlock::ResNarrow { divisor, has_noise: block.bool("inject_noise")? })
-        }
-        "attn" => Ok(DecoderBlock::Attention),
-        "attn_res_x" => Err("`attn_res_x` is named in the reference but cannot be built there either".into()),
-        name => {
-            let stride = name.strip_prefix("compress_").and_then(stride_of);
-            let stride = stride.ok_or_else(|| format!("the decoder has no block `{name}`"))?;
-            // Only `compress_all` reads `residual` in the reference; the others ignore it.
-            let is_residual = name == "compress_all" && block.bool("residual")?;
-            Ok(DecoderBlock::DepthToSpace { stride, divisor: block.size("multiplier", Some(1))?, is_residual })
-        }
+    #[test]
+    fn other_classes_are_refused_for_what_they_are() {
+        check_refused(|c| c["_class_name"] = json!("CausalDiffusionVAE"), &["LTX-2.5", "not supported yet"]);
+        check_refused(|c| c["_class_name"] = json!("AutoencoderKL"), &["`\"AutoencoderKL\"`"]);
     }
 }

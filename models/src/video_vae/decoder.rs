@@ -10,8 +10,9 @@
 
 use ltxc_ir::{Builder, DType, Module, Rate, TensorType, ValueId};
 
+use super::block_list::DecoderBlock;
 use super::blocks::{ResInputs, attention, embed_timestep, modulation_rows, res_block, upsample};
-use super::config::{DecoderBlock, VideoVaeConfig};
+use super::config::VideoVaeConfig;
 use super::layers::{Layers, Statistics, Style, Video, unpatchify, vae_weights};
 use super::refuse_request;
 use super::shared::SharedFunctions;

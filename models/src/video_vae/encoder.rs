@@ -11,8 +11,9 @@
 
 use ltxc_ir::{Builder, DType, Module, Rate, TensorType};
 
+use super::block_list::EncoderBlock;
 use super::blocks::{ResInputs, attention, downsample, res_block};
-use super::config::{EncoderBlock, LogVariance, VideoVaeConfig};
+use super::config::{LogVariance, VideoVaeConfig};
 use super::layers::{Layers, Statistics, Style, Video, patchify, vae_weights};
 use super::refuse_request;
 use super::shared::SharedFunctions;

@@ -11,7 +11,8 @@
 use ltxc_ir::ops::{Conv, PadMode};
 use ltxc_ir::{Builder, DType, ValueId};
 
-use super::config::{NORM_GROUPS, Norm, PaddingMode, Stride};
+use super::block_list::Stride;
+use super::config::{NORM_GROUPS, Norm, PaddingMode};
 use crate::Weights;
 
 /// Epsilon of every pixel norm of the video VAE.

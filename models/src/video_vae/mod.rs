@@ -7,6 +7,7 @@
 //!
 //! Source: spec/video-vae §1–6.
 
+mod block_list;
 mod blocks;
 mod config;
 mod decoder;
@@ -15,7 +16,8 @@ pub(crate) mod fields;
 pub(crate) mod layers;
 pub(crate) mod shared;
 
-pub use config::{DecoderBlock, EncoderBlock, LogVariance, Norm, PaddingMode, Stride, VideoVaeConfig};
+pub use block_list::{DecoderBlock, EncoderBlock, Stride};
+pub use config::{LogVariance, Norm, PaddingMode, VideoVaeConfig};
 pub use decoder::{DECODE_TIMESTEP, decode, noise_planes};
 pub use encoder::encode;
 

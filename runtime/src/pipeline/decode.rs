@@ -70,6 +70,7 @@ pub fn decode_video(
             divide(&mut pending[..complete], [height, width], done, sums);
         }
         if complete > 0 {
+            observer.event(Event::Tensor { name: "final.frames".into(), values: &pending[..complete] });
             sink(&pending[..complete])?;
             pending.drain(..complete);
             done = chunk.end;

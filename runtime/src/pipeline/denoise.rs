@@ -119,7 +119,8 @@ pub fn sample<'p>(
         for (modality, state, velocity) in
             [("video", &mut *video, &velocities[0]), ("audio", &mut *audio, &velocities[1])]
         {
-            let denoised = state.denoised(velocity, pair[0]);
+            let x0 = state.prediction(velocity, pair[0]);
+            let denoised = state.blended(&x0);
             if let Some(problem) = numerical_problem(&denoised)
                 && !allow_bad_numerics
             {
@@ -128,6 +129,7 @@ pub fn sample<'p>(
             }
             euler_step(&mut state.latent, &denoised, pair[0], pair[1]);
             let name = |what: &str| format!("{stage}.step{i}.{modality}.{what}");
+            observer.event(Event::Tensor { name: name("x0"), values: &x0 });
             observer.event(Event::Tensor { name: name("denoised"), values: &denoised });
             observer.event(Event::Tensor { name: name("latent"), values: &state.latent });
         }

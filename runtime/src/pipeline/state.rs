@@ -104,19 +104,20 @@ impl State {
         rows.chain(std::iter::repeat(sigma)).take(count.max(self.row_masks.len())).collect()
     }
 
-    /// The prediction of the clean latent from a velocity, blended with the clean latent by the mask.
-    ///
-    /// `denoised = latent − velocity · mask · sigma` per token, then `denoised · mask + clean · (1 − mask)`.
-    pub fn denoised(&self, velocity: &[f32], sigma: f32) -> Vec<f32> {
-        let mut out = vec![0.0; self.latent.len()];
-        for (t, &m) in self.mask.iter().enumerate() {
-            let timestep = m * sigma;
-            for i in t * self.channels..(t + 1) * self.channels {
-                let x0 = self.latent[i] - velocity[i] * timestep;
-                out[i] = x0 * m + self.clean[i] * (1.0 - m);
-            }
-        }
-        out
+    /// The prediction of the clean latent: `latent − velocity · mask · sigma` per token.
+    pub fn prediction(&self, velocity: &[f32], sigma: f32) -> Vec<f32> {
+        let timesteps = self.mask.iter().map(|m| m * sigma);
+        let tokens = self.latent.chunks(self.channels).zip(velocity.chunks(self.channels));
+        tokens.zip(timesteps).flat_map(|((x, v), t)| x.iter().zip(v).map(move |(x, v)| x - v * t)).collect()
+    }
+
+    /// A prediction held to the clean latent by the mask: `x0 · mask + clean · (1 − mask)`.
+    pub fn blended(&self, x0: &[f32]) -> Vec<f32> {
+        let tokens = x0.chunks(self.channels).zip(self.clean.chunks(self.channels));
+        tokens
+            .zip(&self.mask)
+            .flat_map(|((x, c), &m)| x.iter().zip(c).map(move |(x, c)| x * m + c * (1.0 - m)))
+            .collect()
     }
 
     /// The target tokens of the latent.

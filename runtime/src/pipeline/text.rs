@@ -34,7 +34,8 @@ pub fn encode_prompt(
     let count = prompt.ids().len();
     if !prompt.cut().is_empty() {
         let (n, text) = (prompt.cut().len(), tokenizer.decode(prompt.cut())?);
-        observer.event(Event::Note(format!("the prompt is {n} tokens longer than {}; cut off: `{text}`", settings.length)));
+        observer
+            .event(Event::Note(format!("the prompt is {n} tokens longer than {}; cut off: `{text}`", settings.length)));
     }
     if count == 1 {
         observer.event(Event::Note("the prompt is empty; the model is free to show anything".into()));

@@ -1,1 +1,304 @@
-//! pipeline
+//! Whole runs of the distilled pipeline against the published pipeline class, from its recorded noise.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
+
+use ltxc::args::{ModelArgs, PipelineName, ShapeArgs};
+use ltxc::assemble::ModelFiles;
+use ltxc::compile::compile;
+use ltxc::job::Shape;
+use ltxc_ir::plan::{Plan, container};
+use ltxc_runtime::RunError;
+use ltxc_runtime::executor::Executor;
+use ltxc_runtime::media::load_image;
+use ltxc_runtime::pipeline::{Conditioning, Event, Noise, Observer, Output, Request, run};
+use ltxc_runtime::tokenizer::Tokenizer;
+use ltxc_runtime::weights::WeightFiles;
+use ltxc_tests::fixtures::{required, root};
+use ltxc_tests::recorded::Recorded;
+use serde_json::Value;
+
+/// Relative L2 limit of inputs and of what the driver computes before the model runs.
+const DRIVER_LIMIT: f64 = 1e-6;
+/// Relative L2 limit of whole runs: final latents, frames and sound.
+const RUN_LIMIT: f64 = 1e-3;
+/// Frames as bytes: largest difference, and share of values that differ.
+const BYTE_LIMIT: (i32, f64) = (1, 0.02);
+
+#[test]
+fn distilled_run_of_ltx2() {
+    check_run("ltx2", "distilled");
+}
+
+#[test]
+fn distilled_run_of_ltx2_with_images_and_tiles() {
+    check_run("ltx2", "distilled_i2v_tiled");
+}
+
+#[test]
+fn distilled_run_of_ltx23() {
+    check_run("ltx23", "distilled");
+}
+
+/// There is no recording of one stage alone; it must be finite, complete, and the same twice.
+#[test]
+fn one_stage_runs_are_complete_and_repeatable() {
+    let model = Files::of("ltx2");
+    let shape = ShapeArgs {
+        pipeline: Some(PipelineName::DistilledOneStage),
+        height: Some(64),
+        width: Some(96),
+        num_frames: Some(17),
+        ..ShapeArgs::default()
+    };
+    let plan = model.compile(&shape, 0);
+    let request = || Request {
+        prompt: "rain",
+        images: &[],
+        sigmas: BTreeMap::new(),
+        noise: Noise::default(),
+        allow_bad_numerics: false,
+    };
+    let (first, second) = (model.run(&plan, &request()), model.run(&plan, &request()));
+    assert_eq!(first.frames.len(), 17 * 64 * 96 * 3);
+    assert!(first.frames.iter().all(|v| (0.0..=1.0).contains(v)));
+    assert!(!first.sound.is_empty() && first.sound.iter().all(|v| v.is_finite()));
+    assert_eq!(first.frames, second.frames);
+    assert_eq!(first.sound, second.sound);
+    assert_eq!(first.tensors, second.tensors);
+}
+
+#[track_caller]
+fn check_run(family: &str, name: &str) {
+    let mut recorded = Recorded::new(required(&format!("e2e/{family}/{name}")));
+    let params = recorded.meta()["params"].clone();
+    let number = |key: &str| params[key].as_u64().unwrap_or_else(|| panic!("`{key}` was recorded")) as u32;
+    let images = images(&params);
+    let shape = ShapeArgs {
+        height: Some(number("height")),
+        width: Some(number("width")),
+        num_frames: Some(number("num_frames")),
+        frame_rate: Some(params["frame_rate"].to_string()),
+        // The one recorded tiling; the other runs fit into one tile either way.
+        vae_tile: recorded.meta().get("tiling").map(|t| tile_flag(t.as_str().expect("text"), &params)),
+        ..ShapeArgs::default()
+    };
+    let model = Files::of(family);
+    let keyframes = images.iter().filter(|i| i.frame > 0).count();
+    let plan = model.compile(&shape, keyframes);
+    let request = Request {
+        prompt: params["prompt"].as_str().expect("a prompt"),
+        images: &images,
+        sigmas: BTreeMap::new(),
+        noise: Noise { seed: 0, given: recorded_noise(&recorded, &plan), files: BTreeMap::new() },
+        allow_bad_numerics: false,
+    };
+    let result = model.run(&plan, &request);
+
+    for stage in ["stage1", "stage2"] {
+        recorded.check(&format!("{stage}.sigmas"), &result.tensors[&format!("{stage}.sigmas")], DRIVER_LIMIT);
+        for modality in ["video", "audio"] {
+            check_stage(&mut recorded, &result, &plan, stage, modality);
+        }
+    }
+    check_outputs(&mut recorded, &result, &plan);
+    recorded.finish();
+}
+
+/// `64/32` pixels and `16/8` frames as a flag. The recorded object of release 1.2.0 names the tile of each axis.
+fn tile_flag(text: &str, params: &Value) -> String {
+    let spelled = params["tiling"].as_str().unwrap_or(text);
+    let numbers: Vec<&str> = spelled.split(|c: char| !c.is_ascii_digit()).filter(|s| !s.is_empty()).collect();
+    let [space, space_overlap, time, time_overlap] = numbers[..] else { panic!("unexpected tiling `{spelled}`") };
+    format!("{space}x{space_overlap},{time}x{time_overlap}")
+}
+
+fn images(params: &Value) -> Vec<Conditioning> {
+    let listed = params["images"].as_array().cloned().unwrap_or_default();
+    let image = |i: &Value| Conditioning {
+        image: load_image(&root().join("inputs").join(i["image"].as_str().expect("a name"))).expect("it can be read"),
+        frame: i["frame_idx"].as_u64().expect("a frame") as u32,
+        strength: i["strength"].as_f64().expect("a strength") as f32,
+    };
+    listed.iter().map(image).collect()
+}
+
+/// The recorded noise, split where appended tokens begin.
+fn recorded_noise(recorded: &Recorded, plan: &Plan) -> BTreeMap<String, Vec<f32>> {
+    let mut given = BTreeMap::new();
+    for stage in &plan.pipeline.stages {
+        let values = recorded.file.tensor(&format!("{}.video.noise", stage.name)).to_f32();
+        let target = stage.grid.iter().product::<u32>() as usize * plan.pipeline.video.channels as usize;
+        let (own, extra) = values.split_at(target);
+        given.insert(format!("{}.video", stage.name), own.to_vec());
+        given.insert(format!("{}.video.extra", stage.name), extra.to_vec());
+        let audio = recorded.file.tensor(&format!("{}.audio.noise", stage.name)).to_f32();
+        given.insert(format!("{}.audio", stage.name), audio);
+    }
+    given
+}
+
+fn check_stage(recorded: &mut Recorded, result: &Outcome, plan: &Plan, stage: &str, modality: &str) {
+    let own = |what: &str| &result.tensors[&format!("{stage}.{modality}.{what}")];
+    // Images pass through the encoder, a first stage through the whole model, before they are here.
+    let limit = if stage == "stage1" { 1e-5 } else { RUN_LIMIT };
+    for (what, limit) in [
+        ("noise", DRIVER_LIMIT),
+        ("denoise_mask", 0.0),
+        ("positions", DRIVER_LIMIT),
+        ("noised", limit),
+        ("clean_latent", limit),
+    ] {
+        recorded.check(&format!("{stage}.{modality}.{what}"), own(what), limit);
+    }
+    let initial = format!("{stage}.{modality}.initial_latent");
+    if recorded.has(&initial) {
+        let found = match modality {
+            "video" => channels_first(own("initial_latent"), plan.pipeline.video.channels as usize),
+            _ => native_audio(own("initial_latent"), plan.pipeline.audio.channels as usize),
+        };
+        recorded.check(&initial, &found, RUN_LIMIT);
+    }
+    for step in 0.. {
+        let name = |what: &str| format!("{stage}.step{step}.{modality}.{what}");
+        if !recorded.has(&name("latent")) {
+            assert!(!result.tensors.contains_key(&name("latent")), "{stage} runs more steps than were recorded");
+            break;
+        }
+        for what in ["denoised", "latent"] {
+            recorded.check(&name(what), &result.tensors[&name(what)], RUN_LIMIT);
+        }
+        let call = format!("x0_call{step}.{modality}");
+        if stage == "stage1" && recorded.has(&call) {
+            recorded.check(&call, &result.tensors[&name("x0")], RUN_LIMIT);
+        }
+    }
+}
+
+fn check_outputs(recorded: &mut Recorded, result: &Outcome, plan: &Plan) {
+    let video = &plan.pipeline.video;
+    let latent = channels_first(&result.tensors["final.video_latent"], video.channels as usize);
+    if recorded.has("final.video_latent") {
+        recorded.check("final.video_latent", &latent, RUN_LIMIT);
+    }
+    let audio = native_audio(&result.tensors["final.audio_latent"], plan.pipeline.audio.channels as usize);
+    recorded.check("final.audio_latent", &audio, RUN_LIMIT);
+    let sound = channels_first(&result.sound, 2);
+    recorded.check("final.waveform", &sound, RUN_LIMIT);
+    if recorded.has("final.frames") {
+        // The recording is the decoder's output, about [-1, 1] and not clamped; ours leaves the pipeline in [0, 1].
+        recorded.check("final.frames", &channels_first(&result.decoded, 3), RUN_LIMIT);
+    }
+    let frame = video.height as usize * video.width as usize * 3;
+    for (name, every) in [("final.frames_uint8", 1), ("final.frames_uint8_every4", 4)] {
+        if !recorded.has(name) {
+            continue;
+        }
+        let kept = result.frames.chunks(frame).step_by(every).flatten();
+        let found: Vec<i32> = kept.map(|v| (v * 255.0) as i32).collect();
+        let expected: Vec<i32> = recorded.file.tensor(name).ints().iter().map(|&v| v as i32).collect();
+        assert_eq!(found.len(), expected.len(), "{name}");
+        let differences = || found.iter().zip(&expected).map(|(a, b)| (a - b).abs());
+        let most = differences().max().unwrap_or(0);
+        let share = differences().filter(|&d| d > 0).count() as f64 / found.len() as f64;
+        let ok = most <= BYTE_LIMIT.0 && share <= BYTE_LIMIT.1;
+        recorded.note(ok, format!("{name}: off by at most {most}, in {:.4} % of values", share * 100.0), &[name]);
+    }
+}
+
+/// `[.., c]` to `[c, ..]`.
+fn channels_first(values: &[f32], channels: usize) -> Vec<f32> {
+    (0..channels).flat_map(|c| values.iter().skip(c).step_by(channels).copied()).collect()
+}
+
+/// Audio tokens `[t, c · 16]` to `[c, t, 16]`.
+fn native_audio(tokens: &[f32], channels: usize) -> Vec<f32> {
+    let rows = tokens.len() / channels;
+    (0..channels / 16)
+        .flat_map(|c| (0..rows).flat_map(move |t| (0..16).map(move |m| t * channels + c * 16 + m)))
+        .map(|i| tokens[i])
+        .collect()
+}
+
+/// Model files of a family.
+struct Files {
+    args: ModelArgs,
+    folders: Vec<PathBuf>,
+}
+
+impl Files {
+    fn of(family: &str) -> Files {
+        let (folder, model, upsampler) = match family {
+            "ltx2" => ("tiny-ltx2", "ltx-2-tiny", "spatial-upscaler-x2-tiny"),
+            _ => ("tiny-ltx23", "ltx-2.3-tiny", "spatial-upscaler-x2-ltx23-tiny"),
+        };
+        let file = |name: &str| root().join(folder).join(format!("{name}.safetensors"));
+        let gemma = root().join("tiny-gemma3");
+        let args = ModelArgs {
+            checkpoint_path: Some(file(model)),
+            gemma_root: Some(gemma.clone()),
+            spatial_upsampler_path: Some(file(upsampler)),
+            verify: true,
+        };
+        Files { args, folders: vec![root().join(folder), gemma] }
+    }
+
+    /// Compiles, and passes the plan through its file format.
+    fn compile(&self, shape: &ShapeArgs, keyframes: usize) -> Plan {
+        let shape = Shape::resolve(shape, keyframes).unwrap_or_else(|e| panic!("{e:#}"));
+        let files = ModelFiles::open(&self.args, shape.has_two_stages()).unwrap_or_else(|e| panic!("{e:#}"));
+        let plan = compile(&files, &shape).unwrap_or_else(|e| panic!("{e:#}"));
+        let bytes = container::encode(&plan).unwrap_or_else(|e| panic!("{e}"));
+        container::decode(&bytes).unwrap_or_else(|e| panic!("{e}"))
+    }
+
+    fn run(&self, plan: &Plan, request: &Request<'_>) -> Outcome {
+        let weights = WeightFiles::open(plan, &self.folders, true).unwrap_or_else(|e| panic!("{e}"));
+        let tokenizer = Tokenizer::from_folder(&root().join("tiny-gemma3")).unwrap_or_else(|e| panic!("{e}"));
+        let interrupt = AtomicBool::new(false);
+        let mut executor = Executor::new(plan, &weights, &interrupt).unwrap_or_else(|e| panic!("{e}"));
+        let (mut observer, mut output) = (Collected::default(), Collected::default());
+        run(&mut executor, tokenizer, request, &mut observer, &mut output).unwrap_or_else(|e| panic!("{e}"));
+        let mut tensors = observer.outcome.tensors;
+        let decoded = tensors.remove("final.frames").unwrap_or_default();
+        Outcome { tensors, decoded, ..output.outcome }
+    }
+}
+
+/// What a run gave.
+#[derive(Default)]
+struct Outcome {
+    tensors: BTreeMap<String, Vec<f32>>,
+    /// Frames as decoded.
+    decoded: Vec<f32>,
+    /// Frames as written.
+    frames: Vec<f32>,
+    sound: Vec<f32>,
+}
+
+#[derive(Default)]
+struct Collected {
+    outcome: Outcome,
+}
+
+impl Observer for Collected {
+    fn event(&mut self, event: Event<'_>) {
+        if let Event::Tensor { name, values } = event {
+            // Frames come in chunks.
+            self.outcome.tensors.entry(name).or_default().extend_from_slice(values);
+        }
+    }
+}
+
+impl Output for Collected {
+    fn frames(&mut self, rgb: &[f32]) -> Result<(), RunError> {
+        self.outcome.frames.extend_from_slice(rgb);
+        Ok(())
+    }
+
+    fn sound(&mut self, samples: &[f32], _: u32) -> Result<(), RunError> {
+        self.outcome.sound.extend_from_slice(samples);
+        Ok(())
+    }
+}

@@ -39,9 +39,8 @@ fn check_file(file: &TensorFile, vae: &Checkpoint, path: impl Fn(&str) -> String
         let up = Upsampler::read(&path(name));
         let latent = channels_last(parity.input(&format!("{name}.latent")));
         let module = up.module(vae, grid_of(&latent), DType::F32).unwrap_or_else(|e| panic!("{name}: {e}"));
-        let run = |latent: Tensor| {
-            evaluate(&module, "upsample", &[latent], &[("upsampler", &up.file), ("model", &vae.file)])
-        };
+        let run =
+            |latent: Tensor| evaluate(&module, "upsample", &[latent], &[("upsampler", &up.file), ("model", &vae.file)]);
         let normalised = &run(latent.clone()).results["latent"];
         assert_eq!(grid_of(normalised), up.config.output_grid(grid_of(&latent)), "{name}");
         parity.check(&format!("{name}.normalized_output"), normalised);
@@ -97,7 +96,9 @@ fn ltx25_upsamplers() {
         return;
     };
     let vae = Checkpoint::read("tiny-ltx25/vae/ltx-2.5-tiny-video-vae-conv-bf16.safetensors");
-    check_file(&file, &vae, |name| format!("tiny-ltx25/latent_upscale_models/ltx-2.5-tiny-latent-{name}-bf16.safetensors"));
+    check_file(&file, &vae, |name| {
+        format!("tiny-ltx25/latent_upscale_models/ltx-2.5-tiny-latent-{name}-bf16.safetensors")
+    });
 }
 
 #[test]

@@ -1,0 +1,5 @@
+//! The kernels that stream over memory against the reference evaluator.
+
+mod copy;
+mod harness;
+mod map;
