@@ -11,9 +11,12 @@
 //! | [`element`] | dtypes in memory |
 //! | [`parallel`] | threads and scratch memory |
 //! | [`tile`], [`pack`], [`gemm`] | blocked matrix product |
+//! | [`patches`] | the input under a convolution as operand of a product |
 //! | the others | kernels |
 
+mod conv;
 mod copy;
+mod depthwise;
 mod element;
 mod gemm;
 mod lanes;
@@ -22,6 +25,7 @@ mod math;
 mod matmul;
 mod pack;
 mod parallel;
+mod patches;
 mod simd;
 mod tile;
 
@@ -74,6 +78,8 @@ pub unsafe fn launch(kernel: &Kernel, args: &[Arg<'_>], results: &[Output<'_>], 
             Kernel::Matmul(op) => matmul::launch(op, args, out, workspace),
             Kernel::Map(map) => map::launch(map, args, out, workspace),
             Kernel::Copy(op) => copy::launch(op, args, out),
+            Kernel::Conv(op) => conv::launch(op, args, out, workspace),
+            Kernel::ConvTranspose(op) => conv::launch_transpose(op, args, out, workspace),
             _ => {}
         }
     }
@@ -84,6 +90,8 @@ pub(crate) fn need(kernel: &Kernel, args: &[&TensorType], out: &TensorType) -> p
     match kernel {
         Kernel::Matmul(_) => matmul::need(args, out),
         Kernel::Map(map) => map::need(map, args, out),
+        Kernel::Conv(op) => conv::need(op, args, out),
+        Kernel::ConvTranspose(op) => conv::need_transpose(op, args, out),
         _ => Default::default(),
     }
 }
