@@ -14,6 +14,7 @@
 //! | [`patches`] | the input under a convolution as operand of a product |
 //! | the others | kernels |
 
+mod attention;
 mod conv;
 mod copy;
 mod depthwise;
@@ -79,6 +80,7 @@ pub unsafe fn launch(kernel: &Kernel, args: &[Arg<'_>], results: &[Output<'_>], 
             Kernel::Map(map) => map::launch(map, args, out, workspace),
             Kernel::Copy(op) => copy::launch(op, args, out),
             Kernel::Conv(op) => conv::launch(op, args, out, workspace),
+            Kernel::Attention(op) => attention::launch(op, args, out, workspace),
             Kernel::ConvTranspose(op) => conv::launch_transpose(op, args, out, workspace),
             _ => {}
         }
@@ -90,6 +92,7 @@ pub(crate) fn need(kernel: &Kernel, args: &[&TensorType], out: &TensorType) -> p
     match kernel {
         Kernel::Matmul(_) => matmul::need(args, out),
         Kernel::Map(map) => map::need(map, args, out),
+        Kernel::Attention(_) => attention::need(args),
         Kernel::Conv(op) => conv::need(op, args, out),
         Kernel::ConvTranspose(op) => conv::need_transpose(op, args, out),
         _ => Default::default(),
