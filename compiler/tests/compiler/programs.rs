@@ -1,13 +1,11 @@
 //! What the plan builder makes of several programs, and what it refuses.
 
-mod support;
-
+use crate::support::interp::Interpreter;
+use crate::support::{self, builder, pipeline};
 use ltxc_compiler::{CompileError, Options};
 use ltxc_ir::ops::{Attention, RopeLayout};
 use ltxc_ir::plan::{SlotPlace, Step, Target, WeightOrigin};
 use ltxc_ir::{Builder, Function, Module, Rate, TensorType};
-use support::interp::Interpreter;
-use support::{builder, pipeline};
 
 fn single(name: &str, body: impl FnOnce(&Builder)) -> Module {
     let b = Builder::new(name);
