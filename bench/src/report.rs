@@ -60,12 +60,8 @@ impl Row {
 
     /// Seconds of two sides that took turns.
     pub fn turns(what: impl Into<String>, turns: Turns) -> Row {
-        Row {
-            reference: turns.their_seconds(),
-            ratio: turns.ratio(),
-            ..Row::value(what, "s", turns.our_seconds())
-        }
-        .with_turns(turns)
+        Row { reference: turns.their_seconds(), ratio: turns.ratio(), ..Row::value(what, "s", turns.our_seconds()) }
+            .with_turns(turns)
     }
 
     /// Values of which the ratio was taken elsewhere.

@@ -149,6 +149,15 @@ impl CallTimes {
         sums.iter_mut().zip(calls).for_each(|(sum, call)| *sum += call.as_secs_f64());
     }
 
+    /// Adds the rounds of `other`.
+    pub fn merge(&mut self, other: CallTimes) {
+        self.runs += other.runs;
+        for (program, seconds) in other.seconds {
+            let sums = self.seconds.entry(program).or_insert_with(|| vec![0.0; seconds.len()]);
+            sums.iter_mut().zip(&seconds).for_each(|(sum, s)| *sum += s);
+        }
+    }
+
     /// Says that one more round of all programs is in.
     pub fn end_of_round(&mut self) {
         self.runs += 1;
@@ -185,7 +194,11 @@ impl CallTimes {
             ]
         });
         let columns = vec!["kernel", "operands → result", "calls", "ms", "share", "GFLOP/s", "GB/s"];
-        Table { title: format!("{title}: {} ms in {} calls", figure(total * 1e3), calls.len()), columns, rows: rows.collect() }
+        Table {
+            title: format!("{title}: {} ms in {} calls", figure(total * 1e3), calls.len()),
+            columns,
+            rows: rows.collect(),
+        }
     }
 
     fn calls(&self, plan: &Plan) -> Vec<TimedCall> {

@@ -122,10 +122,9 @@ pub struct Values {
 /// # Errors
 /// If the file cannot be written.
 pub fn write_values(path: &Path, values: &BTreeMap<String, Values>) -> Result<()> {
-    let view = |v: &Values| TensorView::new(Dtype::F32, v.shape.clone(), bytemuck::cast_slice(&v.data)).map(Some);
     let mut views = Vec::new();
     for (name, v) in values {
-        views.extend(view(v)?.map(|view| (name.clone(), view)));
+        views.push((name, TensorView::new(Dtype::F32, v.shape.clone(), bytemuck::cast_slice(&v.data))?));
     }
     safetensors::serialize_to_file(views, None, path).with_context(|| format!("`{}`", path.display()))
 }

@@ -27,7 +27,7 @@ pub(crate) fn flops(function: &Function, node: &Node) -> u64 {
     node.op.flops(&args, function.ty(node.results[0]))
 }
 
-/// Rough work of a node, in units of one simple operation on one element or one byte of a weight.
+/// Rough work of a node, in units of one simple operation on one element.
 ///
 /// `functions` knows the work of every function that may be called.
 pub(crate) fn work(function: &Function, node: &Node, functions: &BTreeMap<String, u64>) -> u64 {
@@ -36,8 +36,7 @@ pub(crate) fn work(function: &Function, node: &Node, functions: &BTreeMap<String
     let elements = node.results.iter().map(|&r| function.ty(r).elements() as u64).sum::<u64>();
     match &node.op {
         Op::Call(call) => functions.get(&call.function).copied().unwrap_or(0),
-        Op::Const(_) | Op::Iota(_) | Op::Reshape(_) => 0,
-        Op::Weight(w) => w.ty.bytes() as u64,
+        Op::Weight(_) | Op::Const(_) | Op::Iota(_) | Op::Reshape(_) => 0,
         Op::Unary(Unary::Neg | Unary::Abs) => elements,
         Op::Unary(_) | Op::Binary(Binary::Pow) => elements.saturating_mul(TRANSCENDENTAL),
         // Movement does no arithmetic, and is not free either.

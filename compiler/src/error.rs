@@ -20,10 +20,6 @@ pub enum CompileError {
     #[error("function `{function}` reads weights of `{name}`, which is none of the sources {known:?}")]
     UnknownSource { function: String, name: String, known: Vec<String> },
     #[error(
-        "prefix `{prefix}` would be renamed to `{first}` for one weight source of `{function}` and to `{second}` for another"
-    )]
-    AmbiguousPrefix { function: String, prefix: String, first: String, second: String },
-    #[error(
         "function `{function}` needs a buffer of {bytes} bytes, the target allows arenas of {limit}; compile a smaller size"
     )]
     BufferTooLarge { function: String, bytes: u64, limit: u64 },

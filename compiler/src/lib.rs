@@ -4,19 +4,22 @@
 //! plan function per graph function, and placed in memory. [`PlanBuilder`] does all of it for the programs of one plan.
 //!
 //! ```
-//! use ltxc_compiler::{Options, PlanBuilder};
-//! use ltxc_ir::plan::{Pipeline, Target};
+//! use ltxc_compiler::{CompileError, Options, PlanBuilder, optimize};
+//! use ltxc_ir::plan::{Pipeline, Plan, Target};
 //! use ltxc_ir::{Builder, Module, Rate, TensorType};
 //!
 //! let b = Builder::new("main");
 //! let x = b.param("x", TensorType::f32([2, 8]), Rate::Step);
-//! b.result("y", b.silu(b.add_scalar(x, 1.0)));
+//! let same = b.add_scalar(b.transpose(b.transpose(x, &[1, 0]), &[1, 0]), 0.0);
+//! b.result("y", b.silu(same));
 //! let module = Module { functions: vec![b.finish()?], entries: vec!["main".into()] };
+//! assert_eq!(optimize(&module, &Options::default())?.functions[0].nodes.len(), 1);
 //!
-//! let mut plan = PlanBuilder::new("example", Target::cpu(), Options::default(), vec![]);
-//! plan.add("stage", "main", &module, "main")?;
-//! let plan = plan.finish(Pipeline::default())?;
-//! assert_eq!(plan.functions[0].steps.len(), 2);
+//! fn compile(module: &Module, pipeline: Pipeline) -> Result<Plan, CompileError> {
+//!     let mut plan = PlanBuilder::new("example 0.1", Target::cpu(), Options::default(), vec![]);
+//!     plan.add("group", "program", module, "main")?;
+//!     plan.finish(pipeline)
+//! }
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 

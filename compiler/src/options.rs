@@ -20,6 +20,10 @@ pub struct Options {
     pub disabled: Vec<String>,
     /// Whether to verify the module after every pass. The input and the finished plan are verified always.
     pub verify: bool,
+    /// How often the step program runs for one evaluation of the model: once for each guidance pass.
+    ///
+    /// With 1 it would save nothing to compute timestep work in a program of its own, so there is none.
+    pub passes_per_evaluation: u32,
     /// Most bytes that one program may keep between denoising steps to save work.
     pub hoist_budget_bytes: u64,
 }
@@ -30,8 +34,9 @@ impl Default for Options {
             fuse: Fuse::Composite,
             disabled: Vec::new(),
             verify: cfg!(debug_assertions),
-            // Text keys and values of the 19B model at full length are 1.2 GB.
-            hoist_budget_bytes: 2 << 30,
+            passes_per_evaluation: 1,
+            // Text keys and values of the 19B model at full length are 2.3 GiB in f32.
+            hoist_budget_bytes: 4 << 30,
         }
     }
 }

@@ -11,7 +11,7 @@ use ltxc_ir::plan::{Group, Pipeline, Plan, PlanFunction, Program, Slot, SlotPlac
 use ltxc_ir::{Function, Module, Rate, TensorType};
 
 use crate::error::CompileError;
-use crate::lower::{Lowering, Rename, lower_module};
+use crate::lower::{Lowering, lower_module};
 use crate::memory::{self, Block, MemoryError};
 use crate::optimize;
 use crate::options::Options;
@@ -22,7 +22,6 @@ pub struct PlanBuilder {
     target: Target,
     options: Options,
     sources: Vec<WeightSource>,
-    renames: BTreeMap<String, Rename>,
     groups: Vec<String>,
     functions: Vec<PlanFunction>,
     programs: Vec<ProgramDraft>,
@@ -49,16 +48,10 @@ impl PlanBuilder {
             target,
             options,
             sources,
-            renames: BTreeMap::new(),
             groups: Vec::new(),
             functions: Vec::new(),
             programs: Vec::new(),
         }
-    }
-
-    /// Says how keys of `source` read in its files. Applied to keys and to prefixes of calls separately.
-    pub fn rename_keys(&mut self, source: &str, rename: Rename) {
-        self.renames.insert(source.into(), rename);
     }
 
     /// Compiles `entry` of `module` as the program `program` of `group`.
@@ -75,7 +68,7 @@ impl PlanBuilder {
         let module = Module { functions: module.functions.clone(), entries: vec![entry.into()] };
         let module = optimize(&module, &self.options)?;
         let sources: Vec<String> = self.sources.iter().map(|s| s.name.clone()).collect();
-        let lowering = Lowering { target: &self.target, sources: &sources, renames: &self.renames };
+        let lowering = Lowering { target: &self.target, sources: &sources };
         let indices = lower_module(&lowering, &module, &format!("{program}/"), &mut self.functions)?;
         let group = self.groups.iter().position(|g| g == group).unwrap_or_else(|| {
             self.groups.push(group.into());

@@ -2,24 +2,16 @@
 
 mod support;
 
-use ltxc_compiler::{Fuse, Options, PlanBuilder, optimize, passes};
-use ltxc_ir::Module;
-use ltxc_ir::plan::{Pipeline, Plan, Target, WeightSource};
+use ltxc_compiler::{Fuse, Options, optimize, passes};
+use ltxc_ir::plan::{Plan, Target};
 use ltxc_ir::verify::verify;
 use support::interp::Interpreter;
-use support::{arguments, assert_close, evaluate, evaluate_split, random};
+use support::{arguments, assert_close, evaluate, evaluate_split, plan, random};
 
 const SEEDS: u64 = 150;
 
 fn options(fuse: Fuse) -> Options {
-    Options { fuse, verify: true, ..Options::default() }
-}
-
-fn plan(module: &Module, options: Options, target: Target) -> Plan {
-    let source = WeightSource { name: "model".into(), files: vec![] };
-    let mut builder = PlanBuilder::new("test", target, options, vec![source]);
-    builder.add("group", "main", module, "main").unwrap_or_else(|e| panic!("{e}\n{module}"));
-    builder.finish(Pipeline::default()).unwrap_or_else(|e| panic!("{e}\n{module}"))
+    Options { fuse, verify: true, passes_per_evaluation: 2, ..Options::default() }
 }
 
 /// Runs all parts of `main` and returns what the last one gives.
@@ -68,8 +60,8 @@ fn plans_compute_what_the_graph_means() {
         let module = random::module(seed, narrow);
         let args = arguments(&module, "main", seed);
         let expected = evaluate(&module, "main", &args);
-        // A rounding to bf16 turns a difference in the last bit of f32 into one of 2^-8.
-        let limit = if narrow { 0.03 } else { 2e-6 };
+        // Maps round narrow results once, the evaluator after every step: a bf16 has 8 bits, and norms magnify.
+        let limit = if narrow { 0.03 } else { 0.0 };
         for fuse in [Fuse::None, Fuse::Composite] {
             let plan = plan(&module, options(fuse), Target::cpu());
             assert_close(&interpret(&plan, &args), &expected, limit, &format!("seed {seed}, {fuse:?}"));
@@ -87,7 +79,7 @@ fn every_pass_can_be_left_out() {
             let disabled: Vec<String> = disabled.into_iter().map(String::from).collect();
             let options = Options { disabled: disabled.clone(), ..options(Fuse::Composite) };
             let plan = plan(&module, options, Target::cpu());
-            assert_close(&interpret(&plan, &args), &expected, 2e-6, &format!("seed {seed}, without {disabled:?}"));
+            assert_close(&interpret(&plan, &args), &expected, 0.0, &format!("seed {seed}, without {disabled:?}"));
         }
     }
 }
@@ -103,7 +95,7 @@ fn hoisting_respects_every_budget() {
             let found = evaluate_split(&optimize(&module, &options).unwrap(), &args);
             assert_close(&found, &expected, 0.0, &format!("seed {seed}, budget {budget}"));
             let plan = plan(&module, options, Target::cpu());
-            assert_close(&interpret(&plan, &args), &expected, 2e-6, &format!("seed {seed}, budget {budget}"));
+            assert_close(&interpret(&plan, &args), &expected, 0.0, &format!("seed {seed}, budget {budget}"));
             let kept = &optimize(&module, &Options { hoist_budget_bytes: budget, ..Options::default() }).unwrap();
             let crossing = kept.entries.iter().filter(|e| *e != "main").map(|e| kept.function(e).unwrap());
             let bytes: usize = crossing.flat_map(|f| f.result_types()).map(|t| t.bytes()).sum();
@@ -121,7 +113,7 @@ fn plans_with_small_arenas_compute_the_same() {
         let target = Target { max_arena_bytes: 2048, ..Target::cpu() };
         let plan = plan(&module, options(Fuse::Composite), target);
         assert!(plan.arena_bytes().iter().all(|&b| b <= 2048));
-        assert_close(&interpret(&plan, &args), &expected, 2e-6, &format!("seed {seed}"));
+        assert_close(&interpret(&plan, &args), &expected, 0.0, &format!("seed {seed}"));
     }
 }
 

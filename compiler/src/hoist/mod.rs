@@ -70,7 +70,7 @@ pub fn hoist(module: &Module, options: &Options) -> Module {
     for entry in &module.entries {
         // Verified: entries exist.
         let Some(function) = module.function(entry) else { continue };
-        entries.extend(hoister.entry(function, options.hoist_budget_bytes));
+        entries.extend(hoister.entry(function, options));
     }
     Module { functions: hoister.functions, entries }
 }
@@ -91,10 +91,14 @@ struct Hoister<'m> {
 
 impl Hoister<'_> {
     /// Writes the parts of an entry, and returns their names, slowest first.
-    fn entry(&mut self, function: &Function, budget: u64) -> Vec<String> {
-        let levels: Vec<Level> = function.params.iter().map(|p| Level::of(p.rate)).collect();
+    fn entry(&mut self, function: &Function, options: &Options) -> Vec<String> {
+        let mut levels: Vec<Level> = function.params.iter().map(|p| Level::of(p.rate)).collect();
+        if options.passes_per_evaluation <= 1 && levels.contains(&Level::Step) {
+            // What would run once per step anyway belongs into the step program.
+            levels.iter_mut().filter(|l| **l == Level::Evaluation).for_each(|l| *l = Level::Step);
+        }
         let body = self.expand_calls(function, &levels);
-        let cuts = cuts::choose_within(&body, &self.work, budget);
+        let cuts = cuts::choose_within(&body, &self.work, options.hoist_budget_bytes);
         if cuts.is_empty() {
             self.write_original(&function.name);
             return vec![function.name.clone()];

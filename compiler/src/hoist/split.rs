@@ -185,8 +185,7 @@ impl Hoister<'_> {
                 }
                 _ => {
                     rebuild.node(node);
-                    // A call of weights alone is no chain that `pack` takes.
-                    new_levels.extend(node.results.iter().map(|_| fastest.max(Level::Generation)));
+                    new_levels.extend(node.results.iter().map(|_| fastest));
                 }
             }
         }

@@ -23,15 +23,11 @@ use view::{Base, View};
 /// Constants up to this size are stored; larger ones of one value are filled in when they are needed.
 const MOST_FILLED_BYTES: usize = 4096;
 
-/// How a key of the graph reads in the file. Applied to keys and to prefixes of calls separately.
-pub(crate) type Rename = Box<dyn Fn(&str) -> String>;
-
 /// What lowering needs to know beside the graph.
 pub(crate) struct Lowering<'a> {
     pub target: &'a Target,
     /// Names of the weight sources, in the order of the plan.
     pub sources: &'a [String],
-    pub renames: &'a BTreeMap<String, Rename>,
 }
 
 /// Lowers the functions of a module behind those that `plan` has, and returns where each stands.
@@ -42,22 +38,8 @@ pub(crate) fn lower_module(
     plan: &mut Vec<PlanFunction>,
 ) -> Result<BTreeMap<String, u32>, CompileError> {
     let mut indices: BTreeMap<String, u32> = BTreeMap::new();
-    // Sources of the weights of every function, those of its callees included.
-    let mut sources: BTreeMap<String, Vec<String>> = BTreeMap::new();
     for function in &module.functions {
-        let mut own: Vec<String> = Vec::new();
-        for node in &function.nodes {
-            let used = match &node.op {
-                Op::Weight(w) => std::slice::from_ref(&w.source),
-                Op::Call(c) => sources.get(&c.function).map_or(&[][..], |s| s),
-                _ => &[],
-            };
-            used.iter().filter(|s| !own.contains(s)).cloned().collect::<Vec<_>>().into_iter().for_each(|s| own.push(s));
-        }
-        sources.insert(function.name.clone(), own);
-        let drafted =
-            Drafter { lowering, module, function, indices: &indices, sources: &sources, draft: Draft::default() }
-                .run()?;
+        let drafted = Drafter { lowering, module, function, indices: &indices, draft: Draft::default() }.run()?;
         let mut lowered = place::place(&function.name, drafted, plan, lowering.target)?;
         lowered.name = format!("{prefix}{}", function.name);
         // The same block often serves several programs.
@@ -138,7 +120,6 @@ struct Drafter<'a> {
     module: &'a Module,
     function: &'a Function,
     indices: &'a BTreeMap<String, u32>,
-    sources: &'a BTreeMap<String, Vec<String>>,
     draft: Draft,
 }
 
@@ -223,8 +204,7 @@ impl Drafter<'_> {
             name: w.source.clone(),
             known: self.lowering.sources.to_vec(),
         })?;
-        let key = self.lowering.renames.get(&w.source).map_or_else(|| w.key.clone(), |rename| rename(&w.key));
-        Ok(FileTensor { source: source as u32, key, ty: w.ty.clone() })
+        Ok(FileTensor { source: source as u32, key: w.key.clone(), ty: w.ty.clone() })
     }
 
     fn weight(&mut self, origin: WeightOrigin, ty: TensorType) -> View {
@@ -438,7 +418,7 @@ impl Drafter<'_> {
             results.push(DraftOperand { base: Base::Buffer(buffer), offset_bytes: 0, ty: ty.clone() });
             values[r.index()] = Some(Lowered::View(View::whole(Base::Buffer(buffer), ty)));
         }
-        let action = Action::Call { function: index, prefix: self.prefix(call)? };
+        let action = Action::Call { function: index, prefix: call.prefix.clone() };
         self.draft.steps.push(DraftStep { action, args, results, name: call.name.clone(), flops: 0 });
         Ok(())
     }
@@ -459,26 +439,6 @@ impl Drafter<'_> {
             tensors.push(self.file_tensor(w)?);
         }
         Ok(Some(tensors))
-    }
-
-    /// The prefix of a call as it reads in the files of the callee's weights.
-    fn prefix(&self, call: &Call) -> Result<String, CompileError> {
-        let sources = self.sources.get(&call.function).map_or(&[][..], |s| s);
-        let renamed = |source: &String| match self.lowering.renames.get(source) {
-            Some(rename) => rename(&call.prefix),
-            None => call.prefix.clone(),
-        };
-        let mut names = sources.iter().map(renamed);
-        let Some(first) = names.next() else { return Ok(call.prefix.clone()) };
-        match names.find(|n| *n != first) {
-            None => Ok(first),
-            Some(second) => Err(CompileError::AmbiguousPrefix {
-                function: call.function.clone(),
-                prefix: call.prefix.clone(),
-                first,
-                second,
-            }),
-        }
     }
 
     /// Makes a value a result of the function: its buffer becomes the caller's, or it is copied there.

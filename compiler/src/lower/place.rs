@@ -5,7 +5,7 @@
 //! function lies in the caller's memory, every other one in the frame. The frame of a callee is a block like the units,
 //! alive for one step, so it lies wherever the caller's own buffers leave room.
 
-use ltxc_ir::plan::{FunctionCall, KernelCall, Operand, Place, PlanFunction, Step, Storage, Target};
+use ltxc_ir::plan::{FunctionCall, InPlace, KernelCall, Operand, Place, PlanFunction, Step, Storage, Target};
 
 use super::view::Base;
 use super::{Action, Draft, DraftOperand, DraftStep};
@@ -123,7 +123,8 @@ impl Units {
             let Action::Kernel(kernel) = &step.action else { continue };
             let [result] = &step.results[..] else { continue };
             for (j, arg) in step.args.iter().enumerate() {
-                if kernel.in_place().allows(j) && self.merge(i, step, arg, result) {
+                let in_place = kernel.in_place();
+                if in_place.allows(j) && self.merge(i, step, in_place, arg, result) {
                     break;
                 }
             }
@@ -131,7 +132,14 @@ impl Units {
     }
 
     /// Tries to give `result`, written by step `i`, the memory of `arg`.
-    fn merge(&mut self, i: usize, step: &DraftStep, arg: &DraftOperand, result: &DraftOperand) -> bool {
+    fn merge(
+        &mut self,
+        i: usize,
+        step: &DraftStep,
+        in_place: InPlace,
+        arg: &DraftOperand,
+        result: &DraftOperand,
+    ) -> bool {
         let (Base::Buffer(from), Base::Buffer(to)) = (arg.base, result.base) else { return false };
         let ((old, old_offset), (new, _)) = (self.find(from), self.find(to));
         let is_all = |unit: usize| self.bytes[unit] == result.ty.bytes() as u64;
@@ -140,12 +148,12 @@ impl Units {
         if !dies_here || !result_is_all || arg.offset_bytes != 0 || arg.ty != result.ty {
             return false;
         }
-        // No other operand of this call may look at the same memory in another way.
-        let looks_same = |other: &DraftOperand| match other.base {
-            Base::Buffer(b) => self.find(b).0 != old || other == arg,
+        // An operand that may not be written over must not look at the same memory, nor one that looks at it otherwise.
+        let may_meet = |(j, other): (usize, &DraftOperand)| match other.base {
+            Base::Buffer(b) => self.find(b).0 != old || (other == arg && in_place.allows(j)),
             _ => true,
         };
-        if !step.args.iter().all(looks_same) {
+        if !step.args.iter().enumerate().all(may_meet) {
             return false;
         }
         if new == to && self.result[new].is_none() {

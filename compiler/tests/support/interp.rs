@@ -221,7 +221,9 @@ fn run_graph(args: &[Tensor], rounding: Rounding, body: impl FnOnce(&Builder, &[
 fn run_map(map: &Map, args: &[Tensor], result: &TensorType) -> Tensor {
     let types: Vec<&TensorType> = args.iter().map(|a| &a.ty).collect();
     let register_type = if Map::is_float(&types, result) { DType::F32 } else { DType::I32 };
-    run_graph(args, Rounding::Exact, |b, params| {
+    // Registers of a map with a narrow result are not rounded before the result is.
+    let rounding = if result.dtype == DType::F32 { Rounding::ToDtype } else { Rounding::Exact };
+    run_graph(args, rounding, |b, params| {
         let mut registers: Vec<ValueId> = params.iter().map(|&p| b.cast(p, register_type)).collect();
         for step in &map.steps {
             let r = |i: u32| registers[i as usize];

@@ -3,9 +3,38 @@
 pub mod interp;
 pub mod random;
 
-use ltxc_ir::Module;
-use ltxc_ir::TensorType;
+use ltxc_compiler::{Options, PlanBuilder};
 use ltxc_ir::eval::{Data, Evaluator, Tensor};
+use ltxc_ir::plan::{Pipeline, Plan, Target, WeightSource};
+use ltxc_ir::tiling::TilePlan;
+use ltxc_ir::{Module, TensorType};
+
+/// Settings of no pipeline.
+pub fn pipeline() -> Pipeline {
+    Pipeline {
+        name: String::new(),
+        model: Default::default(),
+        video: Default::default(),
+        audio: Default::default(),
+        text: Default::default(),
+        stages: vec![],
+        decode: TilePlan { axes: Default::default(), factors: [1; 3] },
+    }
+}
+
+/// A builder of a plan whose graphs may read weights of `model`.
+pub fn builder(options: Options, target: Target) -> PlanBuilder {
+    let source = WeightSource { name: "model".into(), files: vec![], renames: vec![] };
+    PlanBuilder::new("test", target, options, vec![source])
+}
+
+/// The plan of the entry `main`.
+#[track_caller]
+pub fn plan(module: &Module, options: Options, target: Target) -> Plan {
+    let mut builder = builder(options, target);
+    builder.add("group", "main", module, "main").unwrap_or_else(|e| panic!("{e}\n{module}"));
+    builder.finish(pipeline()).unwrap_or_else(|e| panic!("{e}\n{module}"))
+}
 
 /// Deterministic numbers from a seed (SplitMix64).
 pub struct Numbers(pub u64);

@@ -1,0 +1,215 @@
+//! `ltxc-bench`: runs the benchmarks, prints tables, and saves results.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use clap::{Parser, Subcommand, ValueEnum};
+use ltxc_bench::block::{self, Findings};
+use ltxc_bench::machine::{Machine, today};
+use ltxc_bench::report::Report;
+use ltxc_bench::worker::Python;
+use ltxc_bench::{compile, e2e, gemm, memory, process, text, vae};
+use ltxc_models::synth::{Preset, SynthModel, synth};
+
+/// Benchmarks of ltxc.
+#[derive(Debug, Parser)]
+#[command(
+    name = "ltxc-bench",
+    after_help = "Example:\n  ltxc-bench --python venv/bin/python --save bench/results block"
+)]
+struct Cli {
+    #[command(subcommand)]
+    benchmark: Benchmark,
+    /// Python that has PyTorch and ltx-core; without one, its sides are left out.
+    #[arg(long, global = true)]
+    python: Option<PathBuf>,
+    /// Folder of the PyTorch scripts.
+    #[arg(long, global = true, default_value = "bench/pytorch")]
+    scripts: PathBuf,
+    /// Threads of each side [default: all cores]
+    #[arg(long, global = true)]
+    threads: Option<usize>,
+    /// Runs of each side.
+    #[arg(long, global = true, default_value_t = 5)]
+    rounds: usize,
+    /// Folder for weights and other files of up to 5 GB [default: a temporary one]
+    #[arg(long, global = true)]
+    scratch: Option<PathBuf>,
+    /// Folder for the results; without one, they are only printed.
+    #[arg(long, global = true)]
+    save: Option<PathBuf>,
+    /// Date of the results [default: today]
+    #[arg(long, global = true)]
+    date: Option<String>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Benchmark {
+    /// One block of the transformer at full size, against PyTorch.
+    Block {
+        /// Model whose sizes are used.
+        #[arg(long, value_enum, default_value_t)]
+        preset: FullSize,
+        /// Frames, rows and columns of the video latent.
+        #[arg(long, num_args = 3, default_values_t = [4, 16, 24])]
+        grid: Vec<usize>,
+        /// Audio tokens.
+        #[arg(long, default_value_t = 126)]
+        audio_tokens: usize,
+        /// Text tokens.
+        #[arg(long, default_value_t = 1024)]
+        text_tokens: usize,
+    },
+    /// The video decoder at full size, against PyTorch.
+    Vae {
+        /// Model whose sizes are used.
+        #[arg(long, value_enum, default_value_t)]
+        preset: FullSize,
+        /// Frames, rows and columns of the latent.
+        #[arg(long, num_args = 3, default_values_t = [3, 8, 12])]
+        grid: Vec<usize>,
+    },
+    /// The matrix product, against the gemm crate and PyTorch.
+    Gemm,
+    /// Compiling full-size models.
+    Compile,
+    /// A run from the start of the process to the closed file, against the published pipeline.
+    E2e {
+        /// Model file; without one, the tiny synthetic model is used.
+        #[arg(long, requires = "gemma_root", requires = "upsampler")]
+        checkpoint: Option<PathBuf>,
+        /// Folder of its text encoder.
+        #[arg(long)]
+        gemma_root: Option<PathBuf>,
+        /// Its spatial upsampler.
+        #[arg(long)]
+        upsampler: Option<PathBuf>,
+        /// Height, width and frames.
+        #[arg(long, num_args = 3, default_values_t = [128, 192, 9])]
+        shape: Vec<u32>,
+    },
+    /// Predicted against measured memory.
+    Memory,
+    /// The text encoder by number of tokens.
+    Text,
+}
+
+/// Full-size models.
+#[derive(Debug, Clone, Copy, Default, ValueEnum)]
+enum FullSize {
+    /// LTX-2 19B.
+    #[default]
+    #[value(name = "ltx-2-19b")]
+    Ltx2,
+    /// LTX-2.3 22B.
+    #[value(name = "ltx-2.3-22b")]
+    Ltx23,
+}
+
+impl FullSize {
+    fn preset(self) -> Preset {
+        match self {
+            FullSize::Ltx2 => Preset::Ltx2,
+            FullSize::Ltx23 => Preset::Ltx23,
+        }
+    }
+}
+
+fn main() -> Result<()> {
+    let cli = Cli::parse();
+    let machine = Machine::this();
+    let threads = cli.threads.unwrap_or(machine.cores);
+    rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
+    let python = |interpreter| Python { interpreter, scripts: cli.scripts.clone(), threads };
+    let python = cli.python.clone().map(python);
+    let temporary = tempfile::tempdir()?;
+    let scratch = cli.scratch.clone().unwrap_or_else(|| temporary.path().into());
+    std::fs::create_dir_all(&scratch).with_context(|| format!("`{}`", scratch.display()))?;
+
+    let (name, reference, mut findings) = measure(&cli, &scratch, python.as_ref(), threads)?;
+    if python.is_none() && reference.contains("PyTorch") {
+        findings.notes.push("the side of PyTorch was left out: no `--python` was given".into());
+    }
+    let report = Report {
+        benchmark: name,
+        date: cli.date.clone().unwrap_or_else(today),
+        machine,
+        threads,
+        command: command_line(std::env::args()),
+        reference: reference.into(),
+        rows: findings.rows,
+        tables: findings.tables,
+        notes: findings.notes,
+    };
+    println!("{}", report.markdown());
+    cli.save.as_deref().map_or(Ok(()), |folder| report.save(folder))
+}
+
+/// Name of the benchmark, the other side, and what was found.
+fn measure(
+    cli: &Cli,
+    scratch: &Path,
+    python: Option<&Python>,
+    threads: usize,
+) -> Result<(String, &'static str, Findings)> {
+    let rounds = cli.rounds;
+    let three = |values: &[usize]| -> Result<[usize; 3]> { values.try_into().context("three numbers") };
+    Ok(match &cli.benchmark {
+        Benchmark::Block { preset, grid, audio_tokens, text_tokens } => {
+            let preset = preset.preset();
+            let (grid, audio_tokens, text_tokens) = (three(grid)?, *audio_tokens, *text_tokens);
+            let settings = block::Settings { preset, grid, audio_tokens, text_tokens, rounds };
+            let name = format!("block {}", preset.name());
+            (name, "PyTorch, f32", block::run(&settings, scratch, python)?)
+        }
+        Benchmark::Vae { preset, grid } => {
+            let settings = vae::Settings { preset: preset.preset(), grid: three(grid)?, rounds };
+            (format!("vae {}", settings.preset.name()), "PyTorch, f32", vae::run(&settings, scratch, python)?)
+        }
+        Benchmark::Gemm => ("gemm".into(), "gemm crate", gemm::run(rounds, python)?),
+        Benchmark::Compile => ("compile".into(), "", compile::run(rounds, scratch, &process::ltxc_binary()?)?),
+        Benchmark::E2e { checkpoint, gemma_root, upsampler, shape } => {
+            let model = match (checkpoint, gemma_root, upsampler) {
+                (Some(checkpoint), Some(gemma), Some(upsampler)) => SynthModel {
+                    checkpoint: checkpoint.clone(),
+                    gemma: gemma.clone(),
+                    upsamplers: vec![upsampler.clone()],
+                },
+                _ => synth(Preset::Tiny, &scratch.join("tiny"), 0)?,
+            };
+            let shape = shape.as_slice().try_into().context("three numbers")?;
+            let settings = e2e::Settings { model, shape, rounds };
+            let findings = e2e::run(&settings, scratch, &process::ltxc_binary()?, python)?;
+            ("e2e".into(), "PyTorch, f32", findings)
+        }
+        Benchmark::Memory => ("memory".into(), "measured", memory::run(scratch, &process::ltxc_binary()?, threads)?),
+        Benchmark::Text => ("text".into(), "1024 tokens", text::run(rounds, scratch)?),
+    })
+}
+
+/// The command line with every path shortened to its last part: results name no folders of the machine.
+fn command_line(args: impl Iterator<Item = String>) -> String {
+    let short = |arg: String| match arg.rsplit_once('/') {
+        Some((_, last)) if arg.starts_with('/') || arg.starts_with('.') => last.to_string(),
+        _ => arg,
+    };
+    args.map(short).collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn command_lines_name_no_folders() {
+        let args = ["/a/b/ltxc-bench", "--python", "../venv/bin/python", "--save", "bench/results", "gemm"];
+        let line = command_line(args.into_iter().map(String::from));
+        assert_eq!(line, "ltxc-bench --python python --save bench/results gemm");
+    }
+
+    #[test]
+    fn arguments_parse() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+}
