@@ -14,6 +14,7 @@
 //! | the others | kernels |
 
 mod copy;
+mod direct;
 mod element;
 mod gemm;
 mod group_norm;
@@ -88,7 +89,9 @@ pub unsafe fn launch(kernel: &Kernel, args: &[Arg<'_>], results: &[Output<'_>], 
             Kernel::LayerNorm(op) => norm::launch_layer(op, args, out, workspace),
             Kernel::GroupNorm(op) => group_norm::launch(op, args, out, workspace),
             Kernel::Rope(op) => rope::launch(op, args, out, workspace),
-            _ => {}
+            Kernel::Conv(op) => direct::conv(op, args, out),
+            Kernel::ConvTranspose(op) => direct::conv_transpose(op, args, out),
+            Kernel::Attention(op) => direct::attention(op, args, out),
         }
     }
 }
