@@ -33,6 +33,7 @@ mod tile;
 use ltxc_ir::TensorType;
 use ltxc_ir::plan::Kernel;
 
+pub(crate) use map::weight as step_weight;
 pub use parallel::threads;
 
 /// An operand of a kernel call.
