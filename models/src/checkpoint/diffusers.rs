@@ -155,10 +155,12 @@ fn component_config(path: &Path, component: Component) -> Result<Map<String, Val
         Component::AudioVae => ("audio_vae", "model"),
         _ => ("vocoder", "upsample_initial_channel"),
     };
-    if own.get(section).is_some_and(Value::is_object) {
+    // The nested settings of a vocoder have a `vocoder` inside, beside `bwe`.
+    let is_nested = own.contains_key("bwe");
+    if own.get(section).is_some_and(Value::is_object) && !is_nested {
         return Ok(own);
     }
-    let value = if own.contains_key(marker) {
+    let value = if own.contains_key(marker) || is_nested {
         Value::Object(own)
     } else {
         match component {
