@@ -1,4 +1,4 @@
-"""`x @ w.T` of random float32 or bfloat16 matrices: `run ROWS OUTPUTS INPUTS DTYPE`."""
+"""`x @ w.T` of random float32 or bfloat16 matrices: `run ROWS OUTPUTS INPUTS DTYPE REPEATS`."""
 
 import argparse
 import time
@@ -23,7 +23,8 @@ def main() -> None:
             made[key] = (torch.randn(rows, inputs).to(dtype), torch.randn(outputs, inputs).to(dtype))
         x, w = made[key]
         start = time.perf_counter()
-        torch.nn.functional.linear(x, w)
+        for _ in range(int(words[4])):
+            torch.nn.functional.linear(x, w)
         return {"seconds": time.perf_counter() - start}
 
     worker.serve(run, args.threads, {})

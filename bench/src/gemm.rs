@@ -97,8 +97,8 @@ fn measure(shape: [usize; 3], rounds: usize, mut worker: Option<&mut Worker>) ->
         })?;
         put(round, Side::OursBf16, narrow_run, repeats);
         if let Some(worker) = &mut worker {
-            let (sample, _) = worker.run(&format!("{m} {n} {k} float32"))?;
-            put(round, Side::Torch, sample, 1);
+            let (sample, _) = worker.run(&format!("{m} {n} {k} float32 {repeats}"))?;
+            put(round, Side::Torch, sample, repeats);
         }
         if round == 0 {
             repeats = (SAMPLE_SECONDS / run.seconds).ceil().clamp(1.0, 10_000.0) as usize;

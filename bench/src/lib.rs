@@ -10,6 +10,7 @@
 //! benchmarks also say how far the results are apart.
 
 pub mod block;
+pub mod chart;
 pub mod compile;
 pub mod e2e;
 pub mod gemm;

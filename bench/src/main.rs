@@ -8,7 +8,7 @@ use ltxc_bench::block::{self, Findings};
 use ltxc_bench::machine::{Machine, today};
 use ltxc_bench::report::Report;
 use ltxc_bench::worker::Python;
-use ltxc_bench::{compile, e2e, gemm, memory, process, text, vae};
+use ltxc_bench::{chart, compile, e2e, gemm, memory, process, text, vae};
 use ltxc_models::synth::{Preset, SynthModel, synth};
 
 /// Benchmarks of ltxc.
@@ -92,6 +92,8 @@ enum Benchmark {
     Memory,
     /// The text encoder by number of tokens.
     Text,
+    /// Draws the saved results of a date.
+    Chart,
 }
 
 /// Full-size models.
@@ -120,6 +122,11 @@ fn main() -> Result<()> {
     let machine = Machine::this();
     let threads = cli.threads.unwrap_or(machine.cores);
     rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
+    let date = cli.date.clone().unwrap_or_else(today);
+    if matches!(cli.benchmark, Benchmark::Chart) {
+        let folder = cli.save.as_deref().context("`--save` names the folder of the results")?;
+        return chart::draw(folder, &date);
+    }
     let python = |interpreter| Python { interpreter, scripts: cli.scripts.clone(), threads };
     let python = cli.python.clone().map(python);
     let temporary = tempfile::tempdir()?;
@@ -132,7 +139,7 @@ fn main() -> Result<()> {
     }
     let report = Report {
         benchmark: name,
-        date: cli.date.clone().unwrap_or_else(today),
+        date,
         machine,
         threads,
         command: command_line(std::env::args()),
@@ -184,6 +191,7 @@ fn measure(
         }
         Benchmark::Memory => ("memory".into(), "measured", memory::run(scratch, &process::ltxc_binary()?, threads)?),
         Benchmark::Text => ("text".into(), "1024 tokens", text::run(rounds, scratch)?),
+        Benchmark::Chart => anyhow::bail!("a chart is drawn from results, it is not measured"),
     })
 }
 

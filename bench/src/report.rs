@@ -126,8 +126,15 @@ impl Report {
             line(&mut text, &format!("- {name}: {value}"));
         }
         text.push('\n');
-        let columns = ["what", "ltxc", self.reference.as_str(), "ratio", "goal"];
-        let rows: Vec<Vec<String>> = self.rows.iter().map(cells).collect();
+        let mut columns = vec!["what", "ltxc", self.reference.as_str(), "ratio", "goal"];
+        let mut rows: Vec<Vec<String>> = self.rows.iter().map(cells).collect();
+        // Columns that are empty everywhere are left out.
+        for i in (0..columns.len()).rev() {
+            if rows.iter().all(|r| r[i].is_empty()) {
+                columns.remove(i);
+                rows.iter_mut().for_each(|r| drop(r.remove(i)));
+            }
+        }
         markdown_table(&mut text, &columns, &rows);
         for table in &self.tables {
             line(&mut text, &format!("\n## {}\n", table.title));

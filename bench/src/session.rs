@@ -136,6 +136,9 @@ impl<'p> Session<'p> {
     }
 }
 
+/// Part of the time from which a kernel stands in the table.
+const WORTH_NAMING: f64 = 0.004;
+
 /// Times of the kernel calls of programs, added up over runs.
 #[derive(Default)]
 pub struct CallTimes {
@@ -168,8 +171,8 @@ impl CallTimes {
         self.calls(plan).iter().filter(|c| c.name.starts_with(prefix)).map(|c| c.seconds).sum()
     }
 
-    /// Where time goes, by kernel and operand types: at most `most` rows, the slowest first.
-    pub fn table(&self, title: &str, plan: &Plan, most: usize) -> Table {
+    /// Where time goes, by kernel and operand types: what takes part in the time worth naming, the slowest first.
+    pub fn table(&self, plan: &Plan) -> Table {
         let calls = self.calls(plan);
         let total: f64 = calls.iter().map(|c| c.seconds).sum();
         let mut groups: BTreeMap<(&str, &str), Group> = BTreeMap::new();
@@ -182,7 +185,8 @@ impl CallTimes {
         }
         let mut groups: Vec<_> = groups.into_iter().collect();
         groups.sort_by(|a, b| b.1.seconds.total_cmp(&a.1.seconds));
-        let rows = groups.iter().take(most).map(|((kernel, types), g)| {
+        let named = groups.iter().filter(|(_, g)| g.seconds >= WORTH_NAMING * total);
+        let rows = named.map(|((kernel, types), g)| {
             vec![
                 kernel.to_string(),
                 types.to_string(),
@@ -194,11 +198,7 @@ impl CallTimes {
             ]
         });
         let columns = vec!["kernel", "operands → result", "calls", "ms", "share", "GFLOP/s", "GB/s"];
-        Table {
-            title: format!("{title}: {} ms in {} calls", figure(total * 1e3), calls.len()),
-            columns,
-            rows: rows.collect(),
-        }
+        Table { title: format!("{} ms in {} calls", figure(total * 1e3), calls.len()), columns, rows: rows.collect() }
     }
 
     fn calls(&self, plan: &Plan) -> Vec<TimedCall> {

@@ -84,7 +84,8 @@ pub fn run(rounds: usize, folder: &Path) -> Result<Findings> {
         }
         seconds.push(median(samples.iter().map(|s| s.seconds)).unwrap_or(f64::NAN));
         if tokens == BUCKETS[0] || tokens == BUCKETS[BUCKETS.len() - 1] {
-            tables.push(times.table(&format!("{tokens} tokens"), &plan, 10));
+            let table = times.table(&plan);
+            tables.push(Table { title: format!("Text encoder, {tokens} tokens: {}", table.title), ..table });
         }
     }
     let full = seconds.last().copied().unwrap_or(f64::NAN);
@@ -98,6 +99,5 @@ pub fn run(rounds: usize, folder: &Path) -> Result<Findings> {
         BUCKETS[0],
         figure(100.0 * saved)
     )];
-    tables.iter_mut().for_each(|t: &mut Table| t.title = format!("Text encoder, {}", t.title));
     Ok(Findings { rows, tables, notes })
 }

@@ -116,13 +116,14 @@ fn chains(f: &Function) -> Vec<Option<Chain>> {
 
 /// Movement and functions of single elements, and sums. Larger work on weights alone does not occur.
 fn may_be_packed(op: &Op) -> bool {
-    match op {
-        Op::Const(_) | Op::Iota(_) => true,
-        Op::Unary(_) | Op::Binary(_) | Op::Compare(_) | Op::Select(_) | Op::Cast(_) | Op::Reduce(_) => true,
-        Op::Reshape(_) | Op::Transpose(_) | Op::Slice(_) | Op::Concat(_) | Op::Broadcast(_) | Op::Pad(_) => true,
-        Op::Gather(_) | Op::Gelu(_) | Op::Silu(_) | Op::Sigmoid(_) | Op::LeakyRelu(_) => true,
-        _ => false,
-    }
+    use Op::*;
+    let is_movement =
+        matches!(op, Reshape(_) | Transpose(_) | Slice(_) | Concat(_) | Broadcast(_) | Pad(_) | Gather(_));
+    let is_pointwise = matches!(
+        op,
+        Unary(_) | Binary(_) | Compare(_) | Select(_) | Cast(_) | Gelu(_) | Silu(_) | Sigmoid(_) | LeakyRelu(_)
+    );
+    is_movement || is_pointwise || matches!(op, Const(_) | Iota(_) | Reduce(_))
 }
 
 /// Whether the result of `op` is a contiguous range of its operand.

@@ -530,6 +530,47 @@ fn diffusers_folders_are_the_single_file() {
     }
 }
 
+#[test]
+fn folders_with_official_names_are_the_single_file() {
+    for name in ["tiny-ltx2/ltx-2-tiny", "tiny-ltx23/ltx-2.3-tiny"] {
+        let single = path(&format!("{name}.safetensors"));
+        let original = WeightFile::open(&single).unwrap();
+        let expected = Checkpoint::open(&single).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let components = [
+            ("transformer", "model.diffusion_model.", "transformer"),
+            ("text_embedding_projection", "text_embedding_projection.", ""),
+            ("vae", "vae.", "vae"),
+            ("audio_vae", "audio_vae.", "audio_vae"),
+            ("vocoder", "vocoder.", "vocoder"),
+        ];
+        for (component, prefix, section) in components {
+            let keys = original
+                .header()
+                .tensors
+                .iter()
+                .filter_map(|t| Some((t.key.as_str(), t.key.strip_prefix(prefix)?.into())));
+            rewrite(
+                &folder.path().join(component).join("model.safetensors"),
+                &original,
+                &keys.collect::<Vec<_>>(),
+                Value::Null,
+            );
+            if !section.is_empty() {
+                fs::write(folder.path().join(component).join("config.json"), expected.config()[section].to_string())
+                    .unwrap();
+            }
+        }
+        fs::write(folder.path().join("model_index.json"), "{}").unwrap();
+        let found = Checkpoint::open(folder.path()).unwrap();
+        assert_same(&stored(&found), &stored(&expected));
+        assert_eq!(found.generation(), expected.generation());
+        for section in ["transformer", "vae", "audio_vae", "vocoder"] {
+            assert_eq!(found.config()[section], expected.config()[section]);
+        }
+    }
+}
+
 /// Every setting of `found` that `expected` has too is equal.
 #[track_caller]
 fn same_settings(path: &str, found: &Value, expected: &Value) {

@@ -6,11 +6,8 @@ use ltxc_ir::{DType, Float, Function, Node, Op, ValueId};
 
 /// Whether a [`Map`] can compute the op.
 pub(super) fn is_pointwise(op: &Op) -> bool {
-    match op {
-        Op::Unary(_) | Op::Binary(_) | Op::Compare(_) | Op::Select(_) | Op::Cast(_) => true,
-        Op::Gelu(_) | Op::Silu(_) | Op::Sigmoid(_) | Op::LeakyRelu(_) | Op::Snake(_) => true,
-        _ => false,
-    }
+    let is_primitive = matches!(op, Op::Unary(_) | Op::Binary(_) | Op::Compare(_) | Op::Select(_) | Op::Cast(_));
+    is_primitive || matches!(op, Op::Gelu(_) | Op::Silu(_) | Op::Sigmoid(_) | Op::LeakyRelu(_) | Op::Snake(_))
 }
 
 /// A map that computes a chain of pointwise nodes, and the values it reads.

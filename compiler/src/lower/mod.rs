@@ -75,6 +75,26 @@ struct Draft {
     steps: Vec<DraftStep>,
 }
 
+impl Draft {
+    /// Forgets weights that only recipes read.
+    fn drop_unread_weights(&mut self) {
+        let mut is_read = vec![false; self.weights.len()];
+        for operand in self.steps.iter().flat_map(|s| &s.args) {
+            if let Base::Weight(i) = operand.base {
+                is_read[i as usize] = true;
+            }
+        }
+        let before = |i: u32| is_read[..i as usize].iter().filter(|read| **read).count() as u32;
+        for operand in self.steps.iter_mut().flat_map(|s| &mut s.args) {
+            if let Base::Weight(i) = operand.base {
+                operand.base = Base::Weight(before(i));
+            }
+        }
+        let mut flags = is_read.iter();
+        self.weights.retain(|_| flags.next() == Some(&true));
+    }
+}
+
 /// Memory that steps write.
 struct Buffer {
     ty: TensorType,
@@ -142,6 +162,7 @@ impl Drafter<'_> {
         for (i, r) in f.results.iter().enumerate() {
             self.result(i, r.value, &mut values)?;
         }
+        self.draft.drop_unread_weights();
         Ok(self.draft)
     }
 

@@ -5,6 +5,7 @@
 //! one cache line by one cache line, so every line is touched once whatever the strides are.
 
 use ltxc_ir::plan::Copy;
+use std::mem::MaybeUninit;
 
 use super::parallel::{Shared, for_each};
 use super::{Arg, Output};
@@ -14,6 +15,9 @@ const TASK_BYTES: usize = 1 << 16;
 
 /// Bytes of a cache line.
 const LINE: usize = 64;
+
+/// Lines side by side that a transpose reads from each row: the memory fetches neighbours ahead.
+const BAND: usize = 4;
 
 /// Unit of largest width: longer runs are copied as runs.
 const WIDEST: usize = 16;
@@ -204,35 +208,53 @@ unsafe fn rows<const N: usize>(axes: &[Axis], inner: Axis, src: *const u8, dst: 
 unsafe fn transpose<const N: usize>(axes: &[Axis], p: Axis, q: Axis, src: *const u8, dst: *mut u8) {
     let (from, to) = (Shared::new(src.cast_mut()), Shared::new(dst));
     let side = LINE / N;
-    let bands = q.extent.div_ceil(side);
+    let band = side * BAND;
+    let bands = q.extent.div_ceil(band);
     let planes = positions(axes);
-    let per_task = (TASK_BYTES / (p.extent * LINE)).max(1);
+    let per_task = (TASK_BYTES / (p.extent * BAND * LINE)).max(1);
     let work = planes * p.extent * q.extent * N.div_ceil(BYTES_PER_WORK) * 2;
     for_each((planes * bands).div_ceil(per_task), work, |task| {
-        for band in task * per_task..(planes * bands).min((task + 1) * per_task) {
-            let (s, d) = offsets(axes, band / bands);
-            let first = band % bands * side;
-            // SAFETY: tasks have different bands, which do not meet.
-            unsafe {
-                let (s, d) = (from.get().add(s + first * N), to.get().add(d + first * q.dst));
-                let columns = side.min(q.extent - first);
-                for row in (0..p.extent).step_by(side) {
-                    let (s, d) = (s.add(row * p.src), d.add(row * N));
-                    let rows = side.min(p.extent - row);
-                    if rows == side && columns == side {
-                        square::<N>(s, p.src, d, q.dst);
-                    } else {
-                        for j in 0..columns {
-                            for i in 0..rows {
-                                *d.add(j * q.dst + i * N).cast::<[u8; N]>() =
-                                    *s.add(i * p.src + j * N).cast::<[u8; N]>();
-                            }
+        for index in task * per_task..(planes * bands).min((task + 1) * per_task) {
+            let (s, d) = offsets(axes, index / bands);
+            let first = index % bands * band;
+            for row in (0..p.extent).step_by(side) {
+                for column in (first..q.extent.min(first + band)).step_by(side) {
+                    let (rows, columns) = (side.min(p.extent - row), side.min(q.extent - column));
+                    // SAFETY: tasks have different bands, which do not meet.
+                    unsafe {
+                        let s = from.get().cast_const().add(s + row * p.src + column * N);
+                        let d = to.get().add(d + row * N + column * q.dst);
+                        if rows == side && columns == side {
+                            square::<N>(s, p.src, d, q.dst);
+                        } else {
+                            part_of_square::<N>([rows, columns], s, p.src, d, q.dst);
                         }
                     }
                 }
             }
         }
     });
+}
+
+/// Transposes `rows` by `columns` units.
+///
+/// # Safety
+/// As many runs at these strides can be read and written.
+unsafe fn part_of_square<const N: usize>(
+    [rows, columns]: [usize; 2],
+    src: *const u8,
+    src_stride: usize,
+    dst: *mut u8,
+    dst_stride: usize,
+) {
+    for j in 0..columns {
+        for i in 0..rows {
+            // SAFETY: unit `j` of run `i` of the operand, unit `i` of run `j` of the result.
+            unsafe {
+                *dst.add(j * dst_stride + i * N).cast::<[u8; N]>() = *src.add(i * src_stride + j * N).cast::<[u8; N]>();
+            }
+        }
+    }
 }
 
 /// Transposes a square of one line by one line.
@@ -242,15 +264,20 @@ unsafe fn transpose<const N: usize>(axes: &[Axis], p: Axis, q: Axis, src: *const
 #[inline(always)]
 unsafe fn square<const N: usize>(src: *const u8, src_stride: usize, dst: *mut u8, dst_stride: usize) {
     let side = LINE / N;
-    let mut lines = [[0u8; LINE]; LINE];
-    for (i, line) in lines.iter_mut().enumerate().take(side) {
+    // Not cleared: that would cost more than the transpose.
+    let mut lines = [const { MaybeUninit::<[u8; LINE]>::uninit() }; LINE];
+    let lines = &mut lines[..side];
+    for (i, line) in lines.iter_mut().enumerate() {
         // SAFETY: line `i` of the operand.
-        *line = unsafe { src.add(i * src_stride).cast::<[u8; LINE]>().read() };
+        line.write(unsafe { src.add(i * src_stride).cast::<[u8; LINE]>().read() });
     }
+    let lines = lines.as_ptr().cast::<[u8; N]>();
     for j in 0..side {
         let mut line = [0u8; LINE];
         for i in 0..side {
-            line[i * N..(i + 1) * N].copy_from_slice(&lines[i][j * N..(j + 1) * N]);
+            // SAFETY: `side` lines of `side` units each were written.
+            let unit = unsafe { lines.add(i * side + j).read() };
+            line[i * N..(i + 1) * N].copy_from_slice(&unit);
         }
         // SAFETY: line `j` of the result.
         unsafe { dst.add(j * dst_stride).cast::<[u8; LINE]>().write(line) };

@@ -125,7 +125,11 @@ impl Operand {
             return load(offset, dst);
         }
         let Some((&(extent, stride), outer)) = self.axes.split_last() else {
-            return load(0, dst);
+            // The result has one element, however long the block of a constant is.
+            let (first, rest) = dst.split_at_mut(1);
+            load(0, first);
+            rest.fill(first[0]);
+            return;
         };
         // An index that counts, because a division for each row costs as much as a short row.
         let mut index = [0usize; MAX_RANK];

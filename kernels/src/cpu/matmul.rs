@@ -188,7 +188,7 @@ multiversion! {
 }
 
 /// Sums that run side by side in a dot product: four vectors of AVX-512.
-const LANES: usize = 64;
+pub(crate) const LANES: usize = 64;
 
 multiversion! {
     /// `Σ x · y` in [`LANES`] interleaved sums, added up in a fixed order.

@@ -3,3 +3,5 @@
 mod copy;
 mod harness;
 mod map;
+mod movement;
+mod rows;

@@ -143,10 +143,9 @@ fn file_part(path: &Path, allowed: &[Component], config: Option<&Map<String, Val
         ));
     }
     let metadata = file.metadata().clone();
-    let bare = layout::bare_component(&file).or_else(|| match (config, allowed) {
-        (Some(_), [Component::VideoVae]) => Some(Component::VideoVae),
-        _ => None,
-    });
+    // Without a configuration of its own, only the role tells that bare keys are those of a VAE.
+    let is_named_vae = config.is_some() && allowed == [Component::VideoVae];
+    let bare = layout::bare_component(&file).or(is_named_vae.then_some(Component::VideoVae));
     let mut part = Part {
         path: path.into(),
         config: metadata.config.or_else(|| config.cloned()),

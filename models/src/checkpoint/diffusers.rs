@@ -90,6 +90,7 @@ pub(super) fn upsampler(folder: &Path) -> Result<(Vec<WeightFile>, Value), Model
 fn component_part(folder: &Path, component: Component) -> Result<Part, ModelError> {
     let files = open_all(folder)?;
     let is_official = files.iter().any(|f| has_official_keys(f, component));
+    let is_bare = files.iter().flat_map(|f| &f.header().tensors).any(|t| layout::canonical(&t.key, None).is_none());
     let config = match component {
         Component::TextProjection => Map::new(),
         _ => component_config(&folder.join("config.json"), component)?,
@@ -99,7 +100,7 @@ fn component_part(folder: &Path, component: Component) -> Result<Part, ModelErro
     for (f, file) in files.iter().enumerate() {
         for (t, tensor) in file.header().tensors.iter().enumerate() {
             let key = if is_official {
-                with_prefix(&tensor.key, component)
+                with_prefix(&tensor.key, component, is_bare)
             } else {
                 official(&tensor.key, component, blocks)
             };
@@ -154,10 +155,12 @@ fn component_config(path: &Path, component: Component) -> Result<Map<String, Val
         Component::AudioVae => ("audio_vae", "model"),
         _ => ("vocoder", "upsample_initial_channel"),
     };
-    if own.get(section).is_some_and(Value::is_object) {
+    // The nested settings of a vocoder have a `vocoder` inside, beside `bwe`.
+    let is_nested = own.contains_key("bwe");
+    if own.get(section).is_some_and(Value::is_object) && !is_nested {
         return Ok(own);
     }
-    let value = if own.contains_key(marker) {
+    let value = if own.contains_key(marker) || is_nested {
         Value::Object(own)
     } else {
         match component {
@@ -201,14 +204,12 @@ fn has_official_keys(file: &WeightFile, component: Component) -> bool {
     }
 }
 
-/// An official key with the prefix of its component, which FastVideo leaves out.
-fn with_prefix(key: &str, component: Component) -> String {
-    if layout::canonical(key, None).is_some()
-        && !(component == Component::Vocoder && !key.starts_with("vocoder.vocoder."))
-    {
-        return key.into();
-    }
-    format!("{}{key}", prefix(component))
+/// An official key with the prefix of its component, which FastVideo leaves out (`is_bare`).
+///
+/// A bare vocoder of LTX-2.3 has keys that look like those of LTX-2 with prefix, so there the key alone does not tell.
+fn with_prefix(key: &str, component: Component, is_bare: bool) -> String {
+    let is_complete = layout::canonical(key, None).is_some() && component != Component::Vocoder;
+    if !is_bare || is_complete { key.into() } else { format!("{}{key}", prefix(component)) }
 }
 
 fn prefix(component: Component) -> &'static str {
@@ -293,6 +294,17 @@ mod tests {
     #[track_caller]
     fn check(component: Component, diffusers: &str, expected: &str) {
         assert_eq!(official(diffusers, component, 4), expected);
+    }
+
+    #[test]
+    fn prefixes_come_back() {
+        let check = |key: &str, is_bare: bool| with_prefix(key, Component::Vocoder, is_bare);
+        assert_eq!(check("vocoder.conv_pre.bias", true), "vocoder.vocoder.conv_pre.bias");
+        assert_eq!(check("conv_pre.bias", true), "vocoder.conv_pre.bias");
+        assert_eq!(check("vocoder.conv_pre.bias", false), "vocoder.conv_pre.bias");
+        let projection = "text_embedding_projection.aggregate_embed.weight";
+        assert_eq!(with_prefix(projection, Component::Connectors, true), projection);
+        assert_eq!(with_prefix("aggregate_embed.weight", Component::TextProjection, true), projection);
     }
 
     #[test]

@@ -159,7 +159,7 @@ pub struct ImageArg {
     /// Pixel frame.
     pub frame: u32,
     /// Strength.
-    pub strength: f32,
+    pub strength: f64,
     /// CRF of the round trip, if not the model's.
     pub crf: Option<u8>,
 }
@@ -187,7 +187,7 @@ pub fn images(values: &[String], occurrences: &[usize]) -> Result<Vec<ImageArg>>
             Some(text) => Some(text.parse().with_context(|| format!("`--image {path}`: crf `{text}` is not 0 to 51"))?),
             None => None,
         };
-        let strength = number(2, "strength", 1.0)? as f32;
+        let strength = number(2, "strength", 1.0)?;
         out.push(ImageArg { path: path.into(), frame: frame as u32, strength, crf });
     }
     Ok(out)

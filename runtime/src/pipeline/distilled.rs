@@ -39,8 +39,8 @@ pub struct Conditioning {
     pub image: RgbImage,
     /// Pixel frame at which it stands.
     pub frame: u32,
-    /// 1 keeps it as it is, 0 ignores it.
-    pub strength: f32,
+    /// 1 keeps it as it is, 0 ignores it. In f64, because `1 − strength` is rounded to f32 once.
+    pub strength: f64,
 }
 
 /// Receives what a run produces, in this order: all frames, then the sound.

@@ -58,18 +58,20 @@ impl State {
     }
 
     /// Replaces the target tokens from `first` on by the tokens of `image`, kept with `strength`.
-    pub fn replace(&mut self, first: usize, image: &[f32], strength: f32) {
+    pub fn replace(&mut self, first: usize, image: &[f32], strength: f64) {
         let count = image.len() / self.channels;
-        let row = self.add_row(1.0 - strength);
+        let mask = (1.0 - strength) as f32;
+        let row = self.add_row(mask);
         self.clean[first * self.channels..][..image.len()].copy_from_slice(image);
-        self.mask[first..first + count].fill(1.0 - strength);
+        self.mask[first..first + count].fill(mask);
         self.rows[first..first + count].fill(row);
     }
 
     /// Appends tokens that are kept with `strength` and stand at `positions` (`[axes, new tokens, 2]`).
-    pub fn append(&mut self, image: &[f32], positions: &[f32], strength: f32) {
+    pub fn append(&mut self, image: &[f32], positions: &[f32], strength: f64) {
         let count = image.len() / self.channels;
-        let row = self.add_row(1.0 - strength);
+        let mask = (1.0 - strength) as f32;
+        let row = self.add_row(mask);
         let (axes, old) = (self.axes(), self.tokens());
         let mut joined = Vec::with_capacity(self.positions.len() + positions.len());
         for axis in 0..axes {
@@ -79,7 +81,7 @@ impl State {
         self.positions = joined;
         self.latent.resize(self.latent.len() + image.len(), 0.0);
         self.clean.extend_from_slice(image);
-        self.mask.resize(old + count, 1.0 - strength);
+        self.mask.resize(old + count, mask);
         self.rows.resize(old + count, row);
     }
 

@@ -107,9 +107,9 @@ impl Case {
     }
 
     /// The strength of a case, read off its mask.
-    fn strength(&self, name: &str) -> f32 {
+    fn strength(&self, name: &str) -> f64 {
         let mask = self.file.tensor(&format!("{name}.denoise_mask")).to_f32();
-        1.0 - mask.iter().copied().fold(1.0, f32::min)
+        1.0 - mask.iter().copied().fold(1.0, f32::min) as f64
     }
 
     fn compare(&self, report: &mut Report, name: &str, state: &State) {

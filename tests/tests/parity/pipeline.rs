@@ -119,7 +119,7 @@ fn images(params: &Value) -> Vec<Conditioning> {
     let image = |i: &Value| Conditioning {
         image: load_image(&root().join("inputs").join(i["image"].as_str().expect("a name"))).expect("it can be read"),
         frame: i["frame_idx"].as_u64().expect("a frame") as u32,
-        strength: i["strength"].as_f64().expect("a strength") as f32,
+        strength: i["strength"].as_f64().expect("a strength"),
     };
     listed.iter().map(image).collect()
 }

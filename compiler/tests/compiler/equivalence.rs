@@ -1,12 +1,10 @@
 //! Every pass, and the whole compiler, keep what random modules compute.
 
-mod support;
-
+use crate::support::interp::Interpreter;
+use crate::support::{arguments, assert_close, evaluate, evaluate_split, plan, random};
 use ltxc_compiler::{Fuse, Options, optimize, passes};
 use ltxc_ir::plan::{Plan, Target};
 use ltxc_ir::verify::verify;
-use support::interp::Interpreter;
-use support::{arguments, assert_close, evaluate, evaluate_split, plan, random};
 
 const SEEDS: u64 = 150;
 

@@ -1,0 +1,6 @@
+//! Tests of the compiler: equivalence on random modules, memory planning, and the programs of a plan.
+
+mod equivalence;
+mod memory;
+mod programs;
+mod support;

@@ -1,0 +1,196 @@
+//! What the plan builder makes of several programs, and what it refuses.
+
+use crate::support::interp::Interpreter;
+use crate::support::{self, builder, pipeline};
+use ltxc_compiler::{CompileError, Options};
+use ltxc_ir::ops::{Attention, RopeLayout};
+use ltxc_ir::plan::{SlotPlace, Step, Target, WeightOrigin};
+use ltxc_ir::{Builder, Function, Module, Rate, TensorType};
+
+fn single(name: &str, body: impl FnOnce(&Builder)) -> Module {
+    let b = Builder::new(name);
+    body(&b);
+    Module { functions: vec![b.finish().unwrap()], entries: vec![name.into()] }
+}
+
+/// A transformer block with rotary embedding, text attention and modulation, at toy sizes.
+fn block(tokens: usize, text: usize, channels: usize) -> Function {
+    let b = Builder::new("block");
+    let (n, d) = (2, channels / 2);
+    let x = b.param("x", TensorType::f32([1, tokens, channels]), Rate::Step);
+    let context = b.param("context", TensorType::f32([1, text, channels]), Rate::Step);
+    let cos = b.param("cos", TensorType::f32([1, tokens, n, d / 2]), Rate::Step);
+    let sin = b.param("sin", TensorType::f32([1, tokens, n, d / 2]), Rate::Step);
+    let weight = |key: &str, shape: [usize; 2]| b.weight("model", key, TensorType::f32(shape));
+    let project = |x, key: &str| b.matmul_transposed(x, weight(key, [channels, channels]));
+    let heads = |v, t: usize| b.reshape(v, &[1, t, n, d]);
+    let attention = Attention { scale: 1.0.into(), causal: false };
+    let h = b.rms_norm(x, None, 1e-6);
+    let rotated = |key: &str| b.rope(heads(project(h, key), tokens), cos, sin, RopeLayout::Split);
+    let (q, k) = (rotated("attn1.to_q"), rotated("attn1.to_k"));
+    let o = b.attention(attention.clone(), q, k, heads(project(h, "attn1.to_v"), tokens), None);
+    let x = b.add(x, project(b.reshape(o, &[1, tokens, channels]), "attn1.to_out"));
+    let k = b.name("attn2.k", b.rms_norm(project(context, "attn2.to_k"), None, 1e-6));
+    let v = b.name("attn2.v", project(context, "attn2.to_v"));
+    let o = b.attention(attention, heads(project(x, "attn2.to_q"), tokens), heads(k, text), heads(v, text), None);
+    b.result("x", b.add(x, b.reshape(o, &[1, tokens, channels])));
+    b.finish().unwrap()
+}
+
+fn transformer(blocks: usize) -> Module {
+    let (tokens, text, channels) = (6, 3, 16);
+    let block = block(tokens, text, channels);
+    let b = Builder::new("main");
+    let latent = b.param("latent", TensorType::f32([1, tokens, channels]), Rate::Step);
+    let context = b.param("context", TensorType::f32([1, text, channels]), Rate::Generation);
+    let positions = b.param("positions", TensorType::f32([1, tokens, 2, channels / 4]), Rate::Generation);
+    let cos = b.unary(ltxc_ir::ops::Unary::Cos, positions);
+    let sin = b.unary(ltxc_ir::ops::Unary::Sin, positions);
+    let mut x = latent;
+    for i in 0..blocks {
+        x = b.call(&block, &format!("blocks.{i}"), &format!("blocks.{i}."), &[x, context, cos, sin])[0];
+    }
+    b.result("velocity", x);
+    Module { functions: vec![block, b.finish().unwrap()], entries: vec!["main".into()] }
+}
+
+#[test]
+fn text_keys_and_rotary_tables_are_computed_once_per_generation() {
+    let plan = support::plan(&transformer(4), Options::default(), Target::cpu());
+    let names: Vec<&str> = plan.programs.iter().map(|p| p.name.as_str()).collect();
+    assert_eq!(names, ["main.generation", "main"]);
+    let crossing: Vec<&str> = plan.programs[0].outputs.iter().map(|s| s.name.as_str()).collect();
+    assert!(crossing.contains(&"blocks.0.attn2.k") && crossing.contains(&"blocks.3.attn2.v"), "{crossing:?}");
+    assert_eq!(crossing.len(), 2 + 2 * 4);
+    for slot in &plan.programs[0].outputs {
+        assert!(matches!(slot.place, SlotPlace::State { .. }), "{slot:?}");
+        assert_eq!(plan.programs[1].input(&slot.name), Some(slot));
+    }
+    // The step program computes nothing from the text any more.
+    assert!(plan.programs[1].input("context").is_none());
+}
+
+#[test]
+fn repeated_blocks_are_stored_once() {
+    let [few, many] = [4, 40].map(|n| support::plan(&transformer(n), Options::default(), Target::cpu()));
+    assert_eq!(few.functions.len(), many.functions.len());
+    // One frame serves all of them, and the text keys are not in it.
+    assert_eq!(few.programs[1].arena_bytes, many.programs[1].arena_bytes);
+}
+
+#[test]
+fn programs_share_equal_functions() {
+    let mut plan = builder(Options::default(), Target::cpu());
+    plan.add("a", "first", &transformer(2), "main").unwrap();
+    plan.add("b", "second", &transformer(2), "main").unwrap();
+    let plan = plan.finish(pipeline()).unwrap();
+    let alone = support::plan(&transformer(2), Options::default(), Target::cpu());
+    assert_eq!(plan.functions.len(), alone.functions.len());
+    assert_eq!(plan.groups.len(), 2);
+}
+
+#[test]
+fn a_result_that_another_program_takes_lies_in_the_state() {
+    let ty = TensorType::f32([4]);
+    let write = single("main", |b| {
+        let x = b.param("x", ty.clone(), Rate::Step);
+        b.result("latent", b.silu(x));
+    });
+    let read = single("main", |b| {
+        let x = b.param("latent", ty.clone(), Rate::Step);
+        b.result("frames", b.gelu(x));
+    });
+    let mut plan = builder(Options::default(), Target::cpu());
+    plan.add("group", "write", &write, "main").unwrap();
+    plan.add("group", "read", &read, "main").unwrap();
+    let plan = plan.finish(pipeline()).unwrap();
+    let args = support::arguments(&write, "main", 3);
+    let mut interpreter = Interpreter::new(&plan);
+    let latent = interpreter.run("write", &args);
+    let frames = interpreter.run("read", &[]);
+    assert_eq!(frames, support::evaluate(&read, "main", &latent));
+}
+
+#[test]
+fn recipes_are_bound_to_the_keys_of_their_call() {
+    let b = Builder::new("layer");
+    let x = b.param("x", TensorType::f32([2, 4]), Rate::Step);
+    let w = b.weight("model", "weight", TensorType::f32([4, 4]));
+    b.result("y", b.matmul(x, b.transpose(w, &[1, 0])));
+    let layer = b.finish().unwrap();
+    let b = Builder::new("main");
+    let x = b.param("x", TensorType::f32([2, 4]), Rate::Step);
+    let y = b.call(&layer, "a", "a.", &[x])[0];
+    b.result("y", b.call(&layer, "b", "b.", &[y])[0]);
+    let module = Module { functions: vec![layer, b.finish().unwrap()], entries: vec!["main".into()] };
+    let plan = support::plan(&module, Options::default(), Target::cpu());
+    let layer = plan.functions.iter().find(|f| f.name == "main/layer").unwrap();
+    let [weight] = &layer.weights[..] else { panic!("{:?}", layer.weights) };
+    assert!(matches!(&weight.origin, WeightOrigin::Packed { tensors, .. } if tensors[0].key == "weight"));
+    let args = support::arguments(&module, "main", 1);
+    assert_eq!(Interpreter::new(&plan).run("main", &args), support::evaluate(&module, "main", &args));
+}
+
+#[test]
+fn kernel_calls_say_what_they_cost_and_are_named() {
+    let module = single("main", |b| {
+        let x = b.param("x", TensorType::f32([3, 8]), Rate::Step);
+        let w = b.weight("model", "w", TensorType::f32([5, 8]));
+        b.result("y", b.name("proj.to_q", b.matmul_transposed(x, w)));
+    });
+    let plan = support::plan(&module, Options::default(), Target::cpu());
+    let [Step::Kernel(call)] = &plan.functions[0].steps[..] else { panic!("{plan}") };
+    assert_eq!((call.name.as_str(), call.flops, call.bytes), ("proj.to_q", 2 * 3 * 8 * 5, 4 * (24 + 40 + 15)));
+}
+
+#[track_caller]
+fn refused(module: &Module, entry: &str, options: Options, target: Target) -> CompileError {
+    builder(options, target).add("group", "program", module, entry).unwrap_err()
+}
+
+#[test]
+fn what_does_not_exist_is_refused() {
+    let module = single("main", |b| {
+        let x = b.param("x", TensorType::f32([1000]), Rate::Step);
+        b.result("y", b.add(x, b.weight("elsewhere", "w", TensorType::f32([1000]))));
+    });
+    let options = Options::default;
+    let error = refused(&module, "other", options(), Target::cpu());
+    assert_eq!(error, CompileError::UnknownEntry { name: "other".into() });
+    let error = refused(&module, "main", options(), Target::cpu());
+    assert!(matches!(error, CompileError::UnknownSource { .. }), "{error}");
+    let error = refused(&module, "main", Options { disabled: vec!["fold".into()], ..options() }, Target::cpu());
+    assert_eq!(error.to_string(), "there is no pass `fold`; the passes are expand, hoist, pack, simplify");
+}
+
+#[test]
+fn a_module_that_does_not_verify_is_refused() {
+    let mut module = single("main", |b| {
+        let x = b.param("x", TensorType::f32([2]), Rate::Step);
+        b.result("y", b.neg(x));
+    });
+    module.functions[0].nodes[0].args.clear();
+    let error = refused(&module, "main", Options::default(), Target::cpu());
+    assert!(matches!(error, CompileError::Input { .. }), "{error}");
+}
+
+#[test]
+fn limits_of_the_target_are_respected() {
+    let module = single("main", |b| {
+        let x = b.param("x", TensorType::f32([64, 64]), Rate::Step);
+        b.result("y", b.matmul(x, b.silu(x)));
+    });
+    let error = refused(&module, "main", Options::default(), Target { max_arena_bytes: 1000, ..Target::cpu() });
+    assert!(matches!(error, CompileError::BufferTooLarge { bytes: 16384, limit: 1000, .. }), "{error}");
+    let error = refused(&module, "main", Options::default(), Target { max_bindings: 2, ..Target::cpu() });
+    assert!(matches!(error, CompileError::TooManyBindings { found: 3, limit: 2, .. }), "{error}");
+}
+
+#[test]
+fn a_program_is_added_once() {
+    let module = transformer(1);
+    let mut plan = builder(Options::default(), Target::cpu());
+    plan.add("group", "main", &module, "main").unwrap();
+    let error = plan.add("group", "main", &module, "main").unwrap_err();
+    assert_eq!(error, CompileError::DuplicateProgram { name: "main.generation".into() });
+}

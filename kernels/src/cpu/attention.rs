@@ -1,0 +1,401 @@
+//! `attention`: softmax over blocks of keys, corrected as larger scores appear, so that scores of a whole row are never
+//! kept.
+//!
+//! Keys and values of some heads are packed once, as panels that all threads read. Then a task owns a block of queries
+//! of one head: for each block of keys it multiplies queries and keys into a block of scores, replaces these by
+//! exponentials relative to the largest score so far, and adds their product with the values to its sums. What was
+//! summed before is scaled down when the largest score grows. Blocks follow each other in ascending order whatever the
+//! number of threads.
+//!
+//! # Easy to get wrong
+//! - A hidden key has a score of [`HIDDEN_SCORE`], not −∞: if a bias makes all visible scores lower still, the hidden ones
+//!   win. Hidden blocks are skipped only when every row has seen a score far above it.
+
+use ltxc_ir::ops::{Attention, HIDDEN_SCORE};
+use ltxc_ir::{DType, TensorType};
+use std::ops::Range;
+
+use super::element::{load, store};
+use super::gemm::{K_BLOCK, LDA};
+use super::matmul::{LANES, sum_lanes};
+use super::pack::{Matrix, Panels};
+use super::parallel::{Need, Scratch, for_each};
+use super::simd::multiversion;
+use super::tile::{MAX_ROWS, MAX_WIDTH, Store, Tile, max_rows, width};
+use super::{Arg, Output, math};
+
+/// Queries per task: with scores and sums, half of a second cache of 1 MB. A multiple of the tile heights.
+const ROWS: usize = 96;
+
+/// Keys per block: the summed elements of one tile of the second product.
+const KEYS: usize = K_BLOCK;
+
+/// Floats of packed keys and values: 16 MB, what the last cache holds. One head may need more.
+const PACKED_FLOATS: usize = 4 << 20;
+
+/// Above it, [`HIDDEN_SCORE`] contributes exactly nothing.
+const SEEN_SCORE: f32 = HIDDEN_SCORE as f32 / 2.0;
+
+/// Extents of a call and how it is cut.
+#[derive(Clone, Copy)]
+struct Plan {
+    /// Batch.
+    b: usize,
+    /// Queries and keys.
+    t: usize,
+    s: usize,
+    /// Heads of queries, and of keys and values.
+    n: usize,
+    m: usize,
+    /// Head dims of queries and keys, and of values.
+    d: usize,
+    e: usize,
+    /// Heads of keys that are packed at a time, of all batches.
+    heads: usize,
+}
+
+impl Plan {
+    fn new(args: &[&TensorType]) -> Plan {
+        let [b, t, n, d] = [0, 1, 2, 3].map(|a| args[0].shape[a]);
+        let [s, m, e] = [args[2].shape[1], args[2].shape[2], args[2].shape[3]];
+        let plan = Plan { b, t, s, n, m, d, e, heads: 1 };
+        let heads = PACKED_FLOATS / plan.packed_head().max(1);
+        Plan { heads: heads.clamp(1, (b * m).max(1)), ..plan }
+    }
+
+    /// Floats of the packed keys of a head.
+    fn packed_keys(self) -> usize {
+        self.s.next_multiple_of(MAX_WIDTH).saturating_mul(self.d)
+    }
+
+    /// Floats of packed keys and values of a head.
+    fn packed_head(self) -> usize {
+        self.packed_keys().saturating_add(self.e.next_multiple_of(MAX_WIDTH).saturating_mul(self.s))
+    }
+
+    /// Blocks of the head dim of queries.
+    fn dim_blocks(self) -> usize {
+        self.d.div_ceil(K_BLOCK).max(1)
+    }
+}
+
+pub(crate) fn need(args: &[&TensorType]) -> Need {
+    let plan = Plan::new(args);
+    Need {
+        shared: plan.heads.saturating_mul(plan.packed_head()),
+        per_thread: (plan.dim_blocks() + 1).saturating_mul(ROWS * LDA).saturating_add(ROWS.saturating_mul(plan.e)),
+    }
+}
+
+/// # Safety
+/// As for [`super::launch`].
+pub(crate) unsafe fn launch(op: &Attention, args: &[Arg<'_>], out: &Output<'_>, workspace: &mut [u8]) {
+    let types: Vec<&TensorType> = args.iter().map(|a| a.ty).collect();
+    let plan = Plan::new(&types);
+    let scratch = Scratch::new(workspace, need(&types));
+    let packed = scratch.shared();
+    let key_blocks = plan.s.div_ceil(KEYS);
+    let row_blocks = plan.t.div_ceil(ROWS);
+    let queries_per_key = plan.n / plan.m;
+    for first in (0..plan.b * plan.m).step_by(plan.heads) {
+        let heads = plan.heads.min(plan.b * plan.m - first);
+        for_each(heads * key_blocks, heads * plan.s * (plan.d + plan.e), |task| {
+            let (head, block) = (task / key_blocks, task % key_blocks);
+            let keys = block * KEYS..plan.s.min((block + 1) * KEYS);
+            // SAFETY: every task packs its own keys of the memory of its head.
+            unsafe { pack_block(plan, first + head, keys, args, packed.get().add(head * plan.packed_head())) };
+        });
+        let tasks = heads * queries_per_key * row_blocks;
+        let work = (tasks * ROWS.min(plan.t)).saturating_mul(plan.s).saturating_mul(plan.d + plan.e);
+        for_each(tasks, work, |task| {
+            let (head, block) = (task / row_blocks, task % row_blocks);
+            let key_head = first + head / queries_per_key;
+            let job = Job {
+                op,
+                plan,
+                args,
+                out,
+                batch: key_head / plan.m,
+                head: key_head % plan.m * queries_per_key + head % queries_per_key,
+                rows: block * ROWS..plan.t.min((block + 1) * ROWS),
+                // SAFETY: inside the packed heads.
+                packed: unsafe { packed.get().add(head / queries_per_key * plan.packed_head()) },
+            };
+            // SAFETY: the panels are complete; tasks own disjoint rows of the result; called once per task.
+            unsafe { job.run(scratch.slot()) };
+        });
+    }
+}
+
+/// Packs a block of keys and values of head `head`, counted over all batches: panels of keys, each `d` rows of `width`,
+/// and then panels of columns of the values, each `s` rows of `width`.
+///
+/// # Safety
+/// `dst` has room for a packed head, and nothing else uses the part of this block.
+unsafe fn pack_block(plan: Plan, head: usize, keys: Range<usize>, args: &[Arg<'_>], dst: *mut f32) {
+    let (batch, head, width) = (head / plan.m, head % plan.m, width());
+    let matrix = |arg: &Arg<'_>, dim: usize, transposed| {
+        let all = Matrix { ptr: arg.ptr, dtype: arg.ty.dtype, stride: plan.m * dim, transposed };
+        all.offset((batch * plan.s * plan.m + head) * dim)
+    };
+    let (k, v) = (matrix(&args[1], plan.d, true), matrix(&args[2], plan.e, false));
+    // SAFETY: panels lie one after the other in the packed head; keys and columns are inside the operands.
+    unsafe {
+        for key in keys.clone().step_by(width) {
+            k.pack(0..plan.d, key..keys.end.min(key + width), width, dst.add(key * plan.d));
+        }
+        let values = dst.add(plan.packed_keys());
+        for column in (0..plan.e).step_by(width) {
+            let at = values.add(column * plan.s + keys.start * width);
+            v.pack(keys.clone(), column..plan.e.min(column + width), width, at);
+        }
+    }
+}
+
+/// A block of queries of one head.
+struct Job<'a> {
+    op: &'a Attention,
+    plan: Plan,
+    args: &'a [Arg<'a>],
+    out: &'a Output<'a>,
+    batch: usize,
+    /// Of the queries.
+    head: usize,
+    rows: Range<usize>,
+    /// Keys and values of the head.
+    packed: *const f32,
+}
+
+/// What is known of a row after some blocks of keys.
+#[derive(Clone, Copy)]
+struct Seen {
+    /// Largest score.
+    max: f32,
+    /// Sum of exponentials relative to it.
+    sum: f32,
+}
+
+impl Job<'_> {
+    /// # Safety
+    /// As for [`launch`]; nothing else writes these rows of the result. `slot` has the size that [`need`] says.
+    unsafe fn run(&self, slot: &mut [f32]) {
+        let Plan { s, d, e, .. } = self.plan;
+        let (queries, rest) = slot.split_at_mut(self.plan.dim_blocks() * ROWS * LDA);
+        let (scores, sums) = rest.split_at_mut(ROWS * LDA);
+        let sums = &mut sums[..self.rows.len() * e];
+        // SAFETY: the rows are inside the queries.
+        unsafe { self.load_queries(queries) };
+        let mut seen = [Seen { max: f32::NEG_INFINITY, sum: 0.0 }; ROWS];
+        let seen = &mut seen[..self.rows.len()];
+        // SAFETY: values follow the keys.
+        let values = unsafe { self.packed.add(self.plan.packed_keys()) };
+        let width = width();
+        for first in (0..s).step_by(KEYS) {
+            let keys = first..s.min(first + KEYS);
+            let is_hidden = self.op.causal && self.visible(self.rows.end - 1) <= first;
+            if is_hidden && seen.iter().all(|row| row.max > SEEN_SCORE) {
+                break;
+            }
+            for (block, dims) in (0..d.max(1)).step_by(K_BLOCK).enumerate() {
+                let k = K_BLOCK.min(d - dims);
+                let panel = |p: usize| self.packed.wrapping_add((first + p * width) * d + dims * width);
+                let target =
+                    Block { ptr: scores.as_mut_ptr(), stride: LDA, rows: self.rows.len(), columns: keys.len() };
+                // SAFETY: queries, panels and scores have these extents.
+                unsafe { product(&queries[block * ROWS * LDA..], k, &panel, target, dims > 0) };
+            }
+            for (r, seen) in seen.iter_mut().enumerate() {
+                let row = &mut scores[r * LDA..][..keys.len()];
+                // SAFETY: row and keys are inside the bias.
+                let max = unsafe { self.adjust(self.rows.start + r, &keys, row) };
+                let sum = &mut sums[r * e..][..e];
+                if max > seen.max {
+                    if first > 0 {
+                        let factor = math::exp(seen.max - max);
+                        seen.sum *= factor;
+                        multiply(factor, sum);
+                    }
+                    seen.max = max;
+                }
+                seen.sum += exponentials(seen.max, row);
+            }
+            let panel = |p: usize| values.wrapping_add((p * s + first) * width);
+            let target = Block { ptr: sums.as_mut_ptr(), stride: e, rows: self.rows.len(), columns: e };
+            // SAFETY: scores, panels and sums have these extents.
+            unsafe { product(scores, keys.len(), &panel, target, first > 0) };
+        }
+        for (r, seen) in seen.iter().enumerate() {
+            let sum = &mut sums[r * e..][..e];
+            multiply(1.0 / seen.sum, sum);
+            let element = self.query(self.rows.start + r) * e;
+            // SAFETY: this task owns the row of the result.
+            unsafe { store(self.out.ty.dtype, sum, self.out.ptr.add(element * self.out.ty.dtype.bytes())) };
+        }
+    }
+
+    /// Number of row `t` of this head among all rows of all heads.
+    fn query(&self, t: usize) -> usize {
+        (self.batch * self.plan.t + t) * self.plan.n + self.head
+    }
+
+    /// Keys that query `t` sees.
+    fn visible(&self, t: usize) -> usize {
+        if self.op.causal { t + self.plan.s - self.plan.t + 1 } else { self.plan.s }
+    }
+
+    /// Widens the queries to blocks of dims, each [`ROWS`] rows at distance [`LDA`].
+    ///
+    /// # Safety
+    /// The rows are inside the operand.
+    unsafe fn load_queries(&self, queries: &mut [f32]) {
+        let (q, d) = (&self.args[0], self.plan.d);
+        for (r, t) in self.rows.clone().enumerate() {
+            for (block, dims) in (0..d).step_by(K_BLOCK).enumerate() {
+                let k = K_BLOCK.min(d - dims);
+                let element = self.query(t) * d + dims;
+                let dst = &mut queries[(block * ROWS + r) * LDA..][..k];
+                // SAFETY: the elements are inside the row.
+                unsafe { load(q.ty.dtype, q.ptr.add(element * q.ty.dtype.bytes()), dst) };
+            }
+        }
+    }
+
+    /// Makes scores of the products of query `t` and `keys`: scales, adds the bias and hides later keys. Returns the
+    /// largest.
+    ///
+    /// # Safety
+    /// The bias has this query and these keys.
+    unsafe fn adjust(&self, t: usize, keys: &Range<usize>, row: &mut [f32]) -> f32 {
+        let scale = self.op.scale.0 as f32;
+        let visible = self.visible(t).saturating_sub(keys.start).min(row.len());
+        let (seen, hidden) = row.split_at_mut(visible);
+        hidden.fill(HIDDEN_SCORE as f32);
+        let max = match self.args.get(3) {
+            None => scale_row(scale, seen),
+            Some(bias) => {
+                debug_assert_eq!(bias.ty.dtype, DType::F32);
+                let index = [self.batch, self.head, t, keys.start];
+                let element = index.iter().zip(&bias.ty.shape).fold(0, |at, (&i, &extent)| {
+                    // An axis of extent 1 repeats.
+                    at * extent + if extent == 1 { 0 } else { i }
+                });
+                // SAFETY: the element is inside the bias, with the keys behind it unless these repeat.
+                unsafe {
+                    let first = bias.ptr.cast::<f32>().add(element);
+                    if bias.ty.shape[3] == 1 {
+                        add_constant(scale, *first, seen)
+                    } else {
+                        add_row(scale, std::slice::from_raw_parts(first, visible), seen)
+                    }
+                }
+            }
+        };
+        if hidden.is_empty() { max } else { larger(HIDDEN_SCORE as f32, max) }
+    }
+}
+
+/// A block of rows that is written.
+#[derive(Clone, Copy)]
+struct Block {
+    ptr: *mut f32,
+    stride: usize,
+    rows: usize,
+    columns: usize,
+}
+
+/// Sets `c` to the product of `c.rows` rows of `a`, [`LDA`] apart, and panels of `k` rows, or adds it.
+///
+/// # Safety
+/// `a` and the panels have these extents; nothing else uses `c`.
+unsafe fn product(a: &[f32], k: usize, panel: &dyn Fn(usize) -> *const f32, c: Block, adds: bool) {
+    let width = width();
+    let tiles = c.rows.div_ceil(max_rows());
+    let height = c.rows.div_ceil(tiles);
+    for column in (0..c.columns).step_by(width) {
+        let at = column / width;
+        for first in (0..c.rows).step_by(height) {
+            let rows: [*mut f32; MAX_ROWS] =
+                std::array::from_fn(|r| c.ptr.wrapping_add((first + r) * c.stride + column));
+            let tile = Tile {
+                k,
+                a: a[first * LDA..].as_ptr(),
+                b: panel(at),
+                columns: width.min(c.columns - column),
+                store: if adds { Store::Add } else { Store::Set },
+                next: panel(at + 1).wrapping_add(first / height * k * width / tiles),
+            };
+            // SAFETY: the rows are inside `c`, the rest is what the caller promises.
+            unsafe { tile.run::<LDA>(&rows[..height.min(c.rows - first)]) };
+        }
+    }
+}
+
+/// NaN in `b` loses; the exponentials find it.
+#[inline(always)]
+fn larger(a: f32, b: f32) -> f32 {
+    if b > a { b } else { a }
+}
+
+/// Replaces each element and returns the largest.
+#[inline(always)]
+fn replace(row: &mut [f32], f: impl Fn(usize, f32) -> f32) -> f32 {
+    let mut max = [f32::NEG_INFINITY; LANES];
+    let mut chunks = row.chunks_exact_mut(LANES);
+    let mut at = 0;
+    for chunk in &mut chunks {
+        for i in 0..LANES {
+            chunk[i] = f(at + i, chunk[i]);
+            max[i] = larger(max[i], chunk[i]);
+        }
+        at += LANES;
+    }
+    for (i, x) in chunks.into_remainder().iter_mut().enumerate() {
+        *x = f(at + i, *x);
+        max[i] = larger(max[i], *x);
+    }
+    max.iter().fold(f32::NEG_INFINITY, |a, &b| larger(a, b))
+}
+
+multiversion! {
+    fn scale_row(scale: f32, row: &mut [f32]) -> f32 {
+        replace(row, |_, x| x * scale)
+    }
+}
+
+multiversion! {
+    fn add_constant(scale: f32, bias: f32, row: &mut [f32]) -> f32 {
+        replace(row, |_, x| x.mul_add(scale, bias))
+    }
+}
+
+multiversion! {
+    fn add_row(scale: f32, bias: &[f32], row: &mut [f32]) -> f32 {
+        let bias = &bias[..row.len()];
+        replace(row, |i, x| x.mul_add(scale, bias[i]))
+    }
+}
+
+multiversion! {
+    fn multiply(factor: f32, row: &mut [f32]) {
+        row.iter_mut().for_each(|x| *x *= factor);
+    }
+}
+
+multiversion! {
+    /// Replaces scores by their exponentials relative to `max` and returns the sum.
+    fn exponentials(max: f32, row: &mut [f32]) -> f32 {
+        let mut sums = [0f32; LANES];
+        let mut chunks = row.chunks_exact_mut(LANES);
+        for chunk in &mut chunks {
+            for i in 0..LANES {
+                chunk[i] = math::exp(chunk[i] - max);
+                sums[i] += chunk[i];
+            }
+        }
+        for (x, sum) in chunks.into_remainder().iter_mut().zip(&mut sums) {
+            *x = math::exp(*x - max);
+            *sum += *x;
+        }
+        sum_lanes(&mut sums)
+    }
+}
