@@ -10,6 +10,7 @@
 pub mod audio;
 pub mod checkpoint;
 mod error;
+mod fields;
 mod functions;
 pub mod synth;
 pub mod text;

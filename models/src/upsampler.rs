@@ -17,7 +17,7 @@ use ltxc_ir::ops::Conv;
 use ltxc_ir::{Builder, DType, Module, Rate, TensorType, ValueId};
 use serde_json::Value;
 
-use crate::video_vae::fields::Fields;
+use crate::fields::Fields;
 use crate::video_vae::layers::{Statistics, Video, depth_to_space, drop_first_frame, vae_weights};
 use crate::{Block, Functions, ModelError, Weights};
 
@@ -82,16 +82,13 @@ impl UpsamplerConfig {
         let fields = Fields::new("upsampler", config);
         if let Some(class) = fields.value("_class_name").filter(|c| *c != "LatentUpsampler") {
             let problem = format!("`_class_name` is `{class}`, expected `LatentUpsampler`");
-            return Err(ModelError::Config { path: "upsampler".into(), problem });
+            return Err(ModelError::config("upsampler", problem));
         }
-        let is_per_frame = match fields.size("dims", 3) {
-            3 => false,
-            2 => true,
-            other => {
-                fields.problem(format!("`dims` is {other}, expected 2 or 3"));
-                false
-            }
-        };
+        let dims = fields.size("dims", 3);
+        if ![2, 3].contains(&dims) {
+            fields.problem_at("dims", format!("is `{dims}`, expected 2 or 3"));
+        }
+        let is_per_frame = dims == 2;
         let (space, time) = (fields.bool("spatial_upsample", true), fields.bool("temporal_upsample", false));
         let enlarge = match (space, time) {
             (true, true) => Enlarge::SpaceAndTime,
@@ -110,15 +107,15 @@ impl UpsamplerConfig {
         let config = UpsamplerConfig {
             in_channels: fields.size("in_channels", 128),
             mid_channels: fields.size("mid_channels", 512),
-            blocks_per_stage: fields.size("num_blocks_per_stage", 4),
+            blocks_per_stage: fields.size_within("num_blocks_per_stage", 4, MOST_BLOCKS),
             is_per_frame,
             enlarge,
         };
         if !config.mid_channels.is_multiple_of(NORM_GROUPS) {
-            fields.problem(format!("`mid_channels` is {}, expected a multiple of {NORM_GROUPS}", config.mid_channels));
-        }
-        if config.blocks_per_stage > MOST_BLOCKS {
-            fields.problem(format!("`num_blocks_per_stage` is {}, at most {MOST_BLOCKS}", config.blocks_per_stage));
+            fields.problem_at(
+                "mid_channels",
+                format!("is `{}`, expected a multiple of {NORM_GROUPS}", config.mid_channels),
+            );
         }
         fields.finish(config)
     }
@@ -142,9 +139,9 @@ fn read_ratio(fields: &Fields<'_>) -> [usize; 2] {
     if !fields.bool("rational_resampler", false) {
         return [2, 1];
     }
-    let scale = fields.number("spatial_scale", 2.0);
+    let scale = fields.positive("spatial_scale", 2.0);
     RATIOS.iter().find(|(s, _)| *s == scale).map(|(_, ratio)| *ratio).unwrap_or_else(|| {
-        fields.problem(format!("`spatial_scale` is {scale}, expected one of 0.75, 1.5, 2 and 4"));
+        fields.problem_at("spatial_scale", format!("is `{scale}`, expected one of 0.75, 1.5, 2 and 4"));
         [2, 1]
     })
 }
@@ -168,7 +165,7 @@ pub fn upsample(
     let [f, h, w] = grid;
     if grid.iter().any(|n| !(1..=MOST_LATENTS).contains(n)) {
         let problem = format!("{f}×{h}×{w} latents cannot be upsampled, expected 1..={MOST_LATENTS} of each");
-        return Err(ModelError::Config { path: "upsampler".into(), problem });
+        return Err(ModelError::config("upsampler", problem));
     }
     let b = Builder::new("upsample");
     let c = config.in_channels;
@@ -331,9 +328,7 @@ mod tests {
         let config = json!({"dims": 4, "spatial_upsample": false, "mid_channels": 48, "in_channels": 0,
             "rational_resampler": true, "spatial_scale": 3.0, "num_blocks_per_stage": 1000});
         let error = UpsamplerConfig::from_json(&config).unwrap_err().to_string();
-        for part in
-            ["6 problem(s)", "dims", "both false", "mid_channels", "in_channels", "spatial_scale", "at most 256"]
-        {
+        for part in ["6 problem(s)", "dims", "both false", "mid_channels", "in_channels", "spatial_scale", "1..=256"] {
             assert!(error.contains(part), "{part}: {error}");
         }
         let config = json!({"dims": 2, "temporal_upsample": true});

@@ -13,7 +13,7 @@ pub trait TensorDirectory {
     fn tensor_type(&self, key: &str) -> Option<TensorType>;
 }
 
-/// Dtypes a builder accepts for a weight; quantised forms need a recipe of their own.
+/// Dtypes a builder accepts for a weight or an activation; quantised forms need a recipe of their own.
 const ACCEPTED: [DType; 3] = [DType::F32, DType::BF16, DType::F16];
 
 /// A view of the weights of one component, or of one of several blocks that share a function.
@@ -118,6 +118,14 @@ impl<'a> Weights<'a> {
         }
         Err(crate::ModelError::Weights { source_name: self.source.clone(), problems: Listed(problems.clone()) })
     }
+}
+
+/// Fails unless activations may have the dtype `dtype`.
+pub(crate) fn check_compute_dtype(dtype: DType) -> Result<(), crate::ModelError> {
+    if ACCEPTED.contains(&dtype) {
+        return Ok(());
+    }
+    Err(crate::ModelError::config("dtype", format!("is {dtype}, activations are f32, bf16 or f16")))
 }
 
 /// Problems, printed one per line, 20 at most.

@@ -8,7 +8,6 @@
 
 mod decoder;
 mod encoder;
-mod fields;
 mod generator;
 mod layers;
 mod vae_config;
@@ -32,5 +31,5 @@ fn check_frames(path: &str, what: &str, frames: usize) -> Result<(), ModelError>
         return Ok(());
     }
     let problem = format!("cannot process {frames} {what}, expected 1..={MOST_FRAMES}");
-    Err(ModelError::Config { path: path.into(), problem })
+    Err(ModelError::config(path, problem))
 }

@@ -66,7 +66,7 @@ pub fn decode_audio(
     let made = (vae.mel_bins, vae.out_channels);
     if taken != made {
         let problem = format!("takes {taken:?} mel bins and channels, the audio VAE makes {made:?}");
-        return Err(ModelError::Config { path: "vocoder".into(), problem });
+        return Err(ModelError::config("vocoder", problem));
     }
     let latent = b.param("latent", latent_type(vae, latents), Rate::Step);
     let functions = Functions::default();
@@ -82,7 +82,7 @@ fn mel_bins(config: &VocoderConfig, weights: &Weights<'_>) -> Result<usize, Mode
     let prefix = core_prefix(config);
     Generator::new(&config.core, weights, prefix).mel_bins().ok_or_else(|| {
         let problem = format!("weight `{prefix}.conv_pre.weight` is missing or is not [channels, 2 · mel bins, 7]");
-        ModelError::Config { path: "vocoder".into(), problem }
+        ModelError::config("vocoder", problem)
     })
 }
 

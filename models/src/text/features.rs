@@ -12,8 +12,8 @@
 use ltxc_ir::ops::{Compare, ReduceKind};
 use ltxc_ir::{Builder, DType, ValueId};
 
-use super::fields::Fields;
-use crate::{Block, Functions, ModelError, Weights};
+use crate::fields::Fields;
+use crate::{Block, Functions, Weights};
 
 /// Added to denominators and mean squares.
 const EPS: f64 = 1e-6;
@@ -31,27 +31,24 @@ pub enum FeatureExtractor {
 
 impl FeatureExtractor {
     /// Chooses the version by the transformer's configuration.
-    pub(super) fn from_fields(transformer: &Fields) -> Result<FeatureExtractor, ModelError> {
+    pub(super) fn read(transformer: &Fields<'_>) -> FeatureExtractor {
         const KEYS: [&str; 4] = [
             "caption_proj_before_connector",
             "caption_projection_first_linear",
             "caption_proj_input_norm",
             "caption_projection_second_linear",
         ];
-        let mut flags = [None; 4];
-        for (flag, key) in flags.iter_mut().zip(KEYS) {
-            *flag = transformer.optional_flag(key)?;
-        }
-        match flags {
-            [None, None, None, None] => Ok(FeatureExtractor::Shared),
-            [Some(true), Some(false), Some(false), Some(false)] => Ok(FeatureExtractor::PerModality),
-            _ => {
+        match KEYS.map(|key| transformer.find_bool(key)) {
+            [None, None, None, None] => FeatureExtractor::Shared,
+            [Some(true), Some(false), Some(false), Some(false)] => FeatureExtractor::PerModality,
+            flags => {
                 let problem = format!(
                     "and the other caption projection switches ({}) are {flags:?}; known are none of them, or true, \
                      false, false, false",
                     KEYS[1..].join(", ")
                 );
-                Err(transformer.error(KEYS[0], problem))
+                transformer.problem_at(KEYS[0], problem);
+                FeatureExtractor::Shared
             }
         }
     }
@@ -147,8 +144,8 @@ mod tests {
 
     #[track_caller]
     fn check(transformer: Value, expected: Option<FeatureExtractor>) {
-        let fields = Fields::new("transformer", &transformer).expect("an object");
-        assert_eq!(FeatureExtractor::from_fields(&fields).ok(), expected);
+        let fields = Fields::new("transformer", &transformer);
+        assert_eq!(fields.finish(FeatureExtractor::read(&fields)).ok(), expected);
     }
 
     #[test]

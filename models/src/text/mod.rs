@@ -15,12 +15,10 @@
 //! | `features` | hidden states to features |
 //! | `connector` | registers and connectors, with their configuration |
 //! | `programs` | the two programs, as modules |
-//! | `fields` | reading untrusted JSON |
 
 mod config;
 mod connector;
 mod features;
-mod fields;
 mod gemma;
 mod programs;
 

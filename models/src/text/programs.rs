@@ -7,8 +7,9 @@ use super::CONTEXT_TOKENS;
 use super::config::GemmaConfig;
 use super::connector::{Connectors, Modality, connector, registers};
 use super::features::{FeatureExtractor, features};
-use super::fields::{Fields, check_compute_dtype};
 use super::gemma::gemma;
+use crate::fields::Fields;
+use crate::weights::check_compute_dtype;
 use crate::{Functions, ModelError, Weights};
 
 /// Everything that configures the text side of one model.
@@ -27,14 +28,12 @@ impl TextConfig {
     /// `config`.
     ///
     /// # Errors
-    /// A missing or malformed key, or a setting that is not supported.
+    /// [`ModelError::Config`] with everything that is missing, malformed or not supported in one of the two.
     pub fn from_json(gemma: &Value, transformer: &Value) -> Result<TextConfig, ModelError> {
-        let fields = Fields::new("transformer", transformer)?;
-        Ok(TextConfig {
-            gemma: GemmaConfig::from_json(gemma)?,
-            extractor: FeatureExtractor::from_fields(&fields)?,
-            connectors: Connectors::from_fields(&fields)?,
-        })
+        let gemma = GemmaConfig::from_json(gemma)?;
+        let fields = Fields::new("transformer", transformer);
+        let (extractor, connectors) = (FeatureExtractor::read(&fields), Connectors::read(&fields));
+        fields.finish(TextConfig { gemma, extractor, connectors })
     }
 }
 
@@ -64,7 +63,7 @@ pub fn encode(config: &TextConfig, weights: &TextWeights, tokens: usize, dtype: 
     check_compute_dtype(dtype)?;
     if !(1..=CONTEXT_TOKENS).contains(&tokens) {
         let problem = format!("is {tokens}, expected 1 to {CONTEXT_TOKENS} token slots");
-        return Err(ModelError::Config { path: "text bucket".into(), problem });
+        return Err(ModelError::config("text bucket", problem));
     }
     let rows = config.connectors.registers(&weights.transformer, CONTEXT_TOKENS)?;
     let b = Builder::new("encode");
@@ -101,7 +100,7 @@ pub fn connect(connectors: &Connectors, weights: &Weights, tokens: usize, dtype:
     check_compute_dtype(dtype)?;
     if !(1..=CONTEXT_TOKENS).contains(&tokens) {
         let problem = format!("is {tokens}, expected 1 to {CONTEXT_TOKENS} tokens");
-        return Err(ModelError::Config { path: "context length".into(), problem });
+        return Err(ModelError::config("context length", problem));
     }
     let b = Builder::new("connect");
     let functions = Functions::default();

@@ -39,12 +39,14 @@ pub mod rope;
 mod spec;
 mod step;
 
+pub(crate) use config::ROPE_LAYOUTS;
 pub use config::{Stream, StreamConfig, TransformerConfig};
 use ltxc_ir::{Builder, DType, Module, ValueId};
 pub use spec::{BlockSet, Perturbation, StreamSpec, TransformerSpec};
 use step::Step;
 
-use crate::{Block, Functions, Listed, ModelError, Weights};
+use crate::weights::check_compute_dtype;
+use crate::{Block, Functions, ModelError, Weights};
 
 /// Name of the entry function.
 pub const ENTRY: &str = "step";
@@ -64,9 +66,7 @@ pub fn build(
     dtype: DType,
 ) -> Result<Module, ModelError> {
     spec.check(config)?;
-    if ![DType::F32, DType::BF16, DType::F16].contains(&dtype) {
-        refuse("transformer program", vec![format!("activations cannot be {dtype}, only f32, bf16 or f16")])?;
-    }
+    check_compute_dtype(dtype)?;
     let weights = weights.below(KEY_PREFIX);
     let skips: Vec<Skips> = (0..config.layers).map(|i| Skips::of_block(spec, i)).collect();
 
@@ -162,13 +162,4 @@ fn linear(
         return y;
     }
     b.add(y, weights.get(b, &format!("{key}.bias"), &[outputs]))
-}
-
-/// An error that lists `problems`, if there are any.
-fn refuse(path: &str, problems: Vec<String>) -> Result<(), ModelError> {
-    if problems.is_empty() {
-        return Ok(());
-    }
-    let problem = format!("{} problem(s):{}", problems.len(), Listed(problems));
-    Err(ModelError::Config { path: path.into(), problem })
 }

@@ -12,7 +12,6 @@ mod blocks;
 mod config;
 mod decoder;
 mod encoder;
-pub(crate) mod fields;
 pub(crate) mod layers;
 
 pub use block_list::{DecoderBlock, EncoderBlock, Stride};
@@ -24,5 +23,5 @@ use crate::ModelError;
 
 /// Fails because of what was asked for, not because of the checkpoint.
 fn refuse_request<T>(problem: String) -> Result<T, ModelError> {
-    Err(ModelError::Config { path: "vae".into(), problem })
+    Err(ModelError::config("vae", problem))
 }
