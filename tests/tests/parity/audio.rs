@@ -1,7 +1,5 @@
 //! The audio VAE, the vocoders and the mel front end against the recorded activations of the reference.
 
-use std::collections::BTreeSet;
-
 use ltxc_ir::eval::Tensor;
 use ltxc_ir::{DType, Module, TensorType};
 use ltxc_models::audio::{AudioVaeConfig, VocoderConfig, decode, decode_audio, encode, vocode};
@@ -10,6 +8,7 @@ use ltxc_runtime::audio_frontend::{MelFrontend, MelSettings, resample};
 use ltxc_tests::compare::Report;
 use ltxc_tests::fixtures::{TensorFile, expected, root};
 use ltxc_tests::harness::{Run, evaluate};
+use ltxc_tests::recorded::Recorded;
 
 /// Relative L2 limit of every comparison, from the README of the fixtures.
 const LIMIT: f64 = 1e-5;
@@ -147,80 +146,6 @@ fn run(module: Module, input: Tensor, file: &TensorFile) -> Run {
     evaluate(&module, &module.entries[0], &[input], &[("model", file)])
 }
 
-/// Compares tensors of one recorded file, and knows which of them were compared.
-struct Comparison<'a> {
-    file: &'a TensorFile,
-    report: Report,
-    seen: BTreeSet<String>,
-}
-
-impl<'a> Comparison<'a> {
-    fn new(file: &'a TensorFile) -> Comparison<'a> {
-        Comparison { file, report: Report::default(), seen: BTreeSet::new() }
-    }
-
-    /// A recorded tensor that is an input.
-    fn input(&mut self, name: &str) -> Tensor {
-        self.seen.insert(name.into());
-        self.file.tensor(name).clone()
-    }
-
-    /// Compares `found`, in the reference's layout, with the recorded tensor `name` or its sample and statistics.
-    fn check(&mut self, name: &str, found: &Tensor, limit: f64) {
-        let values = found.to_f32();
-        if let Some(expected) = self.file.find(name) {
-            self.seen.insert(name.into());
-            let fits = found.ty.elements() == expected.ty.elements();
-            let batch = expected.ty.rank().saturating_sub(found.ty.rank());
-            let same_shape = fits && expected.ty.shape[batch..] == found.ty.shape;
-            self.report.note(same_shape, format!("{name}: {} like {}", found.ty, expected.ty));
-            return self.report.check(name, &values, &expected.to_f32(), limit);
-        }
-        let (sample, stats) = (format!("{name}.sample"), format!("{name}.stats"));
-        let thinned: Vec<f32> = values.iter().copied().step_by(self.stride(name, values.len())).collect();
-        self.report.check(&sample, &thinned, &self.file.tensor(&sample).to_f32(), limit);
-        self.check_stats(&stats, &values, limit);
-        self.seen.extend([sample, stats]);
-    }
-
-    /// Every how many elements were recorded: from the metadata, else by the rule of the generator for 6000 elements.
-    fn stride(&self, name: &str, elements: usize) -> usize {
-        let written = self.file.meta()["sampled"][name]["stride"].as_u64().map(|s| s as usize);
-        let coprime = |s: &usize| !s.is_multiple_of(2) && !s.is_multiple_of(3);
-        written.unwrap_or_else(|| (elements / 6000 + 1..).find(coprime).unwrap())
-    }
-
-    /// Mean, deviation, least, most, L2 norm and sum of absolute values; all but the mean relative to themselves.
-    fn check_stats(&mut self, name: &str, values: &[f32], limit: f64) {
-        let n = values.len() as f64;
-        let sum = |f: &dyn Fn(f64) -> f64| values.iter().map(|&v| f(v as f64)).sum::<f64>();
-        let mean = sum(&|v| v) / n;
-        let deviation = (sum(&|v| (v - mean).powi(2)) / (n - 1.0)).sqrt();
-        let (least, most) = values.iter().fold((f64::MAX, f64::MIN), |(l, m), &v| (l.min(v as f64), m.max(v as f64)));
-        let norm = sum(&|v| v * v).sqrt();
-        let found = [mean, deviation, least, most, norm, sum(&|v| v.abs())];
-        let expected = self.file.tensor(name).to_f32();
-        // An extreme of a tensor is as uncertain as its typical element, so it is measured by the larger of both.
-        let scales = [deviation, deviation, deviation, deviation, norm, found[5]];
-        let errors: Vec<f64> = found
-            .iter()
-            .zip(&expected)
-            .zip(scales)
-            .map(|((f, &e), scale)| (f - e as f64).abs() / scale.max(e.abs() as f64).max(1e-30))
-            .collect();
-        let worst = errors.iter().copied().fold(0.0, f64::max);
-        self.report.note(worst <= limit, format!("{name}: {worst:.2e} (limit {limit:.0e})"));
-    }
-
-    /// Ends the test; every recorded tensor must have been compared.
-    #[track_caller]
-    fn finish(self) {
-        let left: Vec<&str> = self.file.iter().map(|(name, _)| name).filter(|n| !self.seen.contains(*n)).collect();
-        self.report.finish();
-        assert!(left.is_empty(), "recorded but not compared: {left:?}");
-    }
-}
-
 /// Moves the last axis behind the first: `[b, s.., c] → [b, c, s..]`.
 fn channels_first(x: &Tensor) -> Tensor {
     let last = x.ty.rank() - 1;
@@ -264,64 +189,68 @@ fn check_vae(name: &str, checkpoint_name: &str) {
     let Some(file) = expected(name) else { return println!("{name}: absent") };
     let weights_file = checkpoint(checkpoint_name);
     let (config, _) = configs(&weights_file);
-    let mut check = Comparison::new(&file);
-    check_encoder(&mut check, &config, &weights_file);
-    check_decoder(&mut check, &config, &weights_file);
-    if file.find("mel.filterbank").is_some() {
-        check_mel(&mut check, &config, &weights_file);
+    let mut recorded = Recorded::new(file);
+    check_encoder(&mut recorded, &config, &weights_file);
+    check_decoder(&mut recorded, &config, &weights_file);
+    if recorded.has("mel.filterbank") {
+        check_mel(&mut recorded, &config, &weights_file);
     }
-    check.finish();
+    recorded.finish();
 }
 
-fn check_encoder(check: &mut Comparison, config: &AudioVaeConfig, file: &TensorFile) {
-    let mel = channels_last(&check.input("enc.mel"));
+fn check_encoder(recorded: &mut Recorded, config: &AudioVaeConfig, file: &TensorFile) {
+    let mel = channels_last(&recorded.input("enc.mel"));
     let run = run(encode(config, &weights(file), mel.ty.shape[1], DType::F32).unwrap(), mel, file);
     let tap = |key: &str| channels_first(&run.taps[&format!("audio_vae.encoder.{key}")]);
-    check.check("enc.conv_in", &tap("conv_in"), LIMIT);
+    recorded.check_tensor("enc.conv_in", &tap("conv_in"), LIMIT);
     for level in 0..config.levels() {
         for block in 0..config.res_blocks {
             let found = tap(&format!("down.{level}.block.{block}"));
-            check.check(&format!("enc.stage{level}.block{block}"), &found, LIMIT);
+            recorded.check_tensor(&format!("enc.stage{level}.block{block}"), &found, LIMIT);
         }
         if level + 1 < config.levels() {
-            check.check(&format!("enc.stage{level}.downsample"), &tap(&format!("down.{level}.downsample")), LIMIT);
+            recorded.check_tensor(
+                &format!("enc.stage{level}.downsample"),
+                &tap(&format!("down.{level}.downsample")),
+                LIMIT,
+            );
         }
     }
-    check_mid(check, "enc", config, &tap);
-    check.check("enc.conv_out", &tap("conv_out"), LIMIT);
-    check.check("enc.latent", &untokens(&run.results["latent"], config), LIMIT);
+    check_mid(recorded, "enc", config, &tap);
+    recorded.check_tensor("enc.conv_out", &tap("conv_out"), LIMIT);
+    recorded.check_tensor("enc.latent", &untokens(&run.results["latent"], config), LIMIT);
 }
 
 /// Without attention the reference has an identity in its place.
-fn check_mid(check: &mut Comparison, part: &str, config: &AudioVaeConfig, tap: &dyn Fn(&str) -> Tensor) {
+fn check_mid(recorded: &mut Recorded, part: &str, config: &AudioVaeConfig, tap: &dyn Fn(&str) -> Tensor) {
     let attention = if config.has_mid_attention { "mid.attn_1" } else { "mid.block_1" };
-    check.check(&format!("{part}.mid.block_1"), &tap("mid.block_1"), LIMIT);
-    check.check(&format!("{part}.mid.attn_1"), &tap(attention), LIMIT);
-    check.check(&format!("{part}.mid.block_2"), &tap("mid.block_2"), LIMIT);
+    recorded.check_tensor(&format!("{part}.mid.block_1"), &tap("mid.block_1"), LIMIT);
+    recorded.check_tensor(&format!("{part}.mid.attn_1"), &tap(attention), LIMIT);
+    recorded.check_tensor(&format!("{part}.mid.block_2"), &tap("mid.block_2"), LIMIT);
 }
 
-fn check_decoder(check: &mut Comparison, config: &AudioVaeConfig, file: &TensorFile) {
-    let latent = tokens(&check.input("dec.latent"));
+fn check_decoder(recorded: &mut Recorded, config: &AudioVaeConfig, file: &TensorFile) {
+    let latent = tokens(&recorded.input("dec.latent"));
     let (latents, features) = (latent.ty.shape[1], latent.ty.shape[2]);
     let first = Tensor::f32(&[1, 1, features], &latent.to_f32()[..features]);
     let one = run(decode(config, &weights(file), 1, DType::F32).unwrap(), first, file);
-    check.check("dec_one.mel", &channels_first(&one.results["mel"]), LIMIT);
+    recorded.check_tensor("dec_one.mel", &channels_first(&one.results["mel"]), LIMIT);
 
     let run = run(decode(config, &weights(file), latents, DType::F32).unwrap(), latent, file);
     let tap = |key: &str| channels_first(&run.taps[&format!("audio_vae.decoder.{key}")]);
-    check.check("dec.conv_in", &tap("conv_in"), LIMIT);
-    check_mid(check, "dec", config, &tap);
+    recorded.check_tensor("dec.conv_in", &tap("conv_in"), LIMIT);
+    check_mid(recorded, "dec", config, &tap);
     for level in 0..config.levels() {
         for block in 0..=config.res_blocks {
             let found = tap(&format!("up.{level}.block.{block}"));
-            check.check(&format!("dec.stage{level}.block{block}"), &found, LIMIT);
+            recorded.check_tensor(&format!("dec.stage{level}.block{block}"), &found, LIMIT);
         }
         if level > 0 {
-            check.check(&format!("dec.stage{level}.upsample"), &tap(&format!("up.{level}.upsample")), LIMIT);
+            recorded.check_tensor(&format!("dec.stage{level}.upsample"), &tap(&format!("up.{level}.upsample")), LIMIT);
         }
     }
-    check.check("dec.conv_out", &tap("conv_out"), LIMIT);
-    check.check("dec.mel", &channels_first(&run.results["mel"]), LIMIT);
+    recorded.check_tensor("dec.conv_out", &tap("conv_out"), LIMIT);
+    recorded.check_tensor("dec.mel", &channels_first(&run.results["mel"]), LIMIT);
 }
 
 #[track_caller]
@@ -330,55 +259,63 @@ fn check_vocoder(name: &str, checkpoint_name: &str) {
     let weights_file = checkpoint(checkpoint_name);
     let (vae, vocoder) = configs(&weights_file);
     let vocoder = vocoder.unwrap();
-    let mut check = Comparison::new(&file);
-    assert_eq!(file.meta()["output_sampling_rate"], vocoder.output_rate_hz);
+    let mut recorded = Recorded::new(file);
+    assert_eq!(recorded.meta()["output_sampling_rate"], vocoder.output_rate_hz);
 
-    let mel = channels_last(&check.input("mel"));
+    let mel = channels_last(&recorded.input("mel"));
     let samples = vocoder.output_samples(mel.ty.shape[1]);
     let vocoded =
         run(vocode(&vocoder, &weights(&weights_file), mel.ty.shape[1], DType::F32).unwrap(), mel, &weights_file);
     let core = if vocoder.extension.is_some() { "vocoder.vocoder" } else { "vocoder" };
     let tap = |key: &str| channels_first(&vocoded.taps[key]);
     for outer in ["conv_pre", "conv_post"] {
-        check.check(outer, &tap(&format!("{core}.{outer}")), LIMIT);
+        recorded.check_tensor(outer, &tap(&format!("{core}.{outer}")), LIMIT);
     }
     for stage in 0..vocoder.core.rates.len() {
-        check.check(&format!("ups{stage}"), &tap(&format!("{core}.ups.{stage}")), LIMIT);
+        recorded.check_tensor(&format!("ups{stage}"), &tap(&format!("{core}.ups.{stage}")), LIMIT);
     }
     for block in 0..vocoder.core.rates.len() * vocoder.core.block_kernels.len() {
-        check.check(&format!("resblock{block}"), &tap(&format!("{core}.resblocks.{block}")), LIMIT);
+        recorded.check_tensor(&format!("resblock{block}"), &tap(&format!("{core}.resblocks.{block}")), LIMIT);
     }
     if let Some(extension) = &vocoder.extension {
-        check.check("act_post", &tap("vocoder.vocoder.act_post"), LIMIT);
+        recorded.check_tensor("act_post", &tap("vocoder.vocoder.act_post"), LIMIT);
         let snake = "vocoder.vocoder.resblocks.0.acts1.0";
-        check.check("inner.resblock0.act1.0", &tap(snake), LIMIT);
-        check.check("inner.resblock0.act1.0.up", &tap(&format!("{snake}.upsample")), LIMIT);
-        check.check("bwe.vocoder_waveform", &tap("vocoder.core_waveform"), LIMIT);
+        recorded.check_tensor("inner.resblock0.act1.0", &tap(snake), LIMIT);
+        recorded.check_tensor("inner.resblock0.act1.0.up", &tap(&format!("{snake}.upsample")), LIMIT);
+        recorded.check_tensor("bwe.vocoder_waveform", &tap("vocoder.core_waveform"), LIMIT);
         let mel = permute(&vocoded.taps["vocoder.mel_stft"], &[0, 3, 2, 1]);
-        check.check("bwe.mel", &mel, LIMIT);
+        recorded.check_tensor("bwe.mel", &mel, LIMIT);
         let filter = &vocoded.taps["vocoder.resampler.filter"];
-        check.check("bwe.resampler_filter", &Tensor::f32(&[1, 1, filter.ty.elements()], &filter.to_f32()), LIMIT);
-        check.check("bwe.skip", &tap("vocoder.resampler"), LIMIT);
-        check.check("bwe.residual", &tap("vocoder.bwe_generator.waveform"), LIMIT);
-        check.check("bwe.conv_pre", &tap("vocoder.bwe_generator.conv_pre"), LIMIT);
+        recorded.check_tensor(
+            "bwe.resampler_filter",
+            &Tensor::f32(&[1, 1, filter.ty.elements()], &filter.to_f32()),
+            LIMIT,
+        );
+        recorded.check_tensor("bwe.skip", &tap("vocoder.resampler"), LIMIT);
+        recorded.check_tensor("bwe.residual", &tap("vocoder.bwe_generator.waveform"), LIMIT);
+        recorded.check_tensor("bwe.conv_pre", &tap("vocoder.bwe_generator.conv_pre"), LIMIT);
         for stage in 0..extension.generator.rates.len() {
-            check.check(&format!("bwe.ups{stage}"), &tap(&format!("vocoder.bwe_generator.ups.{stage}")), LIMIT);
+            recorded.check_tensor(
+                &format!("bwe.ups{stage}"),
+                &tap(&format!("vocoder.bwe_generator.ups.{stage}")),
+                LIMIT,
+            );
         }
     }
     let waveform = &vocoded.results["waveform"];
     assert_eq!(waveform.ty, TensorType::f32([1, samples, 2]));
-    check.check("waveform", &channels_first(waveform), LIMIT);
+    recorded.check_tensor("waveform", &channels_first(waveform), LIMIT);
 
-    let latent = tokens(&check.input("decode_audio.latent"));
+    let latent = tokens(&recorded.input("decode_audio.latent"));
     let module = decode_audio(&vae, &vocoder, &weights(&weights_file), latent.ty.shape[1], DType::F32).unwrap();
     let waveform = channels_first(&run(module, latent, &weights_file).results["waveform"]);
     let unbatched = Tensor::f32(&waveform.ty.shape[1..], &waveform.to_f32());
-    check.check("decode_audio.waveform", &unbatched, LIMIT);
-    check.finish();
+    recorded.check_tensor("decode_audio.waveform", &unbatched, LIMIT);
+    recorded.finish();
 }
 
 /// The front end alone, and the encoder behind it.
-fn check_mel(check: &mut Comparison, config: &AudioVaeConfig, file: &TensorFile) {
+fn check_mel(recorded: &mut Recorded, config: &AudioVaeConfig, file: &TensorFile) {
     let settings = MelSettings {
         rate_hz: config.sampling_rate_hz,
         n_fft: config.n_fft,
@@ -387,27 +324,27 @@ fn check_mel(check: &mut Comparison, config: &AudioVaeConfig, file: &TensorFile)
     };
     let frontend = MelFrontend::new(settings).unwrap();
     let filters = Tensor::f32(&[config.n_fft / 2 + 1, config.mel_bins], &frontend.filters());
-    check.check("mel.filterbank", &filters, LIMIT);
+    recorded.check_tensor("mel.filterbank", &filters, LIMIT);
 
-    let rates: Vec<usize> = check.file.iter().filter_map(|(name, _)| rate_of_waveform(name)).collect();
+    let rates: Vec<usize> = recorded.file.iter().filter_map(|(name, _)| rate_of_waveform(name)).collect();
     assert!(!rates.is_empty(), "no waveform was recorded");
     for rate_hz in rates {
-        let waveform = check.input(&format!("mel.{rate_hz}.waveform"));
+        let waveform = recorded.input(&format!("mel.{rate_hz}.waveform"));
         let samples = waveform.ty.shape[2];
         let channels: Vec<Vec<f32>> = waveform.to_f32().chunks_exact(samples).map(<[f32]>::to_vec).collect();
         if rate_hz != settings.rate_hz {
             let resampled: Vec<f32> =
                 channels.iter().flat_map(|c| resample(c, rate_hz, settings.rate_hz).unwrap()).collect();
             let shape = [1, channels.len(), resampled.len() / channels.len()];
-            check.check(&format!("mel.{rate_hz}.resampled"), &Tensor::f32(&shape, &resampled), LIMIT);
+            recorded.check_tensor(&format!("mel.{rate_hz}.resampled"), &Tensor::f32(&shape, &resampled), LIMIT);
         }
         let (frames, mel) = frontend.stereo_log_mel(&channels, rate_hz).unwrap();
         let mel = Tensor::f32(&[1, frames, config.mel_bins, 2], &mel);
         let is_clamped = mel.to_f32().iter().any(|&v| v < -11.0);
         let limit = if is_clamped { CLAMPED_LIMIT } else { LIMIT };
-        check.check(&format!("mel.{rate_hz}.log_mel"), &channels_first(&mel), limit);
+        recorded.check_tensor(&format!("mel.{rate_hz}.log_mel"), &channels_first(&mel), limit);
         let encoded = run(encode(config, &weights(file), frames, DType::F32).unwrap(), mel, file);
-        check.check(&format!("mel.{rate_hz}.latent"), &untokens(&encoded.results["latent"], config), limit);
+        recorded.check_tensor(&format!("mel.{rate_hz}.latent"), &untokens(&encoded.results["latent"], config), limit);
     }
 }
 

@@ -15,8 +15,8 @@ use ltxc_runtime::media::load_image;
 use ltxc_runtime::pipeline::{Conditioning, Event, Noise, Observer, Output, Request, run};
 use ltxc_runtime::tokenizer::Tokenizer;
 use ltxc_runtime::weights::WeightFiles;
-use ltxc_tests::fixtures::{required, root};
-use ltxc_tests::recorded::Recorded;
+use ltxc_tests::fixtures::root;
+use ltxc_tests::recorded::{ByteLimit, Recorded};
 use serde_json::Value;
 
 /// Relative L2 limit of inputs and of what the driver computes before the model runs.
@@ -24,7 +24,7 @@ const DRIVER_LIMIT: f64 = 1e-6;
 /// Relative L2 limit of whole runs: final latents, frames and sound.
 const RUN_LIMIT: f64 = 1e-3;
 /// Frames as bytes: largest difference, and share of values that differ.
-const BYTE_LIMIT: (i32, f64) = (1, 0.02);
+const BYTE_LIMIT: ByteLimit = (1, 0.02);
 
 #[test]
 fn distilled_run_of_ltx2() {
@@ -71,7 +71,7 @@ fn one_stage_runs_are_complete_and_repeatable() {
 
 #[track_caller]
 fn check_run(family: &str, name: &str) {
-    let mut recorded = Recorded::new(required(&format!("e2e/{family}/{name}")));
+    let mut recorded = Recorded::required(&format!("e2e/{family}/{name}"));
     let params = recorded.meta()["params"].clone();
     let number = |key: &str| params[key].as_u64().unwrap_or_else(|| panic!("`{key}` was recorded")) as u32;
     let images = images(&params);
@@ -196,14 +196,8 @@ fn check_outputs(recorded: &mut Recorded, result: &Outcome, plan: &Plan) {
             continue;
         }
         let kept = result.frames.chunks(frame).step_by(every).flatten();
-        let found: Vec<i32> = kept.map(|v| (v * 255.0) as i32).collect();
-        let expected: Vec<i32> = recorded.file.tensor(name).ints().iter().map(|&v| v as i32).collect();
-        assert_eq!(found.len(), expected.len(), "{name}");
-        let differences = || found.iter().zip(&expected).map(|(a, b)| (a - b).abs());
-        let most = differences().max().unwrap_or(0);
-        let share = differences().filter(|&d| d > 0).count() as f64 / found.len() as f64;
-        let ok = most <= BYTE_LIMIT.0 && share <= BYTE_LIMIT.1;
-        recorded.note(ok, format!("{name}: off by at most {most}, in {:.4} % of values", share * 100.0), &[name]);
+        let found: Vec<i64> = kept.map(|v| (v * 255.0) as i64).collect();
+        recorded.check_bytes(name, &found, BYTE_LIMIT);
     }
 }
 

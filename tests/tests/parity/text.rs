@@ -17,6 +17,7 @@ use ltxc_runtime::tokenizer::{CONTEXT_TOKENS, Prompt, Tokenizer};
 use ltxc_tests::compare::Report;
 use ltxc_tests::fixtures::{self, TensorFile, root};
 use ltxc_tests::harness::{self, Run};
+use ltxc_tests::recorded::{Recorded, statistics};
 use serde_json::Value;
 
 const LIMIT: f64 = 1e-5;
@@ -168,88 +169,30 @@ fn last_rows(tensor: &Tensor, n: usize) -> Vec<f32> {
     all[all.len() - n * per_row..].to_vec()
 }
 
-/// Comparison with one recorded file, which must end with every tensor of it seen.
-struct Recorded {
-    file: TensorFile,
-    seen: BTreeSet<String>,
-    report: Report,
-}
-
-impl Recorded {
-    fn new(name: &str) -> Recorded {
-        Recorded { file: fixtures::required(name), seen: BTreeSet::new(), report: Report::default() }
-    }
-
-    fn tensor(&mut self, name: &str) -> &Tensor {
-        self.seen.insert(name.into());
-        self.file.tensor(name)
-    }
-
-    /// Compares with `name`, or with its thinned form `name.sample` and `name.stats`.
-    fn check(&mut self, note: &str, name: &str, found: &[f32], limit: f64) {
-        let expected = if self.file.find(name).is_some() {
-            self.tensor(name).to_f32()
-        } else {
-            let stats = self.tensor(&format!("{name}.stats")).to_f32();
-            self.report.check(&format!("{note}{name}.stats"), &statistics(found), &stats, limit);
-            self.tensor(&format!("{name}.sample")).to_f32()
-        };
-        let step = sample_step(found.len(), expected.len());
-        let found: Vec<f32> = found.iter().copied().step_by(step).collect();
-        self.report.check(&format!("{note}{name}"), &found, &expected, limit);
-    }
-
-    #[track_caller]
-    fn finish(self) {
-        let unseen: Vec<&str> = self.file.iter().map(|(name, _)| name).filter(|&n| !self.seen.contains(n)).collect();
-        assert!(unseen.is_empty(), "{} was not compared: {unseen:?}", self.file.path.display());
-        self.report.finish();
-    }
-}
-
-/// The distance of samples: the generator takes the first one from `len / limit + 1` on that 2 and 3 do not divide.
-fn sample_step(len: usize, samples: usize) -> usize {
-    let fits = |step: &usize| len.div_ceil(*step) == samples && !step.is_multiple_of(2) && !step.is_multiple_of(3);
-    (1..=len).find(fits).unwrap_or(1)
-}
-
-/// Mean, unbiased standard deviation, minimum, maximum, L2 norm, sum of magnitudes.
-fn statistics(values: &[f32]) -> Vec<f32> {
-    let n = values.len() as f64;
-    let sum = |f: &dyn Fn(f64) -> f64| values.iter().map(|&v| f(v as f64)).sum::<f64>();
-    let mean = sum(&|v| v) / n;
-    let std = (sum(&|v| (v - mean).powi(2)) / (n - 1.0)).sqrt();
-    let min = values.iter().copied().fold(f32::INFINITY, f32::min);
-    let max = values.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    vec![mean as f32, std as f32, min, max, sum(&|v| v * v).sqrt() as f32, sum(&f64::abs) as f32]
-}
-
 /// Mean, unbiased standard deviation, largest magnitude, L2 norm: the statistics of recorded hidden states.
 fn state_statistics(values: &[f32]) -> Vec<f32> {
     let s = statistics(values);
-    vec![s[0], s[1], s[2].abs().max(s[3].abs()), s[4]]
+    [s[0], s[1], s[2].abs().max(s[3].abs()), s[4]].map(|v| v as f32).to_vec()
 }
 
 #[track_caller]
 fn check_tokenizer(model: &Model) {
     assert_eq!(CONTEXT_TOKENS, text::CONTEXT_TOKENS);
-    let mut recorded = Recorded::new(&format!("{}/tokenizer", model.encoder));
-    let meta = recorded.file.meta();
+    let mut recorded = Recorded::required(&format!("{}/tokenizer", model.encoder));
+    let meta = recorded.meta().clone();
     for (name, prompt) in meta["prompts"].as_object().unwrap() {
         let prompt = model.tokenizer.encode(prompt.as_str().unwrap()).unwrap();
         let inputs = prompt.inputs(CONTEXT_TOKENS, model.registers()).unwrap();
         let ids: Vec<i64> = inputs.ids.iter().map(|&id| id as i64).collect();
         let mask: Vec<i64> = inputs.valid.iter().map(|&v| v as i64).collect();
-        let expected = recorded.tensor(&format!("{name}.input_ids")).ints().to_vec();
-        recorded.report.check_equal(&format!("{name}.input_ids"), &ids, &expected);
-        let expected = recorded.tensor(&format!("{name}.attention_mask")).ints().to_vec();
-        recorded.report.check_equal(&format!("{name}.attention_mask"), &mask, &expected);
+        recorded.check_ints(&format!("{name}.input_ids"), &ids);
+        recorded.check_ints(&format!("{name}.attention_mask"), &mask);
         let n = meta["n_valid"][name].as_u64().unwrap() as usize;
-        recorded.report.check_equal(&format!("{name}.n_valid"), &[prompt.ids().len()], &[n]);
+        recorded.check_other(&format!("{name}.n_valid"), &[prompt.ids().len()], &[n]);
         let is_full = n == CONTEXT_TOKENS || prompt.cut().is_empty();
-        recorded.report.note(is_full, format!("{name}: {} tokens cut", prompt.cut().len()));
+        recorded.note(is_full, format!("{name}: {} tokens cut", prompt.cut().len()), &[]);
         let decoded = model.tokenizer.decode(&prompt.ids()[..n.min(60)]).unwrap();
-        recorded.report.note(meta["decoded"][name] == decoded, format!("{name}: begins with `{decoded}`"));
+        recorded.note(meta["decoded"][name] == decoded, format!("{name}: begins with `{decoded}`"), &[]);
     }
     recorded.finish();
 }
@@ -257,32 +200,25 @@ fn check_tokenizer(model: &Model) {
 /// Runs the encoder in several buckets, one of them the full length.
 #[track_caller]
 fn check_hidden(model: &Model) {
-    let mut recorded = Recorded::new(&format!("{}/gemma_hidden", model.encoder));
+    let mut recorded = Recorded::required(&format!("{}/gemma_hidden", model.encoder));
     for name in PROMPTS {
         let prompt = model.prompt(name);
         let n = prompt.ids().len();
-        let recorded_n = recorded.tensor(&format!("{name}.n_valid")).ints().to_vec();
-        recorded.report.check_equal(&format!("{name}.n_valid"), &[n as i64], &recorded_n);
+        recorded.check_ints(&format!("{name}.n_valid"), &[n as i64]);
         let bucket = prompt.bucket((5..=10).map(|k| 1 << k)).unwrap();
         let mut buckets = vec![bucket, 2 * bucket];
         buckets.extend((name == "neg").then_some(CONTEXT_TOKENS));
         for slots in buckets {
             let run = model.encode(&prompt, slots, DType::F32);
-            let note = format!("[{slots}] ");
+            recorded.context(format!("[{slots}] "));
             for i in 0..model.config.gemma.states() {
                 let found = last_rows(&run.taps[&format!("hidden_states.{i}")], n);
                 let name = format!("{name}.hidden.{i}");
-                let stats = recorded.tensor(&format!("{name}.stats")).to_f32();
-                recorded.report.check(
-                    &format!("{note}{name}.stats"),
-                    &state_statistics(&found),
-                    &stats,
-                    model.state_limit,
-                );
-                recorded.check(&note, &name, &found, model.state_limit);
+                recorded.check(&format!("{name}.stats"), &state_statistics(&found), model.state_limit);
+                recorded.check(&name, &found, model.state_limit);
             }
             if name == "pos" {
-                check_inner(model, &mut recorded, &run, n, &note);
+                check_inner(model, &mut recorded, &run, n);
             }
         }
     }
@@ -290,7 +226,7 @@ fn check_hidden(model: &Model) {
 }
 
 /// Compares the recorded values inside layers.
-fn check_inner(model: &Model, recorded: &mut Recorded, run: &Run, n: usize, note: &str) {
+fn check_inner(model: &Model, recorded: &mut Recorded, run: &Run, n: usize) {
     let names: Vec<String> = recorded.file.iter().map(|(name, _)| name.to_string()).collect();
     for name in names.iter().filter(|name| name.starts_with("pos.inner.layer")) {
         let (layer, part) = name["pos.inner.layer".len()..].split_once('.').unwrap();
@@ -306,13 +242,13 @@ fn check_inner(model: &Model, recorded: &mut Recorded, run: &Run, n: usize, note
             let (heads, dim) = (tensor.ty.shape[2], tensor.ty.shape[3]);
             found = (0..heads * n * dim).map(|i| found[(i / dim % n * heads + i / dim / n) * dim + i % dim]).collect();
         }
-        recorded.check(note, name, &found, model.state_limit);
+        recorded.check(name, &found, model.state_limit);
     }
 }
 
 #[track_caller]
 fn check_context(model: &Model) {
-    let mut recorded = Recorded::new(&format!("{}/text_context", model.name));
+    let mut recorded = Recorded::required(&format!("{}/text_context", model.name));
     let hidden = fixtures::required(&format!("{}/gemma_hidden", model.encoder));
     for name in PROMPTS {
         let prompt = model.prompt(name);
@@ -325,20 +261,22 @@ fn check_context(model: &Model) {
             .map(|t| Tensor::f32(&[1, t.ty.shape[0], t.ty.shape[1]], &t.to_f32()))
             .collect();
         let alone = model.features_of(&states);
+        recorded.context("from states: ");
         for (modality, key) in Modality::ALL.into_iter().zip(&features) {
-            recorded.check("from states: ", key, &alone.results[modality.name()].to_f32(), LIMIT);
+            recorded.check(key, &alone.results[modality.name()].to_f32(), LIMIT);
         }
 
         // The whole program: features of real tokens in front, registers behind them.
         let bucket = prompt.bucket((5..=10).map(|k| 1 << k)).unwrap();
         let encoded = model.encode(&prompt, bucket, DType::F32);
         let placed = Modality::ALL.map(|modality| encoded.results[modality.name()].clone());
+        recorded.context("encode: ");
         for ((modality, key), placed) in Modality::ALL.into_iter().zip(&features).zip(&placed) {
             let width = placed.ty.shape[2];
             let found = placed.to_f32();
-            recorded.check("encode: ", key, &found[..n * width], model.state_limit);
+            recorded.check(key, &found[..n * width], model.state_limit);
             let expected = model.place(modality, &found[..n * width], CONTEXT_TOKENS);
-            recorded.report.check_equal(&format!("{name}: {} registers", modality.name()), &found, &expected.to_f32());
+            recorded.check_other(&format!("{name}: {} registers", modality.name()), &found, &expected.to_f32());
         }
 
         // The connectors: end to end, or from recorded features where the encoder has a limit of its own.
@@ -347,18 +285,18 @@ fn check_context(model: &Model) {
         } else {
             [0, 1].map(|i| model.place(Modality::ALL[i], &recorded.file.tensor(&features[i]).to_f32(), CONTEXT_TOKENS))
         };
+        recorded.context("");
         let run = model.connect(inputs);
         for modality in Modality::ALL {
             let modality_name = modality.name();
             for i in 0..model.config.connectors.get(modality).layers {
                 let tap = &run.taps[&format!("{modality_name}_connector.transformer_1d_blocks.{i}")];
-                recorded.check("", &format!("{name}.{modality_name}_connector.block{i}"), &tap.to_f32(), LIMIT);
+                recorded.check(&format!("{name}.{modality_name}_connector.block{i}"), &tap.to_f32(), LIMIT);
             }
             let context = run.results[&format!("{modality_name}_context")].to_f32();
-            recorded.check("", &format!("{name}.{modality_name}_context"), &context, LIMIT);
+            recorded.check(&format!("{name}.{modality_name}_context"), &context, LIMIT);
         }
-        let mask = recorded.tensor(&format!("{name}.context_mask")).ints().to_vec();
-        recorded.report.check_equal(&format!("{name}.context_mask"), &[1; CONTEXT_TOKENS], &mask);
+        recorded.check_ints(&format!("{name}.context_mask"), &[1; CONTEXT_TOKENS]);
     }
     check_short_connector(model, &mut recorded);
     recorded.finish();
@@ -366,15 +304,16 @@ fn check_context(model: &Model) {
 
 /// The video connector on a short sequence, whose mask says which rows are real.
 fn check_short_connector(model: &Model, recorded: &mut Recorded) {
-    let x = recorded.tensor("connector128.input").clone();
-    let mask = recorded.tensor("connector128.mask").ints().to_vec();
+    let x = recorded.input("connector128.input");
+    let mask = recorded.input("connector128.mask");
     let (tokens, width) = (x.ty.shape[1], x.ty.shape[2]);
     let all = x.to_f32();
-    let real = (0..tokens).filter(|&t| mask[t] != 0).flat_map(|t| all[t * width..(t + 1) * width].iter().copied());
+    let real =
+        (0..tokens).filter(|&t| mask.ints()[t] != 0).flat_map(|t| all[t * width..(t + 1) * width].iter().copied());
     let video = model.place(Modality::Video, &real.collect::<Vec<_>>(), tokens);
     let audio = model.place(Modality::Audio, &[], tokens);
     let run = model.connect([video, audio]);
-    recorded.check("", "connector128.output", &run.results["video_context"].to_f32(), LIMIT);
+    recorded.check("connector128.output", &run.results["video_context"].to_f32(), LIMIT);
 }
 
 #[test]

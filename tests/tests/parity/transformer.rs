@@ -2,7 +2,7 @@
 //!
 //! A case is what the recording's name says it is; inputs that it does not list are the shared ones (`in.*`).
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use ltxc_ir::eval::{Evaluator, Tensor};
 use ltxc_ir::{Builder, DType, Module, Rate, TensorType};
@@ -14,6 +14,7 @@ use ltxc_models::transformer::{
 use ltxc_tests::compare::Report;
 use ltxc_tests::fixtures::{self, TensorFile};
 use ltxc_tests::harness::{Run, evaluate};
+use ltxc_tests::recorded::Recorded;
 
 /// Limit of the recording for everything but tables of cosines, relative L2.
 const LIMIT: f64 = 1e-5;
@@ -56,20 +57,18 @@ fn check_optional(model: &str, checkpoint: &str) {
 
 #[track_caller]
 fn check(model: &str, checkpoint: &str) {
-    let recorded = fixtures::required(&format!("{model}/transformer"));
+    let file = fixtures::required(&format!("{model}/transformer"));
     let checkpoint = TensorFile::read(&fixtures::root().join(checkpoint));
-    let mut report = Report::default();
-    let fixture = Fixture::new(&recorded, &checkpoint);
-    let mut compared = BTreeSet::new();
+    let fixture = Fixture::new(&file, &checkpoint);
+    let mut recorded = Recorded::required(&format!("{model}/transformer"));
     for case in fixture.cases() {
         match case.as_str() {
-            "batch2" => check_batch(&fixture, &mut report, &mut compared),
-            "bf16" => print_bf16(&fixture, &mut compared),
-            _ => check_case(&fixture, &case, &mut report, &mut compared),
+            "batch2" => check_batch(&fixture, &mut recorded),
+            "bf16" => print_bf16(&fixture, &mut recorded),
+            _ => check_case(&fixture, &case, &mut recorded),
         }
     }
-    check_preparation(&fixture, &mut report, &mut compared);
-    // What a recording holds besides inputs must have been looked at.
+    check_preparation(&fixture, &mut recorded);
     let is_input = |name: &str| {
         let inputs = ["timesteps", "sigma", "sigma_audio", "latent", "context", "positions", "denoise_mask"];
         let more =
@@ -77,10 +76,10 @@ fn check(model: &str, checkpoint: &str) {
         let last = name.rsplit('.').next().unwrap_or(name);
         name.starts_with("in.") || (!name.starts_with("prep.") && (inputs.contains(&last) || more.contains(&last)))
     };
-    let missed: Vec<&str> =
-        recorded.iter().map(|(k, _)| k).filter(|k| !is_input(k) && !compared.contains(*k)).collect();
-    report.note(missed.is_empty(), format!("recorded but not compared: {missed:?}"));
-    report.finish();
+    for (name, _) in file.iter().filter(|(name, _)| is_input(name)) {
+        recorded.input(name);
+    }
+    recorded.finish();
 }
 
 /// The inputs of one stream of one case.
@@ -240,35 +239,35 @@ impl<'a> Fixture<'a> {
         let args: Vec<Tensor> = [video, audio].into_iter().flatten().flat_map(StreamCase::arguments).collect();
         evaluate(&module, ENTRY, &args, &[("model", self.checkpoint)])
     }
+}
 
-    fn expect(&self, report: &mut Report, compared: &mut BTreeSet<String>, name: &str, found: &[f32]) {
-        if let Some(expected) = self.recorded.find(name) {
-            report.check(name, found, &expected.to_f32(), LIMIT);
-            compared.insert(name.into());
-        }
+/// Compares with `name`, if a case of it was recorded.
+fn expect(recorded: &mut Recorded, name: &str, found: &[f32]) {
+    if recorded.has(name) {
+        recorded.check(name, found, LIMIT);
     }
 }
 
-fn check_case(fixture: &Fixture<'_>, case: &str, report: &mut Report, compared: &mut BTreeSet<String>) {
+fn check_case(fixture: &Fixture<'_>, case: &str, recorded: &mut Recorded) {
     let streams = Stream::BOTH.map(|s| fixture.stream(case, s));
     let perturbation = fixture.perturbation(case);
     let run = fixture.run(case, streams[0].as_ref(), streams[1].as_ref(), perturbation, DType::F32);
     for (stream, inputs) in Stream::BOTH.into_iter().zip(&streams) {
         let (Some(inputs), name) = (inputs, stream.name()) else { continue };
         let velocity = run.results[&format!("{name}.velocity")].to_f32();
-        fixture.expect(report, compared, &format!("{case}.velocity.{name}"), &velocity);
+        expect(recorded, &format!("{case}.velocity.{name}"), &velocity);
         let x0 = denoised(inputs, &velocity);
-        fixture.expect(report, compared, &format!("{case}.x0.{name}"), &x0);
+        expect(recorded, &format!("{case}.x0.{name}"), &x0);
         for i in 0..fixture.config(case).layers {
             if let Some(tap) = run.taps.get(&format!("blocks.{i}.{name}")) {
-                fixture.expect(report, compared, &format!("{case}.block{i}.{name}"), &tap.to_f32());
+                expect(recorded, &format!("{case}.block{i}.{name}"), &tap.to_f32());
             }
         }
         if stream == Stream::Video
             && let Some(slots) = fixture.recorded.find(&format!("{case}.extracted_x0"))
         {
             let found = appended_frames(&x0, &slots.ty.shape);
-            fixture.expect(report, compared, &format!("{case}.extracted_x0"), &found);
+            expect(recorded, &format!("{case}.extracted_x0"), &found);
         }
     }
 }
@@ -287,7 +286,7 @@ fn appended_frames(tokens: &[f32], shape: &[usize]) -> Vec<f32> {
 }
 
 /// Two samples with noise levels and perturbations of their own; a program has one sample, so each is run alone.
-fn check_batch(fixture: &Fixture<'_>, report: &mut Report, compared: &mut BTreeSet<String>) {
+fn check_batch(fixture: &Fixture<'_>, recorded: &mut Recorded) {
     let sigmas = fixture.recorded.tensor("batch2.sigma").to_f32();
     let last = fixture.config("batch2").layers - 1;
     let perturbations = [
@@ -313,12 +312,12 @@ fn check_batch(fixture: &Fixture<'_>, report: &mut Report, compared: &mut BTreeS
         }
     }
     for (stream, velocity) in found {
-        fixture.expect(report, compared, &format!("batch2.velocity.{stream}"), &velocity);
+        expect(recorded, &format!("batch2.velocity.{stream}"), &velocity);
     }
 }
 
 /// The recording in bf16 is informational: rounding noise of two implementations. Only finiteness can be asserted.
-fn print_bf16(fixture: &Fixture<'_>, compared: &mut BTreeSet<String>) {
+fn print_bf16(fixture: &Fixture<'_>, recorded: &mut Recorded) {
     let streams = Stream::BOTH.map(|s| fixture.stream("bf16", s).expect("`uniform` has both streams"));
     let run = |dtype| fixture.run("bf16", Some(&streams[0]), Some(&streams[1]), Perturbation::default(), dtype);
     let (narrow, wide) = (run(DType::BF16), run(DType::F32));
@@ -326,42 +325,38 @@ fn print_bf16(fixture: &Fixture<'_>, compared: &mut BTreeSet<String>) {
         let name = format!("{}.velocity", stream.name());
         let found = narrow.results[&name].to_f32();
         assert!(found.iter().all(|v| v.is_finite()), "{name} in bf16 is not finite");
-        let recorded = format!("bf16.velocity.{}", stream.name());
+        let key = format!("bf16.velocity.{}", stream.name());
         let distance = |other: &[f32]| ltxc_tests::compare::relative_l2(&found, other);
         println!(
-            "{recorded}: {:.3} from the recording in bf16, {:.3} from f32",
-            distance(&fixture.recorded.tensor(&recorded).to_f32()),
+            "{key}: {:.3} from the recording in bf16, {:.3} from f32",
+            distance(&recorded.input(&key).to_f32()),
             distance(&wide.results[&name].to_f32())
         );
-        compared.insert(recorded);
     }
-    // Rounded copies of the tables that `check_preparation` compares, and of positions.
-    compared.extend(["bf16.rope_cos", "bf16.rope_sin", "bf16.video.positions"].map(String::from));
+    let tables = ["bf16.rope_cos", "bf16.rope_sin", "bf16.video.positions"];
+    recorded.skip(&tables, "rounded copies of tables that are compared, and of positions");
 }
 
 /// What happens before the first block, for the inputs of `uniform`.
-fn check_preparation(fixture: &Fixture<'_>, report: &mut Report, compared: &mut BTreeSet<String>) {
+fn check_preparation(fixture: &Fixture<'_>, recorded: &mut Recorded) {
     let streams = Stream::BOTH.map(|s| fixture.stream("prep", s).expect("`uniform` has both streams"));
     let run = fixture.run("prep", Some(&streams[0]), Some(&streams[1]), Perturbation::default(), DType::F32);
     for (name, expected) in fixture.recorded.iter().filter(|(name, _)| name.starts_with("prep.")) {
-        compared.insert(name.into());
         let Some(tap) = run.taps.get(name) else {
             // Only a context that is passed on unchanged has no value of its own.
             let input = name.strip_prefix("prep.").filter(|n| n.ends_with(".context")).map(|n| format!("in.{n}"));
             match input.and_then(|input| fixture.recorded.find(&input)) {
-                Some(input) => report.check(name, &input.to_f32(), &expected.to_f32(), LIMIT),
-                None => report.note(false, format!("{name}: the graph has no value of this name")),
+                Some(input) => recorded.check(name, &input.to_f32(), LIMIT),
+                None => recorded.note(false, format!("{name}: the graph has no value of this name"), &[name]),
             }
             continue;
         };
-        let expected_values = expected.to_f32();
         if name.contains("rope_") {
-            let found = heads_first(tap);
-            report_largest(report, name, &found, &expected_values);
+            recorded.check_largest(name, &heads_first(tap), ROPE_LIMIT);
         } else {
             // Recorded once per token, computed once per distinct timestep.
-            let found = tap.to_f32().repeat(expected_values.len() / tap.ty.elements().max(1));
-            report.check(name, &found, &expected_values, LIMIT);
+            let found = tap.to_f32().repeat(expected.ty.elements() / tap.ty.elements().max(1));
+            recorded.check(name, &found, LIMIT);
         }
     }
 }
@@ -373,17 +368,10 @@ fn heads_first(x: &Tensor) -> Vec<f32> {
     (0..n).flat_map(|h| (0..t).map(move |i| (i * n + h) * d)).flat_map(|at| values[at..at + d].to_vec()).collect()
 }
 
-fn report_largest(report: &mut Report, name: &str, found: &[f32], expected: &[f32]) {
-    let largest = found.iter().zip(expected).map(|(a, b)| (a - b).abs() as f64).fold(0.0, f64::max);
-    let ok = found.len() == expected.len() && largest <= ROPE_LIMIT;
-    report.note(ok, format!("{name}: {largest:.2e} at most (limit {ROPE_LIMIT:.0e}, {} values)", found.len()));
-}
-
 #[test]
 fn rotary_tables_match_the_recording_at_real_sizes() {
-    let recorded = fixtures::required("common/rope");
-    let meta = recorded.meta();
-    let mut report = Report::default();
+    let mut recorded = Recorded::required("common/rope");
+    let meta = recorded.meta().clone();
     for (case, settings) in meta["cases"].as_object().expect("the recording lists its cases") {
         let is_middle = settings["middle"].as_bool().expect("a flag");
         let has_f64_frequencies = case.ends_with(".np");
@@ -398,7 +386,8 @@ fn rotary_tables_match_the_recording_at_real_sizes() {
             settings["max_pos"].as_array().expect("a list").iter().map(|v| v.as_f64().expect("a number")).collect();
         let heads = settings["heads"].as_u64().expect("a count") as usize;
         let table = RopeTable { heads, width, theta: 10000.0, max_positions: &max_positions, has_f64_frequencies };
-        let bounds = recorded.tensor(if case.starts_with("audio") { "audio.positions" } else { "video.positions" });
+        let bounds =
+            recorded.file.tensor(if case.starts_with("audio") { "audio.positions" } else { "video.positions" });
         let bounds = without_batch(bounds);
         let axes = max_positions.len();
         let tokens = bounds.ty.shape[1];
@@ -412,17 +401,12 @@ fn rotary_tables_match_the_recording_at_real_sizes() {
                 heads_first(&values)
             };
             let name = format!("{case}.{function}");
-            if let Some(expected) = recorded.find(&name) {
-                report_largest(&mut report, &name, &all, &expected.to_f32());
-            }
-            if let Some(expected) = recorded.find(&format!("{name}.sample")) {
-                let stride = meta["sampled"][&name]["stride"].as_u64().expect("a stride") as usize;
-                let thinned: Vec<f32> = all.iter().copied().step_by(stride).collect();
-                report_largest(&mut report, &name, &thinned, &expected.to_f32());
+            if recorded.has(&name) {
+                recorded.check_largest(&name, &all, ROPE_LIMIT);
             }
         }
     }
-    report.finish();
+    recorded.finish_part();
 }
 
 fn tables(table: &RopeTable<'_>, bounds: &Tensor) -> [Tensor; 2] {

@@ -8,8 +8,9 @@ use ltxc_models::upsampler::{UpsamplerConfig, upsample};
 use ltxc_models::{ModelError, TensorDirectory, Weights};
 use ltxc_tests::fixtures::{TensorFile, expected, required, root};
 use ltxc_tests::harness::evaluate;
+use ltxc_tests::recorded::Recorded;
 
-use super::video_vae::{Checkpoint, Parity, channels_last, checked, grid_of, random};
+use super::video_vae::{Checkpoint, channels_last, check_video, checked, grid_of, random};
 
 /// An upsampler's file with its config.
 struct Upsampler {
@@ -32,36 +33,37 @@ impl Upsampler {
 }
 
 /// Every upsampler of one recorded file; `path` gives the file of a name.
-fn check_file(file: &TensorFile, vae: &Checkpoint, path: impl Fn(&str) -> String) {
-    let mut parity = Parity::new(file);
-    let names: Vec<String> = file.iter().filter_map(|(k, _)| k.strip_suffix(".latent")).map(Into::into).collect();
+fn check_file(file: TensorFile, vae: &Checkpoint, path: impl Fn(&str) -> String) {
+    let mut recorded = Recorded::new(file);
+    let names: Vec<String> =
+        recorded.file.iter().filter_map(|(k, _)| k.strip_suffix(".latent")).map(Into::into).collect();
     for name in &names {
         let up = Upsampler::read(&path(name));
-        let latent = channels_last(parity.input(&format!("{name}.latent")));
+        let latent = channels_last(&recorded.input(&format!("{name}.latent")));
         let module = up.module(vae, grid_of(&latent), DType::F32).unwrap_or_else(|e| panic!("{name}: {e}"));
         let run =
             |latent: Tensor| evaluate(&module, "upsample", &[latent], &[("upsampler", &up.file), ("model", &vae.file)]);
         let normalised = &run(latent.clone()).results["latent"];
         assert_eq!(grid_of(normalised), up.config.output_grid(grid_of(&latent)), "{name}");
-        parity.check(&format!("{name}.normalized_output"), normalised);
+        check_video(&mut recorded, &format!("{name}.normalized_output"), normalised);
 
         // Everything else is recorded of the network alone, on the latent as it stands.
         for (tap, value) in &run(normalise(vae, &latent)).taps {
             let Some(tap) = tap.strip_prefix("upsampler.") else { continue };
-            let recorded = match (tap.strip_prefix("res_blocks."), tap.strip_prefix("post_upsample_res_blocks.")) {
+            let recorded_name = match (tap.strip_prefix("res_blocks."), tap.strip_prefix("post_upsample_res_blocks.")) {
                 (Some(i), _) => format!("{name}.res{i}"),
                 (_, Some(i)) => format!("{name}.post{i}"),
                 _ => format!("{name}.{tap}"),
             };
-            if parity.has(&recorded) {
-                parity.check(&recorded, value);
+            if recorded.has(&recorded_name) {
+                check_video(&mut recorded, &recorded_name, value);
             }
             if tap == "final_conv" {
-                parity.check(&format!("{name}.output"), value);
+                check_video(&mut recorded, &format!("{name}.output"), value);
             }
         }
     }
-    parity.finish();
+    recorded.finish();
 }
 
 /// `(x − mean) / std` with the statistics of the VAE, which the entry undoes.
@@ -80,13 +82,13 @@ fn normalise(vae: &Checkpoint, x: &Tensor) -> Tensor {
 #[test]
 fn ltx2_upsamplers() {
     let vae = Checkpoint::read("tiny-ltx2/ltx-2-tiny.safetensors");
-    check_file(&required("ltx2/upsamplers"), &vae, |name| format!("tiny-ltx2/{name}-tiny.safetensors"));
+    check_file(required("ltx2/upsamplers"), &vae, |name| format!("tiny-ltx2/{name}-tiny.safetensors"));
 }
 
 #[test]
 fn ltx23_upsamplers() {
     let vae = Checkpoint::read("tiny-ltx23/ltx-2.3-tiny.safetensors");
-    check_file(&required("ltx23/upsamplers"), &vae, |name| format!("tiny-ltx23/{name}-tiny.safetensors"));
+    check_file(required("ltx23/upsamplers"), &vae, |name| format!("tiny-ltx23/{name}-tiny.safetensors"));
 }
 
 #[test]
@@ -96,7 +98,7 @@ fn ltx25_upsamplers() {
         return;
     };
     let vae = Checkpoint::read("tiny-ltx25/vae/ltx-2.5-tiny-video-vae-conv-bf16.safetensors");
-    check_file(&file, &vae, |name| {
+    check_file(file, &vae, |name| {
         format!("tiny-ltx25/latent_upscale_models/ltx-2.5-tiny-latent-{name}-bf16.safetensors")
     });
 }

@@ -5,122 +5,36 @@
 
 mod tiling;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use ltxc_ir::eval::{Data, Tensor};
 use ltxc_ir::verify::verify;
 use ltxc_ir::{DType, Module, TensorType};
 use ltxc_models::video_vae::{self, DECODE_TIMESTEP, VideoVaeConfig};
 use ltxc_models::{TensorDirectory, Weights};
-use ltxc_tests::compare::Report;
-use ltxc_tests::fixtures::{TensorFile, expected, required, root};
+use ltxc_tests::fixtures::{TensorFile, expected, root};
 use ltxc_tests::harness::{Run, evaluate};
-use serde_json::Value;
+use ltxc_tests::recorded::{ByteLimit, Recorded};
 
 const LIMIT: f64 = 1e-5;
 
-/// Checks values against one recorded file and remembers which of its tensors were looked at.
-pub struct Parity<'a> {
-    file: &'a TensorFile,
-    meta: Value,
-    report: Report,
-    seen: BTreeSet<String>,
+/// Frames as bytes: largest difference, and share of values that differ.
+const BYTE_LIMIT: ByteLimit = (1, 0.02);
+
+/// Compares `[1, f, h, w, c]` with what is recorded as `name`, (1, c, f, h, w) or (f, c, h, w).
+#[track_caller]
+pub fn check_video(recorded: &mut Recorded, name: &str, found: &Tensor) {
+    let sampled = recorded.meta()["sampled"][name]["shape"].as_array().map(Vec::len);
+    let rank = recorded.file.find(name).map(|t| t.ty.rank()).or(sampled).expect("a video is recorded with its shape");
+    recorded.check(name, &channels_first(found, rank), LIMIT);
 }
 
-impl<'a> Parity<'a> {
-    pub fn new(file: &'a TensorFile) -> Parity<'a> {
-        Parity { file, meta: file.meta(), report: Report::default(), seen: BTreeSet::new() }
-    }
-
-    /// A recorded input.
-    #[track_caller]
-    pub fn input(&mut self, name: &str) -> &'a Tensor {
-        self.seen.insert(name.into());
-        self.file.tensor(name)
-    }
-
-    /// Whether `name` is recorded, whole or thinned.
-    pub fn has(&self, name: &str) -> bool {
-        self.file.find(name).is_some() || self.meta["sampled"][name].is_object()
-    }
-
-    /// Compares `[1, f, h, w, c]` with what is recorded as `name`, whole or thinned.
-    #[track_caller]
-    pub fn check(&mut self, name: &str, found: &Tensor) {
-        if let Some(expected) = self.file.find(name) {
-            self.seen.insert(name.into());
-            let values = channels_first(found, expected.ty.rank());
-            self.report.check(name, &values, &expected.to_f32(), LIMIT);
-            return;
-        }
-        let sampled = &self.meta["sampled"][name];
-        let size = |v: &Value| v.as_u64().expect("recorded sizes are numbers") as usize;
-        let shape: Vec<usize> =
-            sampled["shape"].as_array().expect("thinned tensors record a shape").iter().map(size).collect();
-        let values = channels_first(found, shape.len());
-        assert_eq!(values.len(), shape.iter().product::<usize>(), "{name}");
-        let thinned: Vec<f32> = values.iter().copied().step_by(size(&sampled["stride"])).collect();
-        let (sample, stats) = (format!("{name}.sample"), format!("{name}.stats"));
-        let (expected_sample, expected_stats) = (self.file.tensor(&sample), self.file.tensor(&stats).to_f32());
-        self.report.check(&sample, &thinned, &expected_sample.to_f32(), LIMIT);
-        for (i, (found, want)) in stats_of(&values).into_iter().zip(&expected_stats).enumerate() {
-            // Mean, minimum and maximum can be close to 0; the standard deviation is the scale of the values.
-            let scale = want.abs().max(expected_stats[1]) as f64;
-            let error = (found - *want as f64).abs() / scale;
-            self.report.note(error <= LIMIT, format!("{stats}[{i}]: {error:.2e} (limit {LIMIT:.0e})"));
-        }
-        self.seen.extend([sample, stats]);
-    }
-
-    /// Compares f32 values exactly.
-    pub fn check_exact(&mut self, name: &str, found: &[f32]) {
-        if let Some(expected) = self.file.find(name) {
-            self.seen.insert(name.into());
-            self.report.check_equal(name, found, &expected.to_f32());
-        }
-    }
-
-    /// Compares frames `[1, F, H, W, 3]` with recorded bytes (F, H, W, 3).
-    #[track_caller]
-    fn check_bytes(&mut self, name: &str, frames: &Tensor) {
-        let expected = self.input(name).ints();
-        let byte = |x: &f64| (((*x as f32 + 1.0) * 0.5).clamp(0.0, 1.0) * 255.0) as i64;
-        let differences: Vec<i64> =
-            frames.floats().iter().map(byte).zip(expected).map(|(a, b)| (a - b).abs()).collect();
-        let most = differences.iter().max().copied().unwrap_or(0);
-        let share = differences.iter().filter(|&&d| d > 0).count() as f64 / expected.len() as f64;
-        let ok = differences.len() == expected.len() && most <= 1 && share <= 0.02;
-        self.report.note(ok, format!("{name}: at most {most} in {:.3} % of the values", 100.0 * share));
-    }
-
-    /// Leaves out a tensor that does not describe our behaviour.
-    fn skip(&mut self, name: &str, why: &str) {
-        if self.file.find(name).is_some() {
-            println!("skip {name}: {why}");
-            self.seen.insert(name.into());
-        }
-    }
-
-    /// Ends the test; a tensor that nobody looked at is a failure.
-    #[track_caller]
-    pub fn finish(mut self) {
-        for (name, _) in self.file.iter() {
-            if !self.seen.contains(name) {
-                self.report.note(false, format!("{name}: was not compared"));
-            }
-        }
-        self.report.finish();
-    }
-}
-
-/// Mean, standard deviation (unbiased), minimum, maximum, L2 norm and sum of magnitudes.
-fn stats_of(values: &[f32]) -> [f64; 6] {
-    let n = values.len() as f64;
-    let v = || values.iter().map(|&x| x as f64);
-    let mean = v().sum::<f64>() / n;
-    let std = (v().map(|x| (x - mean).powi(2)).sum::<f64>() / (n - 1.0)).sqrt();
-    let (min, max) = (v().fold(f64::INFINITY, f64::min), v().fold(f64::NEG_INFINITY, f64::max));
-    [mean, std, min, max, v().map(|x| x * x).sum::<f64>().sqrt(), v().map(f64::abs).sum()]
+/// Compares frames `[1, F, H, W, 3]` with recorded bytes (F, H, W, 3).
+#[track_caller]
+fn check_frames(recorded: &mut Recorded, name: &str, frames: &Tensor) {
+    let byte = |x: &f64| (((*x as f32 + 1.0) * 0.5).clamp(0.0, 1.0) * 255.0) as i64;
+    let bytes: Vec<i64> = frames.floats().iter().map(byte).collect();
+    recorded.check_bytes(name, &bytes, BYTE_LIMIT);
 }
 
 /// Elements of `[1, f, h, w, c]` in the order of (1, c, f, h, w), or of (f, c, h, w) if the recorded rank is 4.
@@ -209,30 +123,30 @@ pub fn checked(module: Module) -> Module {
 }
 
 /// Compares the named values of a run: `enc.down3` is `vae.encoder.down_blocks.3`.
-fn check_inner(parity: &mut Parity<'_>, run: &Run, half: &str, module: &str, blocks: (&str, &str)) {
+fn check_inner(recorded: &mut Recorded, run: &Run, half: &str, module: &str, blocks: (&str, &str)) {
     for (tap, value) in &run.taps {
         let Some(name) = tap.strip_prefix(&format!("vae.{module}.")) else { continue };
-        let recorded = match name.strip_prefix(&format!("{}.", blocks.1)) {
+        let recorded_name = match name.strip_prefix(&format!("{}.", blocks.1)) {
             Some(index) if index.contains('.') => continue,
             Some(index) => format!("{half}.{}{index}", blocks.0),
             None if name == "conv_in" || name == "conv_out" => format!("{half}.{name}"),
             None => continue,
         };
-        parity.check(&recorded, value);
+        check_video(recorded, &recorded_name, value);
     }
 }
 
-fn check_encoder(parity: &mut Parity<'_>, vae: &Checkpoint) {
-    let video = channels_last(parity.input("enc.input_uint8"));
+fn check_encoder(recorded: &mut Recorded, vae: &Checkpoint) {
+    let video = channels_last(&recorded.input("enc.input_uint8"));
     let run = vae.encode(&video);
-    check_inner(parity, &run, "enc", "encoder", ("down", "down_blocks"));
-    parity.check("enc.latent", &run.results["latent"]);
-    parity.check("enc_image.latent", &vae.encode(&frames(&video, 0..1)).results["latent"]);
-    if parity.file.find("enc_cropped.latent").is_some() {
+    check_inner(recorded, &run, "enc", "encoder", ("down", "down_blocks"));
+    check_video(recorded, "enc.latent", &run.results["latent"]);
+    check_video(recorded, "enc_image.latent", &vae.encode(&frames(&video, 0..1)).results["latent"]);
+    if recorded.has("enc_cropped.latent") {
         // Nine frames and the last three again; longer recordings are cropped as they are.
         let f = video.ty.shape[1];
         let longer = if f == 9 { concat_frames(&video, &frames(&video, f - 3..f)) } else { video.clone() };
-        parity.check("enc_cropped.latent", &vae.encode(&longer).results["latent"]);
+        check_video(recorded, "enc_cropped.latent", &vae.encode(&longer).results["latent"]);
     }
 }
 
@@ -242,31 +156,30 @@ fn concat_frames(a: &Tensor, b: &Tensor) -> Tensor {
     Tensor::f32(&shape, &[a.to_f32(), b.to_f32()].concat())
 }
 
-fn check_decoder(parity: &mut Parity<'_>, vae: &Checkpoint) {
-    let latent = channels_last(parity.input("dec.latent"));
+fn check_decoder(recorded: &mut Recorded, vae: &Checkpoint) {
+    let latent = channels_last(&recorded.input("dec.latent"));
     let run = vae.decode(std::slice::from_ref(&latent));
-    check_inner(parity, &run, "dec", "decoder", ("up", "up_blocks"));
-    parity.check("dec.output", &run.results["frames"]);
-    parity.check_bytes("dec.uint8", &run.results["frames"]);
-    let one = channels_last(parity.input("dec_one.latent"));
-    parity.check("dec_one.output", &vae.decode(&[one]).results["frames"]);
+    check_inner(recorded, &run, "dec", "decoder", ("up", "up_blocks"));
+    check_video(recorded, "dec.output", &run.results["frames"]);
+    check_frames(recorded, "dec.uint8", &run.results["frames"]);
+    let one = channels_last(&recorded.input("dec_one.latent"));
+    check_video(recorded, "dec_one.output", &vae.decode(&[one]).results["frames"]);
 }
 
 /// A whole file `<model>/video_vae`.
 fn check_file(name: &str, checkpoint: &str) {
-    let file = required(name);
-    let (mut parity, vae) = (Parity::new(&file), Checkpoint::read(checkpoint));
-    check_encoder(&mut parity, &vae);
-    check_decoder(&mut parity, &vae);
-    if file.find("tiled.latent").is_some() {
-        tiling::check_tiled_decodes(&mut parity, &vae);
+    let (mut recorded, vae) = (Recorded::required(name), Checkpoint::read(checkpoint));
+    check_encoder(&mut recorded, &vae);
+    check_decoder(&mut recorded, &vae);
+    if recorded.has("tiled.latent") {
+        tiling::check_tiled_decodes(&mut recorded, &vae);
     }
-    if file.find("tiled_encode.input_uint8").is_some() {
-        let video = channels_last(parity.input("tiled_encode.input_uint8"));
-        parity.check("tiled_encode.full_latent", &vae.encode(&video).results["latent"]);
-        parity.skip("tiled_encode.latent", "release 1.0.0; `video_vae_tiling` replaces it");
+    if recorded.has("tiled_encode.input_uint8") {
+        let video = channels_last(&recorded.input("tiled_encode.input_uint8"));
+        check_video(&mut recorded, "tiled_encode.full_latent", &vae.encode(&video).results["latent"]);
+        recorded.skip(&["tiled_encode.latent"], "release 1.0.0; `video_vae_tiling` replaces it");
     }
-    parity.finish();
+    recorded.finish();
 }
 
 #[test]
@@ -292,39 +205,43 @@ fn ltx25_conv_video_vae() {
 /// Every block that released models do not have, with a timestep and injected noise.
 #[test]
 fn ltx2_video_vae_alt() {
-    let file = required("ltx2/video_vae_alt");
-    let (mut parity, vae) = (Parity::new(&file), Checkpoint::read("tiny-ltx2/vae-alt-tiny.safetensors"));
-    check_encoder(&mut parity, &vae);
+    let vae = Checkpoint::read("tiny-ltx2/vae-alt-tiny.safetensors");
+    let mut recorded = Recorded::required("ltx2/video_vae_alt");
+    check_encoder(&mut recorded, &vae);
 
-    let latent = channels_last(parity.input("dec.latent"));
-    let noise = channels_last(parity.input("dec.noise0"));
+    let latent = channels_last(&recorded.input("dec.latent"));
+    let noise = channels_last(&recorded.input("dec.noise0"));
     let planes = video_vae::noise_planes(&vae.config, [latent.ty.shape[2], latent.ty.shape[3]]);
-    let planes: Vec<Tensor> = (1..=planes.len()).map(|i| parity.input(&format!("dec.noise{i}")).clone()).collect();
+    let planes: Vec<Tensor> = (1..=planes.len()).map(|i| recorded.input(&format!("dec.noise{i}"))).collect();
     let args = |timestep: f32| {
         let mut args = vec![latent.clone(), noise.clone(), Tensor::f32(&[1], &[timestep])];
         args.extend(planes.iter().cloned());
         args
     };
-    let recorded = |key: &str| parity.meta["timestep_conditioning"][key].as_f64().expect("it is recorded") as f32;
-    let (default, other) = (recorded("decode_timestep_default"), recorded("dec_t0"));
+    let timesteps = recorded.meta()["timestep_conditioning"].clone();
+    let timestep = |key: &str| timesteps[key].as_f64().expect("it is recorded") as f32;
+    let (default, other) = (timestep("decode_timestep_default"), timestep("dec_t0"));
     assert_eq!(default, DECODE_TIMESTEP);
     let run = vae.decode(&args(default));
-    check_inner(&mut parity, &run, "dec", "decoder", ("up", "up_blocks"));
-    parity.check("dec.output", &run.results["frames"]);
-    parity.check_bytes("dec.uint8", &run.results["frames"]);
-    parity.check("dec_t0.output", &vae.decode(&args(other)).results["frames"]);
-    parity.finish();
+    check_inner(&mut recorded, &run, "dec", "decoder", ("up", "up_blocks"));
+    check_video(&mut recorded, "dec.output", &run.results["frames"]);
+    check_frames(&mut recorded, "dec.uint8", &run.results["frames"]);
+    check_video(&mut recorded, "dec_t0.output", &vae.decode(&args(other)).results["frames"]);
+    recorded.finish();
 }
 
 /// The same values stored as f32 give the same frames.
 #[test]
 fn f32_weights_give_the_same_frames() {
-    let file = required("ltx2/video_vae");
-    let mut parity = Parity::new(&file);
-    let vae = Checkpoint::read("tiny-ltx2/ltx-2-tiny-f32.safetensors");
-    let latent = channels_last(parity.input("dec.latent"));
-    parity.check("dec.output", &vae.decode(&[latent]).results["frames"]);
-    parity.report.finish();
+    const FILE: &str = "tiny-ltx2/ltx-2-tiny-f32.safetensors";
+    if !root().join(FILE).exists() {
+        println!("{FILE}: absent");
+        return;
+    }
+    let (mut recorded, vae) = (Recorded::required("ltx2/video_vae"), Checkpoint::read(FILE));
+    let latent = channels_last(&recorded.input("dec.latent"));
+    check_video(&mut recorded, "dec.output", &vae.decode(&[latent]).results["frames"]);
+    recorded.finish_part();
 }
 
 /// Values without structure, from a written seed.

@@ -6,11 +6,12 @@ use ltxc_ir::Module;
 use ltxc_ir::eval::Tensor;
 use ltxc_ir::tiling::{Axis, AxisTiling, TilePlan, Tiling};
 use ltxc_tests::compare::Report;
-use ltxc_tests::fixtures::{required, root};
+use ltxc_tests::fixtures::root;
 use ltxc_tests::harness::evaluate;
+use ltxc_tests::recorded::Recorded;
 use serde_json::Value;
 
-use super::{Checkpoint, Parity, channels_last, grid_of};
+use super::{Checkpoint, channels_last, check_video, grid_of};
 
 /// What `config=` of a tiled case says.
 fn tiling_of(text: &str, latent: [usize; 3], factors: [usize; 3]) -> Tiling {
@@ -33,25 +34,28 @@ fn tiling_of(text: &str, latent: [usize; 3], factors: [usize; 3]) -> Tiling {
 }
 
 /// Where a tile starts and ends, as JSON records it; `null` stands for the end of the axis.
-fn check_ranges(parity: &mut Parity<'_>, name: &str, found: [(usize, usize); 3], recorded: &Value) {
+fn check_ranges(recorded: &mut Recorded, name: &str, found: [(usize, usize); 3], ranges: &Value) {
     for (i, (start, end)) in found.into_iter().enumerate() {
-        let (from, to) = (&recorded[i][0], &recorded[i][1]);
+        let (from, to) = (&ranges[i][0], &ranges[i][1]);
         let ok = *from == start && (to.is_null() || *to == end);
-        parity.report.note(ok, format!("{name}[{i}]: {start}..{end}, expected {from}..{to}"));
+        recorded.note(ok, format!("{name}[{i}]: {start}..{end}, expected {from}..{to}"), &[]);
     }
 }
 
 /// Compares the tiles of one recorded case, and their masks on the side that is written.
-fn check_tiles(parity: &mut Parity<'_>, case: &str, recorded: &Value, plan: &TilePlan, decodes: bool) {
-    let tiles = recorded["tiles"].as_array().expect("tiled cases record their tiles");
-    parity.report.check_equal(&format!("{case}: tiles"), &[plan.len()], &[tiles.len()]);
-    for (i, (tile, recorded)) in plan.tiles().zip(tiles).enumerate() {
+fn check_tiles(recorded: &mut Recorded, case: &str, meta: &Value, plan: &TilePlan, decodes: bool) {
+    let tiles = meta["tiles"].as_array().expect("tiled cases record their tiles");
+    recorded.check_other(&format!("{case}: tiles"), &[plan.len()], &[tiles.len()]);
+    for (i, (tile, meta)) in plan.tiles().zip(tiles).enumerate() {
         let (latents, pixels) = (tile, plan.pixels(tile));
         let (read, written) = if decodes { (latents, pixels) } else { (pixels, latents) };
-        check_ranges(parity, &format!("{case}.{i}.in"), read.map(|t| (t.start, t.end)), &recorded["in"]);
-        check_ranges(parity, &format!("{case}.{i}.out"), written.map(|t| (t.start, t.end)), &recorded["out"]);
+        check_ranges(recorded, &format!("{case}.{i}.in"), read.map(|t| (t.start, t.end)), &meta["in"]);
+        check_ranges(recorded, &format!("{case}.{i}.out"), written.map(|t| (t.start, t.end)), &meta["out"]);
         for (axis, letter, t) in [(0, 't', written[0]), (1, 'h', written[1]), (2, 'w', written[2])] {
-            parity.check_exact(&format!("{case}.mask_{letter}.{i}"), &t.mask(Axis::ALL[axis]));
+            let name = format!("{case}.mask_{letter}.{i}");
+            if recorded.has(&name) {
+                recorded.check_exact(&name, &t.mask(Axis::ALL[axis]));
+            }
         }
     }
 }
@@ -103,8 +107,8 @@ fn blend(
 }
 
 /// Every case below `meta.tiled`.
-pub fn check_tiled_decodes(parity: &mut Parity<'_>, vae: &Checkpoint) {
-    let latent = channels_last(parity.input("tiled.latent"));
+pub fn check_tiled_decodes(recorded: &mut Recorded, vae: &Checkpoint) {
+    let latent = channels_last(&recorded.input("tiled.latent"));
     let (grid, factors) = (grid_of(&latent), vae.config.factors());
     let shape = [1, factors[0] * (grid[0] - 1) + 1, factors[1] * grid[1], factors[2] * grid[2], 3];
     let mut decoders: BTreeMap<[usize; 3], Module> = BTreeMap::new();
@@ -113,53 +117,53 @@ pub fn check_tiled_decodes(parity: &mut Parity<'_>, vae: &Checkpoint) {
         let mut run = evaluate(module, "decode", std::slice::from_ref(part), &[("model", &vae.file)]);
         run.results.remove("frames").expect("`decode` gives frames")
     };
-    let cases = parity.meta["tiled"].as_object().expect("tiled cases are recorded").clone();
-    for (name, recorded) in &cases {
-        let text = recorded["config"].as_str().expect("a case records its config");
+    let cases = recorded.meta()["tiled"].as_object().expect("tiled cases are recorded").clone();
+    for (name, meta) in &cases {
+        let text = meta["config"].as_str().expect("a case records its config");
         let plan =
             TilePlan::decode(grid, factors, &tiling_of(text, grid, factors)).expect("recorded tilings are valid");
         let case = format!("tiled.{name}");
-        check_tiles(parity, &case, recorded, &plan, true);
+        check_tiles(recorded, &case, meta, &plan, true);
         let chunks: Vec<Value> = plan.chunks().iter().map(|c| c.len().into()).collect();
-        let expected = recorded["chunks_frames"].as_array().expect("a case records its chunks");
-        parity.report.check_equal(&format!("{case}: chunks"), &chunks, expected);
+        let expected = meta["chunks_frames"].as_array().expect("a case records its chunks");
+        recorded.check_other(&format!("{case}: chunks"), &chunks, expected);
         let blended = blend(&plan, &latent, &shape, true, &mut decode);
-        parity.check(&format!("{case}.output"), &blended);
+        check_video(recorded, &format!("{case}.output"), &blended);
     }
-    if parity.meta["sampled"]["tiled.full.output"].is_object() {
-        parity.check("tiled.full.output", &decode(&latent));
+    if recorded.has("tiled.full.output.sample") {
+        check_video(recorded, "tiled.full.output", &decode(&latent));
     }
 }
 
-fn check_tiled_encode(parity: &mut Parity<'_>, vae: &Checkpoint) {
-    let video = channels_last(parity.input("tiled_encode.input_uint8"));
+fn check_tiled_encode(recorded: &mut Recorded, vae: &Checkpoint) {
+    let video = channels_last(&recorded.input("tiled_encode.input_uint8"));
     let whole = &vae.encode(&video).results["latent"];
-    parity.check("tiled_encode.untiled_latent", whole);
-    let recorded = parity.meta["tiled_encode"].clone();
+    check_video(recorded, "tiled_encode.untiled_latent", whole);
+    let meta = recorded.meta()["tiled_encode"].clone();
     let factors = vae.config.factors();
-    let tiling = tiling_of(recorded["config"].as_str().expect("it records its config"), grid_of(whole), factors);
+    let tiling = tiling_of(meta["config"].as_str().expect("it records its config"), grid_of(whole), factors);
     let plan = TilePlan::encode(grid_of(whole), factors, &tiling).expect("recorded tilings are valid");
-    check_tiles(parity, "tiled_encode", &recorded, &plan, false);
+    check_tiles(recorded, "tiled_encode", &meta, &plan, false);
     let shape = whole.ty.shape[..].try_into().expect("latents have rank 5");
     let blended = blend(&plan, &video, &shape, false, |part| vae.encode(part).results["latent"].clone());
-    parity.check("tiled_encode.latent", &blended);
+    check_video(recorded, "tiled_encode.latent", &blended);
 }
 
 #[test]
 fn ltx2_tiling() {
-    let file = required("ltx2/video_vae_tiling");
-    let (mut parity, vae) = (Parity::new(&file), Checkpoint::read("tiny-ltx2/ltx-2-tiny.safetensors"));
-    check_tiled_decodes(&mut parity, &vae);
-    check_tiled_encode(&mut parity, &vae);
-    parity.finish();
+    let vae = Checkpoint::read("tiny-ltx2/ltx-2-tiny.safetensors");
+    let mut recorded = Recorded::required("ltx2/video_vae_tiling");
+    check_tiled_decodes(&mut recorded, &vae);
+    check_tiled_encode(&mut recorded, &vae);
+    recorded.finish();
 }
 
 #[test]
 fn ltx23_tiling() {
-    let file = required("ltx23/video_vae_tiling");
-    let (mut parity, vae) = (Parity::new(&file), Checkpoint::read("tiny-ltx23/ltx-2.3-tiny.safetensors"));
-    check_tiled_decodes(&mut parity, &vae);
-    parity.finish();
+    let vae = Checkpoint::read("tiny-ltx23/ltx-2.3-tiny.safetensors");
+    let mut recorded = Recorded::required("ltx23/video_vae_tiling");
+    check_tiled_decodes(&mut recorded, &vae);
+    recorded.finish();
 }
 
 /// Tiles at real sizes, as pipelines choose them and by default.
