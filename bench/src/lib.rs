@@ -14,6 +14,7 @@ pub mod chart;
 pub mod compile;
 pub mod e2e;
 pub mod gemm;
+pub mod image_crf;
 pub mod machine;
 pub mod measure;
 pub mod memory;

@@ -8,7 +8,7 @@ use ltxc_bench::block::{self, Findings};
 use ltxc_bench::machine::{Machine, today};
 use ltxc_bench::report::Report;
 use ltxc_bench::worker::Python;
-use ltxc_bench::{chart, compile, e2e, gemm, memory, process, text, vae};
+use ltxc_bench::{chart, compile, e2e, gemm, image_crf, memory, process, text, vae};
 use ltxc_models::synth::{Preset, SynthModel, synth};
 
 /// Benchmarks of ltxc.
@@ -92,6 +92,11 @@ enum Benchmark {
     Memory,
     /// The text encoder by number of tokens.
     Text,
+    /// Quality of the embedded H.264 encoder, against libx264 in ffmpeg.
+    ImageCrf {
+        /// Images to measure beside the synthetic ones.
+        images: Vec<PathBuf>,
+    },
     /// Draws the saved results of a date.
     Chart,
 }
@@ -191,6 +196,7 @@ fn measure(
         }
         Benchmark::Memory => ("memory".into(), "measured", memory::run(scratch, &process::ltxc_binary()?, threads)?),
         Benchmark::Text => ("text".into(), "1024 tokens", text::run(rounds, scratch)?),
+        Benchmark::ImageCrf { images } => ("image-crf".into(), "libx264", image_crf::run(images, scratch)?),
         Benchmark::Chart => anyhow::bail!("a chart is drawn from results, it is not measured"),
     })
 }

@@ -34,6 +34,14 @@ impl ModelError {
         ModelError::Config { path: path.into(), problem: problem.into() }
     }
 
+    /// A [`ModelError::Config`] with all of `problems`, if there are any.
+    pub(crate) fn unless_empty(path: &str, problems: Vec<String>) -> Result<(), ModelError> {
+        if problems.is_empty() {
+            return Ok(());
+        }
+        Err(ModelError::config(path, format!("{} problem(s):{}", problems.len(), Listed(problems))))
+    }
+
     /// Turns an I/O error into a [`ModelError::Io`], for `map_err`.
     pub fn io(path: &Path, doing: &'static str) -> impl FnOnce(std::io::Error) -> ModelError {
         move |source| ModelError::Io { path: path.into(), doing, source }

@@ -10,6 +10,8 @@
 pub mod audio;
 pub mod checkpoint;
 mod error;
+mod fields;
+mod functions;
 pub mod synth;
 pub mod text;
 pub mod transformer;
@@ -18,4 +20,5 @@ pub mod video_vae;
 mod weights;
 
 pub use error::ModelError;
+pub use functions::{Block, Functions};
 pub use weights::{Listed, TensorDirectory, Weights};

@@ -17,10 +17,9 @@ use ltxc_ir::ops::Conv;
 use ltxc_ir::{Builder, DType, Module, Rate, TensorType, ValueId};
 use serde_json::Value;
 
-use crate::video_vae::fields::Fields;
+use crate::fields::Fields;
 use crate::video_vae::layers::{Statistics, Video, depth_to_space, drop_first_frame, vae_weights};
-use crate::video_vae::shared::SharedFunctions;
-use crate::{ModelError, Weights};
+use crate::{Block, Functions, ModelError, Weights};
 
 /// Epsilon of every group norm.
 const NORM_EPS: f64 = 1e-5; // torch.nn.GroupNorm
@@ -83,16 +82,13 @@ impl UpsamplerConfig {
         let fields = Fields::new("upsampler", config);
         if let Some(class) = fields.value("_class_name").filter(|c| *c != "LatentUpsampler") {
             let problem = format!("`_class_name` is `{class}`, expected `LatentUpsampler`");
-            return Err(ModelError::Config { path: "upsampler".into(), problem });
+            return Err(ModelError::config("upsampler", problem));
         }
-        let is_per_frame = match fields.size("dims", 3) {
-            3 => false,
-            2 => true,
-            other => {
-                fields.problem(format!("`dims` is {other}, expected 2 or 3"));
-                false
-            }
-        };
+        let dims = fields.size("dims", 3);
+        if ![2, 3].contains(&dims) {
+            fields.problem_at("dims", format!("is `{dims}`, expected 2 or 3"));
+        }
+        let is_per_frame = dims == 2;
         let (space, time) = (fields.bool("spatial_upsample", true), fields.bool("temporal_upsample", false));
         let enlarge = match (space, time) {
             (true, true) => Enlarge::SpaceAndTime,
@@ -111,15 +107,15 @@ impl UpsamplerConfig {
         let config = UpsamplerConfig {
             in_channels: fields.size("in_channels", 128),
             mid_channels: fields.size("mid_channels", 512),
-            blocks_per_stage: fields.size("num_blocks_per_stage", 4),
+            blocks_per_stage: fields.size_within("num_blocks_per_stage", 4, MOST_BLOCKS),
             is_per_frame,
             enlarge,
         };
         if !config.mid_channels.is_multiple_of(NORM_GROUPS) {
-            fields.problem(format!("`mid_channels` is {}, expected a multiple of {NORM_GROUPS}", config.mid_channels));
-        }
-        if config.blocks_per_stage > MOST_BLOCKS {
-            fields.problem(format!("`num_blocks_per_stage` is {}, at most {MOST_BLOCKS}", config.blocks_per_stage));
+            fields.problem_at(
+                "mid_channels",
+                format!("is `{}`, expected a multiple of {NORM_GROUPS}", config.mid_channels),
+            );
         }
         fields.finish(config)
     }
@@ -143,9 +139,9 @@ fn read_ratio(fields: &Fields<'_>) -> [usize; 2] {
     if !fields.bool("rational_resampler", false) {
         return [2, 1];
     }
-    let scale = fields.number("spatial_scale", 2.0);
+    let scale = fields.positive("spatial_scale", 2.0);
     RATIOS.iter().find(|(s, _)| *s == scale).map(|(_, ratio)| *ratio).unwrap_or_else(|| {
-        fields.problem(format!("`spatial_scale` is {scale}, expected one of 0.75, 1.5, 2 and 4"));
+        fields.problem_at("spatial_scale", format!("is `{scale}`, expected one of 0.75, 1.5, 2 and 4"));
         [2, 1]
     })
 }
@@ -169,7 +165,7 @@ pub fn upsample(
     let [f, h, w] = grid;
     if grid.iter().any(|n| !(1..=MOST_LATENTS).contains(n)) {
         let problem = format!("{f}×{h}×{w} latents cannot be upsampled, expected 1..={MOST_LATENTS} of each");
-        return Err(ModelError::Config { path: "upsampler".into(), problem });
+        return Err(ModelError::config("upsampler", problem));
     }
     let b = Builder::new("upsample");
     let c = config.in_channels;
@@ -177,14 +173,12 @@ pub fn upsample(
     let statistics = Statistics::new(&b, &vae_weights(model), c, dtype);
     let input = b.name("upsampler.input", statistics.unnormalise(&b, b.cast(latent, dtype)));
     let net = Net { b: &b, weights: upsampler, config };
-    let shared = SharedFunctions::new("res_block");
-    let output = b.scope("upsampler", || net.run(&shared, Video { value: input, f, h, w, c }));
+    let functions = Functions::default();
+    let output = b.scope("upsampler", || net.run(&functions, Video { value: input, f, h, w, c }));
     b.result("latent", b.cast(statistics.normalise(&b, output.value), DType::F32));
-    let mut functions = shared.finish()?;
     upsampler.finish()?;
     model.finish()?;
-    functions.push(b.finish()?);
-    Ok(Module { functions, entries: vec!["upsample".into()] })
+    Ok(functions.into_module(b.finish()?)?)
 }
 
 /// Writes the network, or one residual block of it.
@@ -196,10 +190,10 @@ struct Net<'a, 'w> {
 
 impl Net<'_, '_> {
     /// Un-normalised latent to un-normalised latent.
-    fn run(&self, shared: &SharedFunctions, z: Video) -> Video {
+    fn run(&self, functions: &Functions, z: Video) -> Video {
         let UpsamplerConfig { in_channels, mid_channels, blocks_per_stage, .. } = *self.config;
         let stage = |key: &str, x: Video| {
-            (0..blocks_per_stage).fold(x, |x, i| self.res_block(shared, &format!("{key}.{i}"), x))
+            (0..blocks_per_stage).fold(x, |x, i| self.res_block(functions, &format!("{key}.{i}"), x))
         };
         let x = self.conv("initial_conv", z, mid_channels);
         let x = stage("res_blocks", self.silu(self.norm("initial_norm", x)));
@@ -208,8 +202,9 @@ impl Net<'_, '_> {
     }
 
     /// `silu(norm2(conv2(silu(norm1(conv1(x))))) + x)`.
-    fn res_block(&self, shared: &SharedFunctions, key: &str, x: Video) -> Video {
-        x.with(shared.call(self.b, self.weights, key, &[("x", x.value)], |b, weights, params| {
+    fn res_block(&self, functions: &Functions, key: &str, x: Video) -> Video {
+        let block = Block::at("res_block", key);
+        x.with(functions.call_one(self.b, self.weights, block, &[("x", x.value)], |b, weights, params| {
             let (net, x) = (Net { b, weights, config: self.config }, x.with(params[0]));
             let y = net.silu(net.norm("norm1", net.conv("conv1", x, x.c)));
             let y = net.norm("norm2", net.conv("conv2", y, x.c));
@@ -333,9 +328,7 @@ mod tests {
         let config = json!({"dims": 4, "spatial_upsample": false, "mid_channels": 48, "in_channels": 0,
             "rational_resampler": true, "spatial_scale": 3.0, "num_blocks_per_stage": 1000});
         let error = UpsamplerConfig::from_json(&config).unwrap_err().to_string();
-        for part in
-            ["6 problem(s)", "dims", "both false", "mid_channels", "in_channels", "spatial_scale", "at most 256"]
-        {
+        for part in ["6 problem(s)", "dims", "both false", "mid_channels", "in_channels", "spatial_scale", "1..=256"] {
             assert!(error.contains(part), "{part}: {error}");
         }
         let config = json!({"dims": 2, "temporal_upsample": true});

@@ -13,19 +13,19 @@ pub trait TensorDirectory {
     fn tensor_type(&self, key: &str) -> Option<TensorType>;
 }
 
-/// Dtypes a builder accepts for a weight; quantised forms need a recipe of their own.
+/// Dtypes a builder accepts for a weight or an activation; quantised forms need a recipe of their own.
 const ACCEPTED: [DType; 3] = [DType::F32, DType::BF16, DType::F16];
 
-/// A view of the weights of one component, or of several repeated blocks of it at once.
+/// A view of the weights of one component, or of one of several blocks that share a function.
 ///
-/// A view with several prefixes is for a function that is called once per prefix: a request is checked under every
-/// prefix, and the emitted weight op has the key without it.
+/// For such a block, requests are checked under its full prefix, but the emitted weight op has the key without it: the
+/// call of the function adds the prefix.
 #[derive(Clone)]
 pub struct Weights<'a> {
     directory: &'a dyn TensorDirectory,
     source: String,
-    /// Full prefixes at which every request is checked.
-    checked: Vec<String>,
+    /// Full prefix at which every request is checked.
+    checked: String,
     /// What is put in front of the key in the emitted op.
     emitted: String,
     problems: Rc<RefCell<Vec<String>>>,
@@ -37,7 +37,7 @@ impl<'a> Weights<'a> {
         Weights {
             directory,
             source: source.into(),
-            checked: vec![String::new()],
+            checked: String::new(),
             emitted: String::new(),
             problems: Rc::default(),
         }
@@ -46,17 +46,15 @@ impl<'a> Weights<'a> {
     /// The weights below `prefix`.
     pub fn below(&self, prefix: &str) -> Weights<'a> {
         Weights {
-            checked: self.checked.iter().map(|p| format!("{p}{prefix}")).collect(),
+            checked: format!("{}{prefix}", self.checked),
             emitted: format!("{}{prefix}", self.emitted),
             ..self.clone()
         }
     }
 
-    /// The weights of a function that is called with each of `prefixes` (relative to this view; the calls pass
-    /// [`Weights::call_prefix`] of them).
-    pub fn repeated(&self, prefixes: &[String]) -> Weights<'a> {
-        let checked = self.checked.iter().flat_map(|c| prefixes.iter().map(move |p| format!("{c}{p}"))).collect();
-        Weights { checked, emitted: String::new(), ..self.clone() }
+    /// The weights below `prefix` for a function that is called with [`Weights::call_prefix`] of it.
+    pub fn repeated(&self, prefix: &str) -> Weights<'a> {
+        Weights { checked: format!("{}{prefix}", self.checked), emitted: String::new(), ..self.clone() }
     }
 
     /// The prefix a `call` must carry for a function built from [`Weights::repeated`] with `prefix`.
@@ -64,25 +62,19 @@ impl<'a> Weights<'a> {
         format!("{}{prefix}", self.emitted)
     }
 
-    /// Whether `key` exists (under every prefix of this view).
+    /// Whether `key` exists.
     pub fn has(&self, key: &str) -> bool {
-        self.checked.iter().all(|p| self.directory.tensor_type(&format!("{p}{key}")).is_some())
+        self.stored_type(key).is_some()
     }
 
-    /// Stored type of `key` (under the first prefix).
+    /// Stored type of `key`.
     pub fn stored_type(&self, key: &str) -> Option<TensorType> {
-        let prefix = self.checked.first()?;
-        self.directory.tensor_type(&format!("{prefix}{key}"))
+        self.directory.tensor_type(&format!("{}{key}", self.checked))
     }
 
-    /// Stored shape of `key` (under the first prefix).
+    /// Stored shape of `key`.
     pub fn shape(&self, key: &str) -> Option<Vec<usize>> {
         self.stored_type(key).map(|ty| ty.shape)
-    }
-
-    /// The same view with a problem list of its own, for building something that is thrown away.
-    pub fn unreported(&self) -> Weights<'a> {
-        Weights { problems: Rc::default(), ..self.clone() }
     }
 
     /// The weight `key`, which must have `shape`. A problem is recorded, and found by [`Weights::finish`].
@@ -96,27 +88,18 @@ impl<'a> Weights<'a> {
         self.has(key).then(|| self.get(b, key, shape))
     }
 
+    /// The stored type of `key`; an f32 tensor of `shape` if that does not fit.
     fn check(&self, key: &str, shape: &[usize]) -> TensorType {
-        let mut found: Option<TensorType> = None;
-        for prefix in &self.checked {
-            let full = format!("{prefix}{key}");
-            let Some(ty) = self.directory.tensor_type(&full) else {
-                self.problem(format!("`{full}` is missing, expected {shape:?}"));
-                continue;
-            };
-            if ty.shape != shape {
-                self.problem(format!("`{full}` is {ty}, expected shape {shape:?}"));
-            } else if !ACCEPTED.contains(&ty.dtype) {
+        let full = format!("{}{key}", self.checked);
+        match self.directory.tensor_type(&full) {
+            None => self.problem(format!("`{full}` is missing, expected {shape:?}")),
+            Some(ty) if ty.shape != shape => self.problem(format!("`{full}` is {ty}, expected shape {shape:?}")),
+            Some(ty) if !ACCEPTED.contains(&ty.dtype) => {
                 self.problem(format!("`{full}` is {ty}, expected f32, bf16 or f16"));
-            } else if let Some(first) = &found {
-                if first.dtype != ty.dtype {
-                    self.problem(format!("`{full}` is {ty}, but the same weight of another block is {first}"));
-                }
-            } else {
-                found = Some(ty);
             }
+            Some(ty) => return ty,
         }
-        found.unwrap_or_else(|| TensorType::f32(shape))
+        TensorType::f32(shape)
     }
 
     /// Records a problem that is not about a single tensor.
@@ -135,6 +118,14 @@ impl<'a> Weights<'a> {
         }
         Err(crate::ModelError::Weights { source_name: self.source.clone(), problems: Listed(problems.clone()) })
     }
+}
+
+/// Fails unless activations may have the dtype `dtype`.
+pub(crate) fn check_compute_dtype(dtype: DType) -> Result<(), crate::ModelError> {
+    if ACCEPTED.contains(&dtype) {
+        return Ok(());
+    }
+    Err(crate::ModelError::config("dtype", format!("is {dtype}, activations are f32, bf16 or f16")))
 }
 
 /// Problems, printed one per line, 20 at most.

@@ -65,11 +65,6 @@ const AUDIO_TOKENS: usize = 6;
 const TEXT_BUCKET: usize = 8;
 const CONTEXT: usize = 1024;
 
-fn single(function: ltxc_ir::Function) -> Module {
-    let entries = vec![function.name.clone()];
-    Module { functions: vec![function], entries }
-}
-
 fn build(
     model: &Checkpoint,
     gemma: &GemmaFolder,
@@ -97,7 +92,7 @@ fn build(
         connect: text::connect(&text_config.connectors, &view(0), CONTEXT, DType::F32)?,
         step: transformer::build(&TransformerConfig::from_json(dit)?, &view(0), &spec, DType::F32)?,
         decode: video_vae::decode(&vae, &view(0), GRID, DType::F32)?,
-        decode_audio: single(audio::decode_audio(&audio_vae, &vocoder, &view(0), AUDIO_TOKENS, DType::F32)?),
+        decode_audio: audio::decode_audio(&audio_vae, &vocoder, &view(0), AUDIO_TOKENS, DType::F32)?,
         upsample: upsampler::upsample(&enlarge, &view(2), &view(0), GRID, DType::F32)?,
     })
 }

@@ -5,12 +5,12 @@
 //! - A level has one residual block more than in the encoder.
 //! - There is no final activation: the result is the logarithm that the vocoder takes.
 
-use ltxc_ir::{Builder, DType, Function, Rate, TensorType, ValueId};
+use ltxc_ir::{Builder, DType, Module, Rate, TensorType, ValueId};
 
 use super::encoder::statistics;
 use super::layers::{Layers, Spectrogram};
 use super::{AudioVaeConfig, check_frames};
-use crate::{ModelError, Weights};
+use crate::{Functions, ModelError, Weights};
 
 /// Builds the entry `decode`: `latent` f32 `[1, latents, z · bins]` → `mel` f32 `[1, 4 · latents − 3, mel_bins, 2]`.
 ///
@@ -26,14 +26,15 @@ pub fn decode(
     weights: &Weights<'_>,
     latents: usize,
     dtype: DType,
-) -> Result<Function, ModelError> {
+) -> Result<Module, ModelError> {
     check_frames("audio_vae", "latents", latents)?;
     let b = Builder::new("decode");
     let latent = b.param("latent", latent_type(config, latents), Rate::Step);
-    let mel = decode_mel(&b, config, weights, latent, latents, dtype);
+    let functions = Functions::default();
+    let mel = decode_mel(&b, &functions, config, weights, latent, dtype);
     b.result("mel", b.cast(mel.value, DType::F32));
     weights.finish()?;
-    Ok(b.finish()?)
+    Ok(functions.into_module(b.finish()?)?)
 }
 
 /// Type of the tokens that are decoded.
@@ -41,20 +42,22 @@ pub(super) fn latent_type(config: &AudioVaeConfig, latents: usize) -> TensorType
     TensorType::f32([1, latents, config.token_channels()])
 }
 
-/// The spectrogram of `latent`, in `dtype`.
+/// The spectrogram of `latent`, which has the type of [`latent_type`], in `dtype`.
 pub(super) fn decode_mel(
     b: &Builder,
+    functions: &Functions,
     config: &AudioVaeConfig,
     weights: &Weights<'_>,
     latent: ValueId,
-    latents: usize,
     dtype: DType,
 ) -> Spectrogram {
+    let latents = b.shape(latent)[1];
     let (mean, std) = statistics(b, weights, config);
     let tokens = b.add(b.mul(b.cast(latent, dtype), std), mean);
     let (c, m) = (config.z_channels, config.latent_bins());
     let value = b.transpose(b.reshape(tokens, &[1, latents, c, m]), &[0, 1, 3, 2]);
-    decoder(config, &Layers::new(b, weights, "audio_vae.decoder"), Spectrogram { value, t: latents, m, c })
+    let layers = Layers { b, functions, weights: weights.below("audio_vae.decoder.") };
+    b.scope("audio_vae.decoder", || decoder(config, &layers, Spectrogram { value, t: latents, m, c }))
 }
 
 fn decoder(config: &AudioVaeConfig, layers: &Layers, latent: Spectrogram) -> Spectrogram {

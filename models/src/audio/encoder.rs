@@ -4,11 +4,11 @@
 //! - Only the first `z` channels of `conv_out` are used: the means. The log-variances behind them are dropped.
 //! - A token's features are `channel · bins + bin`, and the statistics are indexed by these features.
 
-use ltxc_ir::{Builder, DType, Function, Rate, TensorType, ValueId};
+use ltxc_ir::{Builder, DType, Module, Rate, TensorType, ValueId};
 
 use super::layers::{Layers, Spectrogram};
 use super::{AudioVaeConfig, check_frames};
-use crate::{ModelError, Weights};
+use crate::{Functions, ModelError, Weights};
 
 /// Builds the entry `encode`: `mel` f32 `[1, frames, mel_bins, 2]` → `latent` f32 `[1, l, z · bins]`.
 ///
@@ -24,19 +24,21 @@ pub fn encode(
     weights: &Weights<'_>,
     frames: usize,
     dtype: DType,
-) -> Result<Function, ModelError> {
+) -> Result<Module, ModelError> {
     check_frames("audio_vae", "mel frames", frames)?;
     let b = Builder::new("encode");
     let ty = TensorType::f32([1, frames, config.mel_bins, config.in_channels]);
     let mel = b.param("mel", ty, Rate::Step);
     let x = Spectrogram { value: b.cast(mel, dtype), t: frames, m: config.mel_bins, c: config.in_channels };
-    let latent = encoder(config, &Layers::new(&b, weights, "audio_vae.encoder"), x);
+    let functions = Functions::default();
+    let layers = Layers { b: &b, functions: &functions, weights: weights.below("audio_vae.encoder.") };
+    let latent = b.scope("audio_vae.encoder", || encoder(config, &layers, x));
     let tokens = patchify(&b, latent);
     let (mean, std) = statistics(&b, weights, config);
     let normalised = b.name("audio_vae.latent", b.div(b.sub(tokens, mean), std));
     b.result("latent", b.cast(normalised, DType::F32));
     weights.finish()?;
-    Ok(b.finish()?)
+    Ok(functions.into_module(b.finish()?)?)
 }
 
 /// The means of the latent, not normalised.

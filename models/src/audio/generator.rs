@@ -1,7 +1,8 @@
 //! The convolutional generators: HiFi-GAN (LTX-2) and BigVGAN (LTX-2.3 and later, also for bandwidth extension).
 //!
 //! Both turn a log-mel spectrogram into a waveform: `conv_pre`, then stages of a transposed convolution and the mean of
-//! several residual blocks, then `conv_post`. Activations are `[1, t, c]`.
+//! several residual blocks, then `conv_post`. Activations are `[1, t, c]`. Residual blocks and anti-aliased activations
+//! are functions: a stage applies the same activation many times.
 //!
 //! # Easy to get wrong
 //! - The input channel is `stereo · mel_bins + mel`.
@@ -15,7 +16,7 @@ use ltxc_ir::{Builder, DType, ValueId};
 
 use super::layers::Spectrogram;
 use super::vocoder_config::{FinalActivation, GeneratorConfig, GeneratorKind};
-use crate::Weights;
+use crate::{Block, Functions, Weights};
 
 const SLOPE: f64 = 0.1; // ltx_core/model/audio_vae, LRELU_SLOPE
 const FINAL_SLOPE: f64 = 0.01; // default of torch's leaky_relu, which the reference calls without a slope
@@ -36,18 +37,18 @@ pub(super) struct Sequence {
     pub c: usize,
 }
 
-/// Writes one generator.
+/// One generator of a checkpoint.
 pub(super) struct Generator<'a> {
-    b: &'a Builder,
     config: &'a GeneratorConfig,
     weights: Weights<'a>,
-    prefix: String,
+    /// Key prefix without the dot, for example `vocoder.bwe_generator`; also the name path.
+    prefix: &'a str,
 }
 
 impl<'a> Generator<'a> {
-    /// The generator with the key prefix `prefix` (without the dot), for example `vocoder.bwe_generator`.
-    pub fn new(b: &'a Builder, config: &'a GeneratorConfig, weights: &Weights<'a>, prefix: &str) -> Generator<'a> {
-        Generator { b, config, weights: weights.below(&format!("{prefix}.")), prefix: prefix.into() }
+    /// The generator whose keys start with `prefix` and a dot.
+    pub fn new(config: &'a GeneratorConfig, weights: &Weights<'a>, prefix: &'a str) -> Generator<'a> {
+        Generator { config, weights: weights.below(&format!("{prefix}.")), prefix }
     }
 
     /// Mel bins per channel of the input: what the stored first convolution takes.
@@ -59,7 +60,22 @@ impl<'a> Generator<'a> {
     }
 
     /// The waveform `[1, n, 2]` of a log-mel spectrogram `[1, t, m, 2]`, in the dtype of `mel`.
-    pub fn waveform(&self, mel: Spectrogram) -> Sequence {
+    pub fn waveform(&self, b: &Builder, functions: &Functions, mel: Spectrogram) -> Sequence {
+        let layers = Layers { b, functions, config: self.config, weights: &self.weights };
+        b.scope(self.prefix, || layers.waveform(mel))
+    }
+}
+
+/// Writes a generator, or one block of it.
+struct Layers<'a> {
+    b: &'a Builder,
+    functions: &'a Functions,
+    config: &'a GeneratorConfig,
+    weights: &'a Weights<'a>,
+}
+
+impl Layers<'_> {
+    fn waveform(&self, mel: Spectrogram) -> Sequence {
         let (b, config) = (self.b, self.config);
         let features = mel.c * mel.m;
         let value = b.reshape(b.transpose(mel.value, &[0, 1, 3, 2]), &[1, mel.t, features]);
@@ -84,8 +100,24 @@ impl<'a> Generator<'a> {
         Sequence { value, ..y }
     }
 
+    /// Calls the block `key`, which keeps length and width.
+    fn block(
+        &self,
+        function: &str,
+        key: &str,
+        x: Sequence,
+        body: impl FnOnce(&Layers, Sequence) -> ValueId,
+    ) -> Sequence {
+        let (functions, config) = (self.functions, self.config);
+        let block = Block::at(function, key);
+        let value = functions.call_one(self.b, self.weights, block, &[("x", x.value)], |b, weights, params| {
+            body(&Layers { b, functions, config, weights }, Sequence { value: params[0], ..x })
+        });
+        Sequence { value, ..x }
+    }
+
     fn name(&self, key: &str, x: Sequence) -> Sequence {
-        self.b.name(&format!("{}.{key}", self.prefix), x.value);
+        self.b.name(key, x.value);
         x
     }
 
@@ -124,48 +156,55 @@ impl<'a> Generator<'a> {
         let b = self.b;
         let count = self.config.block_kernels.len();
         let dtype = b.ty(x.value).dtype;
-        let sum = (0..count).map(|j| b.cast(self.block(stage * count + j, j, x).value, DType::F32));
+        let sum = (0..count).map(|j| {
+            let key = format!("resblocks.{}", stage * count + j);
+            let y = self.block("vocoder_res_block", &key, x, |layers, x| layers.res_block(j, x));
+            b.cast(y.value, DType::F32)
+        });
         let value = sum.reduce(|a, y| b.add(a, y)).unwrap_or(x.value);
         Sequence { value: b.cast(b.div(value, b.scalar(count as f64)), dtype), ..x }
     }
 
-    /// Residual block `index` of the generator, of form `j`: `x += conv2(act(conv1(act(x))))` for every dilation.
-    fn block(&self, index: usize, j: usize, x: Sequence) -> Sequence {
+    /// A residual block of form `j`: `x += conv2(act(conv1(act(x))))` for every dilation.
+    fn res_block(&self, j: usize, x: Sequence) -> ValueId {
         let k = self.config.block_kernels[j];
-        let key = format!("resblocks.{index}");
-        let activate = |which: &str, m: usize, x: Sequence| match self.config.kind {
+        let activate = |key: String, x: Sequence| match self.config.kind {
             GeneratorKind::HifiGan => Sequence { value: self.b.leaky_relu(x.value, SLOPE), ..x },
-            GeneratorKind::BigVgan => self.snake(&format!("{key}.{which}.{m}"), x),
+            GeneratorKind::BigVgan => self.snake(&key, x),
         };
         let mut x = x;
         for (m, &dilation) in self.config.block_dilations[j].iter().enumerate() {
-            let h = self.conv(&format!("{key}.convs1.{m}"), activate("acts1", m, x), x.c, k, dilation);
-            let h = self.conv(&format!("{key}.convs2.{m}"), activate("acts2", m, h), x.c, k, 1);
+            let h = self.conv(&format!("convs1.{m}"), activate(format!("acts1.{m}"), x), x.c, k, dilation);
+            let h = self.conv(&format!("convs2.{m}"), activate(format!("acts2.{m}"), h), x.c, k, 1);
             x.value = self.b.add(x.value, h.value);
         }
-        self.name(&key, x)
+        x.value
+    }
+
+    /// The anti-aliased activation `key`.
+    fn snake(&self, key: &str, x: Sequence) -> Sequence {
+        self.block("vocoder_snake", key, x, |layers, x| layers.snake_body(x))
     }
 
     /// Anti-aliased SnakeBeta: twice the rate, `x + sin²(e^α x) / (e^β + 1e-9)`, and half the rate again.
-    fn snake(&self, key: &str, x: Sequence) -> Sequence {
+    fn snake_body(&self, x: Sequence) -> ValueId {
         let b = self.b;
-        let parameter = |name: &str| {
-            let logarithm = self.weights.get(b, &format!("{key}.act.{name}"), &[x.c]);
+        let parameter = |key: &str| {
+            let logarithm = self.weights.get(b, key, &[x.c]);
             b.unary(Unary::Exp, b.cast(logarithm, DType::F32))
         };
         // One filter for all channels: [1, 1, 12] → [12, 1, c].
-        let filter = |name: &str| {
-            let taps = self.weights.get(b, &format!("{key}.{name}"), &[1, 1, FILTER_TAPS]);
+        let filter = |key: &str| {
+            let taps = self.weights.get(b, key, &[1, 1, FILTER_TAPS]);
             b.broadcast(b.reshape(taps, &[FILTER_TAPS, 1, 1]), &[FILTER_TAPS, 1, x.c])
         };
         let padded = b.pad(x.value, &[0, 5, 0], &[0, 5, 0], PadMode::Edge);
         let op = ConvTranspose { stride: vec![2], dilation: vec![1], pad: vec![(15, 15)], groups: x.c };
         let up = b.mul_scalar(b.conv_transpose(op, padded, filter("upsample.filter")), 2.0);
-        self.name(&format!("{key}.upsample"), Sequence { value: up, t: 2 * x.t, c: x.c });
-        let bent = b.snake(up, parameter("alpha"), parameter("beta"));
+        b.name("upsample", up);
+        let bent = b.snake(up, parameter("act.alpha"), parameter("act.beta"));
         let padded = b.pad(bent, &[0, 5, 0], &[0, 6, 0], PadMode::Edge);
         let op = Conv { stride: vec![2], dilation: vec![1], pad: vec![(0, 0)], groups: x.c };
-        let value = b.conv(op, padded, filter("downsample.lowpass.filter"));
-        self.name(key, Sequence { value, ..x })
+        b.conv(op, padded, filter("downsample.lowpass.filter"))
     }
 }

@@ -1,6 +1,6 @@
 //! Layers that encoder and decoder of the audio VAE share: causal convolutions, residual and attention blocks.
 //!
-//! Activations are spectrograms `[b, t, m, c]`. Each layer names its result by the key prefix of its module.
+//! Activations are spectrograms `[b, t, m, c]`. Each layer names its result by the key of its module.
 //!
 //! # Easy to get wrong
 //! - A convolution pads time in front only, frequency on both sides, both with zeros.
@@ -10,7 +10,7 @@
 use ltxc_ir::ops::{Attention, Conv};
 use ltxc_ir::{Builder, Float, ValueId};
 
-use crate::Weights;
+use crate::{Block, Functions, Weights};
 
 /// Epsilon of every pixel norm of the audio VAE.
 pub(super) const NORM_EPS: f64 = 1e-6; // ltx_core/model/audio_vae, PixelNorm
@@ -28,25 +28,20 @@ pub(super) struct Spectrogram {
     pub c: usize,
 }
 
-/// Writes layers below one key prefix.
+/// Writes the layers of one module.
 pub(super) struct Layers<'a> {
     /// The function that is written.
     pub b: &'a Builder,
-    /// Weights below `prefix`.
-    weights: Weights<'a>,
-    /// Name path of the module, for example `audio_vae.decoder`.
-    prefix: String,
+    /// Those that it calls.
+    pub functions: &'a Functions,
+    /// Weights of the module.
+    pub weights: Weights<'a>,
 }
 
-impl<'a> Layers<'a> {
-    /// Layers of the module `prefix` of `weights`.
-    pub fn new(b: &'a Builder, weights: &Weights<'a>, prefix: &str) -> Layers<'a> {
-        Layers { b, weights: weights.below(&format!("{prefix}.")), prefix: prefix.into() }
-    }
-
+impl Layers<'_> {
     /// Gives the result of the module `key` its name.
     pub fn name(&self, key: &str, x: Spectrogram) -> Spectrogram {
-        self.b.name(&format!("{}.{key}", self.prefix), x.value);
+        self.b.name(key, x.value);
         x
     }
 
@@ -82,12 +77,19 @@ impl<'a> Layers<'a> {
         Spectrogram { value: self.b.silu(self.b.rms_norm(x.value, None, NORM_EPS)), ..x }
     }
 
-    /// `shortcut(x) + conv2(norm_silu(conv1(norm_silu(x))))` with `c` output channels.
+    /// Calls the residual block `key`: `shortcut(x) + conv2(norm_silu(conv1(norm_silu(x))))` with `c` output channels.
     pub fn residual_block(&self, key: &str, x: Spectrogram, c: usize) -> Spectrogram {
-        let h = self.causal_conv(&format!("{key}.conv1"), self.norm_silu(x), c, 3);
-        let h = self.causal_conv(&format!("{key}.conv2"), self.norm_silu(h), c, 3);
-        let skip = if c == x.c { x } else { self.causal_conv(&format!("{key}.nin_shortcut"), x, c, 1) };
-        self.name(key, Spectrogram { value: self.b.add(skip.value, h.value), ..h })
+        let functions = self.functions;
+        let block = Block::at("audio_res_block", key);
+        let value = functions.call_one(self.b, &self.weights, block, &[("x", x.value)], |b, weights, params| {
+            let layers = Layers { b, functions, weights: weights.clone() };
+            let x = Spectrogram { value: params[0], ..x };
+            let h = layers.causal_conv("conv1", layers.norm_silu(x), c, 3);
+            let h = layers.causal_conv("conv2", layers.norm_silu(h), c, 3);
+            let skip = if c == x.c { x } else { layers.causal_conv("nin_shortcut", x, c, 1) };
+            b.add(skip.value, h.value)
+        });
+        Spectrogram { value, c, ..x }
     }
 
     /// `x + proj_out(softmax(q kᵀ / √c) v)` of the normalised input, over all positions.

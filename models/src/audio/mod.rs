@@ -1,14 +1,13 @@
 //! Audio: the VAE between log-mel spectrograms and latents, and the vocoder that makes the waveform.
 //!
-//! Four entries: [`encode`], [`decode`], [`vocode`], and [`decode_audio`] (decode and vocode in one). Each is a single
-//! function of fixed length; what varies between models is in [`AudioVaeConfig`] and [`VocoderConfig`]. The spectrogram
+//! Four entries: [`encode`], [`decode`], [`vocode`], and [`decode_audio`] (decode and vocode in one). Each is a
+//! module of fixed length; what varies between models is in [`AudioVaeConfig`] and [`VocoderConfig`]. The spectrogram
 //! itself is computed on the host, not here.
 //!
 //! Source: spec/audio-vae-vocoder.
 
 mod decoder;
 mod encoder;
-mod fields;
 mod generator;
 mod layers;
 mod vae_config;
@@ -32,5 +31,5 @@ fn check_frames(path: &str, what: &str, frames: usize) -> Result<(), ModelError>
         return Ok(());
     }
     let problem = format!("cannot process {frames} {what}, expected 1..={MOST_FRAMES}");
-    Err(ModelError::Config { path: path.into(), problem })
+    Err(ModelError::config(path, problem))
 }

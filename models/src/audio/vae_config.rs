@@ -10,8 +10,8 @@
 
 use serde_json::Value;
 
-use super::fields::Fields;
 use crate::ModelError;
+use crate::fields::{Fields, MOST};
 
 /// Largest number of residual blocks per level, which bounds the graph; the released models have 2.
 const MOST_BLOCKS: usize = 64;
@@ -63,17 +63,10 @@ impl AudioVaeConfig {
         let preprocessing = root.below("preprocessing");
         let (stft, mel) = (preprocessing.below("stft"), preprocessing.below("mel"));
 
-        dd.only_text("causality_axis", "height");
-        dd.only_text("norm_type", "pixel");
-        dd.only_bool("resamp_with_conv", true, true);
-        let has_attention = match dd.text("attn_type").unwrap_or("vanilla") {
-            "vanilla" => true,
-            "none" => false,
-            other => {
-                dd.problem_at("attn_type", &format!("is `{other}`, only `vanilla` and `none` are supported"));
-                false
-            }
-        };
+        dd.only("causality_axis", "height");
+        dd.only("norm_type", "pixel");
+        dd.only("resamp_with_conv", true);
+        let has_attention = dd.choice("attn_type", true, &[("vanilla", true), ("none", false)]);
 
         let channel_multipliers = dd.sizes("ch_mult", &[1, 2, 4]);
         if channel_multipliers.is_empty() {
@@ -84,20 +77,16 @@ impl AudioVaeConfig {
         let at_level = |level: usize| has_attention && attention_at.contains(&(resolution >> level));
         let level_attention = (0..channel_multipliers.len()).map(at_level).collect();
 
-        let mel_bins = [
-            dd.size_if_any("mel_bins"),
-            mel.size_if_any("n_mel_channels"),
-            root.below("variables").size_if_any("mel_bins"),
-        ]
-        .into_iter()
-        .flatten()
-        .next()
-        .unwrap_or(64);
+        let mel_bins = dd
+            .find_size("mel_bins", MOST)
+            .or(mel.find_size("n_mel_channels", MOST))
+            .or(root.below("variables").find_size("mel_bins", MOST))
+            .unwrap_or(64);
 
         let config = AudioVaeConfig {
             channels: dd.size("ch", 128),
             channel_multipliers,
-            res_blocks: dd.size("num_res_blocks", 2),
+            res_blocks: dd.size_within("num_res_blocks", 2, MOST_BLOCKS),
             in_channels: dd.size("in_channels", 2),
             out_channels: dd.size("out_ch", 2),
             z_channels: dd.size("z_channels", 8),
@@ -110,14 +99,11 @@ impl AudioVaeConfig {
             hop_length: stft.size("hop_length", 160),
             is_causal: stft.bool("causal", true),
         };
-        if config.res_blocks > MOST_BLOCKS {
-            dd.problem_at("num_res_blocks", &format!("is {}, at most {MOST_BLOCKS} are supported", config.res_blocks));
-        }
         if !config.mel_bins.is_multiple_of(config.time_factor()) {
             let factor = config.time_factor();
             dd.problem_at(
                 "mel_bins",
-                &format!("is {mel_bins}, which {} levels cannot divide by {factor}", config.levels()),
+                format!("is `{mel_bins}`, which {} levels cannot divide by {factor}", config.levels()),
             );
         }
         root.finish(config)

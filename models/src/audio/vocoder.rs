@@ -8,13 +8,13 @@
 //! - The prefix `vocoder.` of the keys is stripped once: the core of LTX-2.3 is `vocoder.vocoder.`.
 
 use ltxc_ir::ops::{Conv, ConvTranspose, PadMode, Unary};
-use ltxc_ir::{Builder, DType, Function, Rate, TensorType};
+use ltxc_ir::{Builder, DType, Module, Rate, TensorType};
 
 use super::decoder::{decode_mel, latent_type};
 use super::generator::{Generator, STEREO, Sequence};
 use super::layers::Spectrogram;
 use super::{AudioVaeConfig, ExtensionConfig, VocoderConfig, check_frames};
-use crate::{ModelError, Weights};
+use crate::{Functions, ModelError, Weights};
 
 /// Smallest mel magnitude before the logarithm.
 const LEAST_MAGNITUDE: f64 = 1e-5; // ltx_core/model/audio_vae, MelSTFT
@@ -34,20 +34,22 @@ pub fn vocode(
     weights: &Weights<'_>,
     frames: usize,
     dtype: DType,
-) -> Result<Function, ModelError> {
+) -> Result<Module, ModelError> {
     check_frames("vocoder", "mel frames", frames)?;
     let b = Builder::new("vocode");
-    let m = mel_bins(&b, config, weights)?;
+    let m = mel_bins(config, weights)?;
     let mel = b.param("mel", TensorType::f32([1, frames, m, STEREO]), Rate::Step);
-    let waveform = waveform(&b, config, weights, Spectrogram { value: mel, t: frames, m, c: STEREO }, dtype);
+    let functions = Functions::default();
+    let mel = Spectrogram { value: mel, t: frames, m, c: STEREO };
+    let waveform = waveform(&b, &functions, config, weights, mel, dtype);
     b.result("waveform", waveform.value);
     weights.finish()?;
-    Ok(b.finish()?)
+    Ok(functions.into_module(b.finish()?)?)
 }
 
 /// Builds the entry `decode_audio`: `latent` f32 `[1, latents, z · bins]` → `waveform` f32 `[1, n, 2]`.
 ///
-/// [`super::decode`] and [`vocode`] in one function; between them the spectrogram has the dtype of the activations.
+/// [`super::decode`] and [`vocode`] in one; between them the spectrogram has the dtype of the activations.
 ///
 /// # Errors
 /// Those of both, and a spectrogram of the VAE that the vocoder does not take.
@@ -57,29 +59,30 @@ pub fn decode_audio(
     weights: &Weights<'_>,
     latents: usize,
     dtype: DType,
-) -> Result<Function, ModelError> {
+) -> Result<Module, ModelError> {
     check_frames("audio_vae", "latents", latents)?;
     let b = Builder::new("decode_audio");
-    let taken = (mel_bins(&b, vocoder, weights)?, STEREO);
+    let taken = (mel_bins(vocoder, weights)?, STEREO);
     let made = (vae.mel_bins, vae.out_channels);
     if taken != made {
         let problem = format!("takes {taken:?} mel bins and channels, the audio VAE makes {made:?}");
-        return Err(ModelError::Config { path: "vocoder".into(), problem });
+        return Err(ModelError::config("vocoder", problem));
     }
     let latent = b.param("latent", latent_type(vae, latents), Rate::Step);
-    let mel = decode_mel(&b, vae, weights, latent, latents, dtype);
-    let waveform = waveform(&b, vocoder, weights, mel, dtype);
+    let functions = Functions::default();
+    let mel = decode_mel(&b, &functions, vae, weights, latent, dtype);
+    let waveform = waveform(&b, &functions, vocoder, weights, mel, dtype);
     b.result("waveform", waveform.value);
     weights.finish()?;
-    Ok(b.finish()?)
+    Ok(functions.into_module(b.finish()?)?)
 }
 
 /// Mel bins per channel that the vocoder takes.
-fn mel_bins(b: &Builder, config: &VocoderConfig, weights: &Weights<'_>) -> Result<usize, ModelError> {
+fn mel_bins(config: &VocoderConfig, weights: &Weights<'_>) -> Result<usize, ModelError> {
     let prefix = core_prefix(config);
-    Generator::new(b, &config.core, weights, prefix).mel_bins().ok_or_else(|| {
+    Generator::new(&config.core, weights, prefix).mel_bins().ok_or_else(|| {
         let problem = format!("weight `{prefix}.conv_pre.weight` is missing or is not [channels, 2 · mel bins, 7]");
-        ModelError::Config { path: "vocoder".into(), problem }
+        ModelError::config("vocoder", problem)
     })
 }
 
@@ -88,27 +91,41 @@ fn core_prefix(config: &VocoderConfig) -> &'static str {
 }
 
 /// The waveform of a spectrogram, in f32.
-fn waveform(b: &Builder, config: &VocoderConfig, weights: &Weights<'_>, mel: Spectrogram, dtype: DType) -> Sequence {
+fn waveform(
+    b: &Builder,
+    functions: &Functions,
+    config: &VocoderConfig,
+    weights: &Weights<'_>,
+    mel: Spectrogram,
+    dtype: DType,
+) -> Sequence {
     let dtype = if config.extension.is_some() { DType::F32 } else { dtype };
     let mel = Spectrogram { value: b.cast(mel.value, dtype), ..mel };
-    let core = Generator::new(b, &config.core, weights, core_prefix(config)).waveform(mel);
+    let core = Generator::new(&config.core, weights, core_prefix(config)).waveform(b, functions, mel);
     let core = Sequence { value: b.cast(core.value, DType::F32), ..core };
     b.name("vocoder.core_waveform", core.value);
     match &config.extension {
         None => core,
-        Some(extension) => extend(b, extension, weights, core),
+        Some(extension) => extend(b, functions, extension, weights, core),
     }
 }
 
 /// Adds the missing frequencies: `clamp(generator(log_mel(w)) + resample(w))` at `ratio` times the rate, in f32.
 ///
 /// `core` is in −1..=1 already, whichever final activation it has.
-fn extend(b: &Builder, config: &ExtensionConfig, weights: &Weights<'_>, core: Sequence) -> Sequence {
+fn extend(
+    b: &Builder,
+    functions: &Functions,
+    config: &ExtensionConfig,
+    weights: &Weights<'_>,
+    core: Sequence,
+) -> Sequence {
     let behind = core.t.next_multiple_of(config.hop_length) - core.t;
     let padded = b.pad(core.value, &[0, 0, 0], &[0, behind, 0], PadMode::Zeros);
     let padded = Sequence { value: padded, t: core.t + behind, ..core };
     let mel = log_mel(b, config, weights, padded);
-    let residual = Generator::new(b, &config.generator, weights, "vocoder.bwe_generator").waveform(mel);
+    let generator = Generator::new(&config.generator, weights, "vocoder.bwe_generator");
+    let residual = generator.waveform(b, functions, mel);
     b.name("vocoder.bwe_generator.waveform", residual.value);
     let skip = b.name("vocoder.resampler", resample(b, config.ratio, padded).value);
     let sum = b.clamp(b.add(residual.value, skip), -1.0, 1.0);

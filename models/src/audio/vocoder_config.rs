@@ -11,8 +11,8 @@
 
 use serde_json::Value;
 
-use super::fields::Fields;
 use crate::ModelError;
+use crate::fields::{Fields, MOST};
 
 /// What the checkpoint says about the vocoder.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -98,11 +98,7 @@ impl VocoderConfig {
             let output_rate_hz = root.size("output_sampling_rate", 24_000);
             return root.finish(VocoderConfig { core, extension: None, output_rate_hz });
         }
-        let core_fields = root.below("vocoder");
-        if !root.has("vocoder") {
-            core_fields.problem("is missing beside `bwe`");
-        }
-        let core = GeneratorConfig::read(&core_fields, GeneratorKind::BigVgan);
+        let core = GeneratorConfig::read(&root.required_below("vocoder"), GeneratorKind::BigVgan);
         let bwe = root.below("bwe");
         let (extension, output_rate_hz) = ExtensionConfig::read(&bwe);
         root.finish(VocoderConfig { core, extension: Some(extension), output_rate_hz })
@@ -117,20 +113,13 @@ impl VocoderConfig {
 
 impl GeneratorConfig {
     fn read(fields: &Fields, kind: GeneratorKind) -> GeneratorConfig {
-        fields.only_bool("stereo", true, true);
-        let resblock = fields.text("resblock").unwrap_or("1");
-        let wanted = match kind {
-            GeneratorKind::HifiGan => "1",
-            GeneratorKind::BigVgan => "AMP1",
-        };
-        if resblock != wanted {
-            fields.problem_at("resblock", &format!("is `{resblock}`, only `{wanted}` is supported here"));
-        }
-        if kind == GeneratorKind::BigVgan {
-            match fields.text("activation") {
-                Some("snakebeta") => {}
-                Some(other) => fields.problem_at("activation", &format!("is `{other}`, only `snakebeta` is supported")),
-                None => fields.problem_at("activation", "is missing, expected `snakebeta`"),
+        fields.only("stereo", true);
+        match kind {
+            GeneratorKind::HifiGan => fields.only("resblock", "1"),
+            GeneratorKind::BigVgan => {
+                // The loader's own default is `1`, which these generators are not.
+                fields.exactly("resblock", &"AMP1".into());
+                fields.exactly("activation", &"snakebeta".into());
             }
         }
         let tanh = fields.bool("use_tanh_at_final", true);
@@ -151,7 +140,7 @@ impl GeneratorConfig {
     fn validate(&self, fields: &Fields) {
         if self.rates.is_empty() || self.rates.len() != self.rate_kernels.len() {
             let (rates, kernels) = (self.rates.len(), self.rate_kernels.len());
-            fields.problem_at("upsample_rates", &format!("has {rates} stages, `upsample_kernel_sizes` has {kernels}"));
+            fields.problem_at("upsample_rates", format!("has {rates} stages, `upsample_kernel_sizes` has {kernels}"));
         }
         if self.rates.iter().zip(&self.rate_kernels).any(|(r, k)| k < r) {
             fields.problem_at("upsample_kernel_sizes", "has a kernel that is smaller than its rate");
@@ -162,12 +151,12 @@ impl GeneratorConfig {
         if self.channels >> self.rates.len() == 0 {
             let (channels, stages) = (self.channels, self.rates.len());
             let text = format!("is {channels}, which cannot be halved {stages} times");
-            fields.problem_at("upsample_initial_channel", &text);
+            fields.problem_at("upsample_initial_channel", text);
         }
         if self.block_kernels.is_empty() || self.block_kernels.len() != self.block_dilations.len() {
             let (kernels, dilations) = (self.block_kernels.len(), self.block_dilations.len());
             let text = format!("has {kernels} blocks, `resblock_dilation_sizes` has {dilations}");
-            fields.problem_at("resblock_kernel_sizes", &text);
+            fields.problem_at("resblock_kernel_sizes", text);
         }
         if self.block_kernels.iter().any(|k| k % 2 == 0) {
             fields.problem_at("resblock_kernel_sizes", "has an even kernel, which would change the length");
@@ -177,7 +166,7 @@ impl GeneratorConfig {
     /// Product of the rates, `None` if it is out of range.
     fn total_rate(&self) -> Option<usize> {
         let product = self.rates.iter().try_fold(1usize, |n, &r| n.checked_mul(r));
-        product.filter(|&n| n <= super::fields::MOST)
+        product.filter(|&n| n <= MOST)
     }
 
     /// Samples made of `frames` spectrogram frames; saturates.
@@ -202,21 +191,21 @@ impl ExtensionConfig {
     fn read(fields: &Fields) -> (ExtensionConfig, usize) {
         let mut generator = GeneratorConfig::read(fields, GeneratorKind::BigVgan);
         generator.final_activation = FinalActivation::None;
-        let input_rate_hz = fields.required_size("input_sampling_rate");
-        let output_rate_hz = fields.required_size("output_sampling_rate");
+        let input_rate_hz = fields.required_size("input_sampling_rate", MOST);
+        let output_rate_hz = fields.required_size("output_sampling_rate", MOST);
         let ratio = output_rate_hz / input_rate_hz;
         if !output_rate_hz.is_multiple_of(input_rate_hz) {
             let text = format!("is {output_rate_hz}, not a multiple of `input_sampling_rate` {input_rate_hz}");
-            fields.problem_at("output_sampling_rate", &text);
+            fields.problem_at("output_sampling_rate", text);
         }
         if ratio > MOST_RATIO {
             let text = format!("is {ratio} times the input rate, at most {MOST_RATIO} is supported");
-            fields.problem_at("output_sampling_rate", &text);
+            fields.problem_at("output_sampling_rate", text);
         }
-        let hop_length = fields.required_size("hop_length");
-        let n_fft = fields.required_size("n_fft");
+        let hop_length = fields.required_size("hop_length", MOST);
+        let n_fft = fields.required_size("n_fft", MOST);
         if n_fft < hop_length {
-            fields.problem_at("n_fft", &format!("is {n_fft}, less than the hop of {hop_length}"));
+            fields.problem_at("n_fft", format!("is {n_fft}, less than the hop of {hop_length}"));
         }
         // Both halves of the sum must have the same length for every input.
         let is_even = |(r, k): (&usize, &usize)| k.saturating_sub(*r) % 2 == 0;
@@ -224,9 +213,9 @@ impl ExtensionConfig {
             || !generator.rates.iter().zip(&generator.rate_kernels).all(is_even)
         {
             let text = format!("must make {} samples of a frame ({ratio} × hop of {hop_length})", hop_length * ratio);
-            fields.problem_at("upsample_rates", &text);
+            fields.problem_at("upsample_rates", text);
         }
-        let mel_bins = fields.required_size("num_mels");
+        let mel_bins = fields.required_size("num_mels", MOST);
         (ExtensionConfig { generator, ratio, hop_length, n_fft, mel_bins }, output_rate_hz)
     }
 }
@@ -284,10 +273,13 @@ mod tests {
         );
         check_refused(json!({ "upsample_rates": [] }), &["upsample_rates"]);
         check_refused(json!({ "resblock_kernel_sizes": [3, 4, 5] }), &["resblock_kernel_sizes"]);
-        check_refused(json!({ "bwe": {} }), &["vocoder.vocoder", "activation", "n_fft", "hop_length", "num_mels"]);
+        check_refused(
+            json!({ "bwe": {} }),
+            &["`vocoder` is missing", "`bwe.activation`", "n_fft", "hop_length", "num_mels"],
+        );
         let good = amp(&[5, 4, 4, 2], &[11, 8, 8, 4], 32);
         check_refused(json!({ "vocoder": good, "bwe": good }), &["must make 240 samples of a frame"]);
-        check_refused(json!([]), &["is not an object"]);
+        check_refused(json!([]), &["not an object"]);
         let most = json!({ "upsample_rates": [1048576, 1048576, 1048576, 1048576, 1048576] });
         check_refused(most, &["multiply to more", "smaller than its rate"]);
     }

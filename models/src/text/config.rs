@@ -14,8 +14,11 @@
 
 use serde_json::Value;
 
-use super::fields::{Fields, MAX_COUNT, MAX_SIZE};
 use crate::ModelError;
+use crate::fields::{Fields, MOST};
+
+/// Largest number of layers, heads or channels per head.
+const MOST_COUNT: usize = 4096;
 
 /// What one kind of Gemma layer does in its attention.
 #[derive(Clone, Debug, PartialEq)]
@@ -108,22 +111,24 @@ impl GemmaConfig {
     /// Reads `config.json` of a Hugging Face folder, or the `gemma_config` metadata of an LTX-2.5 text encoder file.
     ///
     /// # Errors
-    /// A `model_type` that no LTX model uses, a missing or malformed key, or a setting that is not supported.
+    /// [`ModelError::Config`]: a `model_type` that no LTX model uses; otherwise everything that is missing, malformed or
+    /// not supported.
     pub fn from_json(config: &Value) -> Result<GemmaConfig, ModelError> {
-        let root = Fields::new("gemma", config)?;
-        let model_type = root.optional_text("model_type")?.ok_or_else(|| root.error("model_type", "is missing"))?;
-        let text = root.object("text_config")?;
-        refuse_unsupported(&text)?;
-        let mut gemma = match model_type {
-            "gemma3" => gemma3(&text)?,
-            "gemma4_unified" => gemma4(&text)?,
-            _ => {
-                let problem = format!("is `{model_type}`, LTX models are conditioned by `gemma3` or `gemma4_unified`");
-                return Err(root.error("model_type", problem));
+        let root = Fields::new("gemma", config);
+        let read = match root.text("model_type") {
+            Some("gemma3") => gemma3,
+            Some("gemma4_unified") => gemma4,
+            found => {
+                // The other keys mean something else then, so that their problems would only confuse.
+                let found = found.map_or("missing".into(), |name| format!("`{name}`"));
+                let problem = format!("is {found}, LTX models are conditioned by `gemma3` or `gemma4_unified`");
+                return Err(ModelError::config("gemma.model_type", problem));
             }
         };
-        gemma.gemma_version = root.optional_text("gemma_version")?.map(str::to_string);
-        Ok(gemma)
+        let text = root.required_below("text_config");
+        refuse_unsupported(&text);
+        let gemma_version = root.text("gemma_version").map(str::to_string);
+        root.finish(GemmaConfig { gemma_version, ..read(&text) })
     }
 
     /// Number of hidden states that the feature extractor sees: the embeddings and the output of every layer.
@@ -164,126 +169,118 @@ impl GemmaConfig {
             },
             None if self.model_type == "gemma3" => return Ok(()),
             None => {
-                let path = "gemma.model_type".into();
                 let problem = format!("is `{}`, this transformer was trained with `gemma3`", self.model_type);
-                return Err(ModelError::Config { path, problem });
+                return Err(ModelError::config("gemma.model_type", problem));
             }
         };
-        Err(ModelError::Config { path: "gemma.gemma_version".into(), problem })
+        Err(ModelError::config("gemma.gemma_version", problem))
     }
 }
 
-/// Fails on settings whose mathematics the graph builder does not have.
-fn refuse_unsupported(text: &Fields) -> Result<(), ModelError> {
+/// Refuses settings whose mathematics the graph builder does not have.
+fn refuse_unsupported(text: &Fields<'_>) {
     for key in ["hidden_activation", "hidden_act"] {
-        if let Some(name) = text.optional_text(key)?.filter(|&name| name != "gelu_pytorch_tanh") {
-            return Err(text.error(key, format!("is `{name}`, expected `gelu_pytorch_tanh`")));
-        }
+        text.only(key, "gelu_pytorch_tanh");
     }
     for key in ["attention_bias", "enable_moe_block", "use_double_wide_mlp"] {
-        if text.flag_or(key, false)? {
-            return Err(text.error(key, "is true, which no supported encoder has"));
-        }
+        text.only(key, false);
     }
     for key in ["attn_logit_softcapping", "num_kv_shared_layers", "hidden_size_per_layer_input"] {
-        if let Some(value) = text.find(key).filter(|v| v.as_f64() != Some(0.0)) {
-            return Err(text.error(key, format!("is {value}, which no supported encoder has")));
-        }
+        text.only(key, 0);
     }
     // Gemma 4 says "vision": only image tokens see later tokens, and prompts have none.
-    if let Some(value) = text.find("use_bidirectional_attention")
+    if let Some(value) = text.value("use_bidirectional_attention")
         && *value != Value::Bool(false)
         && value != "vision"
     {
-        return Err(text.error("use_bidirectional_attention", format!("is {value}, text must be causal")));
+        text.problem_at("use_bidirectional_attention", format!("is `{value}`, text must be causal"));
     }
-    Ok(())
 }
 
 /// Gemma 3. Absent keys have the class defaults of `Gemma3TextConfig`, except the sizes that every file states.
-fn gemma3(text: &Fields) -> Result<GemmaConfig, ModelError> {
-    let head_dim = head_dim(text, "head_dim", Some(256))?;
-    let ropes = text.optional_object("rope_parameters")?;
-    let rope = |kind| match (&ropes, kind) {
-        (Some(ropes), _) => rope_of(&ropes.object(layer_type(kind))?, head_dim, None),
-        (None, LayerKind::Sliding) => {
-            let theta = text.number_or("rope_local_base_freq", 10_000.0)?;
-            Ok(GemmaRope { theta, factor: 1.0, pairs: head_dim / 2 })
+fn gemma3(text: &Fields<'_>) -> GemmaConfig {
+    let head_dim = head_dim(text, "head_dim", Some(256));
+    let rope = |kind| {
+        if text.has("rope_parameters") {
+            return rope_of(&text.below("rope_parameters").required_below(layer_type(kind)), head_dim, None);
         }
-        (None, LayerKind::Global) => {
-            let theta = text.number_or("rope_theta", 1_000_000.0)?;
-            match text.optional_object("rope_scaling")? {
-                Some(scaling) => rope_of(&scaling, head_dim, Some(theta)),
-                None => Ok(GemmaRope { theta, factor: 1.0, pairs: head_dim / 2 }),
+        let unscaled = |theta| GemmaRope { theta, factor: 1.0, pairs: head_dim / 2 };
+        match kind {
+            LayerKind::Sliding => unscaled(text.positive("rope_local_base_freq", 10_000.0)),
+            LayerKind::Global => {
+                let theta = text.positive("rope_theta", 1_000_000.0);
+                if text.has("rope_scaling") {
+                    rope_of(&text.below("rope_scaling"), head_dim, Some(theta))
+                } else {
+                    unscaled(theta)
+                }
             }
         }
     };
-    let attention = |kind| -> Result<GemmaAttention, ModelError> {
-        let (heads, kv_heads) = heads(text, "num_key_value_heads")?;
-        Ok(GemmaAttention {
+    let attention = |kind| {
+        let (heads, kv_heads) = heads(text, "num_key_value_heads");
+        GemmaAttention {
             heads,
             kv_heads,
             head_dim,
-            scale: text.number_or("query_pre_attn_scalar", 256.0)?.powf(-0.5),
-            window: window(text, kind)?,
-            rope: rope(kind)?,
+            scale: text.positive("query_pre_attn_scalar", 256.0).powf(-0.5),
+            window: window(text, kind),
+            rope: rope(kind),
             is_value_shared: false,
             has_value_norm: false,
-        })
+        }
     };
-    Ok(GemmaConfig {
+    GemmaConfig {
         model_type: "gemma3".into(),
         gemma_version: None,
-        vocab_size: text.size_or("vocab_size", MAX_SIZE, 262_208)?,
-        hidden_size: text.size("hidden_size", MAX_SIZE)?,
-        intermediate_size: text.size("intermediate_size", MAX_SIZE)?,
-        eps: text.number_or("rms_norm_eps", 1e-6)?,
+        vocab_size: text.size("vocab_size", 262_208),
+        hidden_size: text.required_size("hidden_size", MOST),
+        intermediate_size: text.required_size("intermediate_size", MOST),
+        eps: text.positive("rms_norm_eps", 1e-6),
         norm_weight: NormWeight::OnePlus,
         has_layer_scalar: false,
-        layers: layers(text, Some(6))?,
-        sliding: attention(LayerKind::Sliding)?,
-        global: attention(LayerKind::Global)?,
-    })
+        layers: layers(text, Some(6)),
+        sliding: attention(LayerKind::Sliding),
+        global: attention(LayerKind::Global),
+    }
 }
 
 /// Gemma 4, as published with LTX-2.5.
-fn gemma4(text: &Fields) -> Result<GemmaConfig, ModelError> {
-    let ropes = text.object("rope_parameters")?;
-    let attention = |kind| -> Result<GemmaAttention, ModelError> {
+fn gemma4(text: &Fields<'_>) -> GemmaConfig {
+    let ropes = text.required_below("rope_parameters");
+    let attention = |kind| {
         let is_global = kind == LayerKind::Global;
-        let is_value_shared = is_global && text.flag_or("attention_k_eq_v", false)?;
-        let head_dim = match kind {
-            LayerKind::Global if text.find("global_head_dim").is_some() => head_dim(text, "global_head_dim", None)?,
-            _ => head_dim(text, "head_dim", None)?,
-        };
-        let has_own_heads = is_value_shared && text.find("num_global_key_value_heads").is_some();
+        let is_value_shared = is_global && text.bool("attention_k_eq_v", false);
+        let has_own_dim = is_global && text.has("global_head_dim");
+        let head_dim = head_dim(text, if has_own_dim { "global_head_dim" } else { "head_dim" }, None);
+        let has_own_heads = is_value_shared && text.has("num_global_key_value_heads");
         let kv_key = if has_own_heads { "num_global_key_value_heads" } else { "num_key_value_heads" };
-        let (heads, kv_heads) = heads(text, kv_key)?;
-        Ok(GemmaAttention {
+        let (heads, kv_heads) = heads(text, kv_key);
+        GemmaAttention {
             heads,
             kv_heads,
             head_dim,
             // The norms of queries and keys carry the scale.
             scale: 1.0,
-            window: window(text, kind)?,
-            rope: rope_of(&ropes.object(layer_type(kind))?, head_dim, None)?,
+            window: window(text, kind),
+            rope: rope_of(&ropes.required_below(layer_type(kind)), head_dim, None),
             is_value_shared,
             has_value_norm: true,
-        })
+        }
     };
-    Ok(GemmaConfig {
+    GemmaConfig {
         model_type: "gemma4_unified".into(),
         gemma_version: None,
-        vocab_size: text.size("vocab_size", MAX_SIZE)?,
-        hidden_size: text.size("hidden_size", MAX_SIZE)?,
-        intermediate_size: text.size("intermediate_size", MAX_SIZE)?,
-        eps: text.number_or("rms_norm_eps", 1e-6)?,
+        vocab_size: text.required_size("vocab_size", MOST),
+        hidden_size: text.required_size("hidden_size", MOST),
+        intermediate_size: text.required_size("intermediate_size", MOST),
+        eps: text.positive("rms_norm_eps", 1e-6),
         norm_weight: NormWeight::Plain,
         has_layer_scalar: true,
-        layers: layers(text, None)?,
-        sliding: attention(LayerKind::Sliding)?,
-        global: attention(LayerKind::Global)?,
-    })
+        layers: layers(text, None),
+        sliding: attention(LayerKind::Sliding),
+        global: attention(LayerKind::Global),
+    }
 }
 
 fn layer_type(kind: LayerKind) -> &'static str {
@@ -293,74 +290,100 @@ fn layer_type(kind: LayerKind) -> &'static str {
     }
 }
 
-fn head_dim(text: &Fields, key: &str, default: Option<usize>) -> Result<usize, ModelError> {
-    let size = match default {
-        Some(default) => text.size_or(key, MAX_COUNT, default)?,
-        None => text.size(key, MAX_COUNT)?,
-    };
-    if size % 2 == 0 { Ok(size) } else { Err(text.error(key, format!("is {size}, which cannot be split into pairs"))) }
-}
-
-fn heads(text: &Fields, kv_key: &str) -> Result<(usize, usize), ModelError> {
-    let heads = text.size("num_attention_heads", MAX_COUNT)?;
-    let kv_heads = text.size(kv_key, MAX_COUNT)?;
-    if heads % kv_heads == 0 {
-        return Ok((heads, kv_heads));
+/// Channels per head; without a default, the key must exist.
+fn head_dim(text: &Fields<'_>, key: &str, default: Option<usize>) -> usize {
+    let found = text.find_size(key, MOST_COUNT);
+    match found {
+        Some(channels) if channels % 2 != 0 => {
+            text.problem_at(key, format!("is `{channels}`, which cannot be split into pairs"));
+        }
+        None if default.is_none() => text.require(key),
+        _ => {}
     }
-    Err(text.error(kv_key, format!("is {kv_heads}, which does not divide the {heads} query heads")))
+    found.or(default).unwrap_or(2)
 }
 
-fn window(text: &Fields, kind: LayerKind) -> Result<Option<usize>, ModelError> {
+fn heads(text: &Fields<'_>, kv_key: &str) -> (usize, usize) {
+    let [heads, kv_heads] = ["num_attention_heads", kv_key].map(|key| {
+        text.require(key);
+        text.find_size(key, MOST_COUNT)
+    });
+    if let (Some(heads), Some(kv_heads)) = (heads, kv_heads)
+        && heads % kv_heads != 0
+    {
+        text.problem_at(kv_key, format!("is `{kv_heads}`, which does not divide the {heads} query heads"));
+    }
+    (heads.unwrap_or(1), kv_heads.unwrap_or(1))
+}
+
+fn window(text: &Fields<'_>, kind: LayerKind) -> Option<usize> {
     match kind {
-        LayerKind::Sliding => text.size("sliding_window", MAX_SIZE).map(Some),
-        LayerKind::Global => Ok(None),
+        LayerKind::Sliding => Some(text.required_size("sliding_window", MOST)),
+        LayerKind::Global => None,
     }
 }
 
 /// Kinds of the layers: listed, or every `sliding_window_pattern`-th one is global.
-fn layers(text: &Fields, default_pattern: Option<usize>) -> Result<Vec<LayerKind>, ModelError> {
-    let n = text.size("num_hidden_layers", MAX_COUNT)?;
-    let Some(list) = text.find("layer_types") else {
-        let pattern = match text.optional_size("sliding_window_pattern", MAX_COUNT)?.or(default_pattern) {
-            Some(pattern) => pattern,
-            None => return Err(text.error("layer_types", "is missing")),
-        };
-        return Ok((1..=n).map(|i| if i % pattern == 0 { LayerKind::Global } else { LayerKind::Sliding }).collect());
+fn layers(text: &Fields<'_>, default_pattern: Option<usize>) -> Vec<LayerKind> {
+    text.require("num_hidden_layers");
+    let found = text.find_size("num_hidden_layers", MOST_COUNT);
+    let n = found.unwrap_or(1);
+    let Some(list) = text.value("layer_types") else {
+        let pattern = text.find_size("sliding_window_pattern", MOST_COUNT).or(default_pattern);
+        if pattern.is_none() {
+            text.require("layer_types");
+        }
+        let is_global = |i: usize| pattern.is_some_and(|p| i.is_multiple_of(p));
+        return (1..=n).map(|i| if is_global(i) { LayerKind::Global } else { LayerKind::Sliding }).collect();
     };
-    let kinds = list.as_array().and_then(|list| list.iter().map(layer_kind).collect::<Option<Vec<_>>>());
-    let kinds =
-        kinds.ok_or_else(|| text.error("layer_types", "is not a list of `sliding_attention` and `full_attention`"))?;
-    if kinds.len() == n {
-        return Ok(kinds);
+    let kinds: Option<Vec<LayerKind>> = list.as_array().and_then(|list| list.iter().map(layer_kind).collect());
+    match &kinds {
+        None => text.problem_at("layer_types", "is not a list of `sliding_attention` and `full_attention`"),
+        Some(kinds) if found.is_some() && kinds.len() != n => {
+            text.problem_at("layer_types", format!("has {} entries for {n} layers", kinds.len()));
+        }
+        Some(_) => {}
     }
-    Err(text.error("layer_types", format!("has {} entries for {n} layers", kinds.len())))
+    kinds.unwrap_or_default()
 }
 
 fn layer_kind(value: &Value) -> Option<LayerKind> {
     [LayerKind::Sliding, LayerKind::Global].into_iter().find(|&kind| value == layer_type(kind))
 }
 
+/// How a `rope_type` spreads and scales the frequencies.
+#[derive(Clone, Copy)]
+enum RopeKind {
+    Default,
+    Linear,
+    Proportional,
+}
+
 /// A RoPE description; `theta` is its base where it does not state one itself.
-fn rope_of(rope: &Fields, head_dim: usize, theta: Option<f64>) -> Result<GemmaRope, ModelError> {
-    let theta = rope.optional_number("rope_theta")?.or(theta).ok_or_else(|| rope.error("rope_theta", "is missing"))?;
+fn rope_of(rope: &Fields<'_>, head_dim: usize, theta: Option<f64>) -> GemmaRope {
+    const KINDS: [(&str, RopeKind); 3] =
+        [("default", RopeKind::Default), ("linear", RopeKind::Linear), ("proportional", RopeKind::Proportional)];
+    if theta.is_none() {
+        rope.require("rope_theta");
+    }
+    let theta = rope.positive("rope_theta", theta.unwrap_or(1.0));
     // `type` is the older name of the key.
-    let kind = rope.optional_text("rope_type")?.or(rope.optional_text("type")?).unwrap_or("default");
+    let key = if rope.has("rope_type") { "rope_type" } else { "type" };
     let half = head_dim / 2;
-    match kind {
-        "default" => Ok(GemmaRope { theta, factor: 1.0, pairs: half }),
-        "linear" => {
-            let factor = rope.optional_number("factor")?.ok_or_else(|| rope.error("factor", "is missing"))?;
-            Ok(GemmaRope { theta, factor, pairs: half })
+    match rope.choice(key, RopeKind::Default, &KINDS) {
+        RopeKind::Default => GemmaRope { theta, factor: 1.0, pairs: half },
+        RopeKind::Linear => {
+            rope.require("factor");
+            GemmaRope { theta, factor: rope.positive("factor", 1.0), pairs: half }
         }
-        "proportional" => {
-            let fraction = rope.number_or("partial_rotary_factor", 1.0)?;
+        RopeKind::Proportional => {
+            let fraction = rope.positive("partial_rotary_factor", 1.0);
             if fraction > 1.0 {
-                return Err(rope.error("partial_rotary_factor", format!("is {fraction}, expected at most 1")));
+                rope.problem_at("partial_rotary_factor", format!("is `{fraction}`, expected at most 1"));
             }
             let pairs = (fraction * head_dim as f64 / 2.0) as usize;
-            Ok(GemmaRope { theta, factor: rope.number_or("factor", 1.0)?, pairs })
+            GemmaRope { theta, factor: rope.positive("factor", 1.0), pairs }
         }
-        _ => Err(rope.error("rope_type", format!("is `{kind}`, expected `default`, `linear` or `proportional`"))),
     }
 }
 
@@ -413,27 +436,30 @@ mod tests {
         let mut config = published();
         config["text_config"][key] = value;
         let message = GemmaConfig::from_json(&config).expect_err("must not be accepted").to_string();
-        assert!(message.contains(text) && message.contains("gemma.text_config"), "{message}");
+        assert!(
+            message.contains(text) && message.contains("config `gemma`: 1 problem(s):\n  `text_config."),
+            "{message}"
+        );
     }
 
     #[test]
     fn bad_values_are_errors_that_name_the_key() {
-        check_error("hidden_size", Value::Null, "hidden_size`: is missing");
-        check_error("hidden_size", json!(0), "expected an integer in 1..=");
-        check_error("hidden_size", json!(-4), "expected an integer in 1..=");
-        check_error("hidden_size", json!(u64::MAX), "expected an integer in 1..=");
-        check_error("num_hidden_layers", json!("48"), "expected an integer in 1..=");
+        check_error("hidden_size", Value::Null, "hidden_size` is missing");
+        check_error("hidden_size", json!(0), "expected a whole number in 1..=");
+        check_error("hidden_size", json!(-4), "expected a whole number in 1..=");
+        check_error("hidden_size", json!(u64::MAX), "expected a whole number in 1..=");
+        check_error("num_hidden_layers", json!("48"), "expected a whole number in 1..=");
         check_error("num_key_value_heads", json!(5), "does not divide");
         check_error("head_dim", json!(255), "cannot be split into pairs");
         check_error("rms_norm_eps", json!(-1.0), "expected a positive number");
         check_error("layer_types", json!(["full_attention"]), "has 1 entries for 48 layers");
         check_error("layer_types", json!(["chunked_attention"]), "is not a list of");
-        check_error("rope_scaling", json!({"rope_type": "yarn"}), "is `yarn`");
-        check_error("rope_scaling", json!({"rope_type": "linear"}), "factor`: is missing");
-        check_error("rope_scaling", json!([1]), "is missing or not an object");
-        check_error("hidden_activation", json!("silu"), "expected `gelu_pytorch_tanh`");
-        check_error("attn_logit_softcapping", json!(50.0), "which no supported encoder has");
-        check_error("attention_bias", json!(true), "which no supported encoder has");
+        check_error("rope_scaling", json!({"rope_type": "yarn"}), "is `\"yarn\"`, expected `default` or `linear`");
+        check_error("rope_scaling", json!({"rope_type": "linear"}), "rope_scaling.factor` is missing");
+        check_error("rope_scaling", json!([1]), "rope_scaling` is not an object");
+        check_error("hidden_activation", json!("silu"), "only `\"gelu_pytorch_tanh\"` is supported");
+        check_error("attn_logit_softcapping", json!(50.0), "only `0` is supported");
+        check_error("attention_bias", json!(true), "only `false` is supported");
         check_error("use_bidirectional_attention", json!(true), "text must be causal");
     }
 

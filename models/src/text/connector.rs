@@ -14,16 +14,18 @@
 use std::f64::consts::FRAC_PI_2;
 
 use ltxc_ir::ops::{Attention, RopeLayout, Unary};
-use ltxc_ir::{BuildError, Builder, DType, Float, Function, Rate, TensorType, ValueId};
+use ltxc_ir::{Builder, DType, Float, TensorType, ValueId};
 
-use super::fields::{Fields, MAX_COUNT};
-use super::functions::Functions;
-use crate::{ModelError, Weights};
+use crate::fields::Fields;
+use crate::transformer::ROPE_LAYOUTS;
+use crate::{Block, Functions, ModelError, Weights};
 
 /// Epsilon of all norms: the reference passes none of the configured ones to the connectors.
 const EPS: f64 = 1e-6;
 /// Base of the RoPE frequencies: the reference's default, which no configuration overrides.
 const THETA: f64 = 10_000.0;
+/// Largest number of layers, heads or channels per head.
+const MOST_COUNT: usize = 4096;
 
 /// A stream of the model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,49 +103,38 @@ impl Connectors {
     /// Reads the `transformer` object of a checkpoint's `config`.
     ///
     /// # Errors
-    /// A malformed key, or a setting that is not supported.
+    /// [`ModelError::Config`] with everything that is malformed or not supported.
     pub fn from_json(transformer: &serde_json::Value) -> Result<Connectors, ModelError> {
-        Connectors::from_fields(&Fields::new("transformer", transformer)?)
+        let fields = Fields::new("transformer", transformer);
+        fields.finish(Connectors::read(&fields))
     }
 
-    pub(super) fn from_fields(transformer: &Fields) -> Result<Connectors, ModelError> {
-        let rope = match transformer.optional_text("rope_type")? {
-            None | Some("split") => RopeLayout::Split,
-            Some("interleaved") => RopeLayout::Interleaved,
-            Some(other) => {
-                return Err(transformer.error("rope_type", format!("is `{other}`, expected `split` or `interleaved`")));
+    pub(super) fn read(transformer: &Fields<'_>) -> Connectors {
+        let count = |key: &str, default: usize| transformer.size_within(key, default, MOST_COUNT);
+        let head_dim = |key: &str, default: usize| {
+            let found = transformer.find_size(key, MOST_COUNT);
+            if let Some(channels) = found.filter(|n| n % 2 != 0) {
+                transformer.problem_at(key, format!("is `{channels}`, which cannot be split into pairs"));
             }
-        };
-        const MAX_POSITION: &str = "connector_positional_embedding_max_pos";
-        let max_position = match transformer.optional_numbers(MAX_POSITION)?.as_deref() {
-            None => 1.0,
-            Some(&[limit]) => limit,
-            Some(other) => return Err(transformer.error(MAX_POSITION, format!("is {other:?}, expected one number"))),
+            found.unwrap_or(default)
         };
         let video = ConnectorConfig {
-            heads: transformer.size_or("connector_num_attention_heads", MAX_COUNT, 30)?,
-            head_dim: transformer.size_or("connector_attention_head_dim", MAX_COUNT, 128)?,
-            layers: transformer.size_or("connector_num_layers", MAX_COUNT, 2)?,
-            max_position,
-            rope,
-            has_f64_grid: transformer.optional_text("frequencies_precision")? == Some("float64"),
-            is_gated: transformer.flag_or("connector_apply_gated_attention", false)?,
-            has_ff_bias: transformer.flag_or("connector_ff_bias", true)?,
+            heads: count("connector_num_attention_heads", 30),
+            head_dim: head_dim("connector_attention_head_dim", 128),
+            layers: count("connector_num_layers", 2),
+            max_position: transformer.positives("connector_positional_embedding_max_pos", &[1.0])[0],
+            rope: transformer.choice("rope_type", RopeLayout::Split, &ROPE_LAYOUTS),
+            has_f64_grid: transformer.text("frequencies_precision") == Some("float64"),
+            is_gated: transformer.bool("connector_apply_gated_attention", false),
+            has_ff_bias: transformer.bool("connector_ff_bias", true),
         };
         let audio = ConnectorConfig {
-            heads: transformer.size_or("audio_connector_num_attention_heads", MAX_COUNT, video.heads)?,
-            head_dim: transformer.size_or("audio_connector_attention_head_dim", MAX_COUNT, video.head_dim)?,
-            layers: transformer.size_or("audio_connector_num_layers", MAX_COUNT, video.layers)?,
+            heads: count("audio_connector_num_attention_heads", video.heads),
+            head_dim: head_dim("audio_connector_attention_head_dim", video.head_dim),
+            layers: count("audio_connector_num_layers", video.layers),
             ..video.clone()
         };
-        for (key, config) in [("connector_attention_head_dim", &video), ("audio_connector_attention_head_dim", &audio)]
-        {
-            if config.head_dim % 2 != 0 {
-                let problem = format!("is {}, which cannot be split into pairs", config.head_dim);
-                return Err(transformer.error(key, problem));
-            }
-        }
-        Ok(Connectors { video, audio })
+        Connectors { video, audio }
     }
 
     /// Number of learnable registers: the rows stored in the files of `weights`, equal for both connectors.
@@ -155,7 +146,6 @@ impl Connectors {
             Some(&[rows, _]) => Some(rows),
             _ => None,
         };
-        let path = "transformer.connector_num_learnable_registers".to_string();
         match Modality::ALL.map(rows) {
             [Some(video), Some(audio)] if video == audio && video > 0 && tokens.is_multiple_of(video) => Ok(video),
             found => {
@@ -163,7 +153,7 @@ impl Connectors {
                     "does not fit the tensors `learnable_registers`: they have {found:?} rows (video, audio), expected \
                      the same number twice, which divides {tokens} tokens"
                 );
-                Err(ModelError::Config { path, problem })
+                Err(ModelError::config("transformer.connector_num_learnable_registers", problem))
             }
         }
     }
@@ -194,49 +184,37 @@ pub fn registers(
 /// - `weights`: the complete set of transformer files.
 /// - `x`: `[1, t, width]`, registers in place. Result: the same type.
 ///
-/// # Errors
-/// A graph that does not fit together; problems with weights are recorded in `weights`.
+/// Problems with weights are recorded in `weights`.
 pub fn connector(
     b: &Builder,
-    functions: &mut Functions,
+    functions: &Functions,
     config: &ConnectorConfig,
     modality: Modality,
     weights: &Weights,
     x: ValueId,
-) -> Result<ValueId, BuildError> {
+) -> ValueId {
     let weights = below(weights, modality);
     let ty = b.ty(x);
     let [cos, sin] = rope_tables(b, config, ty.shape[1], ty.dtype);
     let mut x = x;
     for i in 0..config.layers {
-        let prefix = format!("transformer_1d_blocks.{i}.");
-        let table = b.ty(cos);
-        let function = block(config, modality, &weights.repeated(std::slice::from_ref(&prefix)), &ty, &table)?;
-        let function = functions.share(function);
-        let name = format!("transformer_1d_blocks.{i}");
-        x = b.call(function, &name, &weights.call_prefix(&prefix), &[x, cos, sin])[0];
+        let (function, key) = (format!("{}_connector_block", modality.name()), format!("transformer_1d_blocks.{i}"));
+        let args = [("x", x), ("cos", cos), ("sin", sin)];
+        x = functions.call_one(b, &weights, Block::at(&function, &key), &args, |b, weights, params| {
+            block(b, config, weights, params[0], [params[1], params[2]])
+        });
     }
-    Ok(b.rms_norm(x, None, EPS))
+    b.rms_norm(x, None, EPS)
 }
 
-/// One block as a function of `(x, cos, sin)`: attention and feed-forward, each behind a norm and with a residual.
-fn block(
-    config: &ConnectorConfig,
-    modality: Modality,
-    weights: &Weights,
-    ty: &TensorType,
-    table: &TensorType,
-) -> Result<Function, BuildError> {
-    let b = Builder::new(format!("{}_connector_block", modality.name()));
-    let x = b.param("x", ty.clone(), Rate::Step);
-    let [cos, sin] = ["cos", "sin"].map(|name| b.param(name, table.clone(), Rate::Step));
+/// One block: attention and feed-forward, each behind a norm and with a residual; `tables`: cosines and sines.
+fn block(b: &Builder, config: &ConnectorConfig, weights: &Weights, x: ValueId, tables: [ValueId; 2]) -> ValueId {
     let normed = b.rms_norm(x, None, EPS);
-    let a = b.scope("attn1", || attention(&b, config, &weights.below("attn1."), normed, [cos, sin]));
+    let a = b.scope("attn1", || attention(b, config, &weights.below("attn1."), normed, tables));
     let x = b.add(x, b.name("attn1", a));
     let normed = b.rms_norm(x, None, EPS);
-    let f = b.scope("ff", || feed_forward(&b, config, &weights.below("ff."), normed));
-    b.result("output", b.add(x, b.name("ff", f)));
-    b.finish()
+    let f = b.scope("ff", || feed_forward(b, config, &weights.below("ff."), normed));
+    b.add(x, b.name("ff", f))
 }
 
 /// Self attention over all tokens, every head's output optionally multiplied by `2 σ(logit)`.
@@ -349,7 +327,8 @@ mod tests {
     #[track_caller]
     fn check_error(key: &str, value: serde_json::Value) {
         let message = Connectors::from_json(&serde_json::json!({ key: value })).expect_err("must not be accepted");
-        assert!(message.to_string().contains(&format!("transformer.{key}`")), "{message}");
+        let message = message.to_string();
+        assert!(message.contains("`transformer`") && message.contains(&format!("`{key}` is")), "{message}");
     }
 
     #[test]

@@ -10,11 +10,10 @@
 //! Source: ltx_core/text_encoders/gemma/feature_extractor (Lightricks/LTX-2, 1.2.0); spec/text-encoder §4.
 
 use ltxc_ir::ops::{Compare, ReduceKind};
-use ltxc_ir::{BuildError, Builder, DType, Function, Rate, TensorType, ValueId};
+use ltxc_ir::{Builder, DType, ValueId};
 
-use super::fields::Fields;
-use super::functions::Functions;
-use crate::{ModelError, Weights};
+use crate::fields::Fields;
+use crate::{Block, Functions, Weights};
 
 /// Added to denominators and mean squares.
 const EPS: f64 = 1e-6;
@@ -32,27 +31,24 @@ pub enum FeatureExtractor {
 
 impl FeatureExtractor {
     /// Chooses the version by the transformer's configuration.
-    pub(super) fn from_fields(transformer: &Fields) -> Result<FeatureExtractor, ModelError> {
+    pub(super) fn read(transformer: &Fields<'_>) -> FeatureExtractor {
         const KEYS: [&str; 4] = [
             "caption_proj_before_connector",
             "caption_projection_first_linear",
             "caption_proj_input_norm",
             "caption_projection_second_linear",
         ];
-        let mut flags = [None; 4];
-        for (flag, key) in flags.iter_mut().zip(KEYS) {
-            *flag = transformer.optional_flag(key)?;
-        }
-        match flags {
-            [None, None, None, None] => Ok(FeatureExtractor::Shared),
-            [Some(true), Some(false), Some(false), Some(false)] => Ok(FeatureExtractor::PerModality),
-            _ => {
+        match KEYS.map(|key| transformer.find_bool(key)) {
+            [None, None, None, None] => FeatureExtractor::Shared,
+            [Some(true), Some(false), Some(false), Some(false)] => FeatureExtractor::PerModality,
+            flags => {
                 let problem = format!(
                     "and the other caption projection switches ({}) are {flags:?}; known are none of them, or true, \
                      false, false, false",
                     KEYS[1..].join(", ")
                 );
-                Err(transformer.error(KEYS[0], problem))
+                transformer.problem_at(KEYS[0], problem);
+                FeatureExtractor::Shared
             }
         }
     }
@@ -64,20 +60,18 @@ impl FeatureExtractor {
 /// - `states`: every hidden state (at least one), `[1, t, hidden]`; `valid`: `f32[t]`, 1 for real tokens, of which the last one is.
 /// - `widths`: widths of the video and audio connector. The rows of pads are finite and mean nothing.
 ///
-/// # Errors
-/// A graph that does not fit together; problems with weights are recorded in `weights`.
+/// Problems with weights are recorded in `weights`.
 pub fn features(
     b: &Builder,
-    functions: &mut Functions,
+    functions: &Functions,
     extractor: FeatureExtractor,
     weights: &Weights,
     states: &[ValueId],
     valid: ValueId,
     widths: [usize; 2],
-) -> Result<[ValueId; 2], BuildError> {
+) -> [ValueId; 2] {
     let weights = weights.below("text_embedding_projection.");
-    let ty = b.ty(states[0]);
-    let hidden = ty.shape[2];
+    let hidden = b.shape(states[0])[2];
     let columns = hidden * states.len();
     let [video, audio] = match extractor {
         FeatureExtractor::Shared => {
@@ -87,11 +81,12 @@ pub fn features(
                     "the projection `aggregate_embed` feeds both connectors, which are {width} and {audio_width} wide"
                 ));
             }
-            let function = functions.share(normalise_range(&ty)?);
-            let normalised = states
-                .iter()
-                .enumerate()
-                .map(|(i, &state)| b.call(function, &format!("features.normalised.{i}"), "", &[state, valid])[0]);
+            let normalised = states.iter().enumerate().map(|(i, &state)| {
+                let name = format!("features.normalised.{i}");
+                let block = Block { function: "normalise_range", name: &name, prefix: String::new() };
+                let args = [("state", state), ("valid", valid)];
+                functions.call_one(b, &weights, block, &args, |b, _, p| normalise_range(b, p[0], p[1]))
+            });
             let flat = flatten(b, &normalised.collect::<Vec<_>>());
             let w = weights.get(b, "aggregate_embed.weight", &[width, columns]);
             [b.matmul_transposed(flat, w); 2]
@@ -112,7 +107,7 @@ pub fn features(
     if audio != video {
         b.name("features_audio", audio);
     }
-    Ok([b.name("features_video", video), audio])
+    [b.name("features_video", video), audio]
 }
 
 /// `[1, t, c]` of every state to `[1, t, c · states]`, the state index fastest.
@@ -122,16 +117,12 @@ fn flatten(b: &Builder, states: &[ValueId]) -> ValueId {
     b.reshape(b.concat(&columns, 3), &[batch, tokens, channels * states.len()])
 }
 
-/// `8 (x − mean) / (max − min + eps)` with statistics over the real tokens and all channels, a function of
-/// `(state, valid)`.
+/// `8 (x − mean) / (max − min + eps)` with statistics over the real tokens and all channels.
 ///
 /// The mean is `sum / (count + eps)`. Sum, maximum, minimum and range have the dtype of the state, the rest is f32.
-fn normalise_range(ty: &TensorType) -> Result<Function, BuildError> {
-    let b = Builder::new("normalise_range");
+fn normalise_range(b: &Builder, x: ValueId, valid: ValueId) -> ValueId {
+    let ty = b.ty(x);
     let [tokens, hidden] = [ty.shape[1], ty.shape[2]];
-    let x = b.param("state", ty.clone(), Rate::Step);
-    let valid = b.param("valid", TensorType::f32([tokens]), Rate::Step);
-
     let valid = b.reshape(valid, &[1, tokens, 1]);
     let count = b.mul_scalar(b.reduce(ReduceKind::Sum, valid, &[1]), hidden as f64);
     let sum = b.cast(b.reduce(ReduceKind::Sum, b.mul(x, valid), &[1, 2]), DType::F32);
@@ -142,8 +133,7 @@ fn normalise_range(ty: &TensorType) -> Result<Function, BuildError> {
     let [lowest, highest] = [ReduceKind::Min, ReduceKind::Max].map(|kind| b.reduce(kind, real, &[1, 2]));
     let range = b.cast(b.add_scalar(b.sub(highest, lowest), EPS), DType::F32);
     let centred = b.sub(b.cast(x, DType::F32), mean);
-    b.result("state", b.cast(b.div(b.mul_scalar(centred, RANGE), range), ty.dtype));
-    b.finish()
+    b.cast(b.div(b.mul_scalar(centred, RANGE), range), ty.dtype)
 }
 
 #[cfg(test)]
@@ -154,8 +144,8 @@ mod tests {
 
     #[track_caller]
     fn check(transformer: Value, expected: Option<FeatureExtractor>) {
-        let fields = Fields::new("transformer", &transformer).expect("an object");
-        assert_eq!(FeatureExtractor::from_fields(&fields).ok(), expected);
+        let fields = Fields::new("transformer", &transformer);
+        assert_eq!(fields.finish(FeatureExtractor::read(&fields)).ok(), expected);
     }
 
     #[test]

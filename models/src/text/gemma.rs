@@ -17,12 +17,11 @@
 
 use half::{bf16, f16};
 use ltxc_ir::ops::{Attention, Compare, HIDDEN_SCORE, RopeLayout, Unary};
-use ltxc_ir::{BuildError, Builder, DType, Float, Function, Rate, TensorType, ValueId};
+use ltxc_ir::{Builder, DType, Float, TensorType, ValueId};
 
 use super::CONTEXT_TOKENS;
 use super::config::{GemmaAttention, GemmaConfig, GemmaRope, LayerKind, NormWeight};
-use super::functions::Functions;
-use crate::Weights;
+use crate::{Block, Functions, Weights};
 
 /// Where the language model stands in a set of files: Hugging Face folders of Gemma 3, of Gemma 4 (and of Gemma 3 as
 /// later releases of transformers write it), and the single file of LTX-2.5.
@@ -34,17 +33,16 @@ const PREFIXES: [&str; 3] = ["language_model.model.", "model.language_model.", "
 /// - `ids`: `i32[t]`; `valid`: `f32[t]`, 1 for real tokens and 0 for the pads in front of them; `t ≤ 1024`.
 /// - Result: `layers + 1` values `[1, t, hidden]` of `dtype`. Those of pads are finite and mean nothing.
 ///
-/// # Errors
-/// A graph that does not fit together; problems with weights are recorded in `weights`.
+/// Problems with weights are recorded in `weights`.
 pub fn gemma(
     b: &Builder,
-    functions: &mut Functions,
+    functions: &Functions,
     config: &GemmaConfig,
     weights: &Weights,
     ids: ValueId,
     valid: ValueId,
     dtype: DType,
-) -> Result<Vec<ValueId>, BuildError> {
+) -> Vec<ValueId> {
     let prefix = PREFIXES.into_iter().find(|p| weights.has(&format!("{p}embed_tokens.weight")));
     let weights = weights.below(prefix.unwrap_or(PREFIXES[0]));
     let tokens = b.shape(ids)[0];
@@ -67,53 +65,44 @@ pub fn gemma(
             LayerKind::Sliding => inputs[0],
             LayerKind::Global => inputs[1],
         };
-        let prefix = format!("layers.{i}.");
-        let function = layer(
-            config,
-            kind,
-            &weights.repeated(std::slice::from_ref(&prefix)),
-            [h, cos, sin, bias].map(|v| b.ty(v)),
-        )?;
-        let function = functions.share(function);
-        h = b.call(function, &format!("layers.{i}"), &weights.call_prefix(&prefix), &[h, cos, sin, bias])[0];
+        let (function, key) = (format!("gemma_{}_layer", kind.name()), format!("layers.{i}"));
+        let args = [("h", h), ("cos", cos), ("sin", sin), ("bias", bias)];
+        h = functions.call_one(b, &weights, Block::at(&function, &key), &args, |b, weights, params| {
+            layer(b, config, kind, weights, params[0], [params[1], params[2], params[3]])
+        });
         if i + 1 < config.layers.len() {
             states.push(b.name(&format!("hidden_states.{}", i + 1), h));
         }
     }
     let last = norm(b, config, h, weights.get(b, "norm.weight", &[config.hidden_size]));
     states.push(b.name(&format!("hidden_states.{}", config.layers.len()), last));
-    Ok(states)
+    states
 }
 
-/// One layer as a function of `(h, cos, sin, bias)`.
+/// One layer; `tables`: cosines, sines, and the bias of the attention.
 fn layer(
+    b: &Builder,
     config: &GemmaConfig,
     kind: LayerKind,
     weights: &Weights,
-    [h_ty, cos_ty, sin_ty, bias_ty]: [TensorType; 4],
-) -> Result<Function, BuildError> {
-    let b = Builder::new(format!("gemma_{}_layer", kind.name()));
-    let h = b.param("h", h_ty, Rate::Step);
-    let cos = b.param("cos", cos_ty, Rate::Step);
-    let sin = b.param("sin", sin_ty, Rate::Step);
-    let bias = b.param("bias", bias_ty, Rate::Step);
+    h: ValueId,
+    tables: [ValueId; 3],
+) -> ValueId {
     let norm_layer = |name: &str, x| {
-        let w = weights.get(&b, &format!("{name}.weight"), &[config.hidden_size]);
-        b.name(name, norm(&b, config, x, w))
+        let w = weights.get(b, &format!("{name}.weight"), &[config.hidden_size]);
+        b.name(name, norm(b, config, x, w))
     };
 
     let a = norm_layer("input_layernorm", h);
-    let a =
-        b.scope("self_attn", || self_attention(&b, config, kind, &weights.below("self_attn."), a, [cos, sin, bias]));
+    let a = b.scope("self_attn", || self_attention(b, config, kind, &weights.below("self_attn."), a, tables));
     let h = b.add(h, norm_layer("post_attention_layernorm", a));
     let m = norm_layer("pre_feedforward_layernorm", h);
-    let m = b.name("mlp", b.scope("mlp", || mlp(&b, config, &weights.below("mlp."), m)));
+    let m = b.name("mlp", b.scope("mlp", || mlp(b, config, &weights.below("mlp."), m)));
     let mut h = b.add(h, norm_layer("post_feedforward_layernorm", m));
     if config.has_layer_scalar {
-        h = b.mul(h, weights.get(&b, "layer_scalar", &[1]));
+        h = b.mul(h, weights.get(b, "layer_scalar", &[1]));
     }
-    b.result("output", h);
-    b.finish()
+    h
 }
 
 /// Grouped-query attention with normalised queries and keys.

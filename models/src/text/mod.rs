@@ -15,21 +15,16 @@
 //! | `features` | hidden states to features |
 //! | `connector` | registers and connectors, with their configuration |
 //! | `programs` | the two programs, as modules |
-//! | `functions` | callees shared by equal blocks |
-//! | `fields` | reading untrusted JSON |
 
 mod config;
 mod connector;
 mod features;
-mod fields;
-mod functions;
 mod gemma;
 mod programs;
 
 pub use config::{GemmaAttention, GemmaConfig, GemmaRope, LayerKind, NormWeight};
 pub use connector::{ConnectorConfig, Connectors, Modality, connector, registers};
 pub use features::{FeatureExtractor, features};
-pub use functions::Functions;
 pub use gemma::gemma;
 pub use programs::{TextConfig, TextWeights, connect, encode};
 

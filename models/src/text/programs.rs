@@ -7,10 +7,10 @@ use super::CONTEXT_TOKENS;
 use super::config::GemmaConfig;
 use super::connector::{Connectors, Modality, connector, registers};
 use super::features::{FeatureExtractor, features};
-use super::fields::{Fields, check_compute_dtype};
-use super::functions::Functions;
 use super::gemma::gemma;
-use crate::{ModelError, Weights};
+use crate::fields::Fields;
+use crate::weights::check_compute_dtype;
+use crate::{Functions, ModelError, Weights};
 
 /// Everything that configures the text side of one model.
 #[derive(Clone, Debug, PartialEq)]
@@ -28,14 +28,12 @@ impl TextConfig {
     /// `config`.
     ///
     /// # Errors
-    /// A missing or malformed key, or a setting that is not supported.
+    /// [`ModelError::Config`] with everything that is missing, malformed or not supported in one of the two.
     pub fn from_json(gemma: &Value, transformer: &Value) -> Result<TextConfig, ModelError> {
-        let fields = Fields::new("transformer", transformer)?;
-        Ok(TextConfig {
-            gemma: GemmaConfig::from_json(gemma)?,
-            extractor: FeatureExtractor::from_fields(&fields)?,
-            connectors: Connectors::from_fields(&fields)?,
-        })
+        let gemma = GemmaConfig::from_json(gemma)?;
+        let fields = Fields::new("transformer", transformer);
+        let (extractor, connectors) = (FeatureExtractor::read(&fields), Connectors::read(&fields));
+        fields.finish(TextConfig { gemma, extractor, connectors })
     }
 }
 
@@ -65,18 +63,18 @@ pub fn encode(config: &TextConfig, weights: &TextWeights, tokens: usize, dtype: 
     check_compute_dtype(dtype)?;
     if !(1..=CONTEXT_TOKENS).contains(&tokens) {
         let problem = format!("is {tokens}, expected 1 to {CONTEXT_TOKENS} token slots");
-        return Err(ModelError::Config { path: "text bucket".into(), problem });
+        return Err(ModelError::config("text bucket", problem));
     }
     let rows = config.connectors.registers(&weights.transformer, CONTEXT_TOKENS)?;
     let b = Builder::new("encode");
-    let mut functions = Functions::default();
+    let functions = Functions::default();
     let ids = b.param("ids", TensorType::i32([tokens]), Rate::Generation);
     let valid = b.param("valid", TensorType::f32([tokens]), Rate::Generation);
     let place = b.param("place", TensorType::i32([CONTEXT_TOKENS]), Rate::Generation);
 
-    let states = gemma(&b, &mut functions, &config.gemma, &weights.gemma, ids, valid, dtype)?;
+    let states = gemma(&b, &functions, &config.gemma, &weights.gemma, ids, valid, dtype);
     let widths = config.connectors.widths();
-    let features = features(&b, &mut functions, config.extractor, &weights.projection, &states, valid, widths)?;
+    let features = features(&b, &functions, config.extractor, &weights.projection, &states, valid, widths);
     for (modality, features) in Modality::ALL.into_iter().zip(features) {
         let connector = config.connectors.get(modality);
         let registers = registers(&b, connector, modality, &weights.transformer, rows, dtype);
@@ -86,7 +84,7 @@ pub fn encode(config: &TextConfig, weights: &TextWeights, tokens: usize, dtype: 
     for part in [&weights.gemma, &weights.projection, &weights.transformer] {
         part.finish()?;
     }
-    Ok(functions.into_module(b.finish()?))
+    Ok(functions.into_module(b.finish()?)?)
 }
 
 /// The program from the connectors' inputs to the contexts, for `tokens` tokens ([`CONTEXT_TOKENS`] in every pipeline).
@@ -102,19 +100,19 @@ pub fn connect(connectors: &Connectors, weights: &Weights, tokens: usize, dtype:
     check_compute_dtype(dtype)?;
     if !(1..=CONTEXT_TOKENS).contains(&tokens) {
         let problem = format!("is {tokens}, expected 1 to {CONTEXT_TOKENS} tokens");
-        return Err(ModelError::Config { path: "context length".into(), problem });
+        return Err(ModelError::config("context length", problem));
     }
     let b = Builder::new("connect");
-    let mut functions = Functions::default();
+    let functions = Functions::default();
     let inputs = Modality::ALL.map(|modality| {
         let ty = TensorType::new(dtype, [1, tokens, connectors.get(modality).width()]);
         b.param(modality.name(), ty, Rate::Generation)
     });
     for (modality, x) in Modality::ALL.into_iter().zip(inputs) {
         let (config, scope) = (connectors.get(modality), format!("{}_connector", modality.name()));
-        let context = b.scope(&scope, || connector(&b, &mut functions, config, modality, weights, x))?;
+        let context = b.scope(&scope, || connector(&b, &functions, config, modality, weights, x));
         b.result(&format!("{}_context", modality.name()), context);
     }
     weights.finish()?;
-    Ok(functions.into_module(b.finish()?))
+    Ok(functions.into_module(b.finish()?)?)
 }

@@ -15,7 +15,7 @@
 //!
 //! Source: spec/transformer §7.
 
-use ltxc_ir::{BuildError, Builder, DType, Function, Rate, ValueId};
+use ltxc_ir::{Builder, DType, ValueId};
 
 use super::adaln::Modulation;
 use super::attention::{AttentionConfig, Mixing, attention};
@@ -139,46 +139,48 @@ impl BlockInputs {
         }
     }
 
-    /// The values in the order of the block's parameters.
-    pub fn arguments(&self) -> Vec<ValueId> {
+    /// The values with the names of the block's parameters, in their order.
+    pub fn arguments(&self) -> Vec<(String, ValueId)> {
         let mut values = Vec::new();
-        for stream in Stream::BOTH {
-            if let Some(inputs) = self.stream(stream) {
-                inputs.map(|_, value| {
-                    values.push(value);
-                    value
-                });
-            }
-        }
+        self.map(|name, value| {
+            values.push((name, value));
+            value
+        });
         values
     }
 
-    /// Parameters of a block for values of `caller`.
-    fn declare(&self, b: &Builder, caller: &Builder) -> BlockInputs {
-        let declare = |stream: Stream| {
-            self.stream(stream).map(|inputs| {
-                inputs.map(|name, v| b.param(&format!("{}.{name}", stream.name()), caller.ty(v), Rate::Step))
-            })
+    /// The same structure with other values, in the order of [`BlockInputs::arguments`].
+    pub fn with(&self, values: &[ValueId]) -> BlockInputs {
+        let mut values = values.iter().copied();
+        self.map(|_, value| values.next().unwrap_or(value))
+    }
+
+    /// The streams that the block updates, in the order of its results.
+    pub fn updated(&self) -> impl Iterator<Item = Stream> {
+        Stream::BOTH.into_iter().filter(|&stream| self.stream(stream).is_some_and(|s| s.own.is_some()))
+    }
+
+    fn map(&self, mut f: impl FnMut(String, ValueId) -> ValueId) -> BlockInputs {
+        let mut of = |stream: Stream| {
+            let inputs = self.stream(stream)?;
+            Some(inputs.map(|name, value| f(format!("{}.{name}", stream.name()), value)))
         };
-        BlockInputs { video: declare(Stream::Video), audio: declare(Stream::Audio) }
+        BlockInputs { video: of(Stream::Video), audio: of(Stream::Audio) }
     }
 }
 
-/// Builds the function `name` for inputs like these of `caller`. Results: `video` and `audio`, those that are updated.
+/// Writes one block. Returns the streams that are updated, `video` and `audio`.
 ///
-/// # Errors
-/// Inputs that do not fit; weights that do not fit are recorded in `weights`.
+/// Weights that do not fit are recorded in `weights`.
 pub(super) fn block(
-    name: &str,
+    b: &Builder,
     config: &TransformerConfig,
     weights: &Weights<'_>,
-    caller: &Builder,
     inputs: &BlockInputs,
     dtype: DType,
-) -> Result<Function, BuildError> {
-    let b = Builder::new(name);
-    let mut streams = inputs.declare(&b, caller);
-    let block = Block { b: &b, config, weights, dtype };
+) -> Vec<(&'static str, ValueId)> {
+    let mut streams = *inputs;
+    let block = Block { b, config, weights, dtype };
     let mut modulations = [None, None];
     for stream in Stream::BOTH {
         let Some(s) = streams.stream_mut(stream) else { continue };
@@ -197,13 +199,14 @@ pub(super) fn block(
         video.x = block.cross_attention(Stream::Video, video.x, &v, &a);
         audio.x = block.cross_attention(Stream::Audio, audio.x, &a, &v);
     }
+    let mut results = Vec::new();
     for stream in Stream::BOTH {
         if let (Some(s), Some(modulation)) = (streams.stream(stream), &modulations[stream as usize]) {
             let x = block.feed_forward(stream, s.x, modulation);
-            b.result(stream.name(), b.name(stream.name(), x));
+            results.push((stream.name(), b.name(stream.name(), x)));
         }
     }
-    b.finish()
+    results
 }
 
 /// One side of the attention between the streams.

@@ -14,12 +14,10 @@
 //! Source: spec/transformer §2.5.
 
 use ltxc_ir::ops::RopeLayout;
-use serde_json::{Map, Value};
+use serde_json::{Value, json};
 
 use crate::ModelError;
-
-/// Largest width or channel count that is believed; keeps every product of two of them in range.
-const MAX_SIZE: usize = 1 << 20;
+use crate::fields::{Fields, MOST};
 
 /// Largest number of layers that is believed; every block is looked up in the checkpoint.
 const MAX_LAYERS: usize = 1 << 10;
@@ -122,16 +120,12 @@ impl TransformerConfig {
     /// # Errors
     /// [`ModelError::Config`] with everything that is missing, malformed or not supported.
     pub fn from_json(transformer: &Value) -> Result<TransformerConfig, ModelError> {
-        let Some(object) = transformer.as_object() else {
-            let problem = "is absent or not an object; a checkpoint without metadata needs a config".into();
-            return Err(ModelError::Config { path: CONFIG_PATH.into(), problem });
-        };
-        let mut r = Reader { object, problems: Vec::new() };
-        r.check_fixed_values();
-        let config = r.config();
-        r.check_relations(&config);
-        super::refuse(CONFIG_PATH, r.problems)?;
-        Ok(config)
+        // Nulls are not left out here: the reference takes most of them for false.
+        let fields = Fields::new("transformer", transformer).refusing_null();
+        check_fixed_values(&fields);
+        let config = read(&fields);
+        config.check_relations(&fields);
+        fields.finish(config)
     }
 
     /// Sizes of a stream.
@@ -158,222 +152,124 @@ impl TransformerConfig {
     }
 }
 
-/// Where the object stands in the metadata.
-const CONFIG_PATH: &str = "transformer";
-
-/// Keys that must have exactly this value (JSON), because nothing else is implemented, here or in the reference.
-const FIXED: [(&str, &str); 17] = [
-    ("dropout", "0"),
-    ("attention_bias", "true"),
-    ("num_vector_embeds", "null"),
-    ("activation_fn", "\"gelu-approximate\""),
-    ("num_embeds_ada_norm", "1000"),
-    ("use_linear_projection", "false"),
-    ("only_cross_attention", "false"),
-    ("cross_attention_norm", "true"),
-    ("double_self_attention", "false"),
-    ("upcast_attention", "false"),
-    ("standardization_norm", "\"rms_norm\""),
-    ("norm_elementwise_affine", "false"),
-    ("qk_norm", "\"rms_norm\""),
-    ("positional_embedding_type", "\"rope\""),
-    ("use_audio_video_cross_attention", "true"),
-    ("share_ff", "false"),
-    ("av_cross_ada_norm", "true"),
-];
-
-/// Reads keys and collects what is wrong with them. Getters give a harmless value for a malformed key.
-struct Reader<'a> {
-    object: &'a Map<String, Value>,
-    problems: Vec<String>,
+/// Refuses values that nothing is implemented for, here or in the reference.
+fn check_fixed_values(fields: &Fields<'_>) {
+    let fixed = [
+        ("dropout", json!(0)),
+        ("attention_bias", json!(true)),
+        ("num_vector_embeds", json!(null)),
+        ("activation_fn", json!("gelu-approximate")),
+        ("num_embeds_ada_norm", json!(1000)),
+        ("use_linear_projection", json!(false)),
+        ("only_cross_attention", json!(false)),
+        ("cross_attention_norm", json!(true)),
+        ("double_self_attention", json!(false)),
+        ("upcast_attention", json!(false)),
+        ("standardization_norm", json!("rms_norm")),
+        ("norm_elementwise_affine", json!(false)),
+        ("qk_norm", json!("rms_norm")),
+        ("positional_embedding_type", json!("rope")),
+        ("use_audio_video_cross_attention", json!(true)),
+        ("share_ff", json!(false)),
+        ("av_cross_ada_norm", json!(true)),
+    ];
+    for (key, value) in fixed {
+        fields.exactly(key, &value);
+    }
+    fields.only("use_middle_indices_grid", true);
 }
 
-impl Reader<'_> {
-    fn check_fixed_values(&mut self) {
-        for (key, expected) in FIXED {
-            let found = self.object.get(key).unwrap_or(&Value::Null);
-            let same = match found.as_f64() {
-                Some(number) => expected.parse() == Ok(number),
-                None => expected.parse().is_ok_and(|value: Value| value == *found),
-            };
-            if !same {
-                self.problems.push(format!("`{key}` is {found}, only {expected} is supported"));
-            }
-        }
-        if !self.flag("use_middle_indices_grid", true) {
-            self.problems.push("`use_middle_indices_grid` is false, only true is supported".into());
+fn read(fields: &Fields<'_>) -> TransformerConfig {
+    let heads = fields.size("num_attention_heads", 32);
+    let audio_heads = fields.size("audio_num_attention_heads", 32);
+    if heads != audio_heads {
+        fields
+            .problem_at("num_attention_heads", format!("is {heads}, but `audio_num_attention_heads` is {audio_heads}"));
+    }
+    let head_dim = fields.size("attention_head_dim", 128);
+    let video = StreamConfig {
+        in_channels: fields.size("in_channels", 128),
+        out_channels: fields.size("out_channels", 128),
+        head_dim,
+        width: width(fields, "num_attention_heads", heads, "attention_head_dim", head_dim),
+        context_width: fields.size("cross_attention_dim", 4096),
+        max_positions: fields.positives("positional_embedding_max_pos", &[20.0, 2048.0, 2048.0]),
+        has_ff_bias: fields.bool("ff_bias", true),
+    };
+    let audio_head_dim = fields.size("audio_attention_head_dim", 64);
+    let audio = StreamConfig {
+        in_channels: fields.size("audio_in_channels", 128),
+        out_channels: fields.size("audio_out_channels", 128),
+        head_dim: audio_head_dim,
+        width: width(fields, "audio_num_attention_heads", audio_heads, "audio_attention_head_dim", audio_head_dim),
+        context_width: fields.size("audio_cross_attention_dim", 2048),
+        max_positions: fields.positives("audio_positional_embedding_max_pos", &[20.0]),
+        has_ff_bias: fields.bool("audio_ff_bias", true),
+    };
+    let projects_captions = !fields.bool("caption_proj_before_connector", false);
+    let has_text_adaln = fields.bool("cross_attention_adaln", false);
+    fields.require("av_ca_timestep_scale_multiplier");
+    TransformerConfig {
+        layers: fields.size_within("num_layers", 48, MAX_LAYERS),
+        heads,
+        video,
+        audio,
+        caption_channels: projects_captions.then(|| fields.required_size("caption_channels", MOST)),
+        norm_eps: fields.positive("norm_eps", 1e-6),
+        rope_theta: fields.positive("positional_embedding_theta", 10000.0),
+        rope_layout: fields.choice("rope_type", RopeLayout::Split, &ROPE_LAYOUTS),
+        has_f64_frequencies: fields.text("frequencies_precision") == Some("float64"),
+        timestep_scale: fields.positive("timestep_scale_multiplier", 1000.0),
+        gate_timestep_scale: fields.positive("av_ca_timestep_scale_multiplier", 1.0),
+        is_gated: fields.bool("apply_gated_attention", false),
+        has_text_adaln,
+        has_prompt_adaln: fields.bool("use_prompt_adaln_single", true) && has_text_adaln,
+        has_keyframes_embedding: fields.bool("use_keyframes_abs_pos_embedding", false),
+    }
+}
+
+/// Values of `rope_type`.
+pub(crate) const ROPE_LAYOUTS: [(&str, RopeLayout); 2] =
+    [("split", RopeLayout::Split), ("interleaved", RopeLayout::Interleaved)];
+
+/// Heads × head dim.
+fn width(fields: &Fields<'_>, heads_key: &str, heads: usize, dim_key: &str, head_dim: usize) -> usize {
+    match heads.checked_mul(head_dim) {
+        Some(width) if width <= MOST => width,
+        _ => {
+            fields.problem_at(heads_key, format!("times `{dim_key}` is more than {MOST}"));
+            MOST
         }
     }
+}
 
-    fn config(&mut self) -> TransformerConfig {
-        let heads = self.size("num_attention_heads", 32);
-        let audio_heads = self.size("audio_num_attention_heads", 32);
-        if heads != audio_heads {
-            let text = format!("`num_attention_heads` is {heads}, but `audio_num_attention_heads` is {audio_heads}");
-            self.problems.push(text);
-        }
-        let head_dim = self.size("attention_head_dim", 128);
-        let video = StreamConfig {
-            in_channels: self.size("in_channels", 128),
-            out_channels: self.size("out_channels", 128),
-            head_dim,
-            width: self.width("num_attention_heads", heads, "attention_head_dim", head_dim),
-            context_width: self.size("cross_attention_dim", 4096),
-            max_positions: self.positions("positional_embedding_max_pos", &[20.0, 2048.0, 2048.0]),
-            has_ff_bias: self.flag("ff_bias", true),
-        };
-        let audio_head_dim = self.size("audio_attention_head_dim", 64);
-        let audio = StreamConfig {
-            in_channels: self.size("audio_in_channels", 128),
-            out_channels: self.size("audio_out_channels", 128),
-            head_dim: audio_head_dim,
-            width: self.width("audio_num_attention_heads", audio_heads, "audio_attention_head_dim", audio_head_dim),
-            context_width: self.size("audio_cross_attention_dim", 2048),
-            max_positions: self.positions("audio_positional_embedding_max_pos", &[20.0]),
-            has_ff_bias: self.flag("audio_ff_bias", true),
-        };
-        let projects_captions = !self.flag("caption_proj_before_connector", false);
-        let has_text_adaln = self.flag("cross_attention_adaln", false);
-        TransformerConfig {
-            layers: self.whole_number("num_layers", 48, MAX_LAYERS),
-            heads,
-            video,
-            audio,
-            caption_channels: projects_captions.then(|| {
-                self.require("caption_channels");
-                self.size("caption_channels", 1)
-            }),
-            norm_eps: self.positive("norm_eps", 1e-6),
-            rope_theta: self.positive("positional_embedding_theta", 10000.0),
-            rope_layout: self.rope_layout(),
-            has_f64_frequencies: self.text("frequencies_precision", "") == "float64",
-            timestep_scale: self.positive("timestep_scale_multiplier", 1000.0),
-            gate_timestep_scale: {
-                self.require("av_ca_timestep_scale_multiplier");
-                self.positive("av_ca_timestep_scale_multiplier", 1.0)
-            },
-            is_gated: self.flag("apply_gated_attention", false),
-            has_text_adaln,
-            has_prompt_adaln: self.flag("use_prompt_adaln_single", true) && has_text_adaln,
-            has_keyframes_embedding: self.flag("use_keyframes_abs_pos_embedding", false),
-        }
-    }
-
+impl TransformerConfig {
     /// What the reference takes for granted between keys.
-    fn check_relations(&mut self, c: &TransformerConfig) {
-        if c.audio.context_width != c.audio.width {
+    fn check_relations(&self, fields: &Fields<'_>) {
+        let wrong_width = |key: &str, stream: &str, sizes: &StreamConfig| {
+            let (found, expected) = (sizes.context_width, sizes.width);
+            fields.problem_at(key, format!("is {found}, expected the width {expected} of the {stream} stream"));
+        };
+        if self.audio.context_width != self.audio.width {
             // The rotary table of the attention between the streams has this width, its heads that of the audio stream.
-            self.problems.push(format!(
-                "`audio_cross_attention_dim` is {}, expected the width {} of the audio stream",
-                c.audio.context_width, c.audio.width
-            ));
+            wrong_width("audio_cross_attention_dim", "audio", &self.audio);
         }
-        if (c.caption_channels.is_some() || c.has_text_adaln) && c.video.context_width != c.video.width {
+        if (self.caption_channels.is_some() || self.has_text_adaln) && self.video.context_width != self.video.width {
             // Projected captions and the text modulation have the width of their stream.
-            self.problems.push(format!(
-                "`cross_attention_dim` is {}, expected the width {} of the video stream",
-                c.video.context_width, c.video.width
-            ));
+            wrong_width("cross_attention_dim", "video", &self.video);
         }
-        for (stream, sizes) in [("video", &c.video), ("audio", &c.audio)] {
+        for (stream, sizes) in [("video", &self.video), ("audio", &self.audio)] {
             let axes = sizes.max_positions.len();
             if sizes.head_dim % 2 != 0 || sizes.width < 2 * axes {
-                self.problems.push(format!(
+                fields.problem(format!(
                     "{stream} heads of {} elements, {} in all, cannot be rotated over {axes} axes",
                     sizes.head_dim, sizes.width
                 ));
             }
         }
-        if c.rope_theta <= 1.0 {
-            self.problems.push(format!("`positional_embedding_theta` is {}, expected more than 1", c.rope_theta));
-        }
-    }
-
-    fn require(&mut self, key: &str) {
-        if !self.object.contains_key(key) {
-            self.problems.push(format!("`{key}` is missing, and no default would be safe"));
-        }
-    }
-
-    fn size(&mut self, key: &str, default: usize) -> usize {
-        self.whole_number(key, default, MAX_SIZE)
-    }
-
-    fn whole_number(&mut self, key: &str, default: usize, largest: usize) -> usize {
-        let Some(value) = self.object.get(key) else { return default };
-        // `as_f64` also covers integers written as floats; sizes are far below 2^53.
-        match value.as_f64() {
-            Some(v) if v.fract() == 0.0 && (1.0..=largest as f64).contains(&v) => v as usize,
-            _ => {
-                self.problems.push(format!("`{key}` is {value}, expected a whole number from 1 to {largest}"));
-                default
-            }
-        }
-    }
-
-    fn width(&mut self, heads_key: &str, heads: usize, dim_key: &str, head_dim: usize) -> usize {
-        match heads.checked_mul(head_dim) {
-            Some(width) if width <= MAX_SIZE => width,
-            _ => {
-                self.problems.push(format!("`{heads_key}` times `{dim_key}` is more than {MAX_SIZE}"));
-                MAX_SIZE
-            }
-        }
-    }
-
-    fn positive(&mut self, key: &str, default: f64) -> f64 {
-        let Some(value) = self.object.get(key) else { return default };
-        match value.as_f64() {
-            Some(v) if v.is_finite() && v > 0.0 => v,
-            _ => {
-                self.problems.push(format!("`{key}` is {value}, expected a positive number"));
-                default
-            }
-        }
-    }
-
-    fn positions(&mut self, key: &str, default: &[f64]) -> Vec<f64> {
-        let Some(value) = self.object.get(key) else { return default.into() };
-        let numbers: Option<Vec<f64>> = value.as_array().and_then(|list| list.iter().map(Value::as_f64).collect());
-        match numbers {
-            Some(v) if v.len() == default.len() && v.iter().all(|x| x.is_finite() && *x > 0.0) => v,
-            _ => {
-                self.problems.push(format!("`{key}` is {value}, expected {} positive numbers", default.len()));
-                default.into()
-            }
-        }
-    }
-
-    fn flag(&mut self, key: &str, default: bool) -> bool {
-        match self.object.get(key) {
-            None => default,
-            Some(Value::Bool(v)) => *v,
-            Some(value) => {
-                self.problems.push(format!("`{key}` is {value}, expected true or false"));
-                default
-            }
-        }
-    }
-
-    fn text(&mut self, key: &str, default: &str) -> String {
-        match self.object.get(key) {
-            None => default.into(),
-            Some(Value::String(v)) => v.clone(),
-            Some(value) => {
-                self.problems.push(format!("`{key}` is {value}, expected a string"));
-                default.into()
-            }
-        }
-    }
-
-    fn rope_layout(&mut self) -> RopeLayout {
-        match self.text("rope_type", "split").as_str() {
-            "interleaved" => RopeLayout::Interleaved,
-            "split" => RopeLayout::Split,
-            other => {
-                self.problems.push(format!("`rope_type` is `{other}`, expected `split` or `interleaved`"));
-                RopeLayout::Split
-            }
+        if self.rope_theta <= 1.0 {
+            let theta = self.rope_theta;
+            fields.problem_at("positional_embedding_theta", format!("is `{theta}`, expected more than 1"));
         }
     }
 }
@@ -441,8 +337,8 @@ mod tests {
             json!({"dropout": 0.1, "qk_norm": "absent", "use_middle_indices_grid": false, "num_vector_embeds": 7}),
             &[
                 "4 problem(s)",
-                "`dropout` is 0.1, only 0",
-                "`qk_norm` is null",
+                "`dropout` is `0.1`, only `0`",
+                "`qk_norm` is `null`",
                 "use_middle_indices_grid",
                 "num_vector_embeds",
             ],
@@ -459,18 +355,21 @@ mod tests {
 
     #[test]
     fn sizes_are_checked() {
-        check_refused(json!({"num_layers": 1e30}), &["expected a whole number from 1 to 1024"]);
+        check_refused(json!({"num_layers": 1e30}), &["expected a whole number in 1..=1024"]);
         check_refused(
             json!({"in_channels": 2.5, "out_channels": -1}),
-            &["`in_channels` is 2.5", "`out_channels` is -1"],
+            &["`in_channels` is `2.5`", "`out_channels` is `-1`"],
         );
         check_refused(json!({"num_attention_heads": 16}), &["but `audio_num_attention_heads` is 32"]);
         check_refused(json!({"num_attention_heads": 1048576, "attention_head_dim": 1048576}), &["more than 1048576"]);
         check_refused(json!({"audio_cross_attention_dim": 1024}), &["expected the width 2048 of the audio stream"]);
         check_refused(json!({"cross_attention_dim": 1024}), &["expected the width 4096 of the video stream"]);
         check_refused(json!({"attention_head_dim": 127}), &["cannot be rotated"]);
-        check_refused(json!({"positional_embedding_max_pos": [20]}), &["expected 3 positive numbers"]);
-        check_refused(json!({"rope_type": "spiral", "norm_eps": 0}), &["`spiral`", "expected a positive number"]);
+        check_refused(json!({"positional_embedding_max_pos": [20]}), &["expected a list of 3 positive number(s)"]);
+        check_refused(
+            json!({"rope_type": "spiral", "norm_eps": 0}),
+            &["`\"spiral\"`, expected `split` or `interleaved`", "expected a positive number"],
+        );
     }
 
     #[test]

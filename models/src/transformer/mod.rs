@@ -1,8 +1,8 @@
 //! The joint audio-video transformer: config, shape class and graph.
 //!
 //! [`build`] writes a module with one entry function, [`ENTRY`], that predicts velocities. It takes per-token timesteps as
-//! a short table of distinct values and a row number per token, so that modulation is computed once per value. All blocks
-//! of one kind are calls of one function; a kind is what a block skips and the dtypes its weights are stored in.
+//! a short table of distinct values and a row number per token, so that modulation is computed once per value. Blocks that
+//! skip the same and whose weights are stored alike are calls of one function.
 //!
 //! Not here: the text encoder and its connectors, guidance, samplers, and the conversion from velocity to denoised latent
 //! (`latent − velocity · timestep`, per token).
@@ -39,15 +39,14 @@ pub mod rope;
 mod spec;
 mod step;
 
-use std::collections::BTreeMap;
-
+pub(crate) use config::ROPE_LAYOUTS;
 pub use config::{Stream, StreamConfig, TransformerConfig};
-use ltxc_ir::ops::Op;
-use ltxc_ir::{BuildError, Builder, DType, Function, Module, ValueId};
+use ltxc_ir::{Builder, DType, Module, ValueId};
 pub use spec::{BlockSet, Perturbation, StreamSpec, TransformerSpec};
 use step::Step;
 
-use crate::{Listed, ModelError, Weights};
+use crate::weights::check_compute_dtype;
+use crate::{Block, Functions, ModelError, Weights};
 
 /// Name of the entry function.
 pub const ENTRY: &str = "step";
@@ -67,52 +66,31 @@ pub fn build(
     dtype: DType,
 ) -> Result<Module, ModelError> {
     spec.check(config)?;
-    if ![DType::F32, DType::BF16, DType::F16].contains(&dtype) {
-        refuse("transformer program", vec![format!("activations cannot be {dtype}, only f32, bf16 or f16")])?;
-    }
+    check_compute_dtype(dtype)?;
     let weights = weights.below(KEY_PREFIX);
     let skips: Vec<Skips> = (0..config.layers).map(|i| Skips::of_block(spec, i)).collect();
 
     let b = Builder::new(ENTRY);
     let mut step = Step::prepare(&b, config, &weights, spec, dtype, &skips);
-    let mut functions = Vec::new();
-    let mut function_of_block = vec![None; config.layers];
-    if skips.iter().any(|s| *s != Skips::EVERYTHING) {
-        for (s, blocks) in group_by(0..config.layers, |&i| skips[i]) {
-            let inputs = step.block_inputs(s);
-            let make = |name: &str, blocks: &[usize], w: &Weights<'_>| {
-                let prefixes: Vec<String> = blocks.iter().map(|&i| block_prefix(i)).collect();
-                block::block(name, config, &w.repeated(&prefixes), &b, &inputs, dtype)
-            };
-            for (n, blocks) in group_by_storage(&weights, &blocks, &make)?.into_iter().enumerate() {
-                let name = if n == 0 { s.function_name() } else { format!("{}_{n}", s.function_name()) };
-                blocks.iter().for_each(|&i| function_of_block[i] = Some(functions.len()));
-                functions.push(make(&name, &blocks, &weights)?);
-            }
-        }
-    }
-    for (i, function) in function_of_block.iter().enumerate() {
-        let Some(function) = function.map(|f: usize| &functions[f]) else { continue };
-        let arguments = step.block_inputs(skips[i]).arguments();
-        let prefix = weights.call_prefix(&block_prefix(i));
-        let results = b.call(function, &format!("blocks.{i}"), &prefix, &arguments);
-        for (result, x) in function.results.iter().zip(results) {
-            let stream = Stream::BOTH.into_iter().find(|s| s.name() == result.name);
-            stream.into_iter().for_each(|s| step.update(s, x));
+    let functions = Functions::default();
+    for (i, skips) in skips.iter().enumerate().filter(|(_, skips)| **skips != Skips::EVERYTHING) {
+        let inputs = step.block_inputs(*skips);
+        let (function, name) = (skips.function_name(), format!("blocks.{i}"));
+        let block = Block { function: &function, name: &name, prefix: format!("transformer_blocks.{i}.") };
+        let results = functions.call(&b, &weights, block, &inputs.arguments(), |b, weights, params| {
+            block::block(b, config, weights, &inputs.with(params), dtype)
+        });
+        for (stream, x) in inputs.updated().zip(results) {
+            step.update(stream, x);
         }
     }
     step.finish();
     weights.finish()?;
-    functions.push(b.finish()?);
-    Ok(Module { functions, entries: vec![ENTRY.into()] })
-}
-
-fn block_prefix(i: usize) -> String {
-    format!("transformer_blocks.{i}.")
+    Ok(functions.into_module(b.finish()?)?)
 }
 
 /// What one block does not compute, once everything about the program is taken into account.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Skips {
     /// Per stream: whether its own layers are skipped.
     own: [bool; 2],
@@ -169,43 +147,6 @@ impl Skips {
     }
 }
 
-/// Splits blocks of one kind by the dtypes their weights are stored in: a function declares its weights' types.
-///
-/// `make` builds the function of some blocks; it tells which weights there are.
-fn group_by_storage(
-    weights: &Weights<'_>,
-    blocks: &[usize],
-    make: &impl Fn(&str, &[usize], &Weights<'_>) -> Result<Function, BuildError>,
-) -> Result<Vec<Vec<usize>>, ModelError> {
-    let Some(&first) = blocks.first() else { return Ok(Vec::new()) };
-    let sketch = make("sketch", &[first], &weights.unreported())?;
-    let keys: Vec<&str> = sketch
-        .nodes
-        .iter()
-        .filter_map(|node| if let Op::Weight(weight) = &node.op { Some(weight.key.as_str()) } else { None })
-        .collect();
-    let storage = |i: &usize| -> Vec<Option<DType>> {
-        let block = weights.below(&block_prefix(*i));
-        keys.iter().map(|key| block.stored_type(key).map(|ty| ty.dtype)).collect()
-    };
-    Ok(group_by(blocks.iter().copied(), storage).into_iter().map(|(_, blocks)| blocks).collect())
-}
-
-/// Groups of numbers with the same key, in the order in which the keys first appear.
-fn group_by<K: Ord + Clone>(items: impl IntoIterator<Item = usize>, key: impl Fn(&usize) -> K) -> Vec<(K, Vec<usize>)> {
-    let mut index = BTreeMap::new();
-    let mut groups: Vec<(K, Vec<usize>)> = Vec::new();
-    for item in items {
-        let k = key(&item);
-        let at = *index.entry(k.clone()).or_insert_with(|| {
-            groups.push((k, Vec::new()));
-            groups.len() - 1
-        });
-        groups[at].1.push(item);
-    }
-    groups
-}
-
 /// `x wᵀ + bias` of the linear layer `key`. `x`: `[.., inputs]`, result `[.., outputs]` in the dtype of `x`.
 fn linear(
     b: &Builder,
@@ -221,13 +162,4 @@ fn linear(
         return y;
     }
     b.add(y, weights.get(b, &format!("{key}.bias"), &[outputs]))
-}
-
-/// An error that lists `problems`, if there are any.
-fn refuse(path: &str, problems: Vec<String>) -> Result<(), ModelError> {
-    if problems.is_empty() {
-        return Ok(());
-    }
-    let problem = format!("{} problem(s):{}", problems.len(), Listed(problems));
-    Err(ModelError::Config { path: path.into(), problem })
 }

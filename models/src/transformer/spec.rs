@@ -144,6 +144,6 @@ impl TransformerSpec {
                     .extend(outside.map(|i| format!("block {i} is to be skipped, but there are {}", config.layers)));
             }
         }
-        super::refuse("transformer program", problems)
+        ModelError::unless_empty("transformer program", problems)
     }
 }

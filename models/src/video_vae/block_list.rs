@@ -9,9 +9,9 @@
 //!
 //! Source: spec/video-vae §2.4.
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use super::fields::{Fields, as_size};
+use crate::fields::Fields;
 
 /// Most entries of a block list, and largest parameter of a block.
 const MOST_BLOCKS: usize = 256;
@@ -98,12 +98,12 @@ impl EncoderBlock {
         }
     }
 
-    /// Why the block cannot take `c` channels to `c_out`.
+    /// What is wrong with the block if it has to take `c` channels to `c_out`.
     pub(super) fn problem(&self, c: usize, c_out: usize) -> Option<String> {
         let EncoderBlock::SpaceToDepth { stride, multiplier } = *self else { return None };
         let block: usize = stride.iter().product();
         (!block.is_multiple_of(multiplier) || !c_out.is_multiple_of(block))
-            .then(|| format!("space-to-depth by {stride:?} cannot turn {c} channels into {c_out}"))
+            .then(|| format!("cannot turn {c} channels into {c_out} with a space-to-depth by {stride:?}"))
     }
 }
 
@@ -120,75 +120,52 @@ impl DecoderBlock {
         }
     }
 
-    /// Why the block cannot take `c` channels.
+    /// What is wrong with the block if it has to take `c` channels.
     pub(super) fn problem(&self, c: usize) -> Option<String> {
         let DecoderBlock::DepthToSpace { stride, divisor, is_residual: true } = *self else { return None };
         let block: usize = stride.iter().product();
         (!block.is_multiple_of(divisor) || !c.is_multiple_of(block))
-            .then(|| format!("the residual path cannot tile {c} channels by {stride:?} to {} channels", c / divisor))
-    }
-}
-
-/// Parameters of one entry of a block list.
-pub(super) struct BlockFields<'a> {
-    name: &'a str,
-    /// An object, or a bare number that stands for `num_layers`.
-    parameters: &'a Value,
-}
-
-impl BlockFields<'_> {
-    fn value(&self, key: &str) -> Option<&Value> {
-        let is_bare = key == "num_layers" && self.parameters.is_number();
-        let value = if is_bare { Some(self.parameters) } else { self.parameters.get(key) };
-        value.filter(|v| !v.is_null())
-    }
-
-    fn size(&self, key: &str, default: Option<usize>) -> Result<usize, String> {
-        let Some(value) = self.value(key) else { return default.ok_or_else(|| format!("`{key}` is missing")) };
-        as_size(value)
-            .filter(|&n| n <= MOST_BLOCKS)
-            .ok_or_else(|| format!("`{key}` is `{value}`, expected a whole number in 1..={MOST_BLOCKS}"))
-    }
-
-    fn bool(&self, key: &str) -> Result<bool, String> {
-        match self.value(key) {
-            None => Ok(false),
-            Some(Value::Bool(b)) => Ok(*b),
-            Some(other) => Err(format!("`{key}` is `{other}`, expected true or false")),
-        }
+            .then(|| format!("cannot tile {c} channels by {stride:?} to {} channels on its residual path", c / divisor))
     }
 }
 
 /// The entries of the block list `key`; what `parse` refuses is recorded and left out.
+///
+/// `parse` gets the name and the parameters of an entry, and returns what is wrong with the name.
 pub(super) fn read_blocks<T>(
     fields: &Fields<'_>,
     key: &str,
-    parse: impl Fn(&BlockFields<'_>) -> Result<T, String>,
+    parse: impl Fn(&str, &Fields<'_>) -> Result<T, String>,
 ) -> Vec<T> {
     let list = fields.list(key);
     if list.len() > MOST_BLOCKS {
-        fields.problem(format!("`{key}` has {} entries, at most {MOST_BLOCKS} are supported", list.len()));
+        fields.problem_at(key, format!("has {} entries, at most {MOST_BLOCKS} are supported", list.len()));
         return Vec::new();
     }
-    let entry = |value: &Value| {
-        let malformed = || format!("is `{value}`, expected [name, number or object]");
-        let [name, parameters] = value.as_array().map(Vec::as_slice).ok_or_else(malformed)? else {
-            return Err(malformed());
-        };
-        let name = name.as_str().ok_or_else(malformed)?;
-        if !parameters.is_object() && !parameters.is_number() {
-            return Err(malformed());
-        }
-        parse(&BlockFields { name, parameters })
-    };
     let mut blocks = Vec::new();
     for (i, value) in list.iter().enumerate() {
-        match entry(value) {
+        let key = format!("{key}[{i}]");
+        let Some((name, parameters)) = entry(value) else {
+            fields.problem_at(&key, format!("is `{value}`, expected [name, number or object]"));
+            continue;
+        };
+        match parse(name, &fields.inside(&key, &parameters)) {
             Ok(block) => blocks.push(block),
-            Err(problem) => fields.problem(format!("`{key}[{i}]`: {problem}")),
+            Err(problem) => fields.problem_at(&key, problem),
         }
     }
     blocks
+}
+
+/// Name and parameters of an entry; a bare number as parameters is the number of layers.
+fn entry(value: &Value) -> Option<(&str, Value)> {
+    let [name, parameters] = value.as_array()?.as_slice() else { return None };
+    let parameters = match parameters {
+        Value::Object(_) => parameters.clone(),
+        Value::Number(layers) => json!({ "num_layers": layers }),
+        _ => return None,
+    };
+    Some((name.as_str()?, parameters))
 }
 
 /// Stride of the compressing blocks, by the part of their names that says so.
@@ -202,14 +179,13 @@ fn stride_of(name: &str) -> Option<Stride> {
 }
 
 /// What an entry of `encoder_blocks` means.
-pub(super) fn encoder_block(block: &BlockFields<'_>) -> Result<EncoderBlock, String> {
-    let unknown = || format!("the encoder has no block `{}`", block.name);
-    match block.name {
-        "res_x" => Ok(EncoderBlock::ResStack { layers: block.size("num_layers", None)? }),
-        "res_x_y" => Ok(EncoderBlock::ResWiden { multiplier: block.size("multiplier", Some(2))? }),
-        "compress_all_x_y" => {
-            Ok(EncoderBlock::Conv { stride: [2, 2, 2], multiplier: block.size("multiplier", Some(2))? })
-        }
+pub(super) fn encoder_block(name: &str, parameters: &Fields<'_>) -> Result<EncoderBlock, String> {
+    let unknown = || format!("is `{name}`, which the encoder does not have");
+    let multiplier = || parameters.size_within("multiplier", 2, MOST_BLOCKS);
+    match name {
+        "res_x" => Ok(EncoderBlock::ResStack { layers: parameters.required_size("num_layers", MOST_BLOCKS) }),
+        "res_x_y" => Ok(EncoderBlock::ResWiden { multiplier: multiplier() }),
+        "compress_all_x_y" => Ok(EncoderBlock::Conv { stride: [2, 2, 2], multiplier: multiplier() }),
         "attn" => Ok(EncoderBlock::Attention),
         name => {
             let what = name.strip_prefix("compress_").ok_or_else(unknown)?;
@@ -217,30 +193,29 @@ pub(super) fn encoder_block(block: &BlockFields<'_>) -> Result<EncoderBlock, Str
                 return Ok(EncoderBlock::Conv { stride, multiplier: 1 });
             }
             let stride = what.strip_suffix("_res").and_then(stride_of).ok_or_else(unknown)?;
-            Ok(EncoderBlock::SpaceToDepth { stride, multiplier: block.size("multiplier", Some(2))? })
+            Ok(EncoderBlock::SpaceToDepth { stride, multiplier: multiplier() })
         }
     }
 }
 
 /// What an entry of `decoder_blocks` means.
-pub(super) fn decoder_block(block: &BlockFields<'_>) -> Result<DecoderBlock, String> {
-    match block.name {
+pub(super) fn decoder_block(name: &str, parameters: &Fields<'_>) -> Result<DecoderBlock, String> {
+    let divisor = |default: usize| parameters.size_within("multiplier", default, MOST_BLOCKS);
+    let has_noise = || parameters.bool("inject_noise", false);
+    match name {
         "res_x" => Ok(DecoderBlock::ResStack {
-            layers: block.size("num_layers", None)?,
-            has_noise: block.bool("inject_noise")?,
+            layers: parameters.required_size("num_layers", MOST_BLOCKS),
+            has_noise: has_noise(),
         }),
-        "res_x_y" => {
-            let divisor = block.size("multiplier", Some(2))?;
-            Ok(DecoderBlock::ResNarrow { divisor, has_noise: block.bool("inject_noise")? })
-        }
+        "res_x_y" => Ok(DecoderBlock::ResNarrow { divisor: divisor(2), has_noise: has_noise() }),
         "attn" => Ok(DecoderBlock::Attention),
-        "attn_res_x" => Err("`attn_res_x` is named in the reference but cannot be built there either".into()),
+        "attn_res_x" => Err("is `attn_res_x`, which cannot be built there in the reference either".into()),
         name => {
             let stride = name.strip_prefix("compress_").and_then(stride_of);
-            let stride = stride.ok_or_else(|| format!("the decoder has no block `{name}`"))?;
+            let stride = stride.ok_or_else(|| format!("is `{name}`, which the decoder does not have"))?;
             // Only `compress_all` reads `residual` in the reference; the others ignore it.
-            let is_residual = name == "compress_all" && block.bool("residual")?;
-            Ok(DecoderBlock::DepthToSpace { stride, divisor: block.size("multiplier", Some(1))?, is_residual })
+            let is_residual = name == "compress_all" && parameters.bool("residual", false);
+            Ok(DecoderBlock::DepthToSpace { stride, divisor: divisor(1), is_residual })
         }
     }
 }

@@ -17,7 +17,7 @@ use ltxc_ir::{Builder, DType, Float, ValueId};
 
 use super::block_list::Stride;
 use super::layers::{Layers, Video, depth_to_space, drop_first_frame, space_to_depth};
-use super::shared::SharedFunctions;
+use crate::{Block, Functions};
 
 /// Width of the sinusoid of a timestep.
 const SINUSOID: usize = 256; // ltx_core/model/transformer/timestep_embedding, Timesteps
@@ -40,7 +40,7 @@ pub(super) struct ResInputs {
 /// Calls the residual block `key` on `x`: to `c` channels.
 pub(super) fn res_block(
     layers: &Layers<'_>,
-    shared: &SharedFunctions,
+    functions: &Functions,
     key: &str,
     x: Video,
     c: usize,
@@ -50,7 +50,8 @@ pub(super) fn res_block(
     let mut args = vec![("x", x.value)];
     args.extend(inputs.timestep.map(|t| ("timestep", t)));
     args.extend(inputs.noise.iter().flat_map(|&[first, second]| [("noise.0", first), ("noise.1", second)]));
-    let value = shared.call(layers.b, &layers.weights, key, &args, |b, weights, params| {
+    let block = Block::at("res_block", key);
+    let value = functions.call_one(layers.b, &layers.weights, block, &args, |b, weights, params| {
         let layers = Layers { b, weights: weights.clone(), style };
         let (x, rest) = (x.with(params[0]), &params[1..]);
         let (timestep, noise) = rest.split_at(usize::from(inputs.timestep.is_some()));

@@ -14,8 +14,8 @@
 use serde_json::Value;
 
 use super::block_list::{DecoderBlock, EncoderBlock, Stride, decoder_block, encoder_block, read_blocks};
-use super::fields::{Fields, MOST, as_size};
 use crate::ModelError;
+use crate::fields::{Fields, MOST};
 
 /// Largest factor between latents and pixels.
 const MOST_FACTOR: usize = 1 << 12;
@@ -100,14 +100,10 @@ impl VideoVaeConfig {
                     .into(),
                 _ => format!("`_class_name` is `{class}`, expected `CausalVideoAutoencoder`"),
             };
-            return Err(ModelError::Config { path: "vae".into(), problem });
+            return Err(ModelError::config("vae", problem));
         }
-        for (key, supported) in [("dims", 3), ("in_channels", 3), ("out_channels", 3)] {
-            if let Some(value) = fields.value(key)
-                && as_size(value) != Some(supported)
-            {
-                fields.problem(format!("`{key}` is `{value}`, only {supported} is supported"));
-            }
+        for key in ["dims", "in_channels", "out_channels"] {
+            fields.only(key, 3);
         }
         let encoder_padding = fields.choice("encoder_spatial_padding_mode", PaddingMode::Zeros, &PADDING_MODES);
         let common_padding = fields.choice("spatial_padding_mode", None, &PADDING_MODES.map(|(n, m)| (n, Some(m))));
@@ -188,13 +184,13 @@ impl VideoVaeConfig {
         }
         for (i, (block, widths)) in self.encoder_blocks.iter().zip(self.encoder_widths().windows(2)).enumerate() {
             if let Some(problem) = block.problem(widths[0], widths[1]) {
-                fields.problem(format!("`encoder_blocks[{i}]`: {problem}"));
+                fields.problem_at(&format!("encoder_blocks[{i}]"), problem);
             }
         }
         let stored = |i: usize| self.decoder_blocks.len() - 1 - i;
         for (i, (block, widths)) in self.decoder_blocks.iter().zip(self.decoder_widths().windows(2)).enumerate() {
             if let Some(problem) = block.problem(widths[0]) {
-                fields.problem(format!("`decoder_blocks[{}]`: {problem}", stored(i)));
+                fields.problem_at(&format!("decoder_blocks[{}]", stored(i)), problem);
             }
         }
         let widths = [self.encoder_widths(), self.decoder_widths()];
@@ -300,10 +296,10 @@ mod tests {
             "spatial_padding_mode",
             "causal_decoder",
             "dims",
-            "`encoder_blocks[1]`: the encoder has no block `compress_everything`",
-            "`decoder_blocks[0]`: `num_layers`",
+            "`encoder_blocks[1]` is `compress_everything`, which the encoder does not have",
+            "`decoder_blocks[0].num_layers` is `-1`",
             "cannot be built there",
-            "`num_layers` is missing",
+            "`decoder_blocks[2].num_layers` is missing",
         ];
         check_refused(edit, &problems);
     }
@@ -319,10 +315,7 @@ mod tests {
             &["`encoder_blocks[3]`"],
         );
         check_refused(|c| c["decoder_blocks"][3][1] = json!("x"), &["expected [name, number or object]"]);
-        check_refused(
-            |c| c["decoder_blocks"][3][1]["multiplier"] = json!(3),
-            &["`decoder_blocks[3]`: the residual path"],
-        );
+        check_refused(|c| c["decoder_blocks"][3][1]["multiplier"] = json!(3), &["`decoder_blocks[3]` cannot tile"]);
         check_refused(
             |c| {
                 c["norm_layer"] = json!("group_norm");

@@ -15,8 +15,7 @@ use super::blocks::{ResInputs, attention, embed_timestep, modulation_rows, res_b
 use super::config::VideoVaeConfig;
 use super::layers::{Layers, Statistics, Style, Video, unpatchify, vae_weights};
 use super::refuse_request;
-use super::shared::SharedFunctions;
-use crate::{ModelError, Weights};
+use crate::{Functions, ModelError, Weights};
 
 /// Part of noise in the latent of a decoder with a timestep.
 const NOISE_SCALE: f64 = 0.025; // ltx_core/model/video_vae, decode_noise_scale
@@ -60,7 +59,7 @@ pub fn decode(
     let vae = vae_weights(model);
     let style = Style { is_causal: config.is_decoder_causal, padding: config.decoder_padding, norm: config.norm };
     let layers = Layers { b: &b, weights: vae.below("decoder."), style };
-    let shared = SharedFunctions::new("res_block");
+    let functions = Functions::default();
     let mut z = b.cast(latent, dtype);
     let mut timestep = None;
     if let Some((noise, t)) = conditioning {
@@ -69,14 +68,12 @@ pub fn decode(
         timestep = Some(b.mul(t, timestep_scale(&layers)));
     }
     let z = Statistics::new(&b, &vae, c, dtype).unnormalise(&b, z);
-    let decoder = Decoder { config, layers, shared: &shared, timestep, planes: &planes, dtype };
+    let decoder = Decoder { config, layers, functions: &functions, timestep, planes: &planes, dtype };
     let frames = b.scope("vae.decoder", || decoder.frames(Video { value: z, f, h, w, c }));
     b.result("frames", b.cast(b.name("vae.frames", frames.value), DType::F32));
 
-    let mut functions = shared.finish()?;
     model.finish()?;
-    functions.push(b.finish()?);
-    Ok(Module { functions, entries: vec!["decode".into()] })
+    Ok(functions.into_module(b.finish()?)?)
 }
 
 /// Rows and columns of the noise planes that [`decode`] takes, in their order; `latent`: rows and columns.
@@ -113,7 +110,7 @@ fn timestep_scale(layers: &Layers<'_>) -> ValueId {
 struct Decoder<'a> {
     config: &'a VideoVaeConfig,
     layers: Layers<'a>,
-    shared: &'a SharedFunctions,
+    functions: &'a Functions,
     /// Scaled timestep, f32 `[1]`.
     timestep: Option<ValueId>,
     /// Noise planes in execution order.
@@ -139,13 +136,13 @@ impl Decoder<'_> {
                     let timestep = self.timestep(&format!("{key}.time_embedder"), 4 * c);
                     (0..count).fold(x, |x, j| {
                         let inputs = ResInputs { timestep, noise: noise(has_noise) };
-                        res_block(layers, self.shared, &format!("{key}.res_blocks.{j}"), x, c, inputs)
+                        res_block(layers, self.functions, &format!("{key}.res_blocks.{j}"), x, c, inputs)
                     })
                 }
                 DecoderBlock::ResNarrow { has_noise, .. } => {
                     // The reference never gives these a timestep.
                     let inputs = ResInputs { timestep: None, noise: noise(has_noise) };
-                    res_block(layers, self.shared, &key, x, c, inputs)
+                    res_block(layers, self.functions, &key, x, c, inputs)
                 }
                 DecoderBlock::DepthToSpace { stride, divisor, is_residual } => {
                     upsample(layers, &key, x, stride, divisor, is_residual)

@@ -16,8 +16,7 @@ use super::blocks::{ResInputs, attention, downsample, res_block};
 use super::config::{LogVariance, VideoVaeConfig};
 use super::layers::{Layers, Statistics, Style, Video, patchify, vae_weights};
 use super::refuse_request;
-use super::shared::SharedFunctions;
-use crate::{ModelError, Weights};
+use crate::{Functions, ModelError, Weights};
 
 /// Largest number of frames, rows or columns.
 const MOST_PIXELS: usize = 1 << 26;
@@ -43,23 +42,21 @@ pub fn encode(
     let vae = vae_weights(model);
     let style = Style { is_causal: true, padding: config.encoder_padding, norm: config.norm };
     let layers = Layers { b: &b, weights: vae.below("encoder."), style };
-    let shared = SharedFunctions::new("res_block");
+    let functions = Functions::default();
 
     let kept = f - (f - 1) % config.factors()[0];
     let frames = Video { value: b.slice_axis(b.cast(frames, dtype), 1, 0, kept), f: kept, h, w, c: 3 };
-    let means = b.scope("vae.encoder", || encoder(config, &layers, &shared, frames));
+    let means = b.scope("vae.encoder", || encoder(config, &layers, &functions, frames));
     let statistics = Statistics::new(&b, &vae, config.latent_channels, dtype);
     let latent = b.name("vae.latent", statistics.normalise(&b, means.value));
     b.result("latent", b.cast(latent, DType::F32));
 
-    let mut functions = shared.finish()?;
     model.finish()?;
-    functions.push(b.finish()?);
-    Ok(Module { functions, entries: vec!["encode".into()] })
+    Ok(functions.into_module(b.finish()?)?)
 }
 
 /// The means, not normalised.
-fn encoder(config: &VideoVaeConfig, layers: &Layers<'_>, shared: &SharedFunctions, frames: Video) -> Video {
+fn encoder(config: &VideoVaeConfig, layers: &Layers<'_>, functions: &Functions, frames: Video) -> Video {
     let widths = config.encoder_widths();
     let patches = patchify(layers.b, frames, config.patch_size);
     let mut x = layers.name("conv_in", layers.conv("conv_in", patches, widths[0], [1; 3]));
@@ -67,9 +64,9 @@ fn encoder(config: &VideoVaeConfig, layers: &Layers<'_>, shared: &SharedFunction
         let key = format!("down_blocks.{i}");
         x = match *block {
             EncoderBlock::ResStack { layers: count } => (0..count).fold(x, |x, j| {
-                res_block(layers, shared, &format!("{key}.res_blocks.{j}"), x, c, ResInputs::default())
+                res_block(layers, functions, &format!("{key}.res_blocks.{j}"), x, c, ResInputs::default())
             }),
-            EncoderBlock::ResWiden { .. } => res_block(layers, shared, &key, x, c, ResInputs::default()),
+            EncoderBlock::ResWiden { .. } => res_block(layers, functions, &key, x, c, ResInputs::default()),
             EncoderBlock::Conv { stride, .. } => layers.conv(&key, x, c, stride),
             EncoderBlock::SpaceToDepth { stride, .. } => downsample(layers, &key, x, stride, c),
             EncoderBlock::Attention => attention(layers, &key, x),

@@ -12,9 +12,7 @@ mod blocks;
 mod config;
 mod decoder;
 mod encoder;
-pub(crate) mod fields;
 pub(crate) mod layers;
-pub(crate) mod shared;
 
 pub use block_list::{DecoderBlock, EncoderBlock, Stride};
 pub use config::{LogVariance, Norm, PaddingMode, VideoVaeConfig};
@@ -25,5 +23,5 @@ use crate::ModelError;
 
 /// Fails because of what was asked for, not because of the checkpoint.
 fn refuse_request<T>(problem: String) -> Result<T, ModelError> {
-    Err(ModelError::Config { path: "vae".into(), problem })
+    Err(ModelError::config("vae", problem))
 }

@@ -201,10 +201,7 @@ pub fn assemble(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
         add("decode", &program_name(f, h, w), module);
     }
     let tokens = model.audio_tokens(shape);
-    let module = Module {
-        functions: vec![decode_audio(&model.audio_vae, &model.vocoder, &model.weights(), tokens, DTYPE)?],
-        entries: vec!["decode_audio".into()],
-    };
+    let module = decode_audio(&model.audio_vae, &model.vocoder, &model.weights(), tokens, DTYPE)?;
     add("sound", "decode_audio", module);
 
     let pipeline = model.pipeline(files, shape, stages, tiles)?;

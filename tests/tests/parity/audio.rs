@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use ltxc_ir::eval::Tensor;
-use ltxc_ir::{DType, Function, Module, TensorType};
+use ltxc_ir::{DType, Module, TensorType};
 use ltxc_models::audio::{AudioVaeConfig, VocoderConfig, decode, decode_audio, encode, vocode};
 use ltxc_models::{ModelError, Weights};
 use ltxc_runtime::audio_frontend::{MelFrontend, MelSettings, resample};
@@ -89,13 +89,14 @@ fn every_entry_builds_with_bf16_activations() {
         let (vae, vocoder) = configs(&file);
         let vocoder = vocoder.unwrap();
         let dtype = DType::BF16;
-        let functions = [
+        let modules = [
             encode(&vae, &weights(&file), 9, dtype).unwrap(),
             decode(&vae, &weights(&file), 3, dtype).unwrap(),
             vocode(&vocoder, &weights(&file), 9, dtype).unwrap(),
             decode_audio(&vae, &vocoder, &weights(&file), 3, dtype).unwrap(),
         ];
-        for f in functions {
+        for module in modules {
+            let f = module.function(&module.entries[0]).unwrap();
             let types = f.param_types().into_iter().chain(f.result_types());
             assert!(types.into_iter().all(|ty| ty.dtype == DType::F32), "{}", f.name);
             let convolved = f.values.iter().find(|v| v.name.ends_with("conv_post") || v.name.ends_with("conv_out"));
@@ -140,12 +141,10 @@ fn configs(file: &TensorFile) -> (AudioVaeConfig, Option<VocoderConfig>) {
     (AudioVaeConfig::from_json(&config["audio_vae"]).unwrap(), vocoder)
 }
 
-/// Runs a function of one parameter.
+/// Runs an entry of one parameter.
 #[track_caller]
-fn run(function: Function, input: Tensor, file: &TensorFile) -> Run {
-    let entry = function.name.clone();
-    let module = Module { functions: vec![function], entries: vec![entry.clone()] };
-    evaluate(&module, &entry, &[input], &[("model", file)])
+fn run(module: Module, input: Tensor, file: &TensorFile) -> Run {
+    evaluate(&module, &module.entries[0], &[input], &[("model", file)])
 }
 
 /// Compares tensors of one recorded file, and knows which of them were compared.
@@ -371,8 +370,8 @@ fn check_vocoder(name: &str, checkpoint_name: &str) {
     check.check("waveform", &channels_first(waveform), LIMIT);
 
     let latent = tokens(&check.input("decode_audio.latent"));
-    let function = decode_audio(&vae, &vocoder, &weights(&weights_file), latent.ty.shape[1], DType::F32).unwrap();
-    let waveform = channels_first(&run(function, latent, &weights_file).results["waveform"]);
+    let module = decode_audio(&vae, &vocoder, &weights(&weights_file), latent.ty.shape[1], DType::F32).unwrap();
+    let waveform = channels_first(&run(module, latent, &weights_file).results["waveform"]);
     let unbatched = Tensor::f32(&waveform.ty.shape[1..], &waveform.to_f32());
     check.check("decode_audio.waveform", &unbatched, LIMIT);
     check.finish();

@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 
 use ltxc_ir::eval::Tensor;
 use ltxc_ir::{Builder, DType, Module, Rate, TensorType};
-use ltxc_models::text::{self, Functions, Modality, TextConfig, TextWeights};
-use ltxc_models::{TensorDirectory, Weights};
+use ltxc_models::text::{self, Modality, TextConfig, TextWeights};
+use ltxc_models::{Functions, TensorDirectory, Weights};
 use ltxc_runtime::tokenizer::{CONTEXT_TOKENS, Prompt, Tokenizer};
 use ltxc_tests::compare::Report;
 use ltxc_tests::fixtures::{self, TensorFile, root};
@@ -121,15 +121,15 @@ impl Model {
             .collect();
         let tokens = states[0].ty.shape[1];
         let valid = b.param("valid", TensorType::f32([tokens]), Rate::Step);
-        let (mut functions, weights) = (Functions::default(), self.weights());
+        let (functions, weights) = (Functions::default(), self.weights());
         let widths = self.config.connectors.widths();
         let extractor = self.config.extractor;
-        let features = text::features(&b, &mut functions, extractor, &weights.projection, &params, valid, widths);
-        for (modality, value) in Modality::ALL.into_iter().zip(features.unwrap()) {
+        let features = text::features(&b, &functions, extractor, &weights.projection, &params, valid, widths);
+        for (modality, value) in Modality::ALL.into_iter().zip(features) {
             b.result(modality.name(), value);
         }
         weights.projection.finish().unwrap();
-        let module = functions.into_module(b.finish().unwrap());
+        let module = functions.into_module(b.finish().unwrap()).unwrap();
         let valid = Tensor::f32(&[tokens], &vec![1.0; tokens]);
         let args: Vec<Tensor> = states.iter().cloned().chain([valid]).collect();
         harness::evaluate(&module, "main", &args, &self.sources())
@@ -353,7 +353,7 @@ fn check_context(model: &Model) {
         for modality in Modality::ALL {
             let modality_name = modality.name();
             for i in 0..model.config.connectors.get(modality).layers {
-                let tap = &run.taps[&format!("{modality_name}_connector.transformer_1d_blocks.{i}.output")];
+                let tap = &run.taps[&format!("{modality_name}_connector.transformer_1d_blocks.{i}")];
                 recorded.check("", &format!("{name}.{modality_name}_connector.block{i}"), &tap.to_f32(), LIMIT);
             }
             let context = run.results[&format!("{modality_name}_context")].to_f32();
