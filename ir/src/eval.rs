@@ -89,8 +89,8 @@ impl Tensor {
         let mut out = Vec::with_capacity(self.ty.bytes());
         match &self.data {
             Data::Float(v) => v.iter().for_each(|&x| match self.ty.dtype {
-                DType::BF16 => out.extend(bf16::from_f64(x).to_le_bytes()),
-                DType::F16 => out.extend(f16::from_f64(x).to_le_bytes()),
+                DType::BF16 => out.extend(bf16::from_f32(to_odd(x)).to_le_bytes()),
+                DType::F16 => out.extend(f16::from_f32(to_odd(x)).to_le_bytes()),
                 DType::F8E4M3 => out.push(f64_to_f8(x, 4)),
                 DType::F8E5M2 => out.push(f64_to_f8(x, 5)),
                 _ => out.extend((x as f32).to_le_bytes()),
@@ -132,8 +132,8 @@ impl Tensor {
         if let Data::Float(v) = &mut self.data {
             match self.ty.dtype {
                 DType::F32 if rounding == Rounding::Exact => {}
-                DType::BF16 => v.iter_mut().for_each(|x| *x = bf16::from_f64(*x).to_f64()),
-                DType::F16 => v.iter_mut().for_each(|x| *x = f16::from_f64(*x).to_f64()),
+                DType::BF16 => v.iter_mut().for_each(|x| *x = bf16::from_f32(to_odd(*x)).to_f64()),
+                DType::F16 => v.iter_mut().for_each(|x| *x = f16::from_f32(to_odd(*x)).to_f64()),
                 DType::F8E4M3 => v.iter_mut().for_each(|x| *x = f8_to_f64(f64_to_f8(*x, 4), 4)),
                 DType::F8E5M2 => v.iter_mut().for_each(|x| *x = f8_to_f64(f64_to_f8(*x, 5), 5)),
                 _ => v.iter_mut().for_each(|x| *x = *x as f32 as f64),
@@ -267,6 +267,17 @@ pub fn f64_to_f8(x: f64, exponent: u32) -> u8 {
     }
     let (below, above) = (a - f8_to_f64(lo, exponent), f8_to_f64(hi, exponent) - a);
     sign | if below < above || (below == above && lo % 2 == 0) { lo } else { hi }
+}
+
+/// The f32 beside `x` whose last bit tells that something was cut off: rounding it again to a narrower float gives what
+/// rounding `x` once would.
+fn to_odd(x: f64) -> f32 {
+    let near = x as f32;
+    if near as f64 == x || !near.is_finite() {
+        return near;
+    }
+    let below = if (near as f64).abs() > x.abs() { near.to_bits() - 1 } else { near.to_bits() };
+    f32::from_bits(below | 1)
 }
 
 /// Whether f32 results are rounded.

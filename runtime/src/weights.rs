@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use ltxc_ir::identity::{FileIdentity, Span};
 use ltxc_ir::plan::{FileTensor, Plan, TextSettings, WeightSource};
 use ltxc_ir::{DType, TensorType};
-use memmap2::Mmap;
+use memmap2::{Advice, Mmap};
 use safetensors::SafeTensors;
 
 use crate::error::RunError;
@@ -188,6 +188,8 @@ fn identity_of(path: &Path, map: &Mmap) -> Result<FileIdentity, RunError> {
     let (header_bytes, header) = SafeTensors::read_metadata(map).map_err(|e| bad(e.to_string()))?;
     let data = 8 + header_bytes as u64;
     let tensors = header.tensors();
+    // One page out of every tensor is looked at; reading ahead around each would read half the file.
+    advise(path, map, Advice::Random)?;
     let spans: Vec<Span<'_>> = tensors
         .iter()
         .map(|(key, info)| {
@@ -195,7 +197,15 @@ fn identity_of(path: &Path, map: &Mmap) -> Result<FileIdentity, RunError> {
             Span { key, offset: data + start as u64, bytes: (end - start) as u64 }
         })
         .collect();
-    FileIdentity::of(map, data, &spans).map_err(|e| bad(e.to_string()))
+    let identity = FileIdentity::of(map, data, &spans).map_err(|e| bad(e.to_string()))?;
+    advise(path, map, Advice::Normal)?;
+    Ok(identity)
+}
+
+/// Tells the system how a map is going to be read, where it can be told.
+#[cfg(unix)]
+fn advise(path: &Path, map: &Mmap, advice: Advice) -> Result<(), RunError> {
+    map.advise(advice).map_err(|e| RunError::io(path, e))
 }
 
 fn tensors_of(path: &Path, map: &Mmap, file: usize) -> Result<Vec<(String, Located)>, RunError> {

@@ -338,6 +338,9 @@ impl Primitive for Cast {
             }
             (Data::Float(v), false) => Data::Int(v.iter().map(|&x| range(x) as i64).collect()),
             (Data::Int(v), true) => Data::Float(v.iter().map(|&x| x as f64).collect()),
+            (Data::Int(v), false) if out.dtype == DType::Bool => {
+                Data::Int(v.iter().map(|&x| (x != 0) as i64).collect())
+            }
             (Data::Int(v), false) => Data::Int(v.iter().map(|&x| range(x as f64) as i64).collect()),
         };
         Tensor { ty: out.clone(), data }

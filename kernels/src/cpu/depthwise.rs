@@ -15,7 +15,7 @@ use super::{Arg, Output};
 /// Floats of the window of a task: with the results, half of a second cache at most.
 const WINDOW: usize = 1 << 14;
 
-/// Channels that fill the vectors.
+/// Channels from which on vectors are mostly full.
 const WIDE: usize = 32;
 
 /// Whether every channel has its own kernel.
@@ -169,7 +169,7 @@ struct Filter<'a> {
     stride: usize,
 }
 
-/// Positions that share a load of weights.
+/// Positions that share a load of weights. Sixteen channels of four stay in registers; more were moved to memory.
 const POSITIONS: usize = 4;
 
 multiversion! {
@@ -180,7 +180,6 @@ multiversion! {
         let mut channel = 0;
         while channel < filter.channels {
             channel += match filter.channels - channel {
-                WIDE.. => columns::<WIDE>(filter, channel, x, y),
                 16.. => columns::<16>(filter, channel, x, y),
                 8.. => columns::<8>(filter, channel, x, y),
                 4.. => columns::<4>(filter, channel, x, y),

@@ -20,19 +20,25 @@ mod copy;
 mod depthwise;
 mod element;
 mod gemm;
+mod group_norm;
 mod lanes;
 mod map;
 mod math;
 mod matmul;
+mod movement;
+mod norm;
 mod pack;
 mod parallel;
 mod patches;
+mod reduce;
+mod rope;
 mod simd;
 mod tile;
 
 use ltxc_ir::TensorType;
 use ltxc_ir::plan::Kernel;
 
+pub(crate) use map::weight as step_weight;
 pub use parallel::threads;
 
 /// An operand of a kernel call.
@@ -79,10 +85,17 @@ pub unsafe fn launch(kernel: &Kernel, args: &[Arg<'_>], results: &[Output<'_>], 
             Kernel::Matmul(op) => matmul::launch(op, args, out, workspace),
             Kernel::Map(map) => map::launch(map, args, out, workspace),
             Kernel::Copy(op) => copy::launch(op, args, out),
+            Kernel::Pad(op) => movement::launch_pad(op, args, out),
+            Kernel::Gather(op) => movement::launch_gather(op, args, out),
+            Kernel::Update(op) => movement::launch_update(op, args, out),
+            Kernel::Reduce(op) => reduce::launch(op, args, out),
+            Kernel::RmsNorm(op) => norm::launch_rms(op, args, out, workspace),
+            Kernel::LayerNorm(op) => norm::launch_layer(op, args, out, workspace),
+            Kernel::GroupNorm(op) => group_norm::launch(op, args, out, workspace),
+            Kernel::Rope(op) => rope::launch(op, args, out, workspace),
             Kernel::Conv(op) => conv::launch(op, args, out, workspace),
             Kernel::Attention(op) => attention::launch(op, args, out, workspace),
             Kernel::ConvTranspose(op) => conv::launch_transpose(op, args, out, workspace),
-            _ => {}
         }
     }
 }
@@ -93,6 +106,9 @@ pub(crate) fn need(kernel: &Kernel, args: &[&TensorType], out: &TensorType) -> p
         Kernel::Matmul(_) => matmul::need(args, out),
         Kernel::Map(map) => map::need(map, args, out),
         Kernel::Attention(_) => attention::need(args),
+        Kernel::RmsNorm(_) | Kernel::LayerNorm(_) => norm::need(args),
+        Kernel::GroupNorm(op) => group_norm::need(op, args),
+        Kernel::Rope(_) => rope::need(args),
         Kernel::Conv(op) => conv::need(op, args, out),
         Kernel::ConvTranspose(op) => conv::need_transpose(op, args, out),
         _ => Default::default(),

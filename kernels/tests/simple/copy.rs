@@ -1,3 +1,5 @@
+//! Tests of `copy` against the reference evaluator.
+
 use ltxc_ir::eval::Tensor;
 use ltxc_ir::plan::{Copy, Kernel};
 use ltxc_ir::types::strides_of;
