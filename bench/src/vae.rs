@@ -13,7 +13,7 @@ use ltxc_models::video_vae::{VideoVaeConfig, decode};
 
 use crate::block::{Findings, MOST_DIFFERENT};
 use crate::measure::{alternate, relative_difference};
-use crate::report::Row;
+use crate::report::{Row, Table};
 use crate::session::{self, CallTimes, Input, SOURCE, Session};
 use crate::synthetic::{self, Numbers, Values};
 use crate::worker::Python;
@@ -81,5 +81,7 @@ pub fn run(settings: &Settings, folder: &Path, python: Option<&Python>) -> Resul
     }
     let what = format!("decode a latent of {f}×{h}×{w}, {}", settings.preset.name());
     let rows = vec![Row::turns(what, turns).ratio_at_most(GOAL)];
-    Ok(Findings { rows, tables: vec![times.table(&plan)], notes })
+    let table = times.table(&plan);
+    let table = Table { title: format!("Decoder: {}", table.title), ..table };
+    Ok(Findings { rows, tables: vec![table], notes })
 }

@@ -1,31 +1,9 @@
-//! What an op costs: the floating point operations and bytes that plans report, and the estimate that hoisting weighs.
+//! The estimate of work that hoisting weighs. What plans report about calls comes from the catalogue of kernels.
 
 use std::collections::BTreeMap;
 
 use ltxc_ir::ops::{Binary, Unary};
-use ltxc_ir::plan::{Kernel, Operand};
 use ltxc_ir::{Function, Node, Op, TensorType};
-
-/// Bytes that a kernel call reads and writes, every operand counted once. A copy touches only what it moves.
-pub(crate) fn bytes(kernel: &Kernel, args: &[Operand], results: &[Operand]) -> u64 {
-    if let (Kernel::Copy(copy), [result]) = (kernel, results) {
-        let elements = copy.shape.iter().fold(1u64, |n, &d| n.saturating_mul(d as u64));
-        return elements.saturating_mul(2 * result.ty.dtype.bytes() as u64);
-    }
-    let mut seen: Vec<&Operand> = Vec::with_capacity(args.len());
-    for arg in args {
-        if !seen.contains(&arg) {
-            seen.push(arg);
-        }
-    }
-    seen.into_iter().chain(results).fold(0, |n: u64, o| n.saturating_add(o.ty.bytes() as u64))
-}
-
-/// Floating point operations of a node that is not a call.
-pub(crate) fn flops(function: &Function, node: &Node) -> u64 {
-    let args: Vec<&TensorType> = node.args.iter().map(|&a| function.ty(a)).collect();
-    node.op.flops(&args, function.ty(node.results[0]))
-}
 
 /// Rough work of a node, in units of one simple operation on one element.
 ///
@@ -40,7 +18,10 @@ pub(crate) fn work(function: &Function, node: &Node, functions: &BTreeMap<String
         Op::Unary(Unary::Neg | Unary::Abs) => elements,
         Op::Unary(_) | Op::Binary(Binary::Pow) => elements.saturating_mul(TRANSCENDENTAL),
         // Movement does no arithmetic, and is not free either.
-        _ => flops(function, node).max(elements),
+        op => {
+            let args: Vec<&TensorType> = node.args.iter().map(|&a| function.ty(a)).collect();
+            op.flops(&args, function.ty(node.results[0])).max(elements)
+        }
     }
 }
 

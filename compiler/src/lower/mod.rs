@@ -111,7 +111,6 @@ struct DraftStep {
     args: Vec<DraftOperand>,
     results: Vec<DraftOperand>,
     name: String,
-    flops: u64,
 }
 
 enum Action {
@@ -196,8 +195,7 @@ impl Drafter<'_> {
             op => {
                 let kernel = kernel_of(op).ok_or_else(|| self.problem(format!("`{}` has no kernel", op.name())))?;
                 let args = node.args.iter().map(|&a| self.operand(a, values)).collect::<Result<_, _>>()?;
-                let flops = crate::cost::flops(self.function, node);
-                Lowered::View(self.kernel(kernel, args, ty, self.function.name_of(result), flops))
+                Lowered::View(self.kernel(kernel, args, ty, self.function.name_of(result)))
             }
         };
         if let Lowered::View(view) = &lowered {
@@ -273,19 +271,13 @@ impl Drafter<'_> {
     }
 
     /// Appends a kernel call that writes a new buffer.
-    fn kernel(&mut self, kernel: Kernel, args: Vec<DraftOperand>, ty: TensorType, name: &str, flops: u64) -> View {
+    fn kernel(&mut self, kernel: Kernel, args: Vec<DraftOperand>, ty: TensorType, name: &str) -> View {
         let buffer = self.buffer(ty.clone());
         // A kernel that writes nothing need not run.
         if ty.elements() > 0 {
             self.draft.buffers[buffer].writer = Some(self.draft.steps.len());
             let results = vec![DraftOperand { base: Base::Buffer(buffer), offset_bytes: 0, ty: ty.clone() }];
-            self.draft.steps.push(DraftStep {
-                action: Action::Kernel(kernel),
-                args,
-                results,
-                name: name.into(),
-                flops,
-            });
+            self.draft.steps.push(DraftStep { action: Action::Kernel(kernel), args, results, name: name.into() });
         }
         View::whole(Base::Buffer(buffer), ty)
     }
@@ -304,7 +296,7 @@ impl Drafter<'_> {
             }
             Lowered::Uniform(number, ty) => {
                 let fill = Map { steps: vec![MapStep::Scalar(Float(number))] };
-                self.kernel(Kernel::Map(fill), vec![], ty, self.function.name_of(value), 0)
+                self.kernel(Kernel::Map(fill), vec![], ty, self.function.name_of(value))
             }
         };
         values[value.index()] = Some(Lowered::View(view.clone()));
@@ -325,7 +317,7 @@ impl Drafter<'_> {
     fn copied(&mut self, view: &View, name: &str) -> View {
         let copy = view.copy_to(0, &view.ty.strides());
         let src = self.base_operand(view.base);
-        self.kernel(Kernel::Copy(copy), vec![src], view.ty.clone(), name, 0)
+        self.kernel(Kernel::Copy(copy), vec![src], view.ty.clone(), name)
     }
 
     /// All of a base as an operand, for copies that pick elements from it.
@@ -388,7 +380,7 @@ impl Drafter<'_> {
             };
             let args = vec![self.base_operand(view.base)];
             let action = Action::Kernel(Kernel::Copy(copy));
-            self.draft.steps.push(DraftStep { action, args, results: vec![result], name: name.clone(), flops: 0 });
+            self.draft.steps.push(DraftStep { action, args, results: vec![result], name: name.clone() });
         }
         Ok(View::whole(Base::Buffer(whole), ty.clone()))
     }
@@ -416,9 +408,8 @@ impl Drafter<'_> {
         }
         let Some(last) = nodes.last() else { return Err(self.problem("an empty chain".into())) };
         let result = last.results[0];
-        let flops = nodes.iter().fold(0u64, |n, node| n.saturating_add(crate::cost::flops(self.function, node)));
         let ty = self.function.ty(result).clone();
-        Ok(self.kernel(Kernel::Map(chain.map), args, ty, self.function.name_of(result), flops))
+        Ok(self.kernel(Kernel::Map(chain.map), args, ty, self.function.name_of(result)))
     }
 
     fn call(&mut self, node: &Node, call: &Call, values: &mut Values) -> Result<(), CompileError> {
@@ -440,7 +431,7 @@ impl Drafter<'_> {
             values[r.index()] = Some(Lowered::View(View::whole(Base::Buffer(buffer), ty)));
         }
         let action = Action::Call { function: index, prefix: call.prefix.clone() };
-        self.draft.steps.push(DraftStep { action, args, results, name: call.name.clone(), flops: 0 });
+        self.draft.steps.push(DraftStep { action, args, results, name: call.name.clone() });
         Ok(())
     }
 

@@ -5,11 +5,12 @@
 //! function lies in the caller's memory, every other one in the frame. The frame of a callee is a block like the units,
 //! alive for one step, so it lies wherever the caller's own buffers leave room.
 
+use ltxc_ir::TensorType;
 use ltxc_ir::plan::{FunctionCall, InPlace, KernelCall, Operand, Place, PlanFunction, Step, Storage, Target};
+use ltxc_kernels::catalogue;
 
 use super::view::Base;
 use super::{Action, Draft, DraftOperand, DraftStep};
-use crate::cost;
 use crate::error::CompileError;
 use crate::memory::{self, Block, MemoryError};
 
@@ -30,14 +31,18 @@ pub(super) fn place(
         let results: Vec<Operand> = step.results.iter().map(|r| addresses.operand(r)).collect();
         check_bindings(name, step, args.len() + results.len(), target)?;
         steps.push(match &step.action {
-            Action::Kernel(kernel) => Step::Kernel(KernelCall {
-                kernel: kernel.clone(),
-                bytes: cost::bytes(kernel, &args, &results),
-                flops: step.flops,
-                name: step.name.clone(),
-                args,
-                results,
-            }),
+            Action::Kernel(kernel) => {
+                let arg_types: Vec<&TensorType> = args.iter().map(|a| &a.ty).collect();
+                let result_types: Vec<&TensorType> = results.iter().map(|r| &r.ty).collect();
+                Step::Kernel(KernelCall {
+                    kernel: kernel.clone(),
+                    bytes: catalogue::bytes(kernel, &arg_types, &result_types),
+                    flops: catalogue::flops(kernel, &arg_types, &result_types),
+                    name: step.name.clone(),
+                    args,
+                    results,
+                })
+            }
             Action::Call { function, prefix } => Step::Call(FunctionCall {
                 function: *function,
                 prefix: prefix.clone(),

@@ -139,7 +139,7 @@ impl WeightSource {
 fn without_common_end<'a>(a: &'a str, b: &'a str) -> (&'a str, &'a str) {
     let common = a.bytes().rev().zip(b.bytes().rev()).take_while(|(x, y)| x == y).count();
     // Keys are compared by bytes; the cut is moved to a dot, which is a character of its own.
-    let tail = a.as_bytes().len() - common;
+    let tail = a.len() - common;
     match (tail..a.len()).find(|&i| a.as_bytes()[i] == b'.') {
         Some(cut) => (&a[..cut], &b[..b.len() - (a.len() - cut)]),
         None => (a, b),

@@ -20,7 +20,7 @@ use super::parallel::{Need, Scratch, Shared, for_each, threads};
 use super::tile::{MAX_ROWS, MAX_WIDTH, Store, Tile, max_rows, width};
 
 /// Summed elements per block: a row panel of a tile and the panel of columns share the first cache.
-pub(crate) const K_BLOCK: usize = 384;
+pub(crate) const K_BLOCK: usize = 192;
 
 /// Distance of packed rows. Not a power of two, so that rows fall into different sets of the cache.
 pub(crate) const LDA: usize = K_BLOCK + 16;

@@ -56,7 +56,7 @@ pub(crate) fn tanh(x: f32) -> f32 {
     let p = p.mul_add(s, 2.107_167_7e-2);
     let p = p.mul_add(s, -5.385_231e-2);
     let p = p.mul_add(s, 1.333_258_6e-1);
-    let p = p.mul_add(s, -3.333_331_8e-1);
+    let p = p.mul_add(s, -0.333_333_17);
     let small = p.mul_add(s * a, a);
     let large = 1.0 - 2.0 / (exp(2.0 * a) + 1.0);
     let y = if a < 0.55 { small } else { large };
@@ -78,7 +78,7 @@ pub(crate) fn silu(x: f32) -> f32 {
 /// `0.5 x (1 + tanh u)` with `u = √(2/π) (x + 0.044715 x³)`, computed as `x / (1 + e⁻²ᵘ)`, which is the same.
 #[inline(always)]
 pub(crate) fn gelu(x: f32) -> f32 {
-    const TWICE_SQRT_2_OVER_PI: f32 = 1.595_769_1;
+    const TWICE_SQRT_2_OVER_PI: f32 = 1.595_769;
     let u = x * (x * x).mul_add(0.044_715, 1.0);
     x / (1.0 + exp(-TWICE_SQRT_2_OVER_PI * u))
 }
@@ -88,8 +88,8 @@ pub(crate) fn gelu(x: f32) -> f32 {
 pub(crate) fn erf(x: f32) -> f32 {
     let a = x.abs();
     let s = x * x;
-    let p = -6.090_347_7e-4f32;
-    let p = p.mul_add(s, 5.011_960_1e-3);
+    let p = -6.090_348e-4f32;
+    let p = p.mul_add(s, 5.011_96e-3);
     let p = p.mul_add(s, -2.677_890_7e-2);
     let p = p.mul_add(s, 1.128_214_1e-1);
     let p = p.mul_add(s, -3.761_252_3e-1);

@@ -10,11 +10,11 @@ use rayon::prelude::*;
 const WORTH_SHARING: usize = 1 << 16;
 
 /// Runs `task(0..tasks)`, on all threads if the whole `work` (in element operations) is worth it.
-pub(crate) fn for_each(tasks: usize, work: usize, task: impl Fn(usize) + Sync) {
+pub(crate) fn for_each(tasks: usize, work: usize, task: impl Fn(usize) + Sync + Send) {
     if tasks <= 1 || work < WORTH_SHARING {
         (0..tasks).for_each(task);
     } else {
-        (0..tasks).into_par_iter().with_max_len(1).for_each(|i| task(i));
+        (0..tasks).into_par_iter().with_max_len(1).for_each(task);
     }
 }
 

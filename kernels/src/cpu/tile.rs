@@ -151,6 +151,9 @@ macro_rules! tile_kernel {
                     if step < R {
                         let c = *c.get_unchecked(step);
                         (0..WIDTH / 16).for_each(|line| fetch_now(c.wrapping_add(line * 16)));
+                    } else if step < 2 * R {
+                        // The first line of each row of the tile below.
+                        fetch_now(a.wrapping_add(step * LDA));
                     }
                     let end = t.k.min(p + STEP);
                     while p < end {
@@ -245,56 +248,4 @@ mod portable {
     }
 
     tile_kernel!(6: 1 2 3 4 5 6, 4 x 4,);
-}
-#[cfg(test)]
-mod timing {
-    #[test]
-    fn timing() {
-        use super::*;
-        for (k, panels, rows) in [
-            (64usize, 1usize, 1usize),
-            (128, 1, 1),
-            (192, 1, 1),
-            (256, 1, 1),
-            (384, 1, 1),
-            (192, 32, 16),
-            (256, 32, 16),
-            (384, 32, 16),
-            (384, 1, 16),
-            (384, 32, 1),
-        ] {
-            let mut buf = vec![0f32; 400 * 192 + 16 + 32 * k * panels + 192 * 1024 * 2];
-            let off = buf.as_ptr().align_offset(64);
-            let a = unsafe { buf.as_mut_ptr().add(off) };
-            let b = unsafe { a.add(400 * 192) };
-            let c = unsafe { b.add(32 * k * panels) };
-            let mut best = f64::MAX;
-            for _ in 0..20 {
-                let t = std::time::Instant::now();
-                let reps = (400_000_000 / (k * 768 * panels * rows)).max(1) / 20 + 1;
-                for _ in 0..reps {
-                    for p in 0..panels {
-                        for r in 0..rows {
-                            let cs: [*mut f32; 12] =
-                                std::array::from_fn(|i| unsafe { c.add((r * 12 + i) * 1040 + p * 32) });
-                            unsafe {
-                                Tile {
-                                    k,
-                                    a: a.add(r * 12 * 400),
-                                    b: b.add(p * 32 * k),
-                                    columns: 32,
-                                    store: Store::Add,
-                                    next: a,
-                                }
-                                .run::<400>(&cs)
-                            };
-                        }
-                    }
-                }
-                let s = t.elapsed().as_secs_f64() / (reps * panels * rows) as f64;
-                best = best.min(s);
-            }
-            println!("k {k} panels {panels} rows {rows}: {:.1} GF", (k * 768) as f64 / best / 1e9);
-        }
-    }
 }

@@ -1,3 +1,5 @@
+//! Tests of `copy` against the reference evaluator.
+
 use ltxc_ir::eval::Tensor;
 use ltxc_ir::plan::{Copy, Kernel};
 use ltxc_ir::types::strides_of;
@@ -12,8 +14,8 @@ fn literally(copy: &Copy, src: &Tensor, before: &Tensor) -> Tensor {
     let strides = strides_of(&copy.shape);
     for flat in 0..copy.shape.iter().product() {
         let (mut s, mut d) = (copy.src_offset, copy.dst_offset);
-        for a in 0..copy.shape.len() {
-            let i = flat / strides[a] % copy.shape[a];
+        for (a, stride) in strides.iter().enumerate() {
+            let i = flat / stride % copy.shape[a];
             (s, d) = (s + i * copy.src_strides[a], d + i * copy.dst_strides[a]);
         }
         to[d * bytes..(d + 1) * bytes].copy_from_slice(&from[s * bytes..(s + 1) * bytes]);

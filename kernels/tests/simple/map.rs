@@ -1,3 +1,5 @@
+//! Tests of `map` against the reference evaluator.
+
 use ltxc_ir::eval::Data;
 use ltxc_ir::ops::{Binary, Cast, Compare, Gelu, LeakyRelu, Select, Sigmoid, Silu, Snake, Unary};
 use ltxc_ir::plan::{Kernel, Map, MapFunction, MapStep};

@@ -1,3 +1,5 @@
+//! Tests of `movement` against the reference evaluator.
+
 use ltxc_ir::eval::Tensor;
 use ltxc_ir::ops::{Gather, Pad, PadMode, Update};
 use ltxc_ir::plan::Kernel;

@@ -6,7 +6,7 @@
 //! Source: spec/pipelines §10.3, §10.4; spec/debug-tools §6.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
@@ -116,7 +116,7 @@ impl Noise {
 }
 
 /// Reads a noise file: one f32 tensor `noise`, native layout or tokens.
-fn read(path: &PathBuf, shape: &SlotShape) -> Result<Vec<f32>, RunError> {
+fn read(path: &Path, shape: &SlotShape) -> Result<Vec<f32>, RunError> {
     let bytes = std::fs::read(path).map_err(|e| RunError::io(path, e))?;
     let bad = |problem: String| RunError::Input(format!("noise file `{}`: {problem}", path.display()));
     let file = SafeTensors::deserialize(&bytes).map_err(|e| bad(e.to_string()))?;
@@ -136,7 +136,7 @@ fn read(path: &PathBuf, shape: &SlotShape) -> Result<Vec<f32>, RunError> {
     }
 }
 
-fn write(path: &PathBuf, shape: &SlotShape, tokens: &[f32]) -> Result<(), RunError> {
+fn write(path: &Path, shape: &SlotShape, tokens: &[f32]) -> Result<(), RunError> {
     let native = shape.to_native(tokens);
     let bytes: &[u8] = bytemuck::cast_slice(&native);
     let view = TensorView::new(Dtype::F32, shape.native(), bytes).map_err(|e| RunError::Internal(e.to_string()))?;

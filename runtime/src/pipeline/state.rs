@@ -92,10 +92,11 @@ impl State {
 
     /// Mixes `noise` (`[tokens, channels]`) into the latent at `scale`, held to the clean latent by the mask.
     pub fn add_noise(&mut self, noise: &[f32], scale: f32) {
-        for (t, &m) in self.mask.iter().enumerate() {
-            for i in t * self.channels..(t + 1) * self.channels {
-                let noisy = lerp(self.latent[i], noise[i], scale);
-                self.latent[i] = lerp(self.clean[i], noisy, m);
+        let c = self.channels;
+        let tokens = self.latent.chunks_mut(c).zip(self.clean.chunks(c)).zip(noise.chunks(c));
+        for (((latent, clean), noise), &m) in tokens.zip(&self.mask) {
+            for ((x, &clean), &noise) in latent.iter_mut().zip(clean).zip(noise) {
+                *x = lerp(clean, lerp(*x, noise, scale), m);
             }
         }
     }

@@ -117,7 +117,9 @@ impl Model {
     /// The features from recorded hidden states alone.
     fn features_of(&self, states: &[Tensor]) -> Run {
         let b = Builder::new("main");
-        let params: Vec<_> = states.iter().map(|s| b.param("state", s.ty.clone(), Rate::Step)).collect();
+        let params: Vec<_> = (states.iter().enumerate())
+            .map(|(i, s)| b.param(&format!("state.{i}"), s.ty.clone(), Rate::Step))
+            .collect();
         let tokens = states[0].ty.shape[1];
         let valid = b.param("valid", TensorType::f32([tokens]), Rate::Step);
         let (functions, weights) = (Functions::default(), self.weights());

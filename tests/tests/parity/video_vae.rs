@@ -233,12 +233,11 @@ fn ltx2_video_vae_alt() {
 /// The same values stored as f32 give the same frames.
 #[test]
 fn f32_weights_give_the_same_frames() {
-    const FILE: &str = "tiny-ltx2/ltx-2-tiny-f32.safetensors";
-    if !root().join(FILE).exists() {
-        println!("{FILE}: absent");
-        return;
+    const TWIN: &str = "tiny-ltx2/ltx-2-tiny-f32.safetensors";
+    if !root().join(TWIN).exists() {
+        return println!("absent: {TWIN}");
     }
-    let (mut recorded, vae) = (Recorded::required("ltx2/video_vae"), Checkpoint::read(FILE));
+    let (mut recorded, vae) = (Recorded::required("ltx2/video_vae"), Checkpoint::read(TWIN));
     let latent = channels_last(&recorded.input("dec.latent"));
     check_video(&mut recorded, "dec.output", &vae.decode(&[latent]).results["frames"]);
     recorded.finish_part();

@@ -272,5 +272,8 @@ fn impossible_programs_are_refused() {
         ],
     );
     let weights = Weights::new("model", &model.checkpoint);
-    check_error(build(&model.config, &weights, &joint_spec("ltx-2.3"), DType::I32), &["is i32, activations are f32, bf16 or f16"]);
+    check_error(
+        build(&model.config, &weights, &joint_spec("ltx-2.3"), DType::I32),
+        &["is i32, activations are f32, bf16 or f16"],
+    );
 }
