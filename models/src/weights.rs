@@ -11,6 +11,11 @@ use ltxc_ir::{Builder, DType, TensorType, ValueId};
 pub trait TensorDirectory {
     /// Type of the tensor `key`, `None` if there is none.
     fn tensor_type(&self, key: &str) -> Option<TensorType>;
+
+    /// Name of the element type of `key`, if there is such a tensor with a type that graphs do not know.
+    fn unsupported_type(&self, _key: &str) -> Option<String> {
+        None
+    }
 }
 
 /// Dtypes a builder accepts for a weight; quantised forms need a recipe of their own.
@@ -101,7 +106,10 @@ impl<'a> Weights<'a> {
         for prefix in &self.checked {
             let full = format!("{prefix}{key}");
             let Some(ty) = self.directory.tensor_type(&full) else {
-                self.problem(format!("`{full}` is missing, expected {shape:?}"));
+                self.problem(match self.directory.unsupported_type(&full) {
+                    Some(dtype) => format!("`{full}` is {dtype}, expected f32, bf16 or f16"),
+                    None => format!("`{full}` is missing, expected {shape:?}"),
+                });
                 continue;
             };
             if ty.shape != shape {
