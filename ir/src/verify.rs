@@ -130,6 +130,11 @@ impl FunctionCheck<'_> {
             let Some(callee) = self.earlier.get(call.function.as_str()) else {
                 return self.problem(Some(node), format!("`{}` is not an earlier function", call.function));
             };
+            let named = callee.params.iter().map(|p| p.value).chain(callee.results.iter().map(|r| r.value));
+            if named.into_iter().any(|v| v.index() >= callee.values.len()) {
+                // The callee is broken, which is a problem of its own; it has no types to compare with.
+                return;
+            }
             let (params, results) = (callee.param_types(), callee.result_types());
             if !params.iter().eq(args.iter().copied()) {
                 return self.problem(Some(node), format!("`{}` takes {params:?}, found {args:?}", call.function));
@@ -208,6 +213,18 @@ mod tests {
                         f32[3] does not broadcast to [2]
                   entry `f` has a result without a name
                   entry `g` is not a function"#]],
+        );
+    }
+
+    #[test]
+    fn a_call_of_a_broken_function_is_no_second_problem() {
+        let text = "fn @f(%0: f32[2]) {\nreturn %1\n}\n\
+                    fn @g(%0: f32[2]) {\n%1 = call %0 {\"function\":\"f\",\"prefix\":\"\"} : f32[2]\nreturn %1\n}";
+        check(
+            text,
+            expect![[r#"
+                1 problem(s) in the graph
+                  @f: result %1 is not defined"#]],
         );
     }
 

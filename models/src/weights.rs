@@ -11,6 +11,11 @@ use ltxc_ir::{Builder, DType, TensorType, ValueId};
 pub trait TensorDirectory {
     /// Type of the tensor `key`, `None` if there is none.
     fn tensor_type(&self, key: &str) -> Option<TensorType>;
+
+    /// Name of the element type of `key`, if there is such a tensor with a type that graphs do not know.
+    fn unsupported_type(&self, _key: &str) -> Option<String> {
+        None
+    }
 }
 
 /// Dtypes a builder accepts for a weight or an activation; quantised forms need a recipe of their own.
@@ -92,7 +97,10 @@ impl<'a> Weights<'a> {
     fn check(&self, key: &str, shape: &[usize]) -> TensorType {
         let full = format!("{}{key}", self.checked);
         match self.directory.tensor_type(&full) {
-            None => self.problem(format!("`{full}` is missing, expected {shape:?}")),
+            None => self.problem(match self.directory.unsupported_type(&full) {
+                Some(dtype) => format!("`{full}` is {dtype}, expected f32, bf16 or f16"),
+                None => format!("`{full}` is missing, expected {shape:?}"),
+            }),
             Some(ty) if ty.shape != shape => self.problem(format!("`{full}` is {ty}, expected shape {shape:?}")),
             Some(ty) if !ACCEPTED.contains(&ty.dtype) => {
                 self.problem(format!("`{full}` is {ty}, expected f32, bf16 or f16"));

@@ -5,12 +5,29 @@ use std::path::Path;
 
 use crate::error::RunError;
 
+/// What stands at `path` if it is there and no ordinary file: renaming a new file over it would destroy it.
+pub(crate) fn not_a_file(path: &Path) -> Option<&'static str> {
+    match std::fs::metadata(path) {
+        Ok(about) if about.is_dir() => Some("it is a folder"),
+        Ok(about) if !about.is_file() => Some("it is a device"),
+        _ => None,
+    }
+}
+
 /// Writes `bytes` to `path` through a temporary file in the same folder, creating folders above it.
 ///
 /// # Errors
-/// What the system says about the folder or the disk; nothing is left behind.
+/// [`RunError::Input`] if a folder or device has that name, else what the system says about the folder or the disk;
+/// nothing is left behind.
 pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), RunError> {
-    let failed = |e: std::io::Error| RunError::io(path, e);
+    if let Some(found) = not_a_file(path) {
+        return Err(RunError::Input(format!("cannot write `{}`: {found}; give the name of a file", path.display())));
+    }
+    // The library for temporary files adds their names, which mean nothing to users.
+    let failed = |e: std::io::Error| match e.raw_os_error() {
+        Some(_) => RunError::io(path, e),
+        None => RunError::io(path, e.kind().into()),
+    };
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     std::fs::create_dir_all(folder).map_err(failed)?;
     let mut file = tempfile::Builder::new().prefix(".ltxc-").suffix(".part").tempfile_in(folder).map_err(failed)?;

@@ -110,7 +110,8 @@ impl MemoryNeed {
                 workspace: 0,
                 host: 0,
             });
-            part.arena = part.arena.max(program.arena_bytes.iter().sum());
+            let arena = program.arena_bytes.iter().fold(0u64, |sum, &bytes| sum.saturating_add(bytes));
+            part.arena = part.arena.max(arena);
             // Programs of a group read the same weights, of which each is packed once.
             part.packed = part.packed.max(weight_bytes(plan, program).1);
             part.workspace = part.workspace.max(workspace.get(program.function as usize).copied().unwrap_or(0));
@@ -123,7 +124,7 @@ impl MemoryNeed {
 
     /// The most that is needed at any time.
     pub fn peak(&self) -> u64 {
-        PROCESS_BYTES + self.parts.iter().map(PartNeed::total).max().unwrap_or(0)
+        PROCESS_BYTES.saturating_add(self.parts.iter().map(PartNeed::total).max().unwrap_or(0))
     }
 
     /// The part that needs the most.

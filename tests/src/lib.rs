@@ -2,5 +2,6 @@
 
 pub mod compare;
 pub mod fixtures;
+pub mod fuzz;
 pub mod harness;
 pub mod recorded;

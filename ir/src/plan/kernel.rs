@@ -9,7 +9,7 @@ use crate::ops::{
     Attention, Binary, Compare, Conv, ConvTranspose, Gather, GroupNorm, LayerNorm, Matmul, OpDef, Pad, Reduce, RmsNorm,
     Rope, Unary, Update, broadcast_shapes,
 };
-use crate::types::{DType, Float, TensorType};
+use crate::types::{DType, Float, MAX_RANK, TensorType};
 
 /// One kernel with everything about it that does not depend on operands.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -111,7 +111,8 @@ impl Copy {
 
     fn check(&self, src: &TensorType, dst: &TensorType) -> Result<(), String> {
         let rank = self.shape.len();
-        if self.src_strides.len() != rank || self.dst_strides.len() != rank || src.dtype != dst.dtype {
+        let is_malformed = rank > MAX_RANK || self.src_strides.len() != rank || self.dst_strides.len() != rank;
+        if is_malformed || src.dtype != dst.dtype {
             return Err(format!("copy of rank {rank} from {src} to {dst} is malformed"));
         }
         let fits = |reach: Option<usize>, ty: &TensorType| reach.is_some_and(|r| r <= ty.elements());

@@ -7,8 +7,12 @@
 //!   operands of the call, and results of a call overlap nothing else of it;
 //! - packed weights come from an earlier function without weights that makes what they say.
 //!
-//! For every program: slots and frame lie inside the arenas and the state, apart from each other; the total number of
-//! steps is bounded, so that calls of calls cannot make a small plan run forever.
+//! For every program: slots and frame lie inside the arenas and the state, apart from each other.
+//!
+//! The number of steps of a function and of all programs is bounded, and so is the depth of calls: calls of calls can
+//! neither make a small plan run forever nor exhaust the stack of who follows them.
+
+use std::collections::BTreeSet;
 
 use super::{
     FunctionCall, KernelCall, Operand, Place, Plan, PlanFunction, Program, Slot, SlotPlace, Step, Storage, WeightOrigin,
@@ -30,8 +34,18 @@ pub enum PlanError {
     Malformed(String),
 }
 
-/// Most steps a program may run, calls counted with what they run.
+/// Most steps a function may run, and all programs together; a call is a step, besides those of its callee.
 const MAX_STEPS: u64 = 10_000_000;
+
+/// Deepest nesting of calls. Plans of real models need 3.
+const MAX_DEPTH: u32 = 64;
+
+/// What a call of a function sets off.
+#[derive(Clone, Copy)]
+struct Extent {
+    steps: u64,
+    depth: u32,
+}
 
 /// Checks a plan. See the module documentation.
 ///
@@ -45,21 +59,29 @@ pub fn verify(plan: &Plan) -> Result<(), PlanError> {
     if align == 0 || !align.is_power_of_two() {
         return Err(PlanError::Malformed(format!("alignment {align} is not a power of two")));
     }
-    let mut steps = Vec::with_capacity(plan.functions.len());
+    let mut extents: Vec<Extent> = Vec::with_capacity(plan.functions.len());
     for (index, function) in plan.functions.iter().enumerate() {
         let check = FunctionCheck { plan, index, function, arenas };
-        let count =
-            check.run(&steps).map_err(|e| PlanError::Malformed(format!("function `{}`: {e}", function.name)))?;
-        steps.push(count);
+        let extent =
+            check.run(&extents).map_err(|e| PlanError::Malformed(format!("function `{}`: {e}", function.name)))?;
+        extents.push(extent);
     }
-    for (i, program) in plan.programs.iter().enumerate() {
+    let (mut names, mut total) = (BTreeSet::new(), 0u64);
+    for program in &plan.programs {
         let result = check_program(plan, program, arenas).and_then(|()| {
-            let twice = plan.programs[..i].iter().any(|p| p.name == program.name);
-            if twice { Err("there are two programs of that name".into()) } else { Ok(()) }
+            total = total.saturating_add(extents[program.function as usize].steps);
+            if !names.insert(&program.name) {
+                return Err("there are two programs of that name".into());
+            }
+            check_steps(total)
         });
         result.map_err(|e| PlanError::Malformed(format!("program `{}`: {e}", program.name)))?;
     }
     Ok(())
+}
+
+fn check_steps(steps: u64) -> Result<(), String> {
+    if steps > MAX_STEPS { Err(format!("runs {steps} steps, {MAX_STEPS} at most")) } else { Ok(()) }
 }
 
 /// Half-open byte range.
@@ -88,8 +110,8 @@ struct FunctionCheck<'a> {
 }
 
 impl FunctionCheck<'_> {
-    /// Number of steps a call of this function runs.
-    fn run(&self, steps_of: &[u64]) -> Result<u64, String> {
+    /// Returns what a call of this function sets off, given that of all earlier ones.
+    fn run(&self, earlier: &[Extent]) -> Result<Extent, String> {
         let f = self.function;
         if f.frame_bytes.len() != self.arenas {
             return Err(format!("{} frames for {} arenas", f.frame_bytes.len(), self.arenas));
@@ -98,16 +120,29 @@ impl FunctionCheck<'_> {
             ty.checked_bytes().ok_or_else(|| format!("type {ty} is too large"))?;
         }
         f.weights.iter().try_for_each(|w| self.check_weight(w))?;
-        let mut total = 0u64;
+        let mut extent = Extent { steps: 0, depth: 1 };
+        let recipes = f.weights.iter().filter_map(|w| match w.origin {
+            WeightOrigin::Packed { function, .. } => earlier.get(function as usize),
+            WeightOrigin::File(_) => None,
+        });
+        for recipe in recipes {
+            extent.steps = extent.steps.saturating_add(recipe.steps);
+            extent.depth = extent.depth.max(recipe.depth + 1);
+        }
         for (i, step) in f.steps.iter().enumerate() {
-            let (result, count) = match step {
-                Step::Kernel(call) => (self.check_kernel(call), 1),
-                Step::Call(call) => (self.check_call(call), steps_of.get(call.function as usize).copied().unwrap_or(0)),
+            let (result, callee) = match step {
+                Step::Kernel(call) => (self.check_kernel(call), None),
+                Step::Call(call) => (self.check_call(call), earlier.get(call.function as usize)),
             };
             result.map_err(|e| format!("step {i}: {e}"))?;
-            total = total.saturating_add(count);
+            let callee = callee.copied().unwrap_or(Extent { steps: 0, depth: 0 });
+            extent.steps = extent.steps.saturating_add(1).saturating_add(callee.steps);
+            extent.depth = extent.depth.max(callee.depth + 1);
         }
-        if total > MAX_STEPS { Err(format!("runs {total} steps, {MAX_STEPS} at most")) } else { Ok(total) }
+        if extent.depth > MAX_DEPTH {
+            return Err(format!("calls nest {} deep, {MAX_DEPTH} at most", extent.depth));
+        }
+        check_steps(extent.steps).map(|()| extent)
     }
 
     fn check_weight(&self, weight: &super::PlanWeight) -> Result<(), String> {
@@ -173,13 +208,14 @@ impl FunctionCheck<'_> {
     }
 
     fn check_kernel(&self, call: &KernelCall) -> Result<(), String> {
+        // Operands come first: kernels compute with sizes that are known to be possible.
+        let spans = call.args.iter().map(|arg| self.check_operand(arg)).collect::<Result<Vec<_>, _>>()?;
+        let written = call.results.iter().map(|result| self.check_result(result)).collect::<Result<Vec<_>, _>>()?;
         let args: Vec<_> = call.args.iter().map(|a| &a.ty).collect();
         let results: Vec<_> = call.results.iter().map(|r| &r.ty).collect();
         call.kernel.check(&args, &results)?;
-        for (i, result) in call.results.iter().enumerate() {
-            let span = self.check_result(result)?;
-            for (j, arg) in call.args.iter().enumerate() {
-                let other = self.check_operand(arg)?;
+        for (i, (result, &span)) in call.results.iter().zip(&written).enumerate() {
+            for (j, (arg, &other)) in call.args.iter().zip(&spans).enumerate() {
                 if arg.place != result.place || !span.overlaps(other) {
                     continue;
                 }

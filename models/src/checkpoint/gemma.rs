@@ -246,6 +246,10 @@ impl TensorDirectory for GemmaFolder {
     fn tensor_type(&self, key: &str) -> Option<TensorType> {
         self.tensor(key).and_then(|found| found.stored.ty())
     }
+
+    fn unsupported_type(&self, key: &str) -> Option<String> {
+        self.tensor(key).filter(|found| found.stored.ty().is_none()).map(|found| found.stored.dtype.to_string())
+    }
 }
 
 fn family(path: &Path, config: &Value) -> Result<GemmaFamily, ModelError> {

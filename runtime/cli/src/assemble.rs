@@ -18,7 +18,7 @@ use ltxc_models::text::{self, TextConfig, TextWeights};
 use ltxc_models::transformer::{self, StreamSpec, TransformerConfig, TransformerSpec};
 use ltxc_models::upsampler::{UpsamplerConfig, upsample};
 use ltxc_models::video_vae::{self, VideoVaeConfig};
-use ltxc_models::{TensorDirectory, Weights};
+use ltxc_models::{ModelError, TensorDirectory, Weights};
 use ltxc_runtime::pipeline::decode::program_name;
 use ltxc_runtime::pipeline::schedule::{DISTILLED_STAGE_1, DISTILLED_STAGE_2};
 
@@ -75,6 +75,15 @@ impl ModelFiles {
             false => None,
         };
         Ok(ModelFiles { model, gemma, upsampler, verify: args.verify })
+    }
+
+    /// What messages call the files of a weight source.
+    fn name(&self, source: &str) -> String {
+        match (source, &self.upsampler) {
+            (GEMMA, _) => self.gemma.path().display().to_string(),
+            (UPSAMPLER, Some(upsampler)) => upsampler.name().into(),
+            _ => self.model.name().into(),
+        }
     }
 
     /// Paths of all files, for a run right after compiling.
@@ -150,6 +159,18 @@ pub struct Assembly {
 /// # Errors
 /// A model that does not fit the pipeline, or sizes that it cannot run.
 pub fn assemble(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
+    build(files, shape).map_err(|error| match error.downcast_ref::<ModelError>() {
+        Some(ModelError::Weights { source_name, .. }) => {
+            let file = files.name(source_name);
+            error.context(format!(
+                "`{file}` does not have the tensors that its configuration names; use it as published"
+            ))
+        }
+        _ => error,
+    })
+}
+
+fn build(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
     let model = Components::read(files)?;
     model.check(files, shape)?;
     let mut programs = Vec::new();
@@ -265,7 +286,29 @@ impl<'a> Components<'a> {
                 "`{name}`: the text connectors give {widths:?} channels (video, audio), the transformer takes {taken:?}"
             );
         }
+        self.check_projection(files)?;
         shape.check(self.video_vae.factors())
+    }
+
+    /// Checks that the text projection was made for the states of this text encoder.
+    fn check_projection(&self, files: &ModelFiles) -> Result<()> {
+        let gemma = &self.text.gemma;
+        let given = gemma.states().saturating_mul(gemma.hidden_size);
+        for kind in ["", "video_", "audio_"] {
+            let stored = files.model.tensor_type(&format!("text_embedding_projection.{kind}aggregate_embed.weight"));
+            let Some(&[_, taken]) = stored.as_ref().map(|ty| &ty.shape[..]) else { continue };
+            if taken != given {
+                bail!(
+                    "the text encoder `{}` gives {} states of {} values, {given} in all; `{}` takes {taken}; name the Gemma that \
+                     the model was trained with",
+                    files.gemma.path().display(),
+                    gemma.states(),
+                    gemma.hidden_size,
+                    files.model.name()
+                );
+            }
+        }
+        Ok(())
     }
 
     fn stages(&self, shape: &Shape) -> Vec<Stage> {

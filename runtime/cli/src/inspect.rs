@@ -109,7 +109,8 @@ fn text(plan: &Plan, facts: &Value) -> String {
     );
     for program in facts["programs"].as_array().into_iter().flatten() {
         let number = |key: &str| program[key].as_u64().unwrap_or(0);
-        let arena: u64 = program["arena_bytes"].as_array().into_iter().flatten().filter_map(Value::as_u64).sum();
+        let arenas = program["arena_bytes"].as_array().into_iter().flatten().filter_map(Value::as_u64);
+        let arena = arenas.fold(0u64, u64::saturating_add);
         out += &format!(
             "{:<26} {:>7} {:>11} {:>12} {:>12} {:>12} {:>9}\n",
             program["name"].as_str().unwrap_or_default(),

@@ -78,6 +78,9 @@ impl VaeTile {
 /// Most pixels of a side and most frames: far beyond every model, small enough for all arithmetic.
 const MOST: usize = 1 << 16;
 
+/// Most keyframes a plan can be compiled for; each number of them has a program of its own.
+const MOST_KEYFRAMES: u32 = 64;
+
 impl Shape {
     /// Resolves the arguments; `keyframes` is what the images of the same command need.
     ///
@@ -96,6 +99,10 @@ impl Shape {
             }
             Ok(value)
         };
+        let keyframes = args.max_keyframes.unwrap_or(keyframes.try_into().unwrap_or(u32::MAX));
+        if keyframes > MOST_KEYFRAMES {
+            bail!("{keyframes} images behind frame 0 are too many, expected at most {MOST_KEYFRAMES}");
+        }
         let rate = args.frame_rate.as_deref().unwrap_or("24");
         Ok(Shape {
             pipeline,
@@ -103,7 +110,7 @@ impl Shape {
             width: size(args.width, width, "--width")?,
             frames: size(args.num_frames, 121, "--num-frames")?,
             frame_rate: rate.parse().with_context(|| format!("`--frame-rate {rate}`"))?,
-            max_keyframes: args.max_keyframes.map_or(keyframes, |n| n as usize),
+            max_keyframes: keyframes as usize,
             tile: VaeTile::parse(args.vae_tile.as_deref().unwrap_or("auto"))?,
         })
     }

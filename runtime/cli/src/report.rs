@@ -101,9 +101,9 @@ impl Report {
             bar.finish_and_clear();
         }
         if self.style == Style::Json {
-            println!("{}", json!({"event": "error", "text": format!("{error:#}")}));
+            println!("{}", json!({"event": "error", "text": sentence(error)}));
         }
-        eprintln!("error: {error:#}");
+        eprintln!("error: {}", sentence(error));
     }
 
     /// The command has written `path`; the path is the last line on standard output.
@@ -125,5 +125,30 @@ impl Observer for Report {
             Event::Note(text) => self.note(&text),
             Event::Tensor { .. } => {}
         }
+    }
+}
+
+/// An error with its causes. Many messages quote their cause already; it is not said twice.
+fn sentence(error: &anyhow::Error) -> String {
+    error.chain().map(ToString::to_string).fold(String::new(), |text, cause| match text.as_str() {
+        "" => cause,
+        _ if text.contains(&cause) => text,
+        _ => format!("{text}: {cause}"),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::Context;
+
+    use super::*;
+
+    #[test]
+    fn causes_are_said_once() {
+        let missing = || std::io::Error::from(std::io::ErrorKind::NotFound);
+        let quoting = anyhow::Error::from(ltxc_runtime::RunError::io("x", missing()));
+        assert_eq!(sentence(&quoting), "`x`: entity not found");
+        let context = Err::<(), _>(missing()).context("plan `x`").unwrap_err();
+        assert_eq!(sentence(&context), "plan `x`: entity not found");
     }
 }

@@ -35,6 +35,14 @@ pub enum MediaError {
         /// One of the files in it.
         found: String,
     },
+    /// Something that is no file has the name of the output.
+    #[error("cannot write `{}`: {found}; give the name of a file", path.display())]
+    OutputName {
+        /// The output.
+        path: PathBuf,
+        /// What has that name.
+        found: &'static str,
+    },
     /// The extension names no format this module writes.
     #[error("cannot tell the format of `{}` from its extension; use `.mp4`, `.wav`, or a folder name without extension for PNG frames", path.display())]
     UnknownOutput {

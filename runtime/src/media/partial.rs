@@ -8,6 +8,7 @@ use std::io::{self, BufWriter, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use super::MediaError;
+use crate::files::not_a_file;
 
 /// A file under construction.
 #[derive(Debug)]
@@ -20,8 +21,8 @@ pub(crate) struct PartialFile {
 impl PartialFile {
     /// Creates `<path>.part` and the folders above it. An unfinished file of an earlier run is overwritten.
     pub(crate) fn create(path: &Path) -> Result<Self, MediaError> {
-        if path.is_dir() {
-            return Err(MediaError::OutputExists { path: path.to_path_buf(), found: "it is a folder".to_owned() });
+        if let Some(found) = not_a_file(path) {
+            return Err(MediaError::OutputName { path: path.to_path_buf(), found });
         }
         create_parents(path)?;
         let part = part_name(path);

@@ -102,9 +102,9 @@ fn check(pipeline: &Pipeline, request: &Request<'_>) -> Result<(), RunError> {
     for (i, image) in request.images.iter().enumerate() {
         let frames = pipeline.video.frames;
         if image.frame >= frames {
-            let last = frames - 1;
+            let last = frames.saturating_sub(1);
             return Err(RunError::Input(format!(
-                "image {} stands at frame {}, the last frame is {last}",
+                "image {} stands at frame {}, the last frame is {last}; give a frame of the clip",
                 i + 1,
                 image.frame
             )));

@@ -1,0 +1,4 @@
+//! Headers of checkpoint files.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| ltxc_tests::fuzz::safetensors_header(bytes));

@@ -1,0 +1,143 @@
+//! Bodies of the fuzz targets: each takes arbitrary bytes and must neither panic, nor abort, nor allocate much more than
+//! it was given. `fuzz/` runs them under libFuzzer, `tests/tests/fuzz_smoke.rs` for a moment in every test run.
+
+use ltxc_ir::plan::summary::{function_costs, weight_bytes};
+use ltxc_ir::plan::{Plan, container};
+use ltxc_ir::text;
+use ltxc_ir::verify::verify;
+use ltxc_models::checkpoint::{Header, Metadata};
+use ltxc_runtime::media::Rational;
+use ltxc_runtime::media::mp4::{self, AudioTrack, Movie, SampleSizes, VideoSample, VideoTrack};
+use ltxc_runtime::memory::MemoryNeed;
+
+/// A plan file as it is, and as the content of a container whose hashes are right: hashes would keep every change from
+/// the decoder, but not from someone who makes a file on purpose.
+pub fn plan(bytes: &[u8]) {
+    for file in [bytes.to_vec(), sealed(bytes)] {
+        if let Ok(plan) = container::decode(&file) {
+            look_at(&plan);
+        }
+    }
+}
+
+/// What is done with a plan before any of it runs.
+fn look_at(plan: &Plan) {
+    let _ = function_costs(plan);
+    for program in &plan.programs {
+        let _ = weight_bytes(plan, program);
+    }
+    let _ = MemoryNeed::of(plan, 2).check(0);
+    let _ = plan.to_string();
+    // What was read can be written, and gives the same plan again.
+    let bytes = container::encode(plan).expect("a plan that was decoded is small enough");
+    assert!(container::decode(&bytes).as_ref() == Ok(plan) || has_nan(plan), "encoding changes the plan");
+}
+
+/// Plans with NaN among their noise levels do not equal themselves.
+fn has_nan(plan: &Plan) -> bool {
+    plan != &plan.clone()
+}
+
+/// The container of format 1 around the body of a plan section.
+pub fn sealed(body: &[u8]) -> Vec<u8> {
+    let mut file = b"LTXCPLAN".to_vec();
+    file.extend(container::FORMAT.to_le_bytes());
+    file.extend([1u32.to_le_bytes(), 1u32.to_le_bytes(), 0u32.to_le_bytes()].concat());
+    file.extend(BODY_OFFSET.to_le_bytes());
+    file.extend((body.len() as u64).to_le_bytes());
+    file.extend(container::hash(body));
+    file.extend(container::hash(&file));
+    file.resize(BODY_OFFSET as usize, 0);
+    file.extend(body);
+    file
+}
+
+/// Where the section of a plan file begins.
+pub const BODY_OFFSET: u64 = 128;
+
+/// Text that may be a graph: parsed, verified, printed and parsed again.
+pub fn ir_text(bytes: &[u8]) {
+    let Ok(source) = std::str::from_utf8(bytes) else { return };
+    let Ok(module) = text::parse(source) else { return };
+    let verified = verify(&module);
+    let printed = module.to_string();
+    if verified.is_ok() {
+        let again = text::parse(&printed).unwrap_or_else(|e| panic!("{e}\n{printed}"));
+        assert_eq!(again.to_string(), printed, "printing is not stable");
+        assert_eq!(again, module, "text changes the module:\n{printed}");
+    }
+}
+
+/// A safetensors file.
+pub fn safetensors_header(bytes: &[u8]) {
+    let Ok(header) = Header::parse(bytes) else { return };
+    let _ = Metadata::parse(&header.metadata);
+    for tensor in &header.tensors {
+        // What a header promises lies in the file.
+        let (start, end) = (tensor.offset as usize, (tensor.offset + tensor.bytes) as usize);
+        assert!(bytes.get(start..end).is_some(), "`{}` lies outside", tensor.key);
+        let _ = tensor.ty();
+    }
+}
+
+/// Numbers of a movie: sizes, rates and durations, all chosen by the input; and the input as a file to read.
+pub fn mp4_mux(bytes: &[u8]) {
+    let _ = mp4::read(bytes);
+    let mut numbers = Numbers { bytes };
+    let (num, den) = (numbers.next() as u32, numbers.next() as u32);
+    let Ok(fps) = Rational::new(num.max(1), den.max(1)) else { return };
+    let video = VideoTrack {
+        width: numbers.next() as u16,
+        height: numbers.next() as u16,
+        fps,
+        sps: vec![numbers.next() as u8; numbers.next() as usize % 9],
+        pps: vec![7; numbers.next() as usize % 3],
+        samples: Vec::new(),
+    };
+    let audio = AudioTrack {
+        rate_hz: numbers.next() as u32,
+        channels: numbers.next() as u16,
+        config: vec![numbers.next() as u8; numbers.next() as usize % 200],
+        priming: numbers.next() as u32,
+        samples_per_channel: numbers.next(),
+        frames: Vec::new(),
+    };
+    let tracks = numbers.next();
+    let tags = vec![("comment".to_string(), String::from_utf8_lossy(bytes).into_owned())];
+    let mut movie =
+        Movie { video: (tracks & 1 == 0).then_some(video), audio: (tracks & 2 == 0).then_some(audio), tags };
+    let (frames, sounds) = (numbers.next() as usize % 16, numbers.next() as usize % 16);
+    let mut take = |n: usize| (0..n).map(|_| numbers.next()).collect::<Vec<_>>();
+    let sizes = SampleSizes { video: take(frames), audio: take(sounds) };
+    if let Ok(header) = mp4::plan(&movie, &sizes) {
+        let data = sizes.video.iter().chain(&sizes.audio).map(|&n| u128::from(n)).sum::<u128>();
+        assert_eq!(u128::from(header.file_len), header.bytes.len() as u128 + data);
+    }
+    // The same with samples of sizes that fit into memory, which the reader must give back.
+    let sample = |n: &u64| vec![(*n >> 8) as u8; 5 + (*n % 64) as usize];
+    if let Some(video) = &mut movie.video {
+        video.samples = sizes.video.iter().map(|n| VideoSample { data: sample(n), is_sync: n % 2 == 0 }).collect();
+    }
+    if let Some(audio) = &mut movie.audio {
+        audio.frames = sizes.audio.iter().map(sample).collect();
+    }
+    let mut file = Vec::new();
+    if let Ok(written) = mp4::mux(&movie, &mut file, |e| panic!("a vector takes all: {e}")) {
+        assert_eq!(written, file.len() as u64);
+    }
+}
+
+/// Numbers from bytes: short input gives zeros.
+struct Numbers<'a> {
+    bytes: &'a [u8],
+}
+
+impl Numbers<'_> {
+    fn next(&mut self) -> u64 {
+        // The first byte says how many more there are, so that small numbers are as likely as large ones.
+        let Some((&length, rest)) = self.bytes.split_first() else { return 0 };
+        let (number, rest) = rest.split_at(rest.len().min(length as usize % 9));
+        self.bytes = rest;
+        number.iter().fold(0, |n, &b| n << 8 | u64::from(b))
+    }
+}

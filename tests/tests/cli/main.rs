@@ -1,0 +1,7 @@
+//! The binary as a user runs it, and what it says to bad input.
+
+mod bad_arguments;
+mod bad_files;
+mod bad_plans;
+mod binary;
+mod everyday;
