@@ -5,8 +5,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use ltxc_compiler::{Options, PlanBuilder};
-use ltxc_ir::plan::{Pipeline, Target, WeightSource, container};
+use ltxc_ir::plan::{Pipeline, Stage, Target, WeightSource, container};
 use ltxc_ir::text::parse;
+use ltxc_ir::tiling::{TilePlan, Tiling};
 use ltxc_tests::fuzz;
 
 /// The largest single allocation that an input of a few kilobytes may cause: the decoder's limit for plans.
@@ -167,6 +168,20 @@ fn graphs_in_text() {
     smoke("ir_text", &graphs(), fuzz::ir_text);
 }
 
+/// Settings of half a second of video.
+fn settings() -> Pipeline {
+    let (grid, factors) = ([2, 4, 6], [8, 32, 32]);
+    let stage =
+        Stage { name: "s".into(), height: 128, width: 192, grid, sigmas: vec![1.0, 0.5, 0.0], ..Stage::default() };
+    let mut settings = Pipeline { stages: vec![stage], ..Pipeline::default() };
+    let video = &mut settings.video;
+    (video.height, video.width, video.frames, video.channels) = (128, 192, 9, 128);
+    (video.frame_rate, video.scale) = ((24, 1), [8, 32, 32]);
+    (settings.audio.tokens, settings.audio.channels, settings.audio.rate_hz) = (9, 128, 24_000);
+    settings.decode = TilePlan::decode(grid.map(|n| n as usize), factors, &Tiling::DEFAULT).unwrap();
+    settings
+}
+
 #[test]
 fn plans() {
     let mut seeds = Vec::new();
@@ -181,7 +196,7 @@ fn plans() {
         if builder.add("group", entry, &module, entry).is_err() {
             continue;
         }
-        let Ok(plan) = builder.finish(Pipeline::default()) else { continue };
+        let Ok(plan) = builder.finish(settings()) else { continue };
         seeds.push(container::encode(&plan).unwrap());
     }
     assert!(seeds.len() > 3, "{} graphs make plans", seeds.len());

@@ -14,6 +14,7 @@
 pub mod container;
 mod kernel;
 mod pipeline;
+mod settings;
 pub mod summary;
 mod text;
 pub mod verify;

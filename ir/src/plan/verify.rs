@@ -9,6 +9,8 @@
 //!
 //! For every program: slots and frame lie inside the arenas and the state, apart from each other.
 //!
+//! Settings of the pipeline: see `settings.rs`.
+//!
 //! The number of steps of a function and of all programs is bounded, and so is the depth of calls: calls of calls can
 //! neither make a small plan run forever nor exhaust the stack of who follows them.
 
@@ -66,6 +68,7 @@ pub fn verify(plan: &Plan) -> Result<(), PlanError> {
             check.run(&extents).map_err(|e| PlanError::Malformed(format!("function `{}`: {e}", function.name)))?;
         extents.push(extent);
     }
+    super::settings::check(&plan.pipeline).map_err(|e| PlanError::Malformed(format!("settings: {e}")))?;
     let (mut names, mut total) = (BTreeSet::new(), 0u64);
     for program in &plan.programs {
         let result = check_program(plan, program, arenas).and_then(|()| {

@@ -59,7 +59,11 @@ pub fn decode_video(
                 executor.run(&program)?;
                 let [t, y, x] = plan.pixels([time, row, column]);
                 pending.resize(pending.len().max((t.end - done) * frame_len), 0.0);
-                accumulate(&mut pending, [height, width], done, executor.read(&program, "frames")?, [t, y, x]);
+                let frames = executor.read(&program, "frames")?;
+                if frames.len() != t.len() * y.len() * x.len() * 3 {
+                    return Err(RunError::Internal(format!("`{program}` gives {} values for a tile", frames.len())));
+                }
+                accumulate(&mut pending, [height, width], done, frames, [t, y, x]);
                 decoded += 1;
                 observer.event(Event::Step { stage: "decode", index: decoded });
             }

@@ -173,9 +173,9 @@ fn a_full_disk_is_named() {
     let disk = place.path("disk");
     std::fs::create_dir(&disk).unwrap();
     let mount = |args: &[&str]| {
-        let status =
-            std::process::Command::new(args[0]).args(&args[1..]).arg(&disk).stderr(std::process::Stdio::null());
-        status.status().is_ok_and(|s| s.success())
+        let mut command = std::process::Command::new(args[0]);
+        command.args(&args[1..]).arg(&disk).stderr(std::process::Stdio::null());
+        command.status().is_ok_and(|s| s.success())
     };
     if !mount(&["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs"]) {
         eprintln!("absent: the right to mount a file system");

@@ -1,0 +1,147 @@
+//! Checks the settings of a pipeline as if they were hostile, so that the driver can compute with them.
+//!
+//! - sizes, rates and counts are below bounds that keep all arithmetic on them far from overflow;
+//! - every stage has a grid and falling noise levels that end with 0;
+//! - the tiles of the decoder cover the grid of the last stage, in order and without a gap, and their pixels are the video.
+//!
+//! Settings without stages are those of a plan that only runs programs; they have no tiles either.
+
+use super::{Pipeline, Stage};
+use crate::tiling::AxisTile;
+
+/// Largest side in pixels; a plan for more cannot be compiled.
+const MAX_SIDE: u32 = 1 << 16;
+/// Largest number of frames.
+const MAX_FRAMES: u32 = 1 << 20;
+/// Largest width of a token, pixels per latent, and number of keyframes.
+const MAX_WIDTH: u32 = 1 << 16;
+/// Largest number of tokens of a stage or of the sound track.
+const MAX_TOKENS: u64 = 1 << 26;
+
+/// Checks settings. See the module documentation.
+///
+/// # Errors
+/// The first setting that no pipeline can have.
+pub(super) fn check(pipeline: &Pipeline) -> Result<(), String> {
+    let (video, audio) = (&pipeline.video, &pipeline.audio);
+    let bounded = [
+        ("height", video.height, MAX_SIDE),
+        ("width", video.width, MAX_SIDE),
+        ("number of frames", video.frames, MAX_FRAMES),
+        ("width of video tokens", video.channels, MAX_WIDTH),
+        ("width of audio tokens", audio.channels, MAX_WIDTH),
+        ("number of keyframes", video.max_keyframes, MAX_WIDTH),
+        ("number of audio tokens", audio.tokens, MAX_TOKENS as u32),
+    ];
+    if let Some((what, found, most)) = bounded.into_iter().find(|(_, found, most)| found > most) {
+        return Err(format!("{what} is {found}, expected at most {most}"));
+    }
+    pipeline.stages.iter().try_for_each(|s| check_stage(s).map_err(|e| format!("stage `{}`: {e}", s.name)))?;
+    let Some(last) = pipeline.stages.last() else {
+        return if pipeline.decode.is_empty() { Ok(()) } else { Err("tiles without stages".into()) };
+    };
+    let (num, den) = video.frame_rate;
+    let counts = [video.height, video.width, video.frames, video.channels, audio.channels, audio.tokens, num, den];
+    if counts.contains(&0) || video.scale.iter().any(|&n| !(1..=MAX_WIDTH).contains(&n)) {
+        return Err("a size, rate or scale is 0 or out of range".into());
+    }
+    let tiles = &pipeline.decode;
+    if tiles.factors != video.scale.map(|n| n as usize) {
+        return Err(format!("tiles have {:?} pixels per latent, the video has {:?}", tiles.factors, video.scale));
+    }
+    for (axis, &extent) in tiles.axes.iter().zip(&last.grid) {
+        check_tiles(axis, extent as usize)?;
+    }
+    let [f, h, w] = last.grid.map(u64::from);
+    let [ft, fh, fw] = video.scale.map(u64::from);
+    if [1 + (f - 1) * ft, h * fh, w * fw] != [video.frames, video.height, video.width].map(u64::from) {
+        return Err(format!("a grid of {:?} is not the size of the video", last.grid));
+    }
+    Ok(())
+}
+
+fn check_stage(stage: &Stage) -> Result<(), String> {
+    let tokens = stage.grid.iter().try_fold(1u64, |n, &d| n.checked_mul(u64::from(d)));
+    if !tokens.is_some_and(|n| (1..=MAX_TOKENS).contains(&n)) {
+        return Err(format!("grid {:?} is empty or too large", stage.grid));
+    }
+    if [stage.height, stage.width].iter().any(|n| !(1..=MAX_SIDE).contains(n)) {
+        return Err(format!("size {}x{} is out of range", stage.height, stage.width));
+    }
+    let sigmas = &stage.sigmas;
+    let falling = sigmas.windows(2).all(|w| w[0] > w[1]) && sigmas.iter().all(|s| (0.0..=1.0).contains(s));
+    if sigmas.len() < 2 || !falling || sigmas.last() != Some(&0.0) {
+        return Err("noise levels do not fall from at most 1 to 0".into());
+    }
+    Ok(())
+}
+
+/// Checks that `tiles` cover `0..extent` in order.
+fn check_tiles(tiles: &[AxisTile], extent: usize) -> Result<(), String> {
+    let mut covered = 0;
+    let mut start = 0;
+    for tile in tiles {
+        let ordered = tile.start >= start && tile.start <= covered && tile.end >= covered && tile.end <= extent;
+        if !ordered || tile.is_empty() || tile.left_ramp > tile.len() || tile.right_ramp > tile.len() {
+            return Err(format!("tile {}..{} does not fit {extent} latents", tile.start, tile.end));
+        }
+        (start, covered) = (tile.start, tile.end);
+    }
+    if covered == extent { Ok(()) } else { Err(format!("tiles cover {covered} of {extent} latents")) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::VideoSettings;
+    use crate::tiling::{TilePlan, Tiling};
+
+    /// Two seconds at 768x512.
+    fn pipeline() -> Pipeline {
+        let (grid, factors) = ([7, 16, 24], [8, 32, 32]);
+        let stage = Stage { height: 512, width: 768, grid, sigmas: vec![1.0, 0.5, 0.0], ..Stage::default() };
+        let mut pipeline = Pipeline { stages: vec![stage], ..Pipeline::default() };
+        pipeline.video = VideoSettings {
+            height: 512,
+            width: 768,
+            frames: 49,
+            frame_rate: (24, 1),
+            channels: 128,
+            scale: [8, 32, 32],
+            max_keyframes: 0,
+        };
+        (pipeline.audio.tokens, pipeline.audio.channels) = (51, 128);
+        pipeline.decode = TilePlan::decode(grid.map(|n| n as usize), factors, &Tiling::DEFAULT).unwrap();
+        pipeline
+    }
+
+    #[track_caller]
+    fn refuses(change: impl FnOnce(&mut Pipeline), words: &str) {
+        let mut changed = pipeline();
+        change(&mut changed);
+        let problem = check(&changed).expect_err("the settings are wrong");
+        assert!(problem.contains(words), "{problem}");
+    }
+
+    #[test]
+    fn settings_of_a_pipeline_and_of_none_are_accepted() {
+        assert_eq!(check(&pipeline()), Ok(()));
+        assert_eq!(check(&Pipeline::default()), Ok(()));
+    }
+
+    #[test]
+    fn settings_that_would_stop_the_driver_are_refused() {
+        refuses(|p| p.video.height = u32::MAX, "height is 4294967295");
+        refuses(|p| p.video.frames = 0, "is 0");
+        refuses(|p| p.video.frames = 50, "not the size of the video");
+        refuses(|p| p.video.frame_rate.1 = 0, "rate");
+        refuses(|p| p.stages[0].sigmas.clear(), "noise levels");
+        refuses(|p| p.stages[0].sigmas[1] = f32::NAN, "noise levels");
+        refuses(|p| p.stages[0].grid = [u32::MAX; 3], "too large");
+        refuses(|p| p.stages.clear(), "tiles without stages");
+        refuses(|p| p.decode.axes[1].clear(), "cover 0 of 16");
+        refuses(|p| p.decode.axes[1][0].end = usize::MAX, "does not fit");
+        refuses(|p| p.decode.axes[2][0].left_ramp = usize::MAX, "does not fit");
+        refuses(|p| p.decode.factors[0] = 0, "pixels per latent");
+    }
+}
