@@ -67,12 +67,11 @@ pub fn node_text(function: &Function, node: &Node) -> String {
         attributes => line += &format!(" {attributes}"),
     }
     // Ids may be out of range in a graph that is about to be reported as broken.
-    let types = node.results.iter().map(|r| function.values.get(r.index()).map_or("?".into(), |v| v.ty.to_string()));
-    line += &format!(" : {}", types.collect::<Vec<_>>().join(", "));
-    if let [only] = node.results[..] {
-        line += &function.values.get(only.index()).map_or(String::new(), |v| quoted(&v.name));
-    }
-    line
+    let written = node.results.iter().map(|r| match function.values.get(r.index()) {
+        Some(value) => format!("{}{}", value.ty, quoted(&value.name)),
+        None => "?".into(),
+    });
+    line + &format!(" : {}", written.collect::<Vec<_>>().join(", "))
 }
 
 fn quoted(name: &str) -> String {
@@ -204,16 +203,10 @@ fn parse_node(cursor: &mut Cursor<'_>, function: &mut Function) -> Result<(), St
             cursor.expect(",")?;
         }
         let ty = cursor.ty()?;
-        define(function, id, ty, String::new())?;
+        let name = cursor.name()?;
+        define(function, id, ty, name)?;
     }
-    let name = cursor.name()?;
     cursor.end()?;
-    match (&op, &results[..]) {
-        // Results of a call are named by the call and the results of its callee.
-        (Op::Call(_), _) if name.is_empty() => {}
-        (_, [only]) => function.values[only.index()].name = name,
-        _ => return Err("only a single result can have a name".into()),
-    }
     function.nodes.push(Node { op, args, results });
     Ok(())
 }

@@ -246,13 +246,15 @@ struct Components<'a> {
 impl<'a> Components<'a> {
     fn read(files: &'a ModelFiles) -> Result<Components<'a>> {
         let model = &files.model;
+        let name = || format!("`{}`", model.name());
+        // The transformer comes before the text side, which reads the same section and a file of its own.
         Ok(Components {
             checkpoint: model,
+            transformer: TransformerConfig::from_json(model.section("transformer")?).with_context(name)?,
             text: TextConfig::from_json(files.gemma.config(), model.section("transformer")?)?,
-            transformer: TransformerConfig::from_json(model.section("transformer")?)?,
-            video_vae: VideoVaeConfig::from_json(model.section("vae")?)?,
-            audio_vae: AudioVaeConfig::from_json(model.section("audio_vae")?)?,
-            vocoder: VocoderConfig::from_json(model.section("vocoder")?)?,
+            video_vae: VideoVaeConfig::from_json(model.section("vae")?).with_context(name)?,
+            audio_vae: AudioVaeConfig::from_json(model.section("audio_vae")?).with_context(name)?,
+            vocoder: VocoderConfig::from_json(model.section("vocoder")?).with_context(name)?,
         })
     }
 

@@ -58,7 +58,7 @@ fn sizes_name_the_nearest_valid_ones() {
     shape_refused(&one, &["--height 48", "multiple of 32", "32 or 64", "one-stage"]);
     shape_refused(&["--height", "0"], &["--height 0", "expected 1 to"]);
     shape_refused(&["--num-frames", "4294967295"], &["--num-frames 4294967295", "expected 1 to"]);
-    shape_refused(&["--height", "-64"], &["-64"]);
+    shape_refused(&["--height=-64"], &["--height", "-64"]);
     shape_refused(&["--height", "65536", "--width", "65536", "--num-frames", "65529"], &["tokens", "expected"]);
 }
 

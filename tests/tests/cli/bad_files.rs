@@ -167,18 +167,18 @@ fn configurations_are_checked() {
     parts.header["__metadata__"]["model_version"] = "2.5.0".into();
     refused_somehow(&parts.bytes());
     refused(&changed(|c| drop(c.as_object_mut().unwrap().remove("vae"))), &["video VAE", "no `vae`"]);
-    // Numbers of every key, one after the other, made impossible: an error each time or a key that nothing reads.
-    let names = |section: &str| -> Vec<String> {
-        let mut parts = Parts::read(&tiny().checkpoint);
-        let mut names = Vec::new();
-        parts.configure(|c| names = c[section].as_object().unwrap().keys().cloned().collect());
-        names
-    };
+}
+
+#[test]
+fn no_value_of_a_configuration_causes_a_panic() {
+    let mut parts = Parts::read(&tiny().checkpoint);
+    let original = parts.header["__metadata__"]["config"].clone();
+    let config: Value = serde_json::from_str(original.as_str().unwrap()).unwrap();
     for section in ["transformer", "vae", "audio_vae", "vocoder"] {
-        for name in names(section) {
-            for value in [json!(-1), json!(1e300), json!(u64::MAX), json!(null), json!({}), json!("x"), json!([[]])] {
-                let mut parts = Parts::read(&tiny().checkpoint);
-                parts.configure(|c| c[section][&name] = value.clone());
+        for name in config[section].as_object().unwrap().keys() {
+            for value in [json!(-1), json!(1e300), json!(u64::MAX), json!(0), json!(null), json!("x"), json!([[]])] {
+                parts.header["__metadata__"]["config"] = original.clone();
+                parts.configure(|c| c[section][name] = value.clone());
                 no_panic(&parts.bytes(), &format!("{section}.{name} = {value}"));
             }
         }
@@ -237,7 +237,7 @@ fn a_gemma_of_another_width_is_named() {
     let hidden = config["text_config"]["hidden_size"].as_u64().unwrap();
     config["text_config"]["hidden_size"] = (hidden / 2).into();
     std::fs::write(gemma.join("config.json"), config.to_string()).unwrap();
-    refused_with_gemma(&model, &gemma, &["gemma-3-tiny", "as published", "expected shape"]);
+    refused_with_gemma(&model, &gemma, &["gemma-3-tiny", "name the Gemma"]);
     let mut parts = Parts::read(&gemma.join("model.safetensors"));
     parts.data.clear();
     for (key, tensor) in parts.header.iter_mut().filter(|(key, _)| *key != "__metadata__") {
