@@ -14,6 +14,9 @@ use serde::{Deserialize, Serialize};
 /// Tensors above this size are sampled.
 pub const SAMPLED_ABOVE: u64 = 1 << 20;
 
+/// Files up to this size are hashed whole instead: reading them costs nothing, and their tensors may all be small.
+pub const HASHED_UP_TO: u64 = 64 << 20;
+
 /// Size of a sample in bytes.
 pub const PAGE: u64 = 4096;
 
@@ -24,7 +27,7 @@ pub struct FileIdentity {
     pub bytes: u64,
     /// BLAKE3 of the safetensors header, length field included.
     pub header: [u8; 32],
-    /// BLAKE3 over one sampled page of every tensor of more than 1 MiB.
+    /// BLAKE3 over one sampled page of every tensor of more than 1 MiB; of all bytes of a file up to 64 MiB.
     pub samples: [u8; 32],
     /// BLAKE3 of the whole file, if it was asked for.
     pub full: Option<[u8; 32]>,
@@ -79,7 +82,7 @@ pub struct OutsideFile {
 
 impl FileIdentity {
     /// The identity of the safetensors file `file`, whose data starts at `header_bytes` and holds `tensors` (in any
-    /// order). Touches the header and one page per large tensor, and no other page.
+    /// order). Of a large file it touches the header and one page per large tensor, and no other page.
     ///
     /// # Errors
     /// If the header or a tensor is said to lie outside the file.
@@ -91,6 +94,9 @@ impl FileIdentity {
         for tensor in sampled {
             slice(file, tensor.key, tensor.offset, tensor.bytes)?;
             samples.update(slice(file, tensor.key, tensor.offset + sample_offset(tensor.key, tensor.bytes), PAGE)?);
+        }
+        if file.len() as u64 <= HASHED_UP_TO {
+            samples.update(file);
         }
         Ok(FileIdentity {
             bytes: file.len() as u64,
@@ -187,7 +193,10 @@ mod tests {
         };
         assert_eq!(change(3), Some(Difference::Header));
         assert_eq!(change(HEADER + sample_offset("large", LARGE) + 4095), Some(Difference::Samples));
-        assert_eq!(change(HEADER + LARGE + 50), Some(Difference::Full));
+        // A small tensor: noticed because a small file is hashed whole.
+        assert_eq!(change(HEADER + LARGE + 50), Some(Difference::Samples));
+        let other = FileIdentity { full: Some([1; 32]), ..expected.clone() };
+        assert_eq!(other.difference(&expected), Some(Difference::Full));
         assert_eq!(identity(&original).difference(&expected), None);
         let longer = FileIdentity { bytes: 1, ..expected.clone() };
         assert!(matches!(longer.difference(&expected), Some(Difference::Length { found: 1, .. })));

@@ -6,12 +6,12 @@
 //!
 //! | file | what |
 //! | --- | --- |
-//! | [`simd`] | instruction sets |
-//! | [`math`] | elementary functions |
-//! | [`element`] | dtypes in memory |
-//! | [`parallel`] | threads and scratch memory |
-//! | [`tile`], [`pack`], [`gemm`] | blocked matrix product |
-//! | [`patches`] | the input under a convolution as operand of a product |
+//! | `simd` | instruction sets |
+//! | `math` | elementary functions |
+//! | `element` | dtypes in memory |
+//! | `parallel` | threads and scratch memory |
+//! | `tile`, `pack`, `gemm` | blocked matrix product |
+//! | `patches` | the input under a convolution as operand of a product |
 //! | the others | kernels |
 
 mod attention;

@@ -18,7 +18,7 @@ pub(crate) fn for_each(tasks: usize, work: usize, task: impl Fn(usize) + Sync + 
     }
 }
 
-/// Number of threads that [`for_each`] uses.
+/// Number of threads that a kernel uses.
 pub fn threads() -> usize {
     rayon::current_num_threads()
 }

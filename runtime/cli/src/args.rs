@@ -158,7 +158,7 @@ pub struct ContentArgs {
     /// Seed of all noise, or `random`.
     #[arg(long, default_value = "10")]
     pub seed: String,
-    /// Image to start from or pass through, repeatable: PATH FRAME STRENGTH [CRF].
+    /// Image to start from or pass through, repeatable: PATH, then FRAME, STRENGTH and CRF if they are not 0, 1 and the model's.
     #[arg(long, num_args = 1..=4, value_names = ["PATH", "FRAME", "STRENGTH", "CRF"], action = clap::ArgAction::Append)]
     pub image: Vec<String>,
     /// Steps of the first stage, fewer than the model's own.
