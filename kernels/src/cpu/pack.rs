@@ -4,6 +4,7 @@ use ltxc_ir::DType;
 use std::ops::Range;
 
 use super::element::load;
+use super::tile::Source;
 use super::transpose;
 
 /// Something that can be cut into panels.
@@ -14,6 +15,9 @@ pub(crate) trait Panels: Sync {
     /// # Safety
     /// The ranges lie inside the operand; `dst` is valid for the panel and nothing else uses it.
     unsafe fn pack(&self, ks: Range<usize>, columns: Range<usize>, width: usize, dst: *mut f32);
+
+    /// Where the panel that begins at summed index `k` and `column` is read from. May lie outside the operand.
+    fn source(&self, k: usize, column: usize) -> Source;
 }
 
 /// A matrix in memory as right operand.
@@ -50,6 +54,12 @@ impl Panels for Matrix {
                 pack_rows(&at, ks.len(), columns.len(), width, dst);
             }
         }
+    }
+
+    fn source(&self, k: usize, column: usize) -> Source {
+        let (element, row) = (self.dtype.bytes(), self.stride * self.dtype.bytes());
+        let (along, across) = if self.transposed { (element, row) } else { (row, element) };
+        Source { at: self.ptr.wrapping_add(k * along + column * across), along, across }
     }
 }
 
