@@ -6,6 +6,7 @@
 //! Nothing is copied that need not be: a reshape, a contiguous slice or a slice of a weight is the same memory; chains
 //! of movement become one copy; the operands of a concatenation are written where they belong if that is one range.
 
+mod fused;
 mod map;
 mod place;
 mod view;
@@ -14,7 +15,7 @@ use std::collections::BTreeMap;
 
 use ltxc_ir::eval::{Data, Tensor};
 use ltxc_ir::ops::{Call, Concat, Const};
-use ltxc_ir::plan::{FileTensor, Kernel, Map, MapStep, PlanFunction, PlanWeight, Target, WeightOrigin};
+use ltxc_ir::plan::{FileTensor, Kernel, Map, MapStep, PlanFunction, PlanWeight, Target, WeightOrigin, Work};
 use ltxc_ir::{Float, Function, Module, Node, Op, TensorType, ValueId};
 
 use crate::error::CompileError;
@@ -38,7 +39,7 @@ pub(crate) fn lower_module(
     plan: &mut Vec<PlanFunction>,
 ) -> Result<BTreeMap<String, u32>, CompileError> {
     let mut indices: BTreeMap<String, u32> = BTreeMap::new();
-    for function in &module.functions {
+    for function in module.functions.iter().filter(|f| f.pattern.is_none()) {
         let drafted = Drafter { lowering, module, function, indices: &indices, draft: Draft::default() }.run()?;
         let mut lowered = place::place(&function.name, drafted, plan, lowering.target)?;
         lowered.name = format!("{prefix}{}", function.name);
@@ -114,7 +115,7 @@ struct DraftStep {
 }
 
 enum Action {
-    Kernel(Kernel),
+    Work(Work),
     Call { function: u32, prefix: String },
 }
 
@@ -277,7 +278,7 @@ impl Drafter<'_> {
         if ty.elements() > 0 {
             self.draft.buffers[buffer].writer = Some(self.draft.steps.len());
             let results = vec![DraftOperand { base: Base::Buffer(buffer), offset_bytes: 0, ty: ty.clone() }];
-            self.draft.steps.push(DraftStep { action: Action::Kernel(kernel), args, results, name: name.into() });
+            self.draft.steps.push(DraftStep { action: Action::Work(kernel.into()), args, results, name: name.into() });
         }
         View::whole(Base::Buffer(buffer), ty)
     }
@@ -379,7 +380,7 @@ impl Drafter<'_> {
                 }
             };
             let args = vec![self.base_operand(view.base)];
-            let action = Action::Kernel(Kernel::Copy(copy));
+            let action = Action::Work(Kernel::Copy(copy).into());
             self.draft.steps.push(DraftStep { action, args, results: vec![result], name: name.clone() });
         }
         Ok(View::whole(Base::Buffer(whole), ty.clone()))
@@ -413,6 +414,10 @@ impl Drafter<'_> {
     }
 
     fn call(&mut self, node: &Node, call: &Call, values: &mut Values) -> Result<(), CompileError> {
+        if let Some(group) = self.module.function(&call.function).filter(|f| f.pattern.is_some()) {
+            let fused = fused::lower(group).map_err(|e| self.problem(format!("`{}`: {e}", group.name)))?;
+            return self.step(node, Action::Work(Work::Fused(fused)), &call.name, values);
+        }
         let index = self.indices.get(&call.function).copied();
         let index = index.ok_or_else(|| self.problem(format!("`{}` is not an earlier function", call.function)))?;
         if let Some(tensors) = self.recipe_tensors(node, call)? {
@@ -422,6 +427,12 @@ impl Drafter<'_> {
             values[result.index()] = Some(Lowered::View(view));
             return Ok(());
         }
+        let action = Action::Call { function: index, prefix: call.prefix.clone() };
+        self.step(node, action, &call.name, values)
+    }
+
+    /// Appends a step that does `action` with the operands of a node and writes its results to new buffers.
+    fn step(&mut self, node: &Node, action: Action, name: &str, values: &mut Values) -> Result<(), CompileError> {
         let args = node.args.iter().map(|&a| self.operand(a, values)).collect::<Result<_, _>>()?;
         let mut results = Vec::with_capacity(node.results.len());
         for &r in &node.results {
@@ -430,8 +441,7 @@ impl Drafter<'_> {
             results.push(DraftOperand { base: Base::Buffer(buffer), offset_bytes: 0, ty: ty.clone() });
             values[r.index()] = Some(Lowered::View(View::whole(Base::Buffer(buffer), ty)));
         }
-        let action = Action::Call { function: index, prefix: call.prefix.clone() };
-        self.draft.steps.push(DraftStep { action, args, results, name: call.name.clone() });
+        self.draft.steps.push(DraftStep { action, args, results, name: name.into() });
         Ok(())
     }
 
