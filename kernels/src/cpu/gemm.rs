@@ -23,11 +23,11 @@ pub(crate) const K_BLOCK: usize = 192;
 /// Distance of packed rows. Not a power of two, so that rows fall into different sets of the cache.
 pub(crate) const LDA: usize = K_BLOCK + 16;
 
-/// Most rows per task: a block of k of them takes 320 KB of the second cache. A multiple of the tile heights.
-const TASK_ROWS: usize = 384;
+/// Most rows per task: a block of k of them takes 640 KB of the second cache. A multiple of the tile heights.
+const TASK_ROWS: usize = 768;
 
 /// Most columns per task: with all rows, sums take 400 KB of the second cache.
-const TASK_COLUMNS: usize = 256;
+const TASK_COLUMNS: usize = 128;
 
 /// Columns that a task has at least where rows can be divided instead.
 const MIN_COLUMNS: usize = 64;
@@ -35,8 +35,11 @@ const MIN_COLUMNS: usize = 64;
 /// Rows that a task has at least: every task packs its columns, which costs as much as a few rows.
 const MIN_ROWS: usize = 48;
 
-/// Floats of packed rows, if these are more than [`TASK_ROWS`]: 16 MB, what the last cache holds.
+/// Floats of packed rows, if these are more than [`PACKED_ROWS`]: 16 MB, what the last cache holds.
 const PACKED_FLOATS: usize = 4 << 20;
+
+/// Rows that are packed at a time are a multiple of this: columns are packed again for the next ones.
+const PACKED_ROWS: usize = TASK_ROWS / 2;
 
 /// Rows that are packed by one task.
 const PACKED_AT_ONCE: usize = 24;
@@ -79,14 +82,15 @@ impl Extents {
     /// Rows that are packed at a time.
     fn rows(self) -> usize {
         let row = self.k_blocks().saturating_mul(LDA).max(1);
-        (PACKED_FLOATS / row / TASK_ROWS * TASK_ROWS).max(TASK_ROWS).min(self.m)
+        (PACKED_FLOATS / row / PACKED_ROWS).max(1).saturating_mul(PACKED_ROWS).min(self.m)
     }
 }
 
 /// Scratch that [`product`] needs.
 pub(crate) fn need(e: Extents) -> Need {
     let shared = e.rows().saturating_mul(e.k_blocks()).saturating_mul(LDA);
-    Need { shared, per_thread: K_BLOCK * MAX_WIDTH + TASK_ROWS * TASK_COLUMNS }
+    let sums = TASK_ROWS.min(e.m) * TASK_COLUMNS.min(e.n.next_multiple_of(MAX_WIDTH));
+    Need { shared, per_thread: K_BLOCK * MAX_WIDTH + sums }
 }
 
 /// Computes `rows · columns` into `target`.
