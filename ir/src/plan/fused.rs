@@ -39,6 +39,12 @@ impl From<Kernel> for Work {
     }
 }
 
+impl From<Fused> for Work {
+    fn from(fused: Fused) -> Work {
+        Work::Fused(fused)
+    }
+}
+
 impl Work {
     /// Name for reports: that of the kernel, or of the pattern that fused several.
     pub fn name(&self) -> &str {
