@@ -59,7 +59,8 @@ pub fn run(rounds: usize, python: Option<&Python>) -> Result<Findings> {
         let sides = [Side::Ours, Side::Gemm, Side::Torch, Side::OursBf16].map(cell);
         cells.push([vec![what], sides.to_vec(), vec![gain, bandwidth]].concat());
     }
-    let columns = vec!["product", "ltxc", "gemm crate", "torch", "ltxc, bf16 weights", "to f32 weights", "GB/s of bf16 weights"];
+    let columns =
+        vec!["product", "ltxc", "gemm crate", "torch", "ltxc, bf16 weights", "to f32 weights", "GB/s of bf16 weights"];
     Ok(Findings { rows, tables: vec![Table { title: "GFLOP/s".into(), columns, rows: cells }], notes: Vec::new() })
 }
 

@@ -200,8 +200,8 @@ macro_rules! tile_kernel {
                     if step < R {
                         let c = *c.get_unchecked(step);
                         (0..WIDTH / 16).for_each(|line| fetch_now(c.wrapping_add(line * 16)));
-                        // The first line of each row of the tile below.
-                        fetch_now(a.wrapping_add((R + step) * LDA));
+                        // A row of the tile below.
+                        (0..LDA / 16).for_each(|line| fetch_now(a.wrapping_add((R + step) * LDA + line * 16)));
                     }
                     let end = t.k.min(p + STEP);
                     while p < end {
