@@ -36,6 +36,7 @@ pub fn required(name: &str) -> TensorFile {
 }
 
 /// All tensors of a safetensors file, decoded.
+#[derive(Clone)]
 pub struct TensorFile {
     /// Path, for messages.
     pub path: PathBuf,

@@ -9,9 +9,9 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use ltxc_ir::Module;
 use ltxc_ir::plan::{AudioSettings, ModelInfo, Pipeline, Stage, StageClass, TextSettings, VideoSettings, WeightSource};
 use ltxc_ir::tiling::TilePlan;
-use ltxc_ir::{DType, Module};
 use ltxc_models::audio::{AudioVaeConfig, VocoderConfig, decode_audio};
 use ltxc_models::checkpoint::{Checkpoint, GemmaFolder, Generation, hub};
 use ltxc_models::text::{self, TextConfig, TextWeights};
@@ -32,9 +32,6 @@ const UPSAMPLER: &str = "upsampler";
 
 /// Prompt lengths that have a program of their own, in tokens.
 const BUCKETS: [usize; 6] = [32, 64, 128, 256, 512, 1024];
-
-/// Dtype of activations. The CPU computes in f32.
-const DTYPE: DType = DType::F32;
 
 /// The model files of a pipeline, opened.
 pub struct ModelFiles {
@@ -173,6 +170,7 @@ pub fn assemble(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
 fn build(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
     let model = Components::read(files)?;
     model.check(files, shape)?;
+    let dtype = shape.dtype;
     let mut programs = Vec::new();
     let mut add = |group: &str, name: &str, module: Module| {
         programs.push(ProgramSource { group: group.into(), name: name.into(), module });
@@ -184,20 +182,20 @@ fn build(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
         transformer: model.weights(),
     };
     for bucket in BUCKETS {
-        add("text", &format!("encode.{bucket}"), text::encode(&model.text, &text_weights(), bucket, DTYPE)?);
+        add("text", &format!("encode.{bucket}"), text::encode(&model.text, &text_weights(), bucket, dtype)?);
     }
     let length = text::CONTEXT_TOKENS;
-    add("text", "connect", text::connect(&model.text.connectors, &model.weights(), length, DTYPE)?);
+    add("text", "connect", text::connect(&model.text.connectors, &model.weights(), length, dtype)?);
 
     let (stages, factors) = (model.stages(shape), model.video_vae.factors());
     for stage in &stages {
         for class in &stage.classes {
             let module =
-                transformer::build(&model.transformer, &model.weights(), &model.spec(shape, stage, class), DTYPE)?;
+                transformer::build(&model.transformer, &model.weights(), &model.spec(shape, stage, class), dtype)?;
             add(&class.program, &class.program, module);
         }
         let pixels = [1, stage.height as usize, stage.width as usize];
-        let module = video_vae::encode(&model.video_vae, &model.weights(), pixels, DTYPE)?;
+        let module = video_vae::encode(&model.video_vae, &model.weights(), pixels, dtype)?;
         add("image", &format!("encode_image.{}", stage.name), module);
     }
     let last = stages.last().context("a pipeline has stages")?;
@@ -212,17 +210,17 @@ fn build(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
                 upsampler.name()
             );
         }
-        add("upsample", "upsample", upsample(&config, &weights(UPSAMPLER, upsampler), &model.weights(), grid, DTYPE)?);
+        add("upsample", "upsample", upsample(&config, &weights(UPSAMPLER, upsampler), &model.weights(), grid, dtype)?);
     }
     let grid = last.grid.map(|n| n as usize);
     let tiles = TilePlan::decode(grid, factors, &shape.tile.tiling(grid, factors)?)?;
     let sizes: BTreeSet<[usize; 3]> = tiles.tiles().map(|t| t.map(|axis| axis.len())).collect();
     for [f, h, w] in sizes {
-        let module = video_vae::decode(&model.video_vae, &model.weights(), [f, h, w], DTYPE)?;
+        let module = video_vae::decode(&model.video_vae, &model.weights(), [f, h, w], dtype)?;
         add("decode", &program_name(f, h, w), module);
     }
     let tokens = model.audio_tokens(shape);
-    let module = decode_audio(&model.audio_vae, &model.vocoder, &model.weights(), tokens, DTYPE)?;
+    let module = decode_audio(&model.audio_vae, &model.vocoder, &model.weights(), tokens, dtype)?;
     add("sound", "decode_audio", module);
 
     let pipeline = model.pipeline(files, shape, stages, tiles)?;
@@ -372,6 +370,7 @@ impl<'a> Components<'a> {
                 // Generations up to 2.3: spec/pipelines §1.1.
                 image_crf: 33,
             },
+            dtype: shape.dtype,
             video: VideoSettings {
                 height: shape.height as u32,
                 width: shape.width as u32,
