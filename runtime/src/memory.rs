@@ -175,7 +175,7 @@ fn function_workspace(plan: &Plan, threads: usize) -> Vec<u64> {
             Step::Kernel(call) => {
                 let args: Vec<_> = call.args.iter().map(|a| &a.ty).collect();
                 let results: Vec<_> = call.results.iter().map(|r| &r.ty).collect();
-                workspace_bytes(&call.kernel, &args, &results, threads) as u64
+                workspace_bytes(&call.work, &args, &results, threads) as u64
             }
             Step::Call(call) => need.get(call.function as usize).copied().unwrap_or(0),
         });
