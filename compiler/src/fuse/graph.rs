@@ -50,6 +50,11 @@ impl<'a> Graph<'a> {
         self.function.ty(self.node(index).results[0]).elements()
     }
 
+    /// Extent of the last axis of the result of a node.
+    pub fn last_extent(&self, index: usize) -> usize {
+        self.function.ty(self.node(index).results[0]).shape.last().copied().unwrap_or(1)
+    }
+
     pub fn is_pointwise(&self, index: usize) -> bool {
         is_pointwise(&self.node(index).op)
     }

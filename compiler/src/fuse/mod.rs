@@ -9,6 +9,7 @@
 //! | [`attention`] | `g · attention(rope(norm(q)), rope(norm(k)), v)` | queries, keys and the mix, each written and read |
 //! | [`product`] | `x + g · act(a · b + c)`, stored where it belongs | every step behind the product, written and read |
 //! | [`group_norm`] | `silu(group_norm(x))` | the normed tensor, written and read |
+//! | [`residual`] | `d2s(y) + tile(d2s(x)) = d2s(y + tile(x))` | the residual path, rearranged and tiled |
 //! | [`rows`] | `norm(x) · (1 + s) + t` and other work along rows | every intermediate, written and read |
 //!
 //! Products come before rows, so that gate and residual end up in the product that feeds them, and the norm behind them
@@ -21,6 +22,7 @@ mod graph;
 mod group_norm;
 mod outline;
 mod product;
+mod residual;
 mod rows;
 
 use std::collections::BTreeSet;
@@ -29,6 +31,7 @@ use ltxc_ir::{Function, Module};
 
 use crate::options::{Fuse, Options};
 use graph::Graph;
+pub use residual::fuse_residual;
 
 /// Node indices of a group, by what comes first in the function.
 type Nodes = BTreeSet<usize>;

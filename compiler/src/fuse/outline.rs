@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use ltxc_ir::ops::Call;
-use ltxc_ir::plan::{Fused, Kernel};
+use ltxc_ir::plan::{Form, Fused, Kernel};
 use ltxc_ir::{Function, FunctionResult, Node, Op, Param, Rate, ValueId};
 
 use super::Nodes;
@@ -14,6 +14,8 @@ use crate::rebuild::Rebuild;
 /// A group that can run as one kernel.
 pub(super) struct Outlined<'a> {
     function: &'a Function,
+    /// How it can be cut into pieces.
+    pub form: Form,
     /// The group as a function without a name.
     body: Function,
     /// Values of the function that the group reads, and those it makes.
@@ -70,7 +72,8 @@ pub(super) fn outline<'a>(graph: &Graph<'a>, nodes: &Nodes) -> Option<Outlined<'
     body.pattern = Some(String::new());
     let fused = lower_group(&body).ok()?;
     body.pattern = Some(pattern(&fused).into());
-    Some(Outlined { function, body, args, results, before, after })
+    let form = fused.form().ok()?;
+    Some(Outlined { function, form, body, args, results, before, after })
 }
 
 /// Nodes outside the group that run before it and behind it; `None` if some would have to run in the middle.
@@ -108,9 +111,15 @@ fn pattern(fused: &Fused) -> &'static str {
         () if has(|k| matches!(k, Kernel::Conv(_) | Kernel::ConvTranspose(_))) => "conv",
         () if has(|k| matches!(k, Kernel::GroupNorm(_))) => "group-norm",
         () if has(|k| matches!(k, Kernel::Rope(_))) => "norm-rope",
-        () if has(is_norm) => "adaln",
+        () if has(is_norm) && has(|k| matches!(k, Kernel::Map(_))) && modulates(fused) => "adaln",
+        () if has(is_norm) => "norm",
         () => "map",
     }
+}
+
+/// Whether a map takes more than one operand.
+fn modulates(fused: &Fused) -> bool {
+    fused.parts.iter().any(|p| matches!(p.kernel, Kernel::Map(_)) && p.args.len() > 1)
 }
 
 impl Outlined<'_> {
@@ -133,8 +142,10 @@ impl Outlined<'_> {
         let mut rebuild = Rebuild::new(self.function, &self.function.name);
         rebuild.params();
         self.before.iter().for_each(|&i| rebuild.node(&self.function.nodes[i]));
+        // The last value is what the group is for.
+        let value_name = self.results.last().map(|&r| self.function.name_of(r).to_string()).unwrap_or_default();
         let node = Node {
-            op: Op::Call(Call { function: name.clone(), prefix: String::new(), name: String::new() }),
+            op: Op::Call(Call { function: name, prefix: String::new(), name: value_name }),
             args: self.args,
             results: self.results,
         };

@@ -20,12 +20,32 @@ pub(super) fn propose(graph: &Graph<'_>, at: usize) -> Vec<Nodes> {
     let tail = graph.pointwise_tail(at);
     let store = graph.store_tail(tail.last().copied().unwrap_or(at));
     let tables = gathers(graph, &tail);
+    let pads = pads(graph, at);
     let with = |parts: &[&[usize]]| parts.iter().flat_map(|p| p.iter().copied()).chain([at]).collect::<Nodes>();
-    let mut proposals =
-        vec![with(&[&tail, &tables, &store]), with(&[&tail, &store]), with(&[&tail, &tables]), with(&[&tail])];
+    let mut proposals = vec![
+        with(&[&pads, &tail, &tables, &store]),
+        with(&[&pads, &tail, &store]),
+        with(&[&pads, &tail, &tables]),
+        with(&[&pads, &tail]),
+    ];
     // Where the whole tail does not fit, its beginning may.
-    proposals.extend((1..tail.len()).rev().map(|n| with(&[&tail[..n]])));
+    proposals.extend((0..tail.len()).rev().map(|n| with(&[&pads, &tail[..n]])));
     proposals
+}
+
+/// Pads of the input of a convolution, last one first.
+fn pads(graph: &Graph<'_>, at: usize) -> Vec<usize> {
+    let mut pads = Vec::new();
+    let mut value = graph.node(at).args[0];
+    let is_conv = matches!(graph.node(at).op, Op::Conv(_));
+    while let Some(pad) = graph.definition(value).filter(|&d| is_conv && graph.only_user(d).is_some()) {
+        if !matches!(graph.node(pad).op, Op::Pad(_)) {
+            break;
+        }
+        pads.push(pad);
+        value = graph.node(pad).args[0];
+    }
+    pads
 }
 
 /// Gathers that only the tail uses: rows of a table, one for each row of the product.

@@ -39,6 +39,12 @@ impl From<Kernel> for Work {
     }
 }
 
+impl From<Fused> for Work {
+    fn from(fused: Fused) -> Work {
+        Work::Fused(fused)
+    }
+}
+
 impl Work {
     /// Name for reports: that of the kernel, or of the pattern that fused several.
     pub fn name(&self) -> &str {
@@ -117,7 +123,7 @@ pub enum Form {
         /// Number of rows.
         rows: usize,
     },
-    /// Part `anchor` is a `matmul`, `conv` or `conv_transpose`, at most after a `pad` of its first operand. Maps on its
+    /// Part `anchor` is a `matmul`, `conv` or `conv_transpose`, at most after `pad`s of its first operand. Maps on its
     /// result follow, then copies that store parts of it or rearrange it.
     Product {
         /// Index of the product.
@@ -283,7 +289,7 @@ impl Fused {
             }
             match &part.kernel {
                 Kernel::Map(_) if i < copies => {
-                    if part.result.elements() != space || sources().any(|(_, ty)| ty.shape != part.result.shape) {
+                    if part.result.elements() != space || sources().any(|(_, ty)| ty.elements() != space) {
                         return Err(format!("part {i} is not a function of single elements of part {anchor}"));
                     }
                 }
@@ -308,20 +314,29 @@ impl Fused {
         }
     }
 
-    /// Before a product: nothing, or a pad of the first operand of a convolution.
+    /// Before a product: nothing, or pads one after the other of the first operand of a convolution.
     fn check_pad(&self, anchor: usize) -> Result<(), String> {
         let part = &self.parts[anchor];
-        let is_padded = anchor == 1
-            && matches!(self.parts[0].kernel, Kernel::Pad(_))
-            && matches!(part.kernel, Kernel::Conv(_))
-            && part.args[0].source == Source::Part(0)
-            && part.args[0].ty == self.parts[0].result
-            && !self.stored.contains(&0);
+        let is_padded = |i: usize| {
+            let source = &self.parts[i].args[0];
+            let follows = match i.checked_sub(1) {
+                None => matches!(source.source, Source::Operand(_)),
+                Some(before) => source.source == Source::Part(before as u32) && source.ty == self.parts[before].result,
+            };
+            follows && !self.stored.contains(&(i as u32))
+        };
+        let pads = self.parts[..anchor].iter().enumerate();
+        let are_pads = pads.clone().all(|(i, p)| matches!(p.kernel, Kernel::Pad(_)) && is_padded(i));
         let reads_elsewhere = part.args[1..].iter().any(|a| matches!(a.source, Source::Part(_)));
-        if (anchor == 0 || is_padded) && !reads_elsewhere {
+        let fits = anchor == 0
+            || (are_pads && matches!(part.kernel, Kernel::Conv(_)) && {
+                let first = &part.args[0];
+                first.source == Source::Part(anchor as u32 - 1) && first.ty == self.parts[anchor - 1].result
+            });
+        if fits && !reads_elsewhere {
             return Ok(());
         }
-        Err(format!("only a pad can run before `{}`", part.kernel.name()))
+        Err(format!("only pads can run before `{}`", part.kernel.name()))
     }
 
     /// Before attention: rows that make queries and keys and nothing else.
@@ -332,7 +347,7 @@ impl Fused {
         }
         for (j, arg) in attention.args.iter().enumerate() {
             let Source::Part(last) = arg.source else { continue };
-            if j > 1 || self.parts[last as usize].result != arg.ty {
+            if j > 1 {
                 return Err(format!("operand {j} of attention cannot be computed in it"));
             }
             let chain = self.chain(last as usize);
