@@ -89,12 +89,13 @@ fn distilled_runs_in_bf16_stay_close_to_f32() {
                 let prompt = recorded.meta()["params"]["prompt"].as_str().expect("a prompt");
                 model.run(&plan, &request(prompt, &[], noise))
             });
-        let parts: [(&str, fn(&Outcome) -> &[f32]); 2] = [("frames", |o| &o.decoded), ("sound", |o| &o.sound)];
-        for (what, part) in parts {
-            let amplification = relative_l2(part(&other), part(&exact)) / f64::from(DIFFERENT);
+        let outcomes = [&exact, &narrow, &other];
+        for (what, parts) in [("frames", outcomes.map(|o| &o.decoded)), ("sound", outcomes.map(|o| &o.sound))] {
+            let [exact, narrow, other] = parts;
+            let amplification = relative_l2(other, exact) / f64::from(DIFFERENT);
             let limit = 2.0 * TYPICAL * amplification.max(1.0);
-            report.check(&format!("{family} {what}"), part(&narrow), part(&exact), limit);
-            let error = relative_l2(part(&narrow), part(&exact));
+            report.check(&format!("{family} {what}"), narrow, exact, limit);
+            let error = relative_l2(narrow, exact);
             report.note(error >= TYPICAL / 8.0, format!("{family} {what}: amplification {amplification:.2}"));
         }
     }
