@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use ltxc_ir::TensorType;
-use ltxc_ir::plan::{Fused, KernelCall, Operand, Part, PartArg, Plan, Source, Step, Work};
+use ltxc_ir::plan::{Fused, Kernel, KernelCall, Operand, Part, PartArg, Plan, Source, Step, Work};
 
 use crate::catalogue;
 
@@ -117,6 +117,35 @@ fn count_fused(call: &KernelCall, summary: &mut Summary) {
     saving.saved_bytes = saving.saved_bytes.saturating_add(apart.saturating_sub(call.bytes));
 }
 
+/// Bytes that a call reads and writes besides operands and results of products, convolutions and attention.
+///
+/// A fused call of one of those reads what its epilogue needs; its result counts as the product's, whatever is stored.
+pub fn elementwise_bytes(call: &KernelCall) -> u64 {
+    let is_contraction = |kernel: &Kernel| {
+        matches!(kernel, Kernel::Matmul(_) | Kernel::Conv(_) | Kernel::ConvTranspose(_) | Kernel::Attention(_))
+    };
+    match &call.work {
+        Work::Kernel(kernel) if is_contraction(kernel) => 0,
+        Work::Kernel(_) => call.bytes,
+        Work::Fused(fused) => {
+            let Some(anchor) = fused.parts.iter().position(|p| is_contraction(&p.kernel)) else { return call.bytes };
+            // Operands of the product itself, or of what is done to them on the way in.
+            let into_anchor = fused.parts[..=anchor].iter().flat_map(|p| &p.args);
+            let mut own: Vec<u32> = into_anchor
+                .filter_map(|a| match a.source {
+                    Source::Operand(i) => Some(i),
+                    Source::Part(_) => None,
+                })
+                .collect();
+            own.sort_unstable();
+            own.dedup();
+            let bytes = own.iter().filter_map(|&i| call.args.get(i as usize)).map(|a| a.ty.bytes() as u64);
+            let results = call.results.iter().map(|r| r.ty.bytes() as u64);
+            call.bytes.saturating_sub(bytes.chain(results).fold(0, u64::saturating_add))
+        }
+    }
+}
+
 /// Why `second`, which reads result `result` of `first`, is a call of its own.
 fn why_apart(first: &KernelCall, result: usize, second: &KernelCall, between: &Operand) -> String {
     let mut parts = Vec::new();
@@ -170,7 +199,7 @@ fn without_numbers(reason: &str) -> String {
 #[cfg(test)]
 mod tests {
     use ltxc_ir::ops::{Binary, Matmul, RmsNorm};
-    use ltxc_ir::plan::{Kernel, Map, MapStep, Place, Storage};
+    use ltxc_ir::plan::{Map, MapStep, Place, Storage};
     use ltxc_ir::{Float, plan::PlanFunction};
 
     use super::*;
@@ -230,6 +259,34 @@ mod tests {
     }
 
     #[test]
+    fn only_the_epilogue_of_a_product_is_elementwise() {
+        let ty = TensorType::f32([8, 8]);
+        let whole = |source| PartArg { source, ty: ty.clone() };
+        let product = Kernel::Matmul(Matmul { transpose_rhs: true });
+        let add = Kernel::Map(Map { steps: vec![MapStep::Binary(Binary::Add, 0, 1)] });
+        let fused = Fused {
+            pattern: "gemm".into(),
+            parts: vec![
+                Part {
+                    kernel: product.clone(),
+                    args: vec![whole(Source::Operand(0)), whole(Source::Operand(1))],
+                    result: ty.clone(),
+                },
+                Part {
+                    kernel: add.clone(),
+                    args: vec![whole(Source::Part(0)), whole(Source::Operand(2))],
+                    result: ty.clone(),
+                },
+            ],
+            stored: vec![1],
+        };
+        let args = || (0..3).map(|i| operand(256 * i, &ty)).collect::<Vec<_>>();
+        assert_eq!(elementwise_bytes(&call(fused.into(), args(), operand(1024, &ty))), 256);
+        assert_eq!(elementwise_bytes(&call(product.into(), args()[..2].to_vec(), operand(1024, &ty))), 0);
+        assert_eq!(elementwise_bytes(&call(add.into(), args()[..2].to_vec(), operand(1024, &ty))), 768);
+    }
+
+    #[test]
     fn neighbours_say_why_they_are_two_calls() {
         let ty = TensorType::f32([8, 8]);
         let norm = Kernel::RmsNorm(RmsNorm { eps: Float(1e-6) });
@@ -239,7 +296,8 @@ mod tests {
             Step::Kernel(call(product.into(), vec![operand(256, &ty), operand(512, &ty)], operand(768, &ty))),
         ];
         let apart = summary_of(steps).apart;
-        let pair = ("rms_norm".to_string(), "matmul".to_string(), "only pads can run before `matmul`".to_string());
+        const REASON: &str = "a product reads its operands many times, so only pads can run in front of it";
+        let pair = ("rms_norm".to_string(), "matmul".to_string(), REASON.to_string());
         assert_eq!(apart, BTreeMap::from([(pair, Apart { times: 1, bytes: 512 })]));
     }
 }

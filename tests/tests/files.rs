@@ -118,14 +118,6 @@ fn plan(module: &Module, options: Options) -> Result<String, Failed> {
     let source = WeightSource { name: "model".into(), files: vec![], renames: vec![] };
     let mut builder = PlanBuilder::new("file test", Target::cpu(), options, vec![source]);
     builder.add("group", entry, module, entry)?;
-    let pipeline = Pipeline {
-        name: String::new(),
-        model: Default::default(),
-        video: Default::default(),
-        audio: Default::default(),
-        text: Default::default(),
-        stages: vec![],
-        decode: TilePlan { axes: Default::default(), factors: [1; 3] },
-    };
+    let pipeline = Pipeline { decode: TilePlan { axes: Default::default(), factors: [1; 3] }, ..Pipeline::default() };
     Ok(builder.finish(pipeline)?.to_string())
 }
