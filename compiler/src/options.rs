@@ -26,6 +26,8 @@ pub struct Options {
     ///
     /// With 1 it would save nothing to compute timestep work in a program of its own, so there is none.
     pub passes_per_evaluation: u32,
+    /// Whether products with several weights of one activation become one, for which the weights are copied.
+    pub packs_projections: bool,
     /// Most bytes that one program may keep between denoising steps to save work.
     pub hoist_budget_bytes: u64,
 }
@@ -37,6 +39,7 @@ impl Default for Options {
             disabled: Vec::new(),
             verify: cfg!(debug_assertions),
             passes_per_evaluation: 1,
+            packs_projections: false,
             // Text keys and values of the 19B model at full length are 2.3 GiB in f32.
             hoist_budget_bytes: 4 << 30,
         }
