@@ -9,14 +9,17 @@ use ltxc_ir::ops::{Conv, ConvTranspose};
 use super::depthwise;
 use super::gemm::{self, Target};
 use super::pack::Matrix;
-use super::parallel::{Need, Scratch, Shared};
-use super::patches::{Grid, Patches, TapWeights};
+use super::parallel::{Need, Scratch};
+use super::patches::{Grid, Padding, Patches, TapWeights};
+use super::sink::{Memory, Sink};
 use super::{Arg, Output};
 
+/// Scratch, besides what a sink needs for each thread.
 pub(crate) fn need(op: &Conv, args: &[&TensorType], out: &TensorType) -> Need {
     need_of_grid(&Grid::of_conv(op, args[0], args[1], out))
 }
 
+/// As [`need`].
 pub(crate) fn need_transpose(op: &ConvTranspose, args: &[&TensorType], out: &TensorType) -> Need {
     Grid::of_transpose(op, args[0], args[1], out).fold(Need::default(), |all, grid| {
         let need = need_of_grid(&grid);
@@ -31,29 +34,61 @@ fn need_of_grid(grid: &Grid) -> Need {
 /// # Safety
 /// As for [`super::launch`].
 pub(crate) unsafe fn launch(op: &Conv, args: &[Arg<'_>], out: &Output<'_>, workspace: &mut [u8]) {
-    let types = [args[0].ty, args[1].ty];
-    let scratch = Scratch::new(workspace, need(op, &types, out.ty));
-    // SAFETY: the grid is that of the operands.
-    unsafe { launch_grid(&Grid::of_conv(op, types[0], types[1], out.ty), args, out, &scratch) };
+    let scratch = Scratch::new(workspace, need(op, &[args[0].ty, args[1].ty], out.ty));
+    // SAFETY: passed on to the caller.
+    unsafe { launch_into(op, &[], args, out.ty, &Memory::new(out), &scratch) };
 }
 
 /// # Safety
 /// As for [`super::launch`].
 pub(crate) unsafe fn launch_transpose(op: &ConvTranspose, args: &[Arg<'_>], out: &Output<'_>, workspace: &mut [u8]) {
-    let types = [args[0].ty, args[1].ty];
-    let scratch = Scratch::new(workspace, need_transpose(op, &types, out.ty));
-    for grid in Grid::of_transpose(op, types[0], types[1], out.ty) {
+    let scratch = Scratch::new(workspace, need_transpose(op, &[args[0].ty, args[1].ty], out.ty));
+    // SAFETY: passed on to the caller.
+    unsafe { launch_transpose_into(op, args, out.ty, &Memory::new(out), &scratch) };
+}
+
+/// Gives the result, of type `out`, to `sink`. The first operand is what `pads` make of the memory it points to.
+///
+/// # Safety
+/// As for [`super::launch`]; `scratch` was made for [`need`] and the sink; the first operand is valid for what the first
+/// pad reads.
+pub(crate) unsafe fn launch_into(
+    op: &Conv,
+    pads: &[Padding<'_>],
+    args: &[Arg<'_>],
+    out: &TensorType,
+    sink: &dyn Sink,
+    scratch: &Scratch<'_>,
+) {
+    let mut grid = Grid::of_conv(op, args[0].ty, args[1].ty, out);
+    grid.pad(pads);
+    // SAFETY: the grid is that of the operands.
+    unsafe { launch_grid(&grid, args, sink, scratch) };
+}
+
+/// Gives the result, of type `out`, to `sink`.
+///
+/// # Safety
+/// As for [`super::launch`]; `scratch` was made for [`need_transpose`] and the sink.
+pub(crate) unsafe fn launch_transpose_into(
+    op: &ConvTranspose,
+    args: &[Arg<'_>],
+    out: &TensorType,
+    sink: &dyn Sink,
+    scratch: &Scratch<'_>,
+) {
+    for grid in Grid::of_transpose(op, args[0].ty, args[1].ty, out) {
         // SAFETY: the grids are those of the operands.
-        unsafe { launch_grid(&grid, args, out, &scratch) };
+        unsafe { launch_grid(&grid, args, sink, scratch) };
     }
 }
 
 /// # Safety
-/// As for [`super::launch`]; the grid describes the operands, and `scratch` is what it needs.
-unsafe fn launch_grid(grid: &Grid, args: &[Arg<'_>], out: &Output<'_>, scratch: &Scratch<'_>) {
+/// As for [`super::launch`]; the grid describes the operands, and `scratch` is what it and the sink need.
+unsafe fn launch_grid(grid: &Grid, args: &[Arg<'_>], sink: &dyn Sink, scratch: &Scratch<'_>) {
     if depthwise::fits(grid) {
         // SAFETY: passed on to the caller.
-        return unsafe { depthwise::launch(grid, args, out, scratch) };
+        return unsafe { depthwise::launch(grid, args, sink, scratch) };
     }
     let (x, w) = (&args[0], &args[1]);
     let e = grid.extents();
@@ -67,7 +102,7 @@ unsafe fn launch_grid(grid: &Grid, args: &[Arg<'_>], out: &Output<'_>, scratch: 
             channels: grid.ci / grid.groups,
         };
         let row = |r: usize| grid.target(r) + group * e.n;
-        let target = Target { ptr: Shared::new(out.ptr), dtype: out.ty.dtype, row: &row };
+        let target = Target { sink, row: &row };
         // SAFETY: positions of a grid, and columns of a group, are disjoint parts of the result.
         unsafe { gemm::product(e, &patches, &weights, &target, scratch) };
     }

@@ -6,11 +6,12 @@
 
 use std::ops::Range;
 
-use super::element::{load, store};
+use super::Arg;
+use super::element::load;
 use super::parallel::{Need, Scratch, for_each};
 use super::patches::Grid;
 use super::simd::multiversion;
-use super::{Arg, Output};
+use super::sink::{Sink, Sums};
 
 /// Floats of the window of a task: with the results, half of a second cache at most.
 const WINDOW: usize = 1 << 14;
@@ -54,6 +55,7 @@ impl Plan {
     }
 }
 
+/// Scratch, besides what a sink needs for each thread.
 pub(crate) fn need(grid: &Grid) -> Need {
     let plan = Plan::new(grid);
     let window = plan.window(grid.axes[grid.axes.len() - 1].step, plan.run).saturating_mul(plan.outer_taps.len());
@@ -64,8 +66,8 @@ pub(crate) fn need(grid: &Grid) -> Need {
 }
 
 /// # Safety
-/// As for [`super::launch`]; the grid describes the operands and [`fits`], and `scratch` was made for [`need`].
-pub(crate) unsafe fn launch(grid: &Grid, args: &[Arg<'_>], out: &Output<'_>, scratch: &Scratch<'_>) {
+/// As for [`super::launch`]; the grid describes the operands and [`fits`], and `scratch` was made for [`need`] and the sink.
+pub(crate) unsafe fn launch(grid: &Grid, args: &[Arg<'_>], sink: &dyn Sink, scratch: &Scratch<'_>) {
     let plan = Plan::new(grid);
     let (c, w) = (grid.ci, &args[1]);
     let wide = c * plan.merged;
@@ -84,7 +86,7 @@ pub(crate) unsafe fn launch(grid: &Grid, args: &[Arg<'_>], out: &Output<'_>, scr
         let first = task % parts * plan.run;
         let run = first..axis.count.min(first + plan.run);
         // SAFETY: called once per task; tasks have different output positions.
-        unsafe { task_run(grid, &plan, weights, task / parts, run, args, out, scratch.slot()) };
+        unsafe { task_run(grid, &plan, weights, task / parts, run, &args[0], sink, scratch.slot()) };
     });
 }
 
@@ -99,15 +101,15 @@ unsafe fn task_run(
     weights: &[f32],
     row: usize,
     run: Range<usize>,
-    args: &[Arg<'_>],
-    out: &Output<'_>,
+    x: &Arg<'_>,
+    sink: &dyn Sink,
     slot: &mut [f32],
 ) {
-    let (c, x) = (grid.ci, &args[0]);
+    let c = grid.ci;
     let axis = &grid.axes[grid.axes.len() - 1];
     let length = plan.window(axis.step, run.len());
-    let (window, sums) = slot.split_at_mut(length * c * plan.outer_taps.len());
-    let sums = &mut sums[..run.len() * c];
+    let (window, rest) = slot.split_at_mut(length * c * plan.outer_taps.len());
+    let (sums, room) = rest.split_at_mut(run.len() * c);
     let (batch, index) = grid.index(row * axis.count);
     let nearest = axis.taps.first().map_or(0, |t| t.distance);
     let start = run.start.wrapping_mul(axis.step).wrapping_add(axis.start).wrapping_add(nearest);
@@ -116,17 +118,19 @@ unsafe fn task_run(
             part.fill(0.0);
             continue;
         };
-        // Positions in front of the input are large.
-        let (skip, inside) =
-            if start < axis.input { (0, axis.input - start) } else { (start.wrapping_neg(), axis.input) };
-        let lo = skip.min(length);
-        let hi = lo + inside.min(length - lo);
-        part[..lo * c].fill(0.0);
-        part[hi * c..].fill(0.0);
-        if lo < hi {
-            let element = (outer * axis.input + start.wrapping_add(lo)) * c;
-            // SAFETY: these positions are inside the operand.
-            unsafe { load(x.ty.dtype, x.ptr.add(element * x.ty.dtype.bytes()), &mut part[lo * c..hi * c]) };
+        let mut done = 0;
+        while done < length {
+            let (found, positions) = axis.run(start.wrapping_add(done), length - done);
+            let part = &mut part[done * c..(done + positions) * c];
+            match found {
+                // SAFETY: these positions are inside the operand.
+                Some(at) => unsafe {
+                    let element = (outer * axis.extent() + at) * c;
+                    load(x.ty.dtype, x.ptr.add(element * x.ty.dtype.bytes()), part);
+                },
+                None => part.fill(0.0),
+            }
+            done += positions;
         }
     }
     let outer = 0..plan.outer_taps.len();
@@ -141,19 +145,11 @@ unsafe fn task_run(
     (filter.step, filter.channels) = (axis.step * c, c);
     filter_run(&filter, &window[(whole * axis.step * c).min(window.len())..], back);
 
-    let dtype = out.ty.dtype;
     let target = grid.target(row * axis.count + run.start);
+    // Positions side by side are one row.
+    let columns = if axis.every == 1 { run.len() * c } else { c };
     // SAFETY: positions of this row of the result, which this task owns.
-    unsafe {
-        let at = |element: usize| out.ptr.add(element * dtype.bytes());
-        if axis.every == 1 {
-            store(dtype, sums, at(target));
-        } else {
-            for (i, position) in sums.chunks_exact(c).enumerate() {
-                store(dtype, position, at(target + i * axis.every * c));
-            }
-        }
-    }
+    unsafe { sink.take(Sums::dense(sums, columns), &|position| target + position * axis.every * c, room) };
 }
 
 /// Sums of taps for positions in a row.

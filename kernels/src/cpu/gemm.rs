@@ -9,12 +9,11 @@
 //! Every element is summed over k in blocks of [`K_BLOCK`] in ascending order, whatever the partition: results do not
 //! depend on the number of threads.
 
-use ltxc_ir::DType;
 use std::ops::Range;
 
-use super::element::store;
 use super::pack::Panels;
-use super::parallel::{Need, Scratch, Shared, for_each, threads};
+use super::parallel::{Need, Scratch, for_each, threads};
+use super::sink::{Sink, Sums};
 use super::tile::{Fetch, MAX_ROWS, MAX_WIDTH, Store, Tile, max_rows, width};
 
 /// Summed elements per block: a row panel of a tile and the panel of columns share the first cache.
@@ -53,13 +52,11 @@ pub(crate) trait Rows: Sync {
     unsafe fn pack(&self, rows: Range<usize>, ks: Range<usize>, dst: *mut f32);
 }
 
-/// Where the rows of the result are: element offsets from `ptr`.
+/// Where the rows of the result go.
 pub(crate) struct Target<'a> {
-    /// First element of the result.
-    pub ptr: Shared<u8>,
-    /// Its dtype.
-    pub dtype: DType,
-    /// Offset of the first column of a row.
+    /// Takes them.
+    pub sink: &'a dyn Sink,
+    /// Element of the result at which a row begins.
     pub row: &'a (dyn Fn(usize) -> usize + Sync),
 }
 
@@ -86,18 +83,22 @@ impl Extents {
     }
 }
 
-/// Scratch that [`product`] needs.
+/// Scratch that [`product`] needs, besides what its sink needs for each thread.
 pub(crate) fn need(e: Extents) -> Need {
     let shared = e.rows().saturating_mul(e.k_blocks()).saturating_mul(LDA);
-    let sums = TASK_ROWS.min(e.m) * TASK_COLUMNS.min(e.n.next_multiple_of(MAX_WIDTH));
-    Need { shared, per_thread: K_BLOCK * MAX_WIDTH + sums }
+    Need { shared, per_thread: K_BLOCK * MAX_WIDTH + sums(e) }
+}
+
+/// Floats of the sums of a task.
+fn sums(e: Extents) -> usize {
+    TASK_ROWS.min(e.m) * TASK_COLUMNS.min(e.n.next_multiple_of(MAX_WIDTH))
 }
 
 /// Computes `rows · columns` into `target`.
 ///
 /// # Safety
-/// The operands have the extents; the rows of `target` are valid for `n` elements, disjoint from each other and from the
-/// operands; `scratch` was made for [`need`] of the same extents.
+/// The operands have the extents; the rows of `target` are disjoint parts of the result, and no operand is where they are
+/// stored; `scratch` was made for [`need`] of the same extents and for the sink.
 pub(crate) unsafe fn product(e: Extents, lhs: &dyn Rows, rhs: &dyn Panels, target: &Target<'_>, scratch: &Scratch<'_>) {
     let packed = scratch.shared();
     for first in (0..e.m).step_by(e.rows().max(1)) {
@@ -118,10 +119,11 @@ pub(crate) unsafe fn product(e: Extents, lhs: &dyn Rows, rhs: &dyn Panels, targe
             let (rows, columns) = part.task(task, group.len(), e.n);
             // SAFETY: called once per task.
             let slot = unsafe { scratch.slot() };
-            let (panel, sums) = slot.split_at_mut(K_BLOCK * MAX_WIDTH);
+            let (panel, rest) = slot.split_at_mut(K_BLOCK * MAX_WIDTH);
+            let (sums, room) = rest.split_at_mut(sums(e));
             let job = Job { e, rhs, packed: packed.get(), target, group: &group, rows, columns };
             // SAFETY: tasks own disjoint parts of the result; the rows are complete.
-            unsafe { job.run(panel, sums) };
+            unsafe { job.run(panel, sums, room) };
         });
     }
 }
@@ -179,8 +181,8 @@ impl Job<'_> {
     ///
     /// # Safety
     /// As for [`product`]; nothing else writes this part of the result. `panel` has room for one panel of a block of k,
-    /// `sums` for the rows and columns.
-    unsafe fn run(&self, panel: &mut [f32], sums: &mut [f32]) {
+    /// `sums` for the rows and columns, `room` for the sink.
+    unsafe fn run(&self, panel: &mut [f32], sums: &mut [f32], room: &mut [f32]) {
         let (width, m, first) = (width(), self.rows.len(), self.columns.start);
         if self.e.k == 0 {
             sums.fill(0.0);
@@ -200,16 +202,10 @@ impl Job<'_> {
                 }
             }
         }
-        let dtype = self.target.dtype;
-        for r in 0..m {
-            let row = (self.target.row)(self.group.start + self.rows.start + r);
-            for column in self.columns.clone().step_by(width) {
-                let columns = width.min(self.columns.end - column);
-                let from = &sums[(column - first) * m + r * width..][..columns];
-                // SAFETY: this task owns these columns of the row.
-                unsafe { store(dtype, from, self.target.ptr.get().add((row + column) * dtype.bytes())) };
-            }
-        }
+        let finished = Sums { values: sums, rows: m, columns: self.columns.len(), panel: width };
+        let at = |r: usize| (self.target.row)(self.group.start + self.rows.start + r) + first;
+        // SAFETY: this task owns these columns of the rows.
+        unsafe { self.target.sink.take(finished, &at, room) };
     }
 
     /// All tiles of one panel.

@@ -4,6 +4,9 @@
 //! one begins, in buffers that stay in the first cache, so dtype and function are looked at once per block. An operand
 //! that already lies in memory as the lanes need it is read where it is, and the last step writes to the result itself
 //! unless that would change an operand. Buffers are given out by lifetime: a long chain needs few of them.
+//!
+//! A map behind another kernel of a fused call runs on blocks too, as they become complete: [`Program`] and [`Frame`] are
+//! all it needs, with operands that lie in scratch memory for the current block ([`Operand::in_block`]).
 
 use ltxc_ir::plan::{Map, MapStep};
 use ltxc_ir::types::MAX_RANK;
@@ -24,9 +27,12 @@ const NONE: usize = usize::MAX;
 
 pub(crate) fn need(map: &Map, args: &[&TensorType], out: &TensorType) -> Need {
     let lane = if Map::is_float(args, out) { 1 } else { 2 };
-    // One for each register and one for the result, at most.
-    let buffers = args.len() + map.steps.len() + 1;
-    Need { shared: 0, per_thread: buffers.saturating_mul(BLOCK * lane) }
+    Need { shared: 0, per_thread: frame_lanes(map, args.len()).saturating_mul(lane) }
+}
+
+/// Lanes of the buffers of a [`Frame`]: one block for each register and one for the result, at most.
+pub(crate) fn frame_lanes(map: &Map, args: usize) -> usize {
+    (args + map.steps.len() + 1).saturating_mul(BLOCK)
 }
 
 /// # Safety
@@ -47,34 +53,46 @@ pub(crate) unsafe fn launch(map: &Map, args: &[Arg<'_>], out: &Output<'_>, works
 /// # Safety
 /// As for [`super::launch`]; `scratch` was made for [`need`].
 unsafe fn run<T: Lane>(map: &Map, args: &[Arg<'_>], out: &Output<'_>, scratch: &Scratch<'_>) {
-    let program = Program::new(&map.steps, args, out);
+    let operands = args.iter().map(|a| Operand::new(a, &out.ty.shape)).collect();
+    let overwrites = args.iter().any(|a| a.ptr == out.ptr.cast_const());
+    let program = Program::new(&map.steps, operands, out.ty.dtype, !overwrites);
     let n = out.ty.elements();
     let per_task = BLOCK * BLOCKS;
-    let result = Shared::new(out.ptr);
+    let (result, bytes) = (Shared::new(out.ptr), out.ty.dtype.bytes());
     for_each(n.div_ceil(per_task), n.saturating_mul(program.weight), |task| {
         // SAFETY: called once per task; the slot has room for the buffers of the program, whatever their lanes.
-        let mut frame = unsafe { Frame::<T>::new(&program, scratch.slot().as_mut_ptr().cast()) };
+        let mut frame = unsafe { Frame::<T>::new(&program, scratch.slot().as_mut_ptr().cast(), std::ptr::null()) };
         let end = n.min((task + 1) * per_task);
         for start in (task * per_task..end).step_by(BLOCK) {
             // SAFETY: tasks own disjoint ranges of the result, and operands are read there or are not the result.
-            unsafe { frame.block(start, BLOCK.min(end - start), result.get()) };
+            unsafe { frame.block(start, BLOCK.min(end - start), result.get().add(start * bytes)) };
         }
     });
 }
 
 /// An operand as seen from the flat positions of the result.
-struct Operand {
-    ptr: *const u8,
+pub(crate) struct Operand {
+    place: Place,
     dtype: DType,
     /// Extent and stride of merged axes, outermost first. The last stride is 0 or 1.
     axes: Vec<(usize, usize)>,
+}
+
+/// Where an operand lies.
+#[derive(Clone, Copy)]
+enum Place {
+    /// In memory that begins here.
+    Memory(*const u8),
+    /// The elements of the current block, so many floats behind the beginning of scratch memory.
+    Block(usize),
 }
 
 // SAFETY: only read, and valid for the time of a launch by the contract of `launch`.
 unsafe impl Sync for Operand {}
 
 impl Operand {
-    fn new(arg: &Arg<'_>, out: &[usize]) -> Operand {
+    /// An operand that broadcasts to the extents `out`.
+    pub(crate) fn new(arg: &Arg<'_>, out: &[usize]) -> Operand {
         let (shape, strides) = (&arg.ty.shape, arg.ty.strides());
         let lead = out.len() - shape.len();
         let mut axes: Vec<(usize, usize)> = Vec::with_capacity(out.len());
@@ -86,7 +104,19 @@ impl Operand {
                 _ => axes.push((extent, stride)),
             }
         }
-        Operand { ptr: arg.ptr, dtype: arg.ty.dtype, axes }
+        Operand { place: Place::Memory(arg.ptr), dtype: arg.ty.dtype, axes }
+    }
+
+    /// An operand with one element for each of the result, in its order.
+    pub(crate) fn in_order(ptr: *const u8, dtype: DType) -> Operand {
+        // One axis that never ends.
+        Operand { place: Place::Memory(ptr), dtype, axes: vec![(usize::MAX, 1)] }
+    }
+
+    /// An operand with one element for each of the result, of which only those of the current block exist: so many floats
+    /// behind the beginning of the scratch memory that a [`Frame`] is given.
+    pub(crate) fn in_block(floats: usize, dtype: DType) -> Operand {
+        Operand { place: Place::Block(floats), ..Operand::in_order(std::ptr::null(), dtype) }
     }
 
     /// Whether there is only one element.
@@ -111,15 +141,25 @@ impl Operand {
         offset
     }
 
+    /// Where element `offset` lies, counted from the first of the operand or of the block that begins at `start`.
+    #[inline(always)]
+    fn at(&self, offset: usize, start: usize, blocks: *const f32) -> *const u8 {
+        match self.place {
+            Place::Memory(first) => first.wrapping_add(offset * self.dtype.bytes()),
+            Place::Block(floats) => {
+                blocks.wrapping_add(floats).cast::<u8>().wrapping_add((offset - start) * self.dtype.bytes())
+            }
+        }
+    }
+
     /// Reads the elements of `dst.len()` positions from `start`.
     ///
     /// # Safety
     /// The operand is valid, and the positions are inside the result.
-    unsafe fn load<T: Lane>(&self, start: usize, dst: &mut [T]) {
-        let bytes = self.dtype.bytes();
+    unsafe fn load<T: Lane>(&self, start: usize, blocks: *const f32, dst: &mut [T]) {
         let load = |offset: usize, dst: &mut [T]| {
             // SAFETY: offsets of positions inside the result are inside the operand.
-            unsafe { T::load(self.dtype, self.ptr.add(offset * bytes), dst) }
+            unsafe { T::load(self.dtype, self.at(offset, start, blocks), dst) }
         };
         if let Some(offset) = self.run_at(start, dst.len()) {
             return load(offset, dst);
@@ -168,7 +208,8 @@ enum Action {
     Step { step: MapStep, register: usize, buffer: usize },
 }
 
-struct Program {
+/// The steps of a map, with a buffer for each.
+pub(crate) struct Program {
     operands: Vec<Operand>,
     registers: usize,
     /// Once per task: operands of one element and scalars.
@@ -186,9 +227,10 @@ struct Program {
 unsafe impl Sync for Program {}
 
 impl Program {
-    fn new(steps: &[MapStep], args: &[Arg<'_>], out: &Output<'_>) -> Program {
-        let operands: Vec<Operand> = args.iter().map(|a| Operand::new(a, &out.ty.shape)).collect();
-        let registers = args.len() + steps.len();
+    /// The program of a map whose result has this dtype. `may_write_through` says that no operand lies where it is stored.
+    pub(crate) fn new(steps: &[MapStep], operands: Vec<Operand>, dtype: DType, may_write_through: bool) -> Program {
+        let args = operands.len();
+        let registers = args + steps.len();
         let mut last_use = vec![0; registers];
         for (j, step) in steps.iter().enumerate() {
             each_register(step, |r| last_use[r] = j);
@@ -205,19 +247,19 @@ impl Program {
             constants.push(Action::Load { operand, buffer: at[operand] });
         }
         for (j, step) in steps.iter().enumerate().filter(|(_, s)| matches!(s, MapStep::Scalar(_))) {
-            let register = args.len() + j;
+            let register = args + j;
             at[register] = buffers.take();
             constants.push(Action::Step { step: *step, register, buffer: at[register] });
         }
         let held = buffers.taken;
         let fetch = |operand: usize, at: &mut [usize], buffers: &mut Buffers, actions: &mut Vec<Action>| {
-            if operand < args.len() && at[operand] == NONE {
+            if operand < args && at[operand] == NONE {
                 at[operand] = buffers.take();
                 actions.push(Action::Load { operand, buffer: at[operand] });
             }
         };
         for (j, step) in steps.iter().enumerate() {
-            let register = args.len() + j;
+            let register = args + j;
             if at[register] != NONE {
                 continue;
             }
@@ -237,8 +279,8 @@ impl Program {
             registers,
             constants,
             actions,
-            dtype: out.ty.dtype,
-            may_write_through: args.iter().all(|a| a.ptr != out.ptr.cast_const()),
+            dtype,
+            may_write_through,
             weight: steps.iter().map(weight).sum::<usize>().max(1),
         }
     }
@@ -292,18 +334,21 @@ impl Buffers {
 }
 
 /// Registers of one task.
-struct Frame<'a, T> {
+pub(crate) struct Frame<'a, T> {
     program: &'a Program,
     buffers: *mut T,
+    /// Scratch memory with the operands of the current block.
+    blocks: *const f32,
     /// Where each register lies.
     at: Vec<*const T>,
 }
 
 impl<'a, T: Lane> Frame<'a, T> {
     /// # Safety
-    /// `buffers` has room for the buffers of the program, and nothing else uses it while the frame lives.
-    unsafe fn new(program: &'a Program, buffers: *mut T) -> Frame<'a, T> {
-        let mut frame = Frame { program, buffers, at: vec![std::ptr::null(); program.registers] };
+    /// `buffers` has room for [`frame_lanes`], and nothing else uses it while the frame lives. Operands in `blocks` are valid
+    /// when a block is computed.
+    pub(crate) unsafe fn new(program: &'a Program, buffers: *mut T, blocks: *const f32) -> Frame<'a, T> {
+        let mut frame = Frame { program, buffers, blocks, at: vec![std::ptr::null(); program.registers] };
         for action in &program.constants {
             // SAFETY: constants are the same in every block.
             unsafe { frame.act(action, 0, BLOCK, std::ptr::null_mut()) };
@@ -311,14 +356,12 @@ impl<'a, T: Lane> Frame<'a, T> {
         frame
     }
 
-    /// Computes `n` elements from `start`.
+    /// Computes `n` elements, [`BLOCK`] at most, from `start`, and stores them at `result`.
     ///
     /// # Safety
-    /// They are inside the result, which begins at `result`, and nothing else uses them.
-    unsafe fn block(&mut self, start: usize, n: usize, result: *mut u8) {
+    /// They are elements of the map's result, and nothing else uses the memory at `result`.
+    pub(crate) unsafe fn block(&mut self, start: usize, n: usize, result: *mut u8) {
         let program = self.program;
-        // SAFETY: the position is inside the result.
-        let result = unsafe { result.add(start * program.dtype.bytes()) };
         let through = if program.may_write_through && T::DTYPE == Some(program.dtype) {
             result.cast()
         } else {
@@ -345,12 +388,12 @@ impl<'a, T: Lane> Frame<'a, T> {
                 let o = &self.program.operands[operand];
                 let in_place = if T::DTYPE == Some(o.dtype) { o.run_at(start, n) } else { None };
                 if let Some(offset) = in_place {
-                    self.at[operand] = o.ptr.cast::<T>().wrapping_add(offset);
+                    self.at[operand] = o.at(offset, start, self.blocks).cast();
                     return;
                 }
                 let dst = self.buffers.wrapping_add(buffer * BLOCK);
                 // SAFETY: a buffer holds a block, and no register that is still read lies in it.
-                unsafe { o.load(start, std::slice::from_raw_parts_mut(dst, n)) };
+                unsafe { o.load(start, self.blocks, std::slice::from_raw_parts_mut(dst, n)) };
                 self.at[operand] = dst;
             }
             Action::Step { ref step, register, buffer } => {

@@ -8,11 +8,12 @@ use ltxc_ir::ops::Matmul;
 use ltxc_ir::{DType, TensorType};
 use std::ops::Range;
 
-use super::element::{bf16_to_f32, load, store};
+use super::element::{bf16_to_f32, load};
 use super::gemm::{self, Extents, LDA, Rows, Target};
 use super::pack::Matrix;
-use super::parallel::{Need, Scratch, Shared, for_each};
+use super::parallel::{Need, Scratch, for_each};
 use super::simd::multiversion;
+use super::sink::{Memory, Sink, Sums};
 use super::{Arg, Output};
 
 /// Rows up to which weights are read directly.
@@ -74,6 +75,7 @@ impl Plan {
     }
 }
 
+/// Scratch, besides what a sink needs for each thread.
 pub(crate) fn need(args: &[&TensorType], out: &TensorType) -> Need {
     let plan = Plan::new(args[0], args[1], out);
     if plan.has_few_rows() {
@@ -85,24 +87,38 @@ pub(crate) fn need(args: &[&TensorType], out: &TensorType) -> Need {
 /// # Safety
 /// As for [`super::launch`].
 pub(crate) unsafe fn launch(op: &Matmul, args: &[Arg<'_>], out: &Output<'_>, workspace: &mut [u8]) {
-    let plan = Plan::new(args[0].ty, args[1].ty, out.ty);
     let scratch = Scratch::new(workspace, need(&[args[0].ty, args[1].ty], out.ty));
+    // SAFETY: passed on to the caller.
+    unsafe { launch_into(op, args, out.ty, &Memory::new(out), &scratch) };
+}
+
+/// Gives the result, of type `out`, to `sink`.
+///
+/// # Safety
+/// As for [`super::launch`]; `scratch` was made for [`need`] and the sink.
+pub(crate) unsafe fn launch_into(
+    op: &Matmul,
+    args: &[Arg<'_>],
+    out: &TensorType,
+    sink: &dyn Sink,
+    scratch: &Scratch<'_>,
+) {
+    let plan = Plan::new(args[0].ty, args[1].ty, out);
     let Extents { m, n, k } = plan.e;
     let stride = if op.transpose_rhs { k } else { n };
-    let (a_bytes, out_bytes) = (args[0].ty.dtype.bytes(), out.ty.dtype.bytes());
     for batch in 0..plan.batches {
         let b = Matrix { ptr: args[1].ptr, dtype: args[1].ty.dtype, stride, transposed: op.transpose_rhs };
         let b = b.offset(batch * plan.rhs_step);
         // SAFETY: each batch lies inside the operands.
-        let (a, y) = unsafe { (args[0].ptr.add(batch * m * k * a_bytes), out.ptr.add(batch * m * n * out_bytes)) };
+        let a = unsafe { args[0].ptr.add(batch * m * k * args[0].ty.dtype.bytes()) };
         let lhs = Dense { ptr: a, dtype: args[0].ty.dtype, stride: k };
-        let target = Target { ptr: Shared::new(y), dtype: out.ty.dtype, row: &|r| r * n };
+        let target = Target { sink, row: &|r| (batch * m + r) * n };
         // SAFETY: the contract of `launch`.
         unsafe {
             if plan.has_few_rows() {
-                few_rows(plan.e, &lhs, &b, &target, &scratch);
+                few_rows(plan.e, &lhs, &b, &target, scratch);
             } else {
-                gemm::product(plan.e, &lhs, &b, &target, &scratch);
+                gemm::product(plan.e, &lhs, &b, &target, scratch);
             }
         }
     }
@@ -128,19 +144,19 @@ unsafe fn few_rows(e: Extents, lhs: &Dense, rhs: &Matrix, target: &Target<'_>, s
                 add_rows(a, k, rhs, columns.clone(), &mut sums);
             }
         }
-        for (r, sums) in sums.iter().enumerate().take(m) {
-            let at = ((target.row)(r) + columns.start) * target.dtype.bytes();
-            // SAFETY: this task owns these columns of the result.
-            unsafe { store(target.dtype, &sums[..columns.len()], target.ptr.get().add(at)) };
-        }
+        let values = sums.as_flattened();
+        let finished = Sums { values, rows: m, columns: columns.len(), panel: COLUMNS_PER_TASK };
+        let at = |r: usize| (target.row)(r) + columns.start;
+        // SAFETY: this task owns these columns of the result; the slot is used once per task.
+        unsafe { target.sink.take(finished, &at, scratch.slot()) };
     });
 }
 
-type Sums = [[f32; COLUMNS_PER_TASK]; FEW_ROWS];
+type FewSums = [[f32; COLUMNS_PER_TASK]; FEW_ROWS];
 
 /// # Safety
 /// `rhs` is transposed and has `columns` and `k`; `a` has at most [`FEW_ROWS`] rows of `k`.
-unsafe fn dot_rows(a: &[f32], k: usize, rhs: &Matrix, columns: Range<usize>, sums: &mut Sums) {
+unsafe fn dot_rows(a: &[f32], k: usize, rhs: &Matrix, columns: Range<usize>, sums: &mut FewSums) {
     let mut wide = [0f32; STRIP];
     for (c, column) in columns.enumerate() {
         let row = rhs.offset(column * rhs.stride);
@@ -166,7 +182,7 @@ unsafe fn dot_rows(a: &[f32], k: usize, rhs: &Matrix, columns: Range<usize>, sum
 
 /// # Safety
 /// `rhs` is not transposed and has `columns` and `k`; `a` has at most [`FEW_ROWS`] rows of `k`.
-unsafe fn add_rows(a: &[f32], k: usize, rhs: &Matrix, columns: Range<usize>, sums: &mut Sums) {
+unsafe fn add_rows(a: &[f32], k: usize, rhs: &Matrix, columns: Range<usize>, sums: &mut FewSums) {
     let mut wide = [0f32; COLUMNS_PER_TASK];
     let wide = &mut wide[..columns.len()];
     for p in 0..k {

@@ -12,6 +12,7 @@
 //! | `parallel` | threads and scratch memory |
 //! | `tile`, `pack`, `gemm` | blocked matrix product |
 //! | `patches` | the input under a convolution as operand of a product |
+//! | `sink` | where finished sums go |
 //! | `fused` | several kernels as one |
 //! | the others | kernels |
 
@@ -35,6 +36,7 @@ mod patches;
 mod reduce;
 mod rope;
 mod simd;
+mod sink;
 mod tile;
 mod transpose;
 

@@ -72,6 +72,11 @@ const LINE_BYTES: usize = 64;
 const LINE: usize = LINE_BYTES / size_of::<f32>();
 
 impl Need {
+    /// With more floats for every thread.
+    pub(crate) fn with_room(self, floats: usize) -> Need {
+        Need { per_thread: self.per_thread.saturating_add(floats), ..self }
+    }
+
     /// Bytes of workspace for `threads` threads, wherever it begins.
     pub(crate) fn bytes(self, threads: usize) -> usize {
         let floats = self.per_thread.next_multiple_of(LINE).saturating_mul(threads.max(1));

@@ -4,10 +4,13 @@
 //! `conv` is one grid. `conv_transpose` is one grid for every phase, that is remainder of the output position divided by
 //! the stride: positions of a phase are reached by the same taps, so nothing is scattered.
 //!
+//! Pads in front of a convolution are folded into the grid: where a padded axis is read, a table says which position of
+//! the operand stands there.
+//!
 //! Positions are counted modulo 2⁶⁴, so that those in front of the input are very large: one comparison tells both ends,
 //! and attributes of any size overflow nowhere.
 
-use ltxc_ir::ops::{Conv, ConvTranspose};
+use ltxc_ir::ops::{Conv, ConvTranspose, Pad};
 use ltxc_ir::{DType, TensorType};
 use std::ops::Range;
 
@@ -34,8 +37,10 @@ pub(crate) struct Grid {
 /// One spatial axis of a [`Grid`].
 #[derive(Clone, Debug)]
 pub(crate) struct Axis {
-    /// Extent of the input.
+    /// Extent of the input, padded.
     pub input: usize,
+    /// Where padded positions are read, if there are any.
+    pub padded: Option<Padded>,
     /// Extent of the result.
     pub output: usize,
     /// Extent of the kernel.
@@ -54,6 +59,75 @@ pub(crate) struct Axis {
     pub taps: Vec<Tap>,
 }
 
+/// Where the positions of a padded axis are read.
+#[derive(Clone, Debug)]
+pub(crate) struct Padded {
+    /// Extent in memory.
+    extent: usize,
+    /// The position in memory that stands at each position, `None` for zeros.
+    source: Vec<Option<usize>>,
+    /// From each position on, how many lie side by side in memory, or are zeros.
+    run: Vec<usize>,
+}
+
+/// A pad in front of a convolution, with the extents of its operand.
+pub(crate) type Padding<'a> = (&'a Pad, &'a [usize]);
+
+impl Axis {
+    /// Extent of the input in memory.
+    #[inline(always)]
+    pub(crate) fn extent(&self) -> usize {
+        self.padded.as_ref().map_or(self.input, |p| p.extent)
+    }
+
+    /// Where position `at` of the input is in memory, and for how many positions, `most` at most, what follows does in
+    /// memory too; `None` where these are zeros.
+    #[inline(always)]
+    pub(crate) fn run(&self, at: usize, most: usize) -> (Option<usize>, usize) {
+        if at >= self.input {
+            // Positions in front of the input are large.
+            return (None, most.min(at.wrapping_neg().max(1)));
+        }
+        match &self.padded {
+            None => (Some(at), most.min(self.input - at)),
+            Some(padded) => (padded.source[at], most.min(padded.run[at])),
+        }
+    }
+
+    /// Where a position of the input is in memory.
+    #[inline(always)]
+    fn source(&self, at: usize) -> Option<usize> {
+        if at >= self.input {
+            return None;
+        }
+        match &self.padded {
+            None => Some(at),
+            Some(padded) => padded.source[at],
+        }
+    }
+}
+
+impl Padded {
+    /// What pads one after the other do along axis `axis` of their tensors; `None` if nothing.
+    fn new(pads: &[Padding<'_>], axis: usize, input: usize) -> Option<Padded> {
+        if pads.iter().all(|(pad, _)| pad.lo[axis] == 0 && pad.hi[axis] == 0) {
+            return None;
+        }
+        let find = |position| {
+            let back = |at: usize, (pad, from): &Padding<'_>| pad.source_index(at, pad.lo[axis], from[axis]);
+            pads.iter().rev().try_fold(position, back)
+        };
+        let source: Vec<Option<usize>> = (0..input).map(find).collect();
+        let mut run = vec![1; input];
+        for i in (0..input.saturating_sub(1)).rev() {
+            if source[i + 1] == source[i].map(|s| s + 1) {
+                run[i] = run[i + 1] + 1;
+            }
+        }
+        Some(Padded { extent: pads[0].1[axis], source, run })
+    }
+}
+
 /// One tap along one axis.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Tap {
@@ -68,6 +142,7 @@ impl Grid {
     pub(crate) fn of_conv(op: &Conv, x: &TensorType, w: &TensorType, out: &TensorType) -> Grid {
         Grid::new(x, w, op.groups, |a| Axis {
             input: x.shape[a + 1],
+            padded: None,
             output: out.shape[a + 1],
             kernel: w.shape[a],
             count: out.shape[a + 1],
@@ -103,6 +178,7 @@ impl Grid {
                 let distance = |k: usize| at % stride - k as i128 * op.dilation[a] as i128;
                 Axis {
                     input: x.shape[a + 1],
+                    padded: None,
                     output,
                     kernel: w.shape[a],
                     count: (output - first[a]).div_ceil(op.stride[a]),
@@ -124,6 +200,19 @@ impl Grid {
     fn new(x: &TensorType, w: &TensorType, groups: usize, axis: impl Fn(usize) -> Axis) -> Grid {
         let n = x.rank() - 2;
         Grid { batch: x.shape[0], axes: (0..n).map(axis).collect(), ci: x.shape[n + 1], co: w.shape[n + 1], groups }
+    }
+
+    /// Whether pads can be folded into a grid: batch and channels stay.
+    pub(crate) fn can_pad(pads: &[Padding<'_>]) -> bool {
+        let grows = |pad: &Pad, axis: usize| pad.lo[axis] > 0 || pad.hi[axis] > 0;
+        pads.iter().all(|(pad, from)| !grows(pad, 0) && !grows(pad, from.len() - 1))
+    }
+
+    /// Lets the input be what `pads`, for which [`Grid::can_pad`] holds, make of the tensor in memory.
+    pub(crate) fn pad(&mut self, pads: &[Padding<'_>]) {
+        for (a, axis) in self.axes.iter_mut().enumerate() {
+            axis.padded = Padded::new(pads, a + 1, axis.input);
+        }
     }
 
     /// Taps of every output position.
@@ -174,17 +263,14 @@ impl Grid {
         })
     }
 
-    /// The row of input positions along the last axis that output position `index` sees through a combination of
-    /// [`outer_taps`](Grid::outer_taps), or `None` if it lies outside the input.
+    /// The row in memory, along the last axis, that output position `index` sees through a combination of
+    /// [`outer_taps`](Grid::outer_taps), or `None` if all of it is zeros.
     #[inline(always)]
     pub(crate) fn input_row(&self, batch: usize, index: &[usize], distances: &[usize]) -> Option<usize> {
         let mut row = batch;
         for ((axis, &i), &distance) in self.axes.iter().zip(index).zip(distances) {
             let at = i.wrapping_mul(axis.step).wrapping_add(axis.start).wrapping_add(distance);
-            if at >= axis.input {
-                return None;
-            }
-            row = row * axis.input + at;
+            row = row * axis.extent() + axis.source(at)?;
         }
         Some(row)
     }
@@ -273,21 +359,22 @@ impl Patches<'_> {
     /// The row is inside the operand.
     #[inline(always)]
     unsafe fn line(&self, outer: usize, at: usize, from: usize, dst: &mut [f32]) {
-        let input = self.grid.axes[self.grid.axes.len() - 1].input;
-        // The taps inside the input: positions in front of it are large.
-        let (skip, inside) = if at < input { (0, input - at) } else { (at.wrapping_neg(), input) };
-        let skip = skip.min(self.run);
-        let taken = inside.min(self.run - skip);
-        let clip = |taps: usize| (taps * self.channels).clamp(from, from + dst.len()) - from;
-        let (lo, hi) = (clip(skip), clip(skip + taken));
-        dst[..lo].fill(0.0);
-        dst[hi..].fill(0.0);
-        if lo < hi {
-            let k = from + lo;
-            let position = at.wrapping_add(k / self.channels);
-            let element = (outer * input + position) * self.grid.ci + self.channel + k % self.channels;
-            // SAFETY: position and channels are inside the row.
-            unsafe { load(self.dtype, self.ptr.add(element * self.dtype.bytes()), &mut dst[lo..hi]) };
+        let axis = &self.grid.axes[self.grid.axes.len() - 1];
+        let (mut tap, mut channel) = (from / self.channels, from % self.channels);
+        let mut done = 0;
+        while done < dst.len() {
+            let (found, taps) = axis.run(at.wrapping_add(tap), self.run - tap);
+            let n = (taps * self.channels - channel).min(dst.len() - done);
+            let part = &mut dst[done..done + n];
+            match found {
+                Some(position) => {
+                    let element = (outer * axis.extent() + position) * self.grid.ci + self.channel + channel;
+                    // SAFETY: position and channels are inside the row.
+                    unsafe { load(self.dtype, self.ptr.add(element * self.dtype.bytes()), part) };
+                }
+                None => part.fill(0.0),
+            }
+            (done, tap, channel) = (done + n, tap + taps, 0);
         }
     }
 }

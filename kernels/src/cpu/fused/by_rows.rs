@@ -1,20 +1,20 @@
-//! Several kernels as one.
+//! Fused calls by rows, with the ordinary kernels.
 //!
-//! The parts of a fused call are the ordinary kernels, run on a few rows at a time: what one part leaves for the next
-//! stays in cache, in scratch memory of the thread. A block of rows is a call of its own with smaller types, so nothing
-//! but the cutting is written here.
+//! A block of rows is a call of its own with smaller types, and what one part leaves for the next stays in cache, in
+//! scratch memory of the thread. So nothing but the cutting is written here.
 //!
-//! Contractions are not cut: what leads to one and the contraction itself run whole, into scratch memory for all threads,
-//! and only the maps behind it run by rows.
+//! Anchors are not cut: what leads to one and the anchor itself run whole, into scratch memory for all threads, and only
+//! the maps behind it run by rows. That is for the calls that cannot run together, see [`super::Together`].
 
 use std::ops::Range;
 
 use ltxc_ir::TensorType;
 use ltxc_ir::plan::fused::leading_axes;
-use ltxc_ir::plan::{Access, Form, Fused, InPlace, Kernel, Part, Source};
+use ltxc_ir::plan::{Access, Form, Fused, Kernel, Part, Source};
 
-use super::parallel::{Need, Scratch, Shared, for_each, serial};
-use super::{Arg, Output, launch_kernel, need_kernel};
+use super::may_store_at_once;
+use crate::cpu::parallel::{Need, Scratch, Shared, for_each, serial};
+use crate::cpu::{Arg, Output, launch_kernel, need_kernel, threads};
 
 /// Bytes that the results of all parts for one block of rows may take: a good part of a second level cache.
 const BLOCK_BYTES: usize = 256 << 10;
@@ -90,7 +90,7 @@ fn cut_part(part: &Part, rows: usize, block: usize) -> (Vec<TensorType>, TensorT
 }
 
 /// Scratch for a run on `threads` threads.
-pub(crate) fn need(fused: &Fused, threads: usize) -> Need {
+pub(super) fn need(fused: &Fused, threads: usize) -> Need {
     let schedule = Schedule::new(fused);
     let mut shared = 0usize;
     let mut inner = 0usize;
@@ -127,10 +127,10 @@ enum Home {
 }
 
 /// # Safety
-/// As for [`super::launch`].
-pub(crate) unsafe fn launch(fused: &Fused, args: &[Arg<'_>], results: &[Output<'_>], workspace: &mut [u8]) {
+/// As for [`crate::cpu::launch`].
+pub(super) unsafe fn launch(fused: &Fused, args: &[Arg<'_>], results: &[Output<'_>], workspace: &mut [u8]) {
     let schedule = Schedule::new(fused);
-    let need = need(fused, super::threads());
+    let need = need(fused, threads());
     let scratch = Scratch::new(workspace, need);
     let mut free = 0usize;
     let mut shared = |ty: &TensorType| {
@@ -189,18 +189,6 @@ pub(crate) unsafe fn launch(fused: &Fused, args: &[Arg<'_>], results: &[Output<'
     schedule.copies.clone().for_each(|i| run_whole(i, rest));
 }
 
-/// Whether part `i` may write its result where it belongs, although an operand may lie there.
-fn may_store_at_once(fused: &Fused, i: usize, args: &[Arg<'_>], out: &Output<'_>) -> bool {
-    args.iter().zip(0u32..).filter(|(arg, _)| arg.ptr == out.ptr.cast_const()).all(|(_, operand)| {
-        let uses = fused.parts.iter().enumerate().flat_map(|(p, part)| {
-            let reads = move |a: &&ltxc_ir::plan::PartArg| a.source == Source::Operand(operand);
-            part.args.iter().enumerate().filter(move |(_, a)| reads(a)).map(move |(j, _)| (p, j))
-        });
-        let in_place: InPlace = fused.parts[i].kernel.in_place();
-        uses.into_iter().all(|(p, j)| p < i || (p == i && in_place.allows(j)))
-    })
-}
-
 /// Parts that run by rows.
 struct Rows<'a> {
     fused: &'a Fused,
@@ -213,7 +201,7 @@ struct Rows<'a> {
 
 impl Rows<'_> {
     /// # Safety
-    /// As for [`super::launch`]; `scratch` was made for [`need`].
+    /// As for [`crate::cpu::launch`]; `scratch` was made for [`need`].
     unsafe fn launch(&self, scratch: &Scratch<'_>) {
         let rows = self.schedule.rows;
         let block = self.schedule.block(self.fused);
