@@ -13,22 +13,26 @@
 
 mod call;
 mod copy;
+mod gemm;
 mod group_norm;
 pub mod guard;
 mod index;
 mod map;
 mod math;
+mod matmul;
 mod movement;
 mod norm;
+mod patches;
 mod reduce;
 mod rope;
 mod rows;
 mod steps;
 mod storage;
+mod tile;
 
 use cubecl::prelude::*;
 use cubecl::server::Handle;
-use ltxc_ir::plan::{Kernel, Map};
+use ltxc_ir::plan::{Kernel, Map, MapStep};
 use ltxc_ir::{DType, TensorType};
 
 use call::Call;
@@ -85,6 +89,7 @@ fn run<R: Runtime>(kernel: &Kernel, call: &Call<'_, R>) -> Result<(), String> {
         Kernel::Gather(op) => movement::launch_gather(op, call),
         Kernel::Update(op) => movement::launch_update(op, call),
         Kernel::Reduce(op) => reduce::launch(op, call),
+        Kernel::Matmul(op) => matmul::launch(op, call),
         Kernel::RmsNorm(op) => norm::launch(op.eps.0, false, call),
         Kernel::LayerNorm(op) => norm::launch(op.eps.0, true, call),
         Kernel::GroupNorm(op) => group_norm::launch(op, call),
@@ -93,11 +98,18 @@ fn run<R: Runtime>(kernel: &Kernel, call: &Call<'_, R>) -> Result<(), String> {
     }
 }
 
+/// What a sum of nothing gives.
+fn fill_zeros<R: Runtime>(call: &Call<'_, R>) -> Result<(), String> {
+    let zero = Map { steps: vec![MapStep::Scalar(ltxc_ir::Float(0.0))] };
+    map::launch(&zero, &Call { args: &[], ..*call })
+}
+
 /// Whether units would have to share words of the result, so that it is computed in f32 first.
 fn needs_f32(kernel: &Kernel, _args: &[&TensorType], out: &TensorType) -> bool {
     match kernel {
         Kernel::RmsNorm(_) | Kernel::LayerNorm(_) => !norm::is_whole(out),
         Kernel::Rope(op) => !rope::is_whole(op, out),
+        Kernel::Matmul(_) => !matmul::is_whole(out),
         _ => false,
     }
 }

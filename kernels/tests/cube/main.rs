@@ -7,6 +7,8 @@
 mod copy;
 #[path = "../simple/map.rs"]
 mod map;
+#[path = "../simple/matmul.rs"]
+mod matmul;
 #[path = "../simple/movement.rs"]
 mod movement;
 #[path = "../simple/rows.rs"]
