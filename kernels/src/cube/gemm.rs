@@ -18,8 +18,7 @@ use cubecl::prelude::*;
 use ltxc_ir::DType;
 use ltxc_ir::plan::MapStep;
 
-use super::CubeTensor;
-use super::call::{Call, bind_words, to_u32};
+use super::call::{Call, to_u32};
 use super::patches::{self, Patches};
 use super::steps::epilogue;
 use super::storage::{self, encode, load_four, load_one, place, words_of_four};
@@ -92,8 +91,8 @@ pub(crate) fn launch<R: Runtime>(product: &Product<'_>, call: &Call<'_, R>) -> R
             CubeDim::new_1d(tile.units()),
             width(lhs.ty.dtype, is_lhs_aligned),
             width(rhs.ty.dtype, is_rhs_aligned),
-            bind_vectors(lhs),
-            bind_vectors(rhs),
+            call.arg(0),
+            call.arg(1),
             call.out(),
             SequenceArg::new(),
             axes,
@@ -112,11 +111,6 @@ pub(crate) fn launch<R: Runtime>(product: &Product<'_>, call: &Call<'_, R>) -> R
         );
     }
     Ok(())
-}
-
-/// A tensor as words; their number counts those of vectors that end behind it too, which no unit reads.
-fn bind_vectors<R: Runtime>(tensor: &CubeTensor<'_>) -> ArrayArg<R> {
-    bind_words(tensor.handle.clone(), storage::words(tensor.ty.dtype, tensor.ty.elements()))
 }
 
 #[cube(launch_unchecked)]
@@ -164,44 +158,63 @@ fn gemm<L: Size, S: Size>(
             sums[i] = 0.0f32;
         }
 
-        // A unit loads the same summed elements of some rows, whose places do not change.
+        // A unit loads the same summed elements of some rows.
         let vector = unit % vectors;
         let row_step = comptime!(units / vectors);
+        let slots = comptime!(tile.m / row_step);
         let mut starts = Sequence::<i32>::new();
-        #[unroll]
-        for s in 0..comptime!((tile.m / row_step) as usize) {
-            let row = first_row + unit / vectors + comptime!(s as u32 * row_step);
-            if comptime!(blueprint.patches.is_some()) {
+        if comptime!(blueprint.patches.is_some()) {
+            #[unroll]
+            for s in 0..comptime!(slots as usize) {
+                let row = first_row + unit / vectors + comptime!(s as u32 * row_step);
                 patches::push_start(&mut starts, row, axes, comptime!(blueprint.patches.clone().unwrap_or_default()));
-            } else {
-                starts.push(i32::reinterpret(batch * lhs_batch + row * lhs_row));
             }
         }
 
         let mut start = 0u32;
         while start < k {
-            #[unroll]
-            for s in 0..comptime!((tile.m / row_step) as usize) {
-                let own = unit / vectors + comptime!(s as u32 * row_step);
-                let mut values = Vector::<f32, Const<4>>::new(0.0f32);
-                if first_row + own < m {
-                    values = lhs_four::<L>(
-                        lhs,
-                        &starts,
-                        start + vector * 4u32,
-                        k,
-                        axes,
-                        channels,
-                        batch * lhs_batch,
-                        s,
-                        comptime!(blueprint.clone()),
-                    );
+            let summed = start + vector * 4u32;
+            if comptime!(blueprint.patches.is_some()) {
+                #[unroll]
+                for s in 0..comptime!(slots as usize) {
+                    let own = unit / vectors + comptime!(s as u32 * row_step);
+                    let mut values = Vector::<f32, Const<4>>::new(0.0f32);
+                    if first_row + own < m {
+                        values = patches::four::<L>(
+                            lhs,
+                            &starts,
+                            summed,
+                            k,
+                            axes,
+                            channels,
+                            batch * lhs_batch,
+                            s,
+                            comptime!(blueprint.lhs),
+                            comptime!(blueprint.is_lhs_aligned),
+                            comptime!(blueprint.patches.clone().unwrap_or_default()),
+                        );
+                    }
+                    left[(own * comptime!(vectors + 1) + vector) as usize] = values;
                 }
-                left[(own * comptime!(vectors + 1) + vector) as usize] = values;
+            } else {
+                for s in 0..slots {
+                    let own = unit / vectors + s * row_step;
+                    let mut values = Vector::<f32, Const<4>>::new(0.0f32);
+                    if first_row + own < m {
+                        values = four_along::<L>(
+                            lhs,
+                            batch * lhs_batch + (first_row + own) * lhs_row,
+                            summed,
+                            k,
+                            comptime!(blueprint.lhs),
+                            comptime!(blueprint.is_lhs_aligned),
+                        );
+                    }
+                    left[(own * comptime!(vectors + 1) + vector) as usize] = values;
+                }
             }
-            #[unroll]
-            for s in 0..comptime!((tile.n * vectors / units) as usize) {
-                let at = unit + comptime!(s as u32 * units);
+            for s in 0..comptime!(tile.n * vectors / units) {
+                let at = unit + s * units;
                 if comptime!(blueprint.is_transposed) {
                     let (own, vector) = (at / vectors, at % vectors);
                     let column = first_column + own;
@@ -331,42 +344,9 @@ fn gemm<L: Size, S: Size>(
     }
 }
 
-/// Four elements of row slot `s` of the left operand, 0 beyond its end.
-#[cube]
-fn lhs_four<L: Size>(
-    lhs: &Array<Vector<u32, L>>,
-    starts: &Sequence<i32>,
-    summed: u32,
-    k: u32,
-    axes: &Sequence<u32>,
-    channels: u32,
-    offset: u32,
-    #[comptime] s: usize,
-    #[comptime] blueprint: Blueprint,
-) -> Vector<f32, Const<4>> {
-    if comptime!(blueprint.patches.is_some()) {
-        patches::four::<L>(
-            lhs,
-            starts,
-            summed,
-            k,
-            axes,
-            channels,
-            offset,
-            s,
-            comptime!(blueprint.lhs),
-            comptime!(blueprint.is_lhs_aligned),
-            comptime!(blueprint.patches.clone().unwrap_or_default()),
-        )
-    } else {
-        let base = u32::reinterpret(*starts.index(s));
-        four_along::<L>(lhs, base, summed, k, comptime!(blueprint.lhs), comptime!(blueprint.is_lhs_aligned))
-    }
-}
-
 /// Four adjacent elements from `base + first`, 0 from `base + end` on.
 #[cube]
-fn four_along<N: Size>(
+pub(crate) fn four_along<N: Size>(
     memory: &Array<Vector<u32, N>>,
     base: u32,
     first: u32,

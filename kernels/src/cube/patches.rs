@@ -52,12 +52,12 @@ pub(crate) struct Axis {
 
 /// Numbers of an axis in the argument of a launch, in the order of the fields.
 const NUMBERS: usize = 12;
-const POSITIONS: usize = 0;
-const EXTENT: usize = 1;
-const STRIDE: usize = 2;
-const BASE: usize = 3;
-const TAPS: usize = 4;
-const STEP: usize = 5;
+pub(crate) const POSITIONS: usize = 0;
+pub(crate) const EXTENT: usize = 1;
+pub(crate) const STRIDE: usize = 2;
+pub(crate) const BASE: usize = 3;
+pub(crate) const TAPS: usize = 4;
+pub(crate) const STEP: usize = 5;
 const WEIGHT_EXTENT: usize = 6;
 const WEIGHT_BASE: usize = 7;
 const WEIGHT_STEP: usize = 8;
@@ -102,13 +102,18 @@ impl Axis {
 
 /// One number of an axis.
 #[cube]
-fn number(axes: &Sequence<u32>, #[comptime] axis: usize, #[comptime] which: usize) -> u32 {
+pub(crate) fn number(axes: &Sequence<u32>, #[comptime] axis: usize, #[comptime] which: usize) -> u32 {
     *axes.index(comptime!(axis * NUMBERS + which))
 }
 
 /// Splits an index over all axes into one per axis, outermost first; what remains is in front.
 #[cube]
-fn split(index: u32, axes: &Sequence<u32>, #[comptime] which: usize, #[comptime] count: usize) -> Sequence<u32> {
+pub(crate) fn split(
+    index: u32,
+    axes: &Sequence<u32>,
+    #[comptime] which: usize,
+    #[comptime] count: usize,
+) -> Sequence<u32> {
     let mut reversed = Sequence::<u32>::new();
     let mut rest = index;
     #[unroll]
