@@ -49,7 +49,7 @@ pub(crate) fn launch<R: Runtime>(op: &Attention, call: &Call<'_, R>) -> Result<(
     let [b, t, n, d] = [0, 1, 2, 3].map(|a| q.shape[a]);
     let [s, m, e] = [1, 2, 3].map(|a| v.shape[a]);
     let tile = tile::heads(call.client, e);
-    let is_aligned = d % 4 == 0 && e % 4 == 0;
+    let is_aligned = d.is_multiple_of(4) && e.is_multiple_of(4);
     let blueprint = Blueprint {
         tile,
         q: q.dtype,
@@ -99,10 +99,11 @@ pub(crate) fn launch<R: Runtime>(op: &Attention, call: &Call<'_, R>) -> Result<(
 }
 
 #[cube(launch_unchecked)]
-fn attend<Q: Size, K: Size, V: Size>(
-    q: &Array<Vector<u32, Q>>,
-    k: &Array<Vector<u32, K>>,
-    v: &Array<Vector<u32, V>>,
+#[allow(clippy::collapsible_if)] // one of the conditions is known when the kernel is built
+fn attend<QueryWidth: Size, KeyWidth: Size, ValueWidth: Size>(
+    q: &Array<Vector<u32, QueryWidth>>,
+    k: &Array<Vector<u32, KeyWidth>>,
+    v: &Array<Vector<u32, ValueWidth>>,
     bias: &Sequence<Array<u32>>,
     out: &mut Array<u32>,
     scalars: &Sequence<f32>,
@@ -136,7 +137,7 @@ fn attend<Q: Size, K: Size, V: Size>(
     let head = (cube / (row_blocks * column_blocks)) % n;
     let batch = cube / (row_blocks * column_blocks * n);
     let key_head = head / (n / m);
-    let unit = UNIT_POS as u32;
+    let unit = UNIT_POS;
     let (unit_row, unit_column) = (unit / units_n, unit % units_n);
     let (own_row, part) = (unit / sharers, unit % sharers);
 
@@ -175,7 +176,7 @@ fn attend<Q: Size, K: Size, V: Size>(
                     let mut values = Vector::<f32, Const<4>>::new(0.0f32);
                     if first_row + row < t {
                         let base = ((batch * t + first_row + row) * n + head) * d;
-                        values = four_along::<Q>(
+                        values = four_along::<QueryWidth>(
                             q,
                             base,
                             dim + vector * 4u32,
@@ -192,7 +193,7 @@ fn attend<Q: Size, K: Size, V: Size>(
                     let mut values = Vector::<f32, Const<4>>::new(0.0f32);
                     if first_key + key < s {
                         let base = ((batch * s + first_key + key) * m + key_head) * d;
-                        values = four_along::<K>(
+                        values = four_along::<KeyWidth>(
                             k,
                             base,
                             dim + vector * 4u32,
@@ -304,7 +305,7 @@ fn attend<Q: Size, K: Size, V: Size>(
                 factors[own_row as usize] = factor;
             }
             sync_cube();
-            row_sum = row_sum * factor;
+            row_sum *= factor;
             for i in 0..sharers {
                 row_sum += shared[(own_row * sharers + i) as usize];
             }
@@ -316,7 +317,7 @@ fn attend<Q: Size, K: Size, V: Size>(
                 #[unroll]
                 for j in 0..comptime!((column_vectors * 4) as usize) {
                     let at = comptime!(i * column_vectors as usize * 4 + j);
-                    sums[at] = sums[at] * factor;
+                    sums[at] *= factor;
                 }
             }
             let mut chunk = 0u32;
@@ -328,7 +329,7 @@ fn attend<Q: Size, K: Size, V: Size>(
                     let mut values = Vector::<f32, Const<4>>::new(0.0f32);
                     if key < s {
                         let base = ((batch * s + key) * m + key_head) * e;
-                        values = four_along::<V>(
+                        values = four_along::<ValueWidth>(
                             v,
                             base,
                             first_column + vector * 4u32,
@@ -359,7 +360,7 @@ fn attend<Q: Size, K: Size, V: Size>(
                                 #[unroll]
                                 for l in 0..4usize {
                                     let at = comptime!((i * column_vectors as usize + j) * 4 + l);
-                                    sums[at] = sums[at] + own[c] * other[l];
+                                    sums[at] += own[c] * other[l];
                                 }
                             }
                         }

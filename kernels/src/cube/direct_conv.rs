@@ -5,7 +5,7 @@ use ltxc_ir::DType;
 use ltxc_ir::plan::MapStep;
 
 use super::call::{Call, to_u32};
-use super::patches::{BASE, EXTENT, POSITIONS, STEP, STRIDE, TAPS, number, split};
+use super::patches::{BASE, EXTENT, POSITIONS, STEP, STRIDE, number, split, split_taps};
 use super::steps::epilogue;
 use super::storage::{self, encode, load, place};
 
@@ -89,7 +89,7 @@ fn convolve(
                 let at = split(row, axes, POSITIONS, count);
                 let mut sum = 0f32.runtime();
                 for tap in 0..taps {
-                    let tap_at = split(tap, axes, TAPS, count);
+                    let tap_at = split_taps(tap, axes, count);
                     let mut source = *at.index(0usize);
                     let mut is_inside = true;
                     #[unroll]

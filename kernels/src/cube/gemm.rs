@@ -59,9 +59,9 @@ pub(crate) struct Product<'a> {
 pub(crate) fn launch<R: Runtime>(product: &Product<'_>, call: &Call<'_, R>) -> Result<(), String> {
     let [lhs, rhs] = [0, 1].map(|i| &call.args[i]);
     let tile = tile::choose(call.client, product.m * product.batches, product.n);
-    let is_aligned = |distances: &[usize]| distances.iter().all(|d| d % 4 == 0);
+    let is_aligned = |distances: &[usize]| distances.iter().all(|d| d.is_multiple_of(4));
     let is_lhs_aligned = is_aligned(&[product.k, product.rows[0], product.batch[0]])
-        && product.patches.as_ref().is_none_or(|(p, _)| p.channels % 4 == 0);
+        && product.patches.as_ref().is_none_or(|(p, _)| p.channels.is_multiple_of(4));
     // Vectors run along the last axis in memory.
     let last = if product.is_transposed { product.k } else { product.n };
     let is_rhs_aligned = is_aligned(&[last, product.rows[1], product.batch[1]]);
@@ -114,9 +114,9 @@ pub(crate) fn launch<R: Runtime>(product: &Product<'_>, call: &Call<'_, R>) -> R
 }
 
 #[cube(launch_unchecked)]
-fn gemm<L: Size, S: Size>(
-    lhs: &Array<Vector<u32, L>>,
-    rhs: &Array<Vector<u32, S>>,
+fn gemm<LhsWidth: Size, RhsWidth: Size>(
+    lhs: &Array<Vector<u32, LhsWidth>>,
+    rhs: &Array<Vector<u32, RhsWidth>>,
     out: &mut Array<u32>,
     scalars: &Sequence<f32>,
     axes: &Sequence<u32>,
@@ -145,7 +145,7 @@ fn gemm<L: Size, S: Size>(
     let batch = cube / (tiles_m * tiles_n);
     let first_row = (cube % tiles_m) * tile.m;
     let first_column = ((cube / tiles_m) % tiles_n) * tile.n;
-    let unit = UNIT_POS as u32;
+    let unit = UNIT_POS;
     let (unit_row, unit_column) = (unit / units_n, unit % units_n);
 
     let mut left = SharedMemory::<Vector<f32, Const<4>>>::new(comptime!((tile.m * (vectors + 1)) as usize));
@@ -180,7 +180,7 @@ fn gemm<L: Size, S: Size>(
                     let own = unit / vectors + comptime!(s as u32 * row_step);
                     let mut values = Vector::<f32, Const<4>>::new(0.0f32);
                     if first_row + own < m {
-                        values = patches::four::<L>(
+                        values = patches::four::<LhsWidth>(
                             lhs,
                             &starts,
                             summed,
@@ -201,7 +201,7 @@ fn gemm<L: Size, S: Size>(
                     let own = unit / vectors + s * row_step;
                     let mut values = Vector::<f32, Const<4>>::new(0.0f32);
                     if first_row + own < m {
-                        values = four_along::<L>(
+                        values = four_along::<LhsWidth>(
                             lhs,
                             batch * lhs_batch + (first_row + own) * lhs_row,
                             summed,
@@ -221,7 +221,7 @@ fn gemm<L: Size, S: Size>(
                     let summed = start + vector * 4u32;
                     let mut values = Vector::<f32, Const<4>>::new(0.0f32);
                     if column < n {
-                        values = four_along::<S>(
+                        values = four_along::<RhsWidth>(
                             rhs,
                             batch * rhs_batch + column * rhs_row,
                             summed,
@@ -248,7 +248,7 @@ fn gemm<L: Size, S: Size>(
                         } else {
                             summed
                         };
-                        values = four_along::<S>(
+                        values = four_along::<RhsWidth>(
                             rhs,
                             batch * rhs_batch + row * rhs_row,
                             first_column + column * 4u32,
@@ -296,7 +296,7 @@ fn gemm<L: Size, S: Size>(
                                 #[unroll]
                                 for l in 0..4usize {
                                     let at = comptime!(i * unit_n as usize + j * 4 + l);
-                                    sums[at] = sums[at] + own[c] * b[l];
+                                    sums[at] += own[c] * b[l];
                                 }
                             }
                         }

@@ -104,7 +104,7 @@ mod tests {
     fn tiles_divide_evenly() {
         for tile in [THIN, LARGE, MEDIUM, FEW_UNITS] {
             let units = tile.units();
-            assert!(tile.unit_n % 4 == 0 && tile.k % 4 == 0, "{tile:?}");
+            assert_eq!((tile.unit_n % 4, tile.k % 4), (0, 0), "{tile:?}");
             assert_eq!((tile.m * tile.k / 4) % units, 0, "{tile:?}");
             assert_eq!((tile.n * tile.k / 4) % units, 0, "{tile:?}");
             // A unit loads the same summed elements of every row, see `gemm`.
@@ -125,8 +125,8 @@ mod tests {
             for vectors in [tile.queries * tile.chunk / 4, tile.keys * tile.chunk / 4, tile.chunk * tile.columns / 4] {
                 assert_eq!(vectors % units, 0, "{tile:?}");
             }
-            assert!(tile.queries % tile.units_m == 0 && tile.keys % tile.chunk == 0, "{tile:?}");
-            assert!(units % tile.queries == 0 && (tile.keys / 4) % (units / tile.queries) == 0, "{tile:?}");
+            assert_eq!((tile.queries % tile.units_m, tile.keys % tile.chunk), (0, 0), "{tile:?}");
+            assert_eq!((units % tile.queries, tile.keys / 4 % (units / tile.queries)), (0, 0), "{tile:?}");
             let shared = 16 * (tile.stage_vectors() + tile.queries * (tile.keys / 4 + 1)) + 4 * (units + tile.queries);
             assert!(shared <= 32 << 10, "{tile:?}");
         }

@@ -4,7 +4,7 @@
 use std::time::{Duration, Instant};
 
 use cubecl::wgpu::WgpuRuntime;
-use ltxc_ir::ops::Matmul;
+use ltxc_ir::ops::{Attention, Conv, Matmul};
 use ltxc_ir::plan::Kernel;
 use ltxc_ir::{DType, TensorType};
 use ltxc_kernels::catalogue;
@@ -60,4 +60,32 @@ fn matmul() {
             }
         }
     }
+}
+
+#[test]
+#[ignore = "measures"]
+fn attention() {
+    for (t, s, n, d) in [(256, 256, 8, 64), (512, 512, 4, 128)] {
+        for dtype in [DType::F32, DType::BF16] {
+            let args = [[1, t, n, d], [1, s, n, d], [1, s, n, d]].map(|shape| TensorType::new(dtype, shape));
+            let op = Attention { scale: 0.1.into(), causal: false };
+            measure(&format!("attention {t} {s} {n} {d}, {dtype}"), &Kernel::Attention(op), &args, &args[0]);
+        }
+    }
+}
+
+#[test]
+#[ignore = "measures"]
+fn conv() {
+    for (side, c, dtype) in [(16, 64, DType::F32), (16, 64, DType::BF16), (8, 256, DType::BF16)] {
+        let x = TensorType::f32([1, 6, side + 2, side + 2, c]);
+        let w = TensorType::new(dtype, [3, 3, 3, c, c]);
+        let op = Conv { stride: vec![1; 3], dilation: vec![1; 3], pad: vec![(0, 0); 3], groups: 1 };
+        let out = TensorType::f32([1, 4, side, side, c]);
+        measure(&format!("conv 3x3x3, 4x{side}x{side}, {c} channels, {dtype}"), &Kernel::Conv(op), &[x, w], &out);
+    }
+    let x = TensorType::f32([1, 20_000, 64]);
+    let w = TensorType::f32([12, 1, 64]);
+    let op = Conv { stride: vec![1], dilation: vec![1], pad: vec![(0, 0)], groups: 64 };
+    measure("conv depthwise 12, 20000, 64 channels", &Kernel::Conv(op), &[x, w], &TensorType::f32([1, 19_989, 64]));
 }
