@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use anyhow::Result;
 use ltxc_ir::ops::Matmul;
-use ltxc_ir::plan::Kernel;
+use ltxc_ir::plan::{Kernel, Work};
 use ltxc_ir::{DType, TensorType};
 use ltxc_kernels::{catalogue, cpu};
 
@@ -109,18 +109,18 @@ fn measure(shape: [usize; 3], rounds: usize, mut worker: Option<&mut Worker>) ->
 
 /// `x · wᵀ` as plans call it.
 struct Product {
-    kernel: Kernel,
+    work: Work,
     types: [TensorType; 3],
     workspace: Vec<u8>,
 }
 
 impl Product {
     fn new([m, n, k]: [usize; 3], weights: DType) -> Product {
-        let kernel = Kernel::Matmul(Matmul { transpose_rhs: true });
+        let work = Work::from(Kernel::Matmul(Matmul { transpose_rhs: true }));
         let types = [TensorType::f32([m, k]), TensorType::new(weights, [n, k]), TensorType::f32([m, n])];
         let [x, w, y] = &types;
-        let bytes = catalogue::workspace_bytes(&kernel, &[x, w], &[y], cpu::threads());
-        Product { kernel, workspace: vec![0; bytes], types }
+        let bytes = catalogue::workspace_bytes(&work, &[x, w], &[y], cpu::threads());
+        Product { work, workspace: vec![0; bytes], types }
     }
 
     fn run(&mut self, x: &[f32], w: &[u8], y: &mut [f32]) {
@@ -129,7 +129,7 @@ impl Product {
         let args = [cpu::Arg { ty: x_ty, ptr: x.as_ptr().cast() }, cpu::Arg { ty: w_ty, ptr: w.as_ptr() }];
         let results = [cpu::Output { ty: y_ty, ptr: y.as_mut_ptr().cast() }];
         // SAFETY: the types fit the product and the slices have their sizes; `y` is borrowed exclusively.
-        unsafe { cpu::launch(&self.kernel, &args, &results, &mut self.workspace) };
+        unsafe { cpu::launch(&self.work, &args, &results, &mut self.workspace) };
     }
 }
 

@@ -243,7 +243,7 @@ fn collect(plan: &Plan, function: u32, path: &str, out: &mut Vec<TimedCall>) {
                 let results: Vec<String> = call.results.iter().map(|r| r.ty.to_string()).collect();
                 out.push(TimedCall {
                     name: join(&call.name),
-                    kernel: call.kernel.name().into(),
+                    kernel: call.work.name().into(),
                     types: format!("{} → {}", args.join(" "), results.join(" ")),
                     flops: call.flops,
                     bytes: call.bytes,

@@ -105,6 +105,8 @@ pub struct FunctionResult {
 pub struct Function {
     /// Name, unique in the module; printed as `@name`.
     pub name: String,
+    /// Name of the pattern, if the function is a fused group: a call of it becomes one kernel call.
+    pub pattern: Option<String>,
     /// Parameters; their values come first, in order.
     pub params: Vec<Param>,
     /// Type and name of every value.

@@ -9,6 +9,8 @@
 //! entry @main
 //! ```
 //!
+//! A fused group has `fused <pattern>` between its parameters and its body.
+//!
 //! Values are numbered in order of definition. Attributes are a JSON object, names are JSON strings; both are left out
 //! when empty, and so is the rate `step`. The parser only builds the data; [`crate::verify`] says whether it means
 //! anything.
@@ -42,7 +44,11 @@ impl fmt::Display for Function {
             }
             f.write_str(&quoted(self.name_of(p.value)))?;
         }
-        f.write_str(") {\n")?;
+        f.write_str(")")?;
+        if let Some(pattern) = &self.pattern {
+            write!(f, " fused {pattern}")?;
+        }
+        f.write_str(" {\n")?;
         for node in &self.nodes {
             writeln!(f, "  {}", node_text(self, node))?;
         }
@@ -176,6 +182,9 @@ fn parse_head(cursor: &mut Cursor<'_>) -> Result<Function, String> {
             cursor.expect(")")?;
             break;
         }
+    }
+    if cursor.eat("fused ") {
+        function.pattern = Some(cursor.word()?);
     }
     cursor.expect("{")?;
     Ok(function)

@@ -8,7 +8,7 @@ use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use ltxc_ir::plan::{
-    FileTensor, FunctionCall, Kernel, Operand, Place, Plan, PlanFunction, Program, Slot, SlotPlace, Step, WeightOrigin,
+    FileTensor, FunctionCall, Operand, Place, Plan, PlanFunction, Program, Slot, SlotPlace, Step, WeightOrigin, Work,
 };
 use ltxc_ir::{DType, TensorType};
 use ltxc_kernels::catalogue::workspace_bytes;
@@ -43,7 +43,7 @@ struct Loaded<'a> {
 }
 
 struct BoundCall<'a> {
-    kernel: &'a Kernel,
+    work: &'a Work,
     args: Vec<(&'a TensorType, *const u8)>,
     results: Vec<(&'a TensorType, *mut u8)>,
 }
@@ -111,7 +111,7 @@ impl<'a> Executor<'a> {
         let need = loaded.calls.iter().map(|c| {
             let args: Vec<&TensorType> = c.args.iter().map(|a| a.0).collect();
             let results: Vec<&TensorType> = c.results.iter().map(|r| r.0).collect();
-            workspace_bytes(c.kernel, &args, &results, threads)
+            workspace_bytes(c.work, &args, &results, threads)
         });
         let need = need.max().unwrap_or(0);
         if self.workspace.len() < need {
@@ -158,7 +158,7 @@ impl<'a> Executor<'a> {
             let results: Vec<Output<'_>> = call.results.iter().map(|&(ty, ptr)| Output { ty, ptr }).collect();
             // SAFETY: verification: types fit the kernel, operands lie inside their memory and overlap no result beyond
             // what the kernel allows. Binding: addresses are aligned and their memory lives as long as the executor.
-            unsafe { launch(call.kernel, &args, &results, &mut self.workspace) };
+            unsafe { launch(call.work, &args, &results, &mut self.workspace) };
             observe(number);
         }
         Ok(())
@@ -246,7 +246,7 @@ impl<'a> Executor<'a> {
         for step in &function.steps {
             match step {
                 Step::Kernel(call) => loaded.calls.push(BoundCall {
-                    kernel: &call.kernel,
+                    work: &call.work,
                     args: call.args.iter().map(|a| (&a.ty, address(a).cast_const())).collect(),
                     results: call.results.iter().map(|r| (&r.ty, address(r))).collect(),
                 }),
@@ -328,9 +328,9 @@ impl<'a> Executor<'a> {
             let results: Vec<Output<'_>> = call.results.iter().map(|&(ty, ptr)| Output { ty, ptr }).collect();
             let types =
                 (args.iter().map(|a| a.ty).collect::<Vec<_>>(), results.iter().map(|r| r.ty).collect::<Vec<_>>());
-            let mut workspace = vec![0; workspace_bytes(call.kernel, &types.0, &types.1, threads)];
+            let mut workspace = vec![0; workspace_bytes(call.work, &types.0, &types.1, threads)];
             // SAFETY: as in `run`; the memory of the recipe lives until the end of this function.
-            unsafe { launch(call.kernel, &args, &results, &mut workspace) };
+            unsafe { launch(call.work, &args, &results, &mut workspace) };
         }
         Ok(result)
     }

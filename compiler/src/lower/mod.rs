@@ -6,6 +6,7 @@
 //! Nothing is copied that need not be: a reshape, a contiguous slice or a slice of a weight is the same memory; chains
 //! of movement become one copy; the operands of a concatenation are written where they belong if that is one range.
 
+mod fused;
 mod map;
 mod place;
 mod view;
@@ -14,10 +15,12 @@ use std::collections::BTreeMap;
 
 use ltxc_ir::eval::{Data, Tensor};
 use ltxc_ir::ops::{Call, Concat, Const};
-use ltxc_ir::plan::{FileTensor, Kernel, Map, MapStep, PlanFunction, PlanWeight, Target, WeightOrigin};
+use ltxc_ir::plan::{FileTensor, Kernel, Map, MapStep, PlanFunction, PlanWeight, Target, WeightOrigin, Work};
 use ltxc_ir::{Float, Function, Module, Node, Op, TensorType, ValueId};
 
 use crate::error::CompileError;
+pub(crate) use fused::lower as lower_group;
+pub(crate) use map::{is_pointwise, uniform_value};
 use view::{Base, View};
 
 /// Constants up to this size are stored; larger ones of one value are filled in when they are needed.
@@ -38,8 +41,10 @@ pub(crate) fn lower_module(
     plan: &mut Vec<PlanFunction>,
 ) -> Result<BTreeMap<String, u32>, CompileError> {
     let mut indices: BTreeMap<String, u32> = BTreeMap::new();
-    for function in &module.functions {
-        let drafted = Drafter { lowering, module, function, indices: &indices, draft: Draft::default() }.run()?;
+    for function in module.functions.iter().filter(|f| f.pattern.is_none()) {
+        let drafted =
+            Drafter { lowering, module, function, indices: &indices, draft: Draft::default(), chains: BTreeMap::new() }
+                .run()?;
         let mut lowered = place::place(&function.name, drafted, plan, lowering.target)?;
         lowered.name = format!("{prefix}{}", function.name);
         // The same block often serves several programs.
@@ -114,7 +119,7 @@ struct DraftStep {
 }
 
 enum Action {
-    Kernel(Kernel),
+    Work(Work),
     Call { function: u32, prefix: String },
 }
 
@@ -140,12 +145,14 @@ struct Drafter<'a> {
     function: &'a Function,
     indices: &'a BTreeMap<String, u32>,
     draft: Draft,
+    /// Pointwise nodes that are steps of the map that computes a value.
+    chains: BTreeMap<ValueId, Vec<&'a Node>>,
 }
 
 /// Values of the graph function by number.
 type Values = Vec<Option<Lowered>>;
 
-impl Drafter<'_> {
+impl<'a> Drafter<'a> {
     fn run(mut self) -> Result<Draft, CompileError> {
         let f = self.function;
         self.draft.params = f.param_types();
@@ -155,8 +162,16 @@ impl Drafter<'_> {
             let view = View::whole(Base::Param(i as u32), f.ty(p.value).clone());
             values[p.value.index()] = Some(Lowered::View(view));
         }
-        for node in &f.nodes {
-            self.node(node, &mut values)?;
+        for (i, node) in f.nodes.iter().enumerate() {
+            // In a group, a pointwise node with one pointwise user is a step of that user's map.
+            match self.chain_user(i) {
+                Some(user) => {
+                    let mut chain = self.chains.remove(&node.results[0]).unwrap_or_default();
+                    chain.push(node);
+                    self.chains.entry(user).or_default().extend(chain);
+                }
+                None => self.node(node, &mut values)?,
+            }
         }
         for (i, r) in f.results.iter().enumerate() {
             self.result(i, r.value, &mut values)?;
@@ -165,11 +180,25 @@ impl Drafter<'_> {
         Ok(self.draft)
     }
 
+    /// The value into whose map the pointwise node `index` of a group goes, if it goes into one.
+    fn chain_user(&self, index: usize) -> Option<ValueId> {
+        let (f, node) = (self.function, &self.function.nodes[index]);
+        if f.pattern.is_none() || !is_pointwise(&node.op) {
+            return None;
+        }
+        let value = node.results[0];
+        let mut users = f.nodes.iter().filter(|n| n.args.contains(&value));
+        let user = users.next().filter(|_| users.next().is_none())?;
+        let is_seen = f.results.iter().any(|r| r.value == value);
+        let fits = !is_seen && is_pointwise(&user.op) && f.ty(user.results[0]).shape == f.ty(value).shape;
+        fits.then(|| user.results[0])
+    }
+
     fn problem(&self, problem: String) -> CompileError {
         CompileError::Lowering { function: self.function.name.clone(), problem }
     }
 
-    fn node(&mut self, node: &Node, values: &mut Values) -> Result<(), CompileError> {
+    fn node(&mut self, node: &'a Node, values: &mut Values) -> Result<(), CompileError> {
         if let Op::Call(call) = &node.op {
             return self.call(node, call, values);
         }
@@ -191,7 +220,11 @@ impl Drafter<'_> {
             }
             Op::Reshape(_) | Op::Transpose(_) | Op::Slice(_) | Op::Broadcast(_) => self.moved(node, &ty, values)?,
             Op::Concat(o) => Lowered::View(self.concat(node, o, &ty, values)?),
-            op if map::is_pointwise(op) => Lowered::View(self.map(&[node], values)?),
+            op if is_pointwise(op) => {
+                let chain = self.chains.remove(&result).unwrap_or_default();
+                let chain: Vec<&Node> = chain.into_iter().chain([node]).collect();
+                Lowered::View(self.map(&chain, values)?)
+            }
             op => {
                 let kernel = kernel_of(op).ok_or_else(|| self.problem(format!("`{}` has no kernel", op.name())))?;
                 let args = node.args.iter().map(|&a| self.operand(a, values)).collect::<Result<_, _>>()?;
@@ -236,7 +269,7 @@ impl Drafter<'_> {
     }
 
     fn constant(&mut self, c: &Const) -> Lowered {
-        match map::uniform_value(&c.values) {
+        match uniform_value(&c.values) {
             Some(value) => {
                 // Rounded to the dtype, as the constant would be in memory.
                 let point = tensor(TensorType::new(c.ty.dtype, []), value);
@@ -277,7 +310,7 @@ impl Drafter<'_> {
         if ty.elements() > 0 {
             self.draft.buffers[buffer].writer = Some(self.draft.steps.len());
             let results = vec![DraftOperand { base: Base::Buffer(buffer), offset_bytes: 0, ty: ty.clone() }];
-            self.draft.steps.push(DraftStep { action: Action::Kernel(kernel), args, results, name: name.into() });
+            self.draft.steps.push(DraftStep { action: Action::Work(kernel.into()), args, results, name: name.into() });
         }
         View::whole(Base::Buffer(buffer), ty)
     }
@@ -379,7 +412,7 @@ impl Drafter<'_> {
                 }
             };
             let args = vec![self.base_operand(view.base)];
-            let action = Action::Kernel(Kernel::Copy(copy));
+            let action = Action::Work(Kernel::Copy(copy).into());
             self.draft.steps.push(DraftStep { action, args, results: vec![result], name: name.clone() });
         }
         Ok(View::whole(Base::Buffer(whole), ty.clone()))
@@ -413,6 +446,10 @@ impl Drafter<'_> {
     }
 
     fn call(&mut self, node: &Node, call: &Call, values: &mut Values) -> Result<(), CompileError> {
+        if let Some(group) = self.module.function(&call.function).filter(|f| f.pattern.is_some()) {
+            let fused = fused::lower(group).map_err(|e| self.problem(format!("`{}`: {e}", group.name)))?;
+            return self.step(node, Action::Work(Work::Fused(fused)), &call.name, values);
+        }
         let index = self.indices.get(&call.function).copied();
         let index = index.ok_or_else(|| self.problem(format!("`{}` is not an earlier function", call.function)))?;
         if let Some(tensors) = self.recipe_tensors(node, call)? {
@@ -422,6 +459,12 @@ impl Drafter<'_> {
             values[result.index()] = Some(Lowered::View(view));
             return Ok(());
         }
+        let action = Action::Call { function: index, prefix: call.prefix.clone() };
+        self.step(node, action, &call.name, values)
+    }
+
+    /// Appends a step that does `action` with the operands of a node and writes its results to new buffers.
+    fn step(&mut self, node: &Node, action: Action, name: &str, values: &mut Values) -> Result<(), CompileError> {
         let args = node.args.iter().map(|&a| self.operand(a, values)).collect::<Result<_, _>>()?;
         let mut results = Vec::with_capacity(node.results.len());
         for &r in &node.results {
@@ -430,8 +473,7 @@ impl Drafter<'_> {
             results.push(DraftOperand { base: Base::Buffer(buffer), offset_bytes: 0, ty: ty.clone() });
             values[r.index()] = Some(Lowered::View(View::whole(Base::Buffer(buffer), ty)));
         }
-        let action = Action::Call { function: index, prefix: call.prefix.clone() };
-        self.draft.steps.push(DraftStep { action, args, results, name: call.name.clone() });
+        self.draft.steps.push(DraftStep { action, args, results, name: name.into() });
         Ok(())
     }
 

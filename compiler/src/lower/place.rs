@@ -6,7 +6,7 @@
 //! alive for one step, so it lies wherever the caller's own buffers leave room.
 
 use ltxc_ir::TensorType;
-use ltxc_ir::plan::{FunctionCall, InPlace, KernelCall, Operand, Place, PlanFunction, Step, Storage, Target};
+use ltxc_ir::plan::{FunctionCall, KernelCall, Operand, Place, PlanFunction, Step, Storage, Target, Work};
 use ltxc_kernels::catalogue;
 
 use super::view::Base;
@@ -31,13 +31,13 @@ pub(super) fn place(
         let results: Vec<Operand> = step.results.iter().map(|r| addresses.operand(r)).collect();
         check_bindings(name, step, args.len() + results.len(), target)?;
         steps.push(match &step.action {
-            Action::Kernel(kernel) => {
+            Action::Work(work) => {
                 let arg_types: Vec<&TensorType> = args.iter().map(|a| &a.ty).collect();
                 let result_types: Vec<&TensorType> = results.iter().map(|r| &r.ty).collect();
                 Step::Kernel(KernelCall {
-                    kernel: kernel.clone(),
-                    bytes: catalogue::bytes(kernel, &arg_types, &result_types),
-                    flops: catalogue::flops(kernel, &arg_types, &result_types),
+                    work: work.clone(),
+                    bytes: catalogue::bytes(work, &arg_types, &result_types),
+                    flops: catalogue::flops(work, &arg_types, &result_types),
                     name: step.name.clone(),
                     args,
                     results,
@@ -66,9 +66,9 @@ pub(super) fn place(
 
 fn check_bindings(name: &str, step: &DraftStep, found: usize, target: &Target) -> Result<(), CompileError> {
     match &step.action {
-        Action::Kernel(kernel) if found > target.max_bindings as usize => Err(CompileError::TooManyBindings {
+        Action::Work(work) if found > target.max_bindings as usize => Err(CompileError::TooManyBindings {
             function: name.into(),
-            kernel: kernel.name().into(),
+            kernel: work.name().into(),
             found,
             limit: target.max_bindings,
         }),
@@ -125,23 +125,20 @@ impl Units {
     /// Lets results lie on operands that nobody reads again, where the kernel allows it.
     fn merge_in_place(&mut self, draft: &Draft) {
         for (i, step) in draft.steps.iter().enumerate() {
-            let Action::Kernel(kernel) = &step.action else { continue };
-            let [result] = &step.results[..] else { continue };
-            for (j, arg) in step.args.iter().enumerate() {
-                let in_place = kernel.in_place();
-                if in_place.allows(j) && self.merge(i, step, in_place, arg, result) {
-                    break;
-                }
+            let Action::Work(work) = &step.action else { continue };
+            for (k, result) in step.results.iter().enumerate() {
+                let mut operands = step.args.iter().enumerate().filter(|&(j, _)| work.may_overwrite(j, k));
+                operands.find(|(_, arg)| self.merge(i, step, (work, k), arg, result));
             }
         }
     }
 
-    /// Tries to give `result`, written by step `i`, the memory of `arg`.
+    /// Tries to give `result`, number `k` of step `i`, the memory of `arg`.
     fn merge(
         &mut self,
         i: usize,
         step: &DraftStep,
-        in_place: InPlace,
+        (work, k): (&Work, usize),
         arg: &DraftOperand,
         result: &DraftOperand,
     ) -> bool {
@@ -155,10 +152,12 @@ impl Units {
         }
         // An operand that may not be written over must not look at the same memory, nor one that looks at it otherwise.
         let may_meet = |(j, other): (usize, &DraftOperand)| match other.base {
-            Base::Buffer(b) => self.find(b).0 != old || (other == arg && in_place.allows(j)),
+            Base::Buffer(b) => self.find(b).0 != old || (other == arg && work.may_overwrite(j, k)),
             _ => true,
         };
-        if !step.args.iter().enumerate().all(may_meet) {
+        // Another result may have moved there already.
+        let is_taken = step.results.iter().any(|r| matches!(r.base, Base::Buffer(b) if self.find(b).0 == old));
+        if is_taken || !step.args.iter().enumerate().all(may_meet) {
             return false;
         }
         if new == to && self.result[new].is_none() {

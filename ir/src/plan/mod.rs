@@ -9,9 +9,10 @@
 //! address, which a backend may resolve ahead of time.
 //!
 //! *Invariant:* the operands of a kernel call do not overlap its results, except where the kernel allows it
-//! ([`Kernel::in_place`]) and the operand has the type of the result.
+//! ([`Work::may_overwrite`]) and the operand has the type of the result.
 
 pub mod container;
+pub mod fused;
 mod kernel;
 mod pipeline;
 mod settings;
@@ -21,6 +22,7 @@ pub mod verify;
 
 use serde::{Deserialize, Serialize};
 
+pub use fused::{Access, Form, Fused, Part, PartArg, Source, Work};
 pub use kernel::{Copy, Function as MapFunction, InPlace, Kernel, Map, MapStep};
 pub use pipeline::*;
 
@@ -293,7 +295,7 @@ pub enum Step {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KernelCall {
     /// What is computed.
-    pub kernel: Kernel,
+    pub work: Work,
     /// What it reads.
     pub args: Vec<Operand>,
     /// What it writes.

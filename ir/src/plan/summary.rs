@@ -14,7 +14,7 @@ pub struct Cost {
     /// Bytes read and written, operands counted once per call.
     pub bytes: u64,
     /// Kernel calls by kernel name.
-    pub by_kernel: BTreeMap<&'static str, u64>,
+    pub by_kernel: BTreeMap<String, u64>,
 }
 
 impl Cost {
@@ -23,7 +23,7 @@ impl Cost {
         self.flops = self.flops.saturating_add(other.flops);
         self.bytes = self.bytes.saturating_add(other.bytes);
         for (kernel, n) in &other.by_kernel {
-            let sum = self.by_kernel.entry(kernel).or_default();
+            let sum = self.by_kernel.entry(kernel.clone()).or_default();
             *sum = sum.saturating_add(*n);
         }
     }
@@ -37,7 +37,7 @@ pub fn function_costs(plan: &Plan) -> Vec<Cost> {
         for step in &function.steps {
             match step {
                 Step::Kernel(call) => {
-                    let by_kernel = BTreeMap::from([(call.kernel.name(), 1)]);
+                    let by_kernel = BTreeMap::from([(call.work.name().to_string(), 1)]);
                     cost.add(&Cost { calls: 1, flops: call.flops, bytes: call.bytes, by_kernel });
                 }
                 Step::Call(call) => {

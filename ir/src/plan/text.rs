@@ -2,7 +2,7 @@
 
 use std::fmt::{self, Display};
 
-use super::{Kernel, Operand, Place, Plan, PlanFunction, Slot, SlotPlace, Step, WeightOrigin};
+use super::{Fused, Kernel, Operand, Place, Plan, PlanFunction, Slot, SlotPlace, Source, Step, WeightOrigin, Work};
 
 impl Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -66,9 +66,14 @@ fn write_function(f: &mut fmt::Formatter<'_>, plan: &Plan, function: &PlanFuncti
             |operands: &[Operand]| operands.iter().map(Written).map(|o| o.to_string()).collect::<Vec<_>>().join(", ");
         write!(f, "  {} = ", list(results))?;
         match step {
-            Step::Kernel(call) => {
-                write!(f, "{} {}", call.kernel.name(), list(args)).and_then(|()| write_attributes(f, &call.kernel))?
-            }
+            Step::Kernel(call) => match &call.work {
+                Work::Kernel(kernel) => {
+                    write!(f, "{} {}", kernel.name(), list(args)).and_then(|()| write_attributes(f, kernel))?
+                }
+                Work::Fused(fused) => {
+                    write!(f, "fused {} {}", fused.pattern, list(args)).and_then(|()| write_parts(f, fused))?
+                }
+            },
             Step::Call(call) => {
                 let callee = plan.functions.get(call.function as usize).map_or("?", |x| &x.name);
                 write!(f, "call @{callee}({}) frame {:?} prefix `{}`", list(args), call.frame, call.prefix)?;
@@ -80,6 +85,24 @@ fn write_function(f: &mut fmt::Formatter<'_>, plan: &Plan, function: &PlanFuncti
         writeln!(f)?;
     }
     writeln!(f, "}}")
+}
+
+fn write_parts(f: &mut fmt::Formatter<'_>, fused: &Fused) -> fmt::Result {
+    write!(f, " {{")?;
+    for (i, part) in fused.parts.iter().enumerate() {
+        write!(f, "\n    s{i} = {}", part.kernel.name())?;
+        for (j, arg) in part.args.iter().enumerate() {
+            let comma = if j > 0 { "," } else { "" };
+            match arg.source {
+                Source::Operand(a) => write!(f, "{comma} a{a}:{}", arg.ty)?,
+                Source::Part(s) => write!(f, "{comma} s{s}:{}", arg.ty)?,
+            }
+        }
+        write_attributes(f, &part.kernel)?;
+        write!(f, " : {}", part.result)?;
+    }
+    let stored: Vec<String> = fused.stored.iter().map(|s| format!("s{s}")).collect();
+    write!(f, "\n  }} -> {}", stored.join(", "))
 }
 
 fn write_attributes(f: &mut fmt::Formatter<'_>, kernel: &Kernel) -> fmt::Result {

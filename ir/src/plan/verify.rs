@@ -216,16 +216,20 @@ impl FunctionCheck<'_> {
         let written = call.results.iter().map(|result| self.check_result(result)).collect::<Result<Vec<_>, _>>()?;
         let args: Vec<_> = call.args.iter().map(|a| &a.ty).collect();
         let results: Vec<_> = call.results.iter().map(|r| &r.ty).collect();
-        call.kernel.check(&args, &results)?;
+        call.work.check(&args, &results)?;
         for (i, (result, &span)) in call.results.iter().zip(&written).enumerate() {
             for (j, (arg, &other)) in call.args.iter().zip(&spans).enumerate() {
                 if arg.place != result.place || !span.overlaps(other) {
                     continue;
                 }
-                let allowed = call.kernel.in_place().allows(j) && arg.offset == result.offset && arg.ty == result.ty;
+                let allowed = call.work.may_overwrite(j, i) && arg.offset == result.offset && arg.ty == result.ty;
                 if !allowed {
-                    return Err(format!("`{}` would write its result {i} over its operand {j}", call.kernel.name()));
+                    return Err(format!("`{}` would write its result {i} over its operand {j}", call.work.name()));
                 }
+            }
+            let meets = |other: usize| call.results[other].place == result.place && span.overlaps(written[other]);
+            if let Some(other) = (0..i).find(|&other| meets(other)) {
+                return Err(format!("`{}` would write its result {i} over its result {other}", call.work.name()));
             }
         }
         Ok(())

@@ -12,6 +12,7 @@
 //! | `parallel` | threads and scratch memory |
 //! | `tile`, `pack`, `gemm` | blocked matrix product |
 //! | `patches` | the input under a convolution as operand of a product |
+//! | `fused` | several kernels as one |
 //! | the others | kernels |
 
 mod attention;
@@ -19,6 +20,7 @@ mod conv;
 mod copy;
 mod depthwise;
 mod element;
+mod fused;
 mod gemm;
 mod group_norm;
 mod lanes;
@@ -36,7 +38,7 @@ mod simd;
 mod tile;
 
 use ltxc_ir::TensorType;
-use ltxc_ir::plan::Kernel;
+use ltxc_ir::plan::{Kernel, Work};
 
 pub(crate) use map::weight as step_weight;
 pub use parallel::threads;
@@ -64,18 +66,31 @@ unsafe impl Sync for Arg<'_> {}
 // SAFETY: tasks of a launch write disjoint parts; each writes in an unsafe block that says which.
 unsafe impl Sync for Output<'_> {}
 
-/// Runs `kernel`. Returns when the result is complete.
+/// Does `work`. Returns when the results are complete.
 ///
 /// # Safety
-/// - [`Kernel::check`] accepts the types, which fit into memory ([`TensorType::checked_bytes`]);
+/// - [`Work::check`] accepts the types, which fit into memory ([`TensorType::checked_bytes`]);
 /// - every pointer is valid for the bytes of its type, and aligned to its dtype;
-/// - the result overlaps no operand, except that it may be exactly an operand that [`Kernel::in_place`] allows, of the
-///   same type; nobody else writes to operands or reads the result meanwhile.
+/// - a result overlaps no other result and no operand, except that it may be exactly an operand that
+///   [`Work::may_overwrite`] allows, of the same type; nobody else writes to operands or reads results meanwhile.
 ///
 /// # Panics
 /// If `workspace` is smaller than [`crate::catalogue::workspace_bytes`] says for this call and [`threads`].
-pub unsafe fn launch(kernel: &Kernel, args: &[Arg<'_>], results: &[Output<'_>], workspace: &mut [u8]) {
-    let out = &results[0];
+pub unsafe fn launch(work: &Work, args: &[Arg<'_>], results: &[Output<'_>], workspace: &mut [u8]) {
+    // SAFETY: the contract of this function is the contract of each kernel.
+    unsafe {
+        match work {
+            Work::Kernel(kernel) => launch_kernel(kernel, args, &results[0], workspace),
+            Work::Fused(fused) => fused::launch(fused, args, results, workspace),
+        }
+    }
+}
+
+/// Runs one kernel.
+///
+/// # Safety
+/// As for [`launch`].
+unsafe fn launch_kernel(kernel: &Kernel, args: &[Arg<'_>], out: &Output<'_>, workspace: &mut [u8]) {
     if out.ty.elements() == 0 {
         return;
     }
@@ -100,8 +115,15 @@ pub unsafe fn launch(kernel: &Kernel, args: &[Arg<'_>], results: &[Output<'_>], 
     }
 }
 
-/// Scratch that a call needs.
-pub(crate) fn need(kernel: &Kernel, args: &[&TensorType], out: &TensorType) -> parallel::Need {
+/// Scratch that a call needs on `threads` threads.
+pub(crate) fn need(work: &Work, args: &[&TensorType], results: &[&TensorType], threads: usize) -> parallel::Need {
+    match work {
+        Work::Kernel(kernel) => need_kernel(kernel, args, results[0]),
+        Work::Fused(fused) => fused::need(fused, threads),
+    }
+}
+
+fn need_kernel(kernel: &Kernel, args: &[&TensorType], out: &TensorType) -> parallel::Need {
     match kernel {
         Kernel::Matmul(_) => matmul::need(args, out),
         Kernel::Map(map) => map::need(map, args, out),

@@ -4,14 +4,29 @@
 //! threads there are or which of them runs what. A task never starts parallel work itself: a thread that waited inside
 //! a task could otherwise begin a second one with the same slot of scratch.
 
+use std::cell::Cell;
+
 use rayon::prelude::*;
 
 /// Work (element operations) below which sharing costs more than it gains.
 const WORTH_SHARING: usize = 1 << 16;
 
+thread_local! {
+    /// Whether the running task calls kernels itself.
+    static IS_SERIAL: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Runs `work`, in which kernels stay on the running thread and take scratch memory for one thread.
+pub(crate) fn serial<T>(work: impl FnOnce() -> T) -> T {
+    let before = IS_SERIAL.replace(true);
+    let result = work();
+    IS_SERIAL.set(before);
+    result
+}
+
 /// Runs `task(0..tasks)`, on all threads if the whole `work` (in element operations) is worth it.
 pub(crate) fn for_each(tasks: usize, work: usize, task: impl Fn(usize) + Sync + Send) {
-    if tasks <= 1 || work < WORTH_SHARING {
+    if tasks <= 1 || work < WORTH_SHARING || IS_SERIAL.get() {
         (0..tasks).for_each(task);
     } else {
         (0..tasks).into_par_iter().with_max_len(1).for_each(task);
@@ -20,7 +35,7 @@ pub(crate) fn for_each(tasks: usize, work: usize, task: impl Fn(usize) + Sync + 
 
 /// Number of threads that a kernel uses.
 pub fn threads() -> usize {
-    rayon::current_num_threads()
+    if IS_SERIAL.get() { 1 } else { rayon::current_num_threads() }
 }
 
 /// A pointer that tasks may share. Who uses it says why they do not collide.
@@ -94,7 +109,7 @@ impl<'a> Scratch<'a> {
     /// Called at most once per task of one [`for_each`], and the slice is not used after the task.
     #[allow(clippy::mut_from_ref)] // each thread gets memory of its own
     pub(crate) unsafe fn slot(&self) -> &mut [f32] {
-        let slot = rayon::current_thread_index().unwrap_or(0);
+        let slot = if IS_SERIAL.get() { 0 } else { rayon::current_thread_index().unwrap_or(0) };
         let offset = self.need.shared.next_multiple_of(LINE) + slot * self.need.per_thread.next_multiple_of(LINE);
         // SAFETY: `new` checked the size for all threads of the pool, and thread indices are below their number. Any
         // bytes are floats. The caller keeps one borrow per thread.

@@ -2,7 +2,7 @@
 
 use ltxc_ir::eval::{Data, Evaluator, Rounding, Tensor};
 use ltxc_ir::ops::Unary;
-use ltxc_ir::plan::Kernel;
+use ltxc_ir::plan::{Kernel, Work};
 use ltxc_ir::{Builder, DType, Module, Rate, TensorType, ValueId};
 use ltxc_kernels::{catalogue, cpu};
 
@@ -128,7 +128,7 @@ impl Memory {
 }
 
 /// The result of a call on memory that held `before`; `in_place` is the operand that it lies on.
-fn call(kernel: &Kernel, args: &[Tensor], before: &Tensor, in_place: Option<usize>, threads: usize) -> Vec<u8> {
+fn call(work: &Work, args: &[Tensor], before: &Tensor, in_place: Option<usize>, threads: usize) -> Vec<u8> {
     let ty = &before.ty;
     let mut operands: Vec<Memory> = args.iter().map(|a| Memory::new(&a.to_bytes())).collect();
     let mut result = Memory::new(&before.to_bytes());
@@ -139,9 +139,9 @@ fn call(kernel: &Kernel, args: &[Tensor], before: &Tensor, in_place: Option<usiz
     let output = [cpu::Output { ty, ptr }];
     pool.install(|| {
         // Not zero and not aligned, as scratch may be.
-        let mut workspace = vec![0xa5; catalogue::workspace_bytes(kernel, &types, &[ty], cpu::threads()) + 4];
+        let mut workspace = vec![0xa5; catalogue::workspace_bytes(work, &types, &[ty], cpu::threads()) + 4];
         // SAFETY: the caller checked the types; the memory has them.
-        unsafe { cpu::launch(kernel, &args, &output, &mut workspace[4..]) };
+        unsafe { cpu::launch(work, &args, &output, &mut workspace[4..]) };
     });
     in_place.map_or(&result, |i| &operands[i]).to_vec()
 }
@@ -150,11 +150,12 @@ fn call(kernel: &Kernel, args: &[Tensor], before: &Tensor, in_place: Option<usiz
 #[track_caller]
 pub fn run_onto(kernel: &Kernel, args: &[Tensor], before: &Tensor) -> Tensor {
     let types: Vec<&TensorType> = args.iter().map(|a| &a.ty).collect();
-    kernel.check(&types, &[&before.ty]).unwrap();
-    let bytes = call(kernel, args, before, None, 1);
-    assert!(call(kernel, args, before, None, 2) == bytes, "{kernel:?} {types:?}: two threads differ from one");
-    for i in (0..args.len()).filter(|&i| kernel.in_place().allows(i) && args[i].ty == before.ty) {
-        assert!(call(kernel, args, before, Some(i), 2) == bytes, "{kernel:?} {types:?}: in place of {i} differs");
+    let work = Work::from(kernel.clone());
+    work.check(&types, &[&before.ty]).unwrap();
+    let bytes = call(&work, args, before, None, 1);
+    assert!(call(&work, args, before, None, 2) == bytes, "{kernel:?} {types:?}: two threads differ from one");
+    for i in (0..args.len()).filter(|&i| work.may_overwrite(i, 0) && args[i].ty == before.ty) {
+        assert!(call(&work, args, before, Some(i), 2) == bytes, "{kernel:?} {types:?}: in place of {i} differs");
     }
     Tensor::from_bytes(before.ty.clone(), &bytes)
 }

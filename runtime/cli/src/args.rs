@@ -89,6 +89,19 @@ pub struct ShapeArgs {
     /// Tiles of the video decoder: auto, off, or SIZExOVERLAP,FRAMESxOVERLAP in pixels and frames [default: auto]
     #[arg(long)]
     pub vae_tile: Option<String>,
+    /// Arithmetic of activations; bf16 takes less memory, not less time on a CPU [default: f32]
+    #[arg(long, value_enum)]
+    pub dtype: Option<Precision>,
+}
+
+/// Dtypes that activations can be computed in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum Precision {
+    /// 32 bits.
+    #[default]
+    F32,
+    /// 16 bits with 8 bits of precision, as the reference runs on a GPU. Sums are f32 all the same.
+    Bf16,
 }
 
 /// Pipelines that can be compiled.
@@ -100,6 +113,41 @@ pub enum PipelineName {
     /// One stage at full size.
     #[value(alias = "text-to-video")]
     DistilledOneStage,
+}
+
+/// What the compiler does.
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "Compiler")]
+pub struct CompilerArgs {
+    /// Level of fusion [default: full]
+    #[arg(long, value_enum)]
+    pub fuse: Option<FuseLevel>,
+    /// Leave out a pass; may be repeated.
+    #[arg(long, value_name = "PASS", value_parser = pass_names())]
+    pub disable: Vec<String>,
+    /// Print the graph of every program after a pass; may be repeated.
+    #[arg(long, value_name = "PASS", value_parser = pass_names())]
+    pub print_after: Vec<String>,
+}
+
+/// Levels of fusion.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum FuseLevel {
+    /// One kernel per primitive, for comparison.
+    None,
+    /// One kernel per composite, as an eager framework runs.
+    Composite,
+    /// As few kernels as possible.
+    #[default]
+    Full,
+}
+
+/// Names of the compiler's passes.
+fn pass_names() -> impl TypedValueParser<Value = String> {
+    let mut names: Vec<&'static str> = ltxc_compiler::passes().iter().map(|p| p.name).collect();
+    names.sort_unstable();
+    names.dedup();
+    PossibleValuesParser::new(names)
 }
 
 /// `ltxc compile`.
@@ -115,6 +163,9 @@ pub struct CompileArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub shape: ShapeArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub compiler: CompilerArgs,
     /// Where to write the plan.
     #[arg(long, short, value_name = "FILE", default_value = "model.ltxplan", alias = "output-path")]
     pub output: PathBuf,

@@ -1,10 +1,11 @@
 //! From what was typed to what is meant: sizes, rates, tiles and noise levels, checked before anything is loaded.
 
 use anyhow::{Context, Result, bail};
+use ltxc_ir::DType;
 use ltxc_ir::tiling::{AxisTiling, Tiling};
 use ltxc_runtime::media::Rational;
 
-use crate::args::{ContentArgs, PipelineName, ShapeArgs};
+use crate::args::{ContentArgs, PipelineName, Precision, ShapeArgs};
 
 /// What a plan is compiled for.
 #[derive(Clone, Debug, PartialEq)]
@@ -23,6 +24,8 @@ pub struct Shape {
     pub max_keyframes: usize,
     /// Tiles of the decoder.
     pub tile: VaeTile,
+    /// Dtype of activations.
+    pub dtype: DType,
 }
 
 /// How the decoder is tiled.
@@ -112,6 +115,10 @@ impl Shape {
             frame_rate: rate.parse().with_context(|| format!("`--frame-rate {rate}`"))?,
             max_keyframes: keyframes as usize,
             tile: VaeTile::parse(args.vae_tile.as_deref().unwrap_or("auto"))?,
+            dtype: match args.dtype.unwrap_or_default() {
+                Precision::F32 => DType::F32,
+                Precision::Bf16 => DType::BF16,
+            },
         })
     }
 

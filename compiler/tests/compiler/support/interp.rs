@@ -9,8 +9,8 @@ use std::rc::Rc;
 use ltxc_ir::eval::{Evaluator, Rounding, Tensor};
 use ltxc_ir::ops::{Cast, Gelu, LeakyRelu, Sigmoid, Silu, Snake};
 use ltxc_ir::plan::{
-    FileTensor, Kernel, KernelCall, Map, MapFunction, MapStep, Operand, Place, Plan, PlanFunction, SlotPlace, Step,
-    WeightOrigin,
+    FileTensor, Kernel, KernelCall, Map, MapFunction, MapStep, Operand, PartArg, Place, Plan, PlanFunction, SlotPlace,
+    Source, Step, WeightOrigin, Work,
 };
 use ltxc_ir::{Builder, DType, Module, Op, Rate, TensorType, ValueId};
 
@@ -130,33 +130,31 @@ impl<'a> Interpreter<'a> {
     fn kernel(&mut self, activation: &Activation<'_>, call: &KernelCall) {
         self.kernels += 1;
         let args: Vec<Tensor> = call.args.iter().map(|a| self.read(&activation.locate(a), 0, &a.ty)).collect();
-        let result = &call.results[0];
-        let target = activation.locate(result);
-        match &call.kernel {
-            Kernel::Copy(copy) => {
-                let bytes = result.ty.dtype.bytes();
-                let src = args[0].to_bytes();
-                let n: usize = copy.shape.iter().product();
-                for flat in 0..n {
-                    let (mut rest, mut from, mut to) = (flat, copy.src_offset, copy.dst_offset);
-                    for a in (0..copy.shape.len()).rev() {
-                        let i = rest % copy.shape[a];
-                        rest /= copy.shape[a];
-                        from += i * copy.src_strides[a];
-                        to += i * copy.dst_strides[a];
-                    }
-                    let element = &src[from * bytes..(from + 1) * bytes];
-                    self.bytes_mut(&target, (to * bytes) as u64, bytes).copy_from_slice(element);
+        let results = call.results.iter().map(|r| (activation.locate(r), &r.ty));
+        match &call.work {
+            Work::Kernel(kernel) => {
+                let results: Vec<_> = results.collect();
+                let (target, ty) = &results[0];
+                let before = self.read(target, 0, ty);
+                self.write(target, 0, &run_kernel(kernel, &args, before));
+            }
+            Work::Fused(fused) => {
+                let mut values: Vec<Tensor> = Vec::new();
+                for part in &fused.parts {
+                    let operand = |arg: &PartArg| {
+                        let source = match arg.source {
+                            Source::Operand(a) => &args[a as usize],
+                            Source::Part(p) => &values[p as usize],
+                        };
+                        Tensor { ty: arg.ty.clone(), data: source.data.clone() }
+                    };
+                    let args: Vec<Tensor> = part.args.iter().map(operand).collect();
+                    let unwritten = vec![UNWRITTEN; part.result.bytes()];
+                    values.push(run_kernel(&part.kernel, &args, Tensor::from_bytes(part.result.clone(), &unwritten)));
                 }
-            }
-            Kernel::Map(map) => {
-                let value = run_map(map, &args, &result.ty);
-                self.write(&target, 0, &value);
-            }
-            kernel => {
-                let value = run_op(op_of(kernel), &args, Rounding::ToDtype);
-                assert_eq!(value.ty, result.ty);
-                self.write(&target, 0, &value);
+                for ((target, _), &part) in results.zip(&fused.stored) {
+                    self.write(&target, 0, &values[part as usize]);
+                }
             }
         }
     }
@@ -199,6 +197,34 @@ impl Activation<'_> {
             Place::Constant => self.constants.clone(),
         };
         Location { offset: base.offset + operand.offset, ..base }
+    }
+}
+
+/// The result of one kernel on memory that held `before`.
+fn run_kernel(kernel: &Kernel, args: &[Tensor], before: Tensor) -> Tensor {
+    match kernel {
+        Kernel::Copy(copy) => {
+            let bytes = before.ty.dtype.bytes();
+            let (src, mut dst) = (args[0].to_bytes(), before.to_bytes());
+            let n: usize = copy.shape.iter().product();
+            for flat in 0..n {
+                let (mut rest, mut from, mut to) = (flat, copy.src_offset, copy.dst_offset);
+                for a in (0..copy.shape.len()).rev() {
+                    let i = rest % copy.shape[a];
+                    rest /= copy.shape[a];
+                    from += i * copy.src_strides[a];
+                    to += i * copy.dst_strides[a];
+                }
+                dst[to * bytes..(to + 1) * bytes].copy_from_slice(&src[from * bytes..(from + 1) * bytes]);
+            }
+            Tensor::from_bytes(before.ty, &dst)
+        }
+        Kernel::Map(map) => run_map(map, args, &before.ty),
+        kernel => {
+            let value = run_op(op_of(kernel), args, Rounding::ToDtype);
+            assert_eq!(value.ty, before.ty);
+            value
+        }
     }
 }
 

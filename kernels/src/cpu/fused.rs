@@ -1,0 +1,295 @@
+//! Several kernels as one.
+//!
+//! The parts of a fused call are the ordinary kernels, run on a few rows at a time: what one part leaves for the next
+//! stays in cache, in scratch memory of the thread. A block of rows is a call of its own with smaller types, so nothing
+//! but the cutting is written here.
+//!
+//! Contractions are not cut: what leads to one and the contraction itself run whole, into scratch memory for all threads,
+//! and only the maps behind it run by rows.
+
+use std::ops::Range;
+
+use ltxc_ir::TensorType;
+use ltxc_ir::plan::fused::leading_axes;
+use ltxc_ir::plan::{Access, Form, Fused, InPlace, Kernel, Part, Source};
+
+use super::parallel::{Need, Scratch, Shared, for_each, serial};
+use super::{Arg, Output, launch_kernel, need_kernel};
+
+/// Bytes that the results of all parts for one block of rows may take: a good part of a second level cache.
+const BLOCK_BYTES: usize = 256 << 10;
+
+/// Elements per task, so that small tensors are not shared among threads.
+const TASK: usize = 1 << 14;
+
+/// How a fused call is run: some parts whole, then a range of parts by rows, then copies.
+struct Schedule {
+    /// Parts that run whole, in order.
+    whole: Range<usize>,
+    /// Parts that run by rows.
+    by_rows: Range<usize>,
+    rows: usize,
+    /// Copies that store what they made.
+    copies: Range<usize>,
+}
+
+impl Schedule {
+    fn new(fused: &Fused) -> Schedule {
+        let n = fused.parts.len();
+        // Calls are checked when a plan is read or made, so there is a form.
+        let (anchor, rows) = match fused.form() {
+            Ok(Form::Rows { rows }) => return Schedule { whole: 0..0, by_rows: 0..n, rows, copies: n..n },
+            Ok(Form::Product { anchor, rows } | Form::Attention { anchor, rows }) => (anchor, rows),
+            Ok(Form::GroupNorm { rows }) => (0, rows),
+            Err(_) => (0, 1),
+        };
+        let is_copy = |p: &Part| matches!(p.kernel, Kernel::Copy(_));
+        let first_copy = fused.parts.iter().skip(anchor + 1).position(is_copy).map_or(n, |i| anchor + 1 + i);
+        Schedule { whole: 0..anchor + 1, by_rows: anchor + 1..first_copy, rows, copies: first_copy..n }
+    }
+
+    /// Rows of a block.
+    fn block(&self, fused: &Fused) -> usize {
+        let bytes: usize = fused.parts[self.by_rows.clone()].iter().map(|p| p.result.bytes()).sum();
+        let row = bytes.div_ceil(self.rows.max(1)).max(1);
+        (BLOCK_BYTES / row).clamp(1, self.rows.max(1))
+    }
+
+    /// Parts of `by_rows` whose results are needed as a whole.
+    fn is_kept(&self, fused: &Fused, part: usize) -> bool {
+        fused.parts[self.copies.clone()].iter().any(|p| p.args.iter().any(|a| a.source == Source::Part(part as u32)))
+    }
+}
+
+/// Floats that a tensor takes in scratch memory.
+fn floats(ty: &TensorType) -> usize {
+    ty.bytes().div_ceil(size_of::<f32>()).next_multiple_of(16)
+}
+
+/// Extents of `ty` when its `rows` rows are cut to `block`: the rank stays.
+fn cut(ty: &TensorType, rows: usize, block: usize) -> TensorType {
+    let axes = leading_axes(ty, rows).unwrap_or(0);
+    let mut out = ty.clone();
+    out.shape[..axes].fill(1);
+    match axes.checked_sub(1) {
+        Some(last) => out.shape[last] = block,
+        // Only a single row has no leading axes.
+        None => debug_assert_eq!(block, 1),
+    }
+    out
+}
+
+/// Types of a part's operands and result for a block of rows.
+fn cut_part(part: &Part, rows: usize, block: usize) -> (Vec<TensorType>, TensorType) {
+    let result = cut(&part.result, rows, block);
+    let args = part.args.iter().enumerate().map(|(j, arg)| match part.access(j, rows) {
+        Some(Access::Row) => cut(&arg.ty, rows, block),
+        _ => arg.ty.clone(),
+    });
+    (args.collect(), result)
+}
+
+/// Scratch for a run on `threads` threads.
+pub(crate) fn need(fused: &Fused, threads: usize) -> Need {
+    let schedule = Schedule::new(fused);
+    let mut shared = 0usize;
+    let mut inner = 0usize;
+    for i in schedule.whole.clone().chain(schedule.copies.clone()) {
+        let part = &fused.parts[i];
+        let args: Vec<&TensorType> = part.args.iter().map(|a| &a.ty).collect();
+        // Parts that run whole use the scratch memory one after the other.
+        let need = need_kernel(&part.kernel, &args, &part.result);
+        inner = inner.max(need.bytes(threads).div_ceil(size_of::<f32>()));
+        shared = shared.saturating_add(floats(&part.result));
+    }
+    let block = schedule.block(fused);
+    let (mut buffers, mut scratch) = (0usize, 0usize);
+    for i in schedule.by_rows.clone() {
+        let part = &fused.parts[i];
+        let (args, result) = cut_part(part, schedule.rows, block);
+        let need = need_kernel(&part.kernel, &args.iter().collect::<Vec<_>>(), &result);
+        scratch = scratch.max(need.bytes(1).div_ceil(size_of::<f32>()));
+        buffers = buffers.saturating_add(floats(&result));
+        if schedule.is_kept(fused, i) {
+            shared = shared.saturating_add(floats(&part.result));
+        }
+    }
+    Need { shared: shared.saturating_add(inner), per_thread: buffers.saturating_add(scratch) }
+}
+
+/// Where the result of a part lies.
+#[derive(Clone, Copy)]
+enum Home {
+    /// In memory that holds all of it.
+    Whole(Shared<u8>),
+    /// In scratch memory of the thread, at this many floats, for the current block.
+    Block(usize),
+}
+
+/// # Safety
+/// As for [`super::launch`].
+pub(crate) unsafe fn launch(fused: &Fused, args: &[Arg<'_>], results: &[Output<'_>], workspace: &mut [u8]) {
+    let schedule = Schedule::new(fused);
+    let need = need(fused, super::threads());
+    let scratch = Scratch::new(workspace, need);
+    let mut free = 0usize;
+    let mut shared = |ty: &TensorType| {
+        // SAFETY: `need` counted all of these.
+        let at = unsafe { scratch.shared().get().add(free) };
+        free += floats(ty);
+        Shared::new(at.cast::<u8>())
+    };
+    let mut homes: Vec<Home> = Vec::with_capacity(fused.parts.len());
+    let mut block_floats = 0;
+    // Results that are stored after their block, because a later part still reads what they replace.
+    let mut late: Vec<(usize, Shared<u8>)> = Vec::new();
+    for (i, part) in fused.parts.iter().enumerate() {
+        let result = fused.stored.iter().position(|&s| s as usize == i).map(|k| &results[k]);
+        let is_by_rows = schedule.by_rows.contains(&i);
+        homes.push(match result {
+            Some(out) if may_store_at_once(fused, i, args, out) => Home::Whole(Shared::new(out.ptr)),
+            _ if schedule.is_kept(fused, i) || !is_by_rows => Home::Whole(shared(&part.result)),
+            _ => {
+                late.extend(result.map(|out| (i, Shared::new(out.ptr))));
+                let at = block_floats;
+                block_floats += floats(&cut_part(part, schedule.rows, schedule.block(fused)).1);
+                Home::Block(at)
+            }
+        });
+    }
+    // SAFETY: the rest of the shared part was counted for the parts that run whole.
+    let rest = unsafe {
+        let start = scratch.shared().get().add(free);
+        std::slice::from_raw_parts_mut(start.cast::<u8>(), (need.shared - free) * size_of::<f32>())
+    };
+    let whole_pointer = |source: Source| -> *const u8 {
+        match source {
+            Source::Operand(a) => args[a as usize].ptr,
+            Source::Part(p) => match homes[p as usize] {
+                Home::Whole(at) => at.get(),
+                Home::Block(_) => unreachable!("parts that run whole read what is kept whole"),
+            },
+        }
+    };
+    let run_whole = |i: usize, rest: &mut [u8]| {
+        let part = &fused.parts[i];
+        let operands: Vec<Arg<'_>> =
+            part.args.iter().map(|a| Arg { ty: &a.ty, ptr: whole_pointer(a.source) }).collect();
+        let Home::Whole(at) = homes[i] else { return };
+        let out = Output { ty: &part.result, ptr: at.get() };
+        // SAFETY: types were checked; every part has memory of its own.
+        unsafe { launch_kernel(&part.kernel, &operands, &out, rest) };
+    };
+    schedule.whole.clone().for_each(|i| run_whole(i, rest));
+    if !schedule.by_rows.is_empty() {
+        let run = Rows { fused, schedule: &schedule, args, homes: &homes, late: &late, block_floats };
+        // SAFETY: the contract of this function.
+        unsafe { run.launch(&scratch) };
+    }
+    schedule.copies.clone().for_each(|i| run_whole(i, rest));
+}
+
+/// Whether part `i` may write its result where it belongs, although an operand may lie there.
+fn may_store_at_once(fused: &Fused, i: usize, args: &[Arg<'_>], out: &Output<'_>) -> bool {
+    args.iter().zip(0u32..).filter(|(arg, _)| arg.ptr == out.ptr.cast_const()).all(|(_, operand)| {
+        let uses = fused.parts.iter().enumerate().flat_map(|(p, part)| {
+            let reads = move |a: &&ltxc_ir::plan::PartArg| a.source == Source::Operand(operand);
+            part.args.iter().enumerate().filter(move |(_, a)| reads(a)).map(move |(j, _)| (p, j))
+        });
+        let in_place: InPlace = fused.parts[i].kernel.in_place();
+        uses.into_iter().all(|(p, j)| p < i || (p == i && in_place.allows(j)))
+    })
+}
+
+/// Parts that run by rows.
+struct Rows<'a> {
+    fused: &'a Fused,
+    schedule: &'a Schedule,
+    args: &'a [Arg<'a>],
+    homes: &'a [Home],
+    late: &'a [(usize, Shared<u8>)],
+    block_floats: usize,
+}
+
+impl Rows<'_> {
+    /// # Safety
+    /// As for [`super::launch`]; `scratch` was made for [`need`].
+    unsafe fn launch(&self, scratch: &Scratch<'_>) {
+        let rows = self.schedule.rows;
+        let block = self.schedule.block(self.fused);
+        let elements: usize = self.fused.parts[self.schedule.by_rows.clone()].iter().map(|p| p.result.elements()).sum();
+        let per_block = elements / rows.max(1) * block;
+        // Several small blocks are one task.
+        let blocks = TASK.div_ceil(per_block.max(1)).max(1);
+        let cuts = [block, rows % block].map(|n| (n > 0).then(|| self.types(n)));
+        let tasks = rows.div_ceil(block * blocks);
+        for_each(tasks, elements.saturating_mul(4), |task| {
+            // SAFETY: called once per task.
+            let slot = unsafe { scratch.slot() };
+            let (buffers, rest) = slot.split_at_mut(self.block_floats);
+            let end = rows.min((task + 1) * block * blocks);
+            for start in (task * block * blocks..end).step_by(block) {
+                let n = block.min(end - start);
+                let Some(types) = (if n == block { &cuts[0] } else { &cuts[1] }) else { continue };
+                // SAFETY: tasks own disjoint rows.
+                serial(|| unsafe { self.block(start, n, types, buffers, bytemuck::cast_slice_mut(rest)) });
+            }
+        });
+    }
+
+    fn types(&self, block: usize) -> Vec<(Vec<TensorType>, TensorType)> {
+        let parts = &self.fused.parts[self.schedule.by_rows.clone()];
+        parts.iter().map(|p| cut_part(p, self.schedule.rows, block)).collect()
+    }
+
+    /// Runs all parts on `n` rows from `start`.
+    ///
+    /// # Safety
+    /// Nobody else works on these rows.
+    unsafe fn block(
+        &self,
+        start: usize,
+        n: usize,
+        types: &[(Vec<TensorType>, TensorType)],
+        buffers: &mut [f32],
+        rest: &mut [u8],
+    ) {
+        let rows = self.schedule.rows;
+        let buffers = buffers.as_mut_ptr();
+        let at = |home: Home, ty: &TensorType| match home {
+            // SAFETY: the row is inside the tensor.
+            Home::Whole(base) => unsafe { base.get().add(ty.bytes() / rows * start) },
+            // SAFETY: `need` counted the buffers.
+            Home::Block(offset) => unsafe { buffers.add(offset).cast::<u8>() },
+        };
+        for (i, (arg_types, result_type)) in self.schedule.by_rows.clone().zip(types) {
+            let part = &self.fused.parts[i];
+            let operands: Vec<Arg<'_>> = (part.args.iter().zip(arg_types).enumerate())
+                .map(|(j, (arg, ty))| {
+                    let by_row = part.access(j, rows) == Some(Access::Row);
+                    let ptr = match arg.source {
+                        Source::Operand(a) if by_row => {
+                            // SAFETY: the row is inside the operand.
+                            unsafe { self.args[a as usize].ptr.add(arg.ty.bytes() / rows * start) }
+                        }
+                        Source::Operand(a) => self.args[a as usize].ptr,
+                        Source::Part(p) => at(self.homes[p as usize], &arg.ty).cast_const(),
+                    };
+                    Arg { ty, ptr }
+                })
+                .collect();
+            let out = Output { ty: result_type, ptr: at(self.homes[i], &part.result) };
+            // SAFETY: types were checked as a whole, and rows are cut from all of them alike.
+            unsafe { launch_kernel(&part.kernel, &operands, &out, rest) };
+        }
+        for &(i, result) in self.late {
+            let part = &self.fused.parts[i];
+            let row = part.result.bytes() / rows;
+            // SAFETY: the result is no scratch memory.
+            unsafe {
+                let from = at(self.homes[i], &part.result).cast_const();
+                std::ptr::copy_nonoverlapping(from, result.get().add(row * start), row * n);
+            }
+        }
+    }
+}
