@@ -184,6 +184,8 @@ fn limits_of_the_target_are_respected() {
     assert!(matches!(error, CompileError::BufferTooLarge { bytes: 16384, limit: 1000, .. }), "{error}");
     let error = refused(&module, "main", Options::default(), Target { max_bindings: 2, ..Target::cpu() });
     assert!(matches!(error, CompileError::TooManyBindings { found: 3, limit: 2, .. }), "{error}");
+    let error = refused(&module, "main", Options::default(), Target { max_tensor_bytes: 16383, ..Target::cpu() });
+    assert!(matches!(error, CompileError::TensorTooLarge { bytes: 16384, limit: 16383, .. }), "{error}");
 }
 
 #[test]
