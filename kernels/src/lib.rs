@@ -27,3 +27,5 @@
 
 pub mod catalogue;
 pub mod cpu;
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+pub mod cube;

@@ -1,14 +1,11 @@
 //! Convolutions against the reference evaluator.
 
-#[path = "simple/harness.rs"]
-#[allow(dead_code)] // what only the other kernels need
-mod harness;
-
-use harness::{Random, close, reference, run, unit};
 use ltxc_ir::eval::{Data, Tensor};
 use ltxc_ir::ops::{Conv, ConvTranspose, Op};
 use ltxc_ir::plan::Kernel;
 use ltxc_ir::{Builder, DType, TensorType, ValueId};
+
+use super::harness::{Random, close, reference, run, unit};
 
 /// A convolution of either direction: extents and attributes per spatial axis.
 #[derive(Clone, Debug)]
