@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use ltxc_compiler::{Options, PlanBuilder};
 use ltxc_ir::plan::summary::function_costs;
-use ltxc_ir::plan::{Plan, Target, container};
+use ltxc_ir::plan::{Plan, container};
 use ltxc_runtime::files::write_atomically;
 use ltxc_runtime::memory::{MemoryNeed, readable};
 use serde_json::json;
@@ -15,13 +15,13 @@ use crate::assemble::{ModelFiles, assemble};
 use crate::job::Shape;
 use crate::report::Report;
 
-/// Compiles a plan for the CPU.
+/// Compiles a plan.
 ///
 /// # Errors
 /// A model that does not fit the pipeline, or sizes that it cannot run.
 pub fn compile(files: &ModelFiles, shape: &Shape) -> Result<Plan> {
     let assembly = assemble(files, shape)?;
-    let mut builder = PlanBuilder::new(&version(), Target::cpu(), Options::default(), files.sources()?);
+    let mut builder = PlanBuilder::new(&version(), shape.target.clone(), Options::default(), files.sources()?);
     for program in &assembly.programs {
         for entry in &program.module.entries {
             builder.add(&program.group, &program.name, &program.module, entry)?;

@@ -1,10 +1,13 @@
 //! From what was typed to what is meant: sizes, rates, tiles and noise levels, checked before anything is loaded.
 
 use anyhow::{Context, Result, bail};
+use ltxc_ir::plan::{Plan, Target};
 use ltxc_ir::tiling::{AxisTiling, Tiling};
+use ltxc_runtime::RunError;
+use ltxc_runtime::backend::{Device, DeviceName, Found, find};
 use ltxc_runtime::media::Rational;
 
-use crate::args::{ContentArgs, PipelineName, ShapeArgs};
+use crate::args::{ContentArgs, DeviceChoice, PipelineName, ShapeArgs};
 
 /// What a plan is compiled for.
 #[derive(Clone, Debug, PartialEq)]
@@ -23,6 +26,30 @@ pub struct Shape {
     pub max_keyframes: usize,
     /// Tiles of the decoder.
     pub tile: VaeTile,
+    /// Kind and limits of the device.
+    pub target: Target,
+}
+
+/// The device that is meant, for a new plan or for `plan`.
+///
+/// # Errors
+/// One that is not there, or a plan that no device runs.
+pub fn pick<'f>(found: &'f Found, choice: &DeviceChoice, plan: Option<&Plan>) -> Result<&'f Device, RunError> {
+    match choice {
+        DeviceChoice::Auto => found.best(plan),
+        DeviceChoice::Named(name) => found.named(name),
+    }
+}
+
+/// What to compile for: a device of this machine if its number is given, and any of the kind otherwise.
+fn target(choice: &DeviceChoice) -> Result<Target> {
+    match choice {
+        DeviceChoice::Named(name @ (DeviceName::Cuda(Some(_)) | DeviceName::Vulkan(Some(_)))) => {
+            Ok(find().named(name)?.target.clone())
+        }
+        DeviceChoice::Named(name) => Ok(name.target()),
+        DeviceChoice::Auto => Ok(find().best(None)?.target.clone()),
+    }
 }
 
 /// How the decoder is tiled.
@@ -112,6 +139,7 @@ impl Shape {
             frame_rate: rate.parse().with_context(|| format!("`--frame-rate {rate}`"))?,
             max_keyframes: keyframes as usize,
             tile: VaeTile::parse(args.vae_tile.as_deref().unwrap_or("auto"))?,
+            target: target(&args.device)?,
         })
     }
 

@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 
 use ltxc_ir::TensorType;
-use ltxc_ir::plan::{Plan, Target, Work};
+use ltxc_ir::plan::{Plan, Work};
 use ltxc_kernels::catalogue::workspace_bytes;
 use ltxc_kernels::cpu::{Arg, Output, launch};
 
@@ -80,10 +80,6 @@ impl<'a> Cpu<'a> {
 impl<'a> Backend<'a> for Cpu<'a> {
     fn device(&self) -> &Device {
         &self.device
-    }
-
-    fn target(&self) -> Target {
-        Target::cpu()
     }
 
     fn check(&self, plan: &Plan) -> Result<(), RunError> {

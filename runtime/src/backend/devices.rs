@@ -30,7 +30,7 @@ impl DeviceName {
         }
     }
 
-    /// Target of plans for any device of this kind.
+    /// Target of plans for any device of this kind, for machines that are not this one.
     pub fn target(&self) -> Target {
         match self {
             DeviceName::Cpu => Target::cpu(),
@@ -108,6 +108,8 @@ pub struct Device {
     pub memory_bytes: u64,
     /// What it supports, in words.
     pub features: Vec<String>,
+    /// What plans for it are compiled for.
+    pub target: Target,
 }
 
 impl Device {
@@ -119,6 +121,7 @@ impl Device {
             kind: DeviceKind::Cpu,
             memory_bytes: available(),
             features: vec!["every dtype".into()],
+            target: Target::cpu(),
         }
     }
 }
@@ -223,7 +226,9 @@ mod tests {
     use super::*;
 
     fn device(name: &str, kind: DeviceKind) -> Device {
-        Device { name: name.parse().unwrap(), description: String::new(), kind, memory_bytes: 1, features: vec![] }
+        let name: DeviceName = name.parse().unwrap();
+        let target = name.target();
+        Device { name, description: String::new(), kind, memory_bytes: 1, features: vec![], target }
     }
 
     fn machine() -> Found {

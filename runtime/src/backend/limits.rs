@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use ltxc_ir::plan::summary::weight_bytes;
-use ltxc_ir::plan::{KernelCall, Plan, Step, Target, Work};
+use ltxc_ir::plan::{KernelCall, Plan, Step, Work};
 
 use super::{Device, DeviceName};
 use crate::error::RunError;
@@ -25,7 +25,8 @@ pub(crate) fn check_target(plan: &Plan, device: &Device) -> Result<(), RunError>
 ///
 /// # Errors
 /// [`RunError::DeviceLimit`].
-pub(crate) fn check_sizes(plan: &Plan, device: &Device, limits: &Target) -> Result<(), RunError> {
+pub(crate) fn check_sizes(plan: &Plan, device: &Device) -> Result<(), RunError> {
+    let limits = &device.target;
     let refused = |what: String| Err(RunError::DeviceLimit { device: device.name.clone(), what });
     if !plan.target.alignment.is_multiple_of(limits.alignment) {
         return refused(format!("the plan aligns buffers to {} bytes, not {}", plan.target.alignment, limits.alignment));

@@ -13,18 +13,24 @@
 //! | `steps` | kernel calls as a GPU takes them: fused calls in parts, operands at aligned offsets |
 //! | `cube` | GPUs, through CubeCL |
 //!
-//! Every program runs on the device, those of rate *generation* and *evaluation* too: kernels of all backends bring the
-//! arguments of sine and cosine into one turn themselves, so that RoPE tables and timestep sinusoids need no other device.
+//! Every program runs on the device, those of rate *generation* and *evaluation* too: besides RoPE tables and timestep
+//! sinusoids they have text keys and modulation, which read gigabytes of weights. Sines of large angles are exact everywhere
+//! because the kernels of all backends take off whole turns themselves.
 
 mod binding;
 mod cpu;
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+mod cube;
 mod devices;
+#[cfg_attr(not(any(feature = "wgpu", feature = "cuda")), allow(dead_code))] // the CPU holds every plan
 mod limits;
+#[cfg(any(feature = "wgpu", feature = "cuda", test))]
+mod steps;
 
 use std::borrow::Cow;
 
 use ltxc_ir::TensorType;
-use ltxc_ir::plan::{Plan, Target, Work};
+use ltxc_ir::plan::{Plan, Work};
 
 pub use cpu::Cpu;
 pub use devices::{Device, DeviceKind, DeviceName, Found, find, open};
@@ -83,16 +89,13 @@ pub trait Backend<'a> {
     /// What this is.
     fn device(&self) -> &Device;
 
-    /// Limits that plans for the device are compiled for.
-    fn target(&self) -> Target;
-
     /// Refuses a plan that was compiled for another kind of device, or that does not fit.
     ///
     /// # Errors
     /// [`RunError::Target`] or [`RunError::Memory`].
     fn check(&self, plan: &Plan) -> Result<(), RunError>;
 
-    /// Zeroed memory, aligned for every tensor.
+    /// Memory that is aligned for every tensor, with anything in it.
     ///
     /// # Errors
     /// If there is not enough.

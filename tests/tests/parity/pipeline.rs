@@ -10,6 +10,7 @@ use ltxc::compile::compile;
 use ltxc::job::Shape;
 use ltxc_ir::plan::{Plan, container};
 use ltxc_runtime::RunError;
+use ltxc_runtime::backend::{Device, DeviceName, find, open};
 use ltxc_runtime::executor::Executor;
 use ltxc_runtime::media::load_image;
 use ltxc_runtime::pipeline::{Conditioning, Event, Noise, Observer, Output, Request, run};
@@ -39,6 +40,26 @@ fn distilled_run_of_ltx2_with_images_and_tiles() {
 #[test]
 fn distilled_run_of_ltx23() {
     check_run("ltx23", "distilled");
+}
+
+#[test]
+fn distilled_runs_on_a_gpu() {
+    let Some(device) = vulkan() else { return };
+    for family in ["ltx2", "ltx23"] {
+        check_run_on(&Files { device: device.clone(), ..Files::of(family) }, family, "distilled");
+    }
+}
+
+/// The first Vulkan device, in tests a program on the processor as a rule. `None` if there is none, and that is allowed.
+fn vulkan() -> Option<Device> {
+    let found = find();
+    let device = found.named(&DeviceName::Vulkan(None)).ok().cloned();
+    if device.is_none() {
+        let is_required = std::env::var("LTXC_REQUIRE_VULKAN").is_ok_and(|v| v == "1");
+        assert!(!is_required, "LTXC_REQUIRE_VULKAN is set: {}", found.missing.join("; "));
+        println!("absent: {}", found.missing.join("; "));
+    }
+    device
 }
 
 /// There is no recording of one stage alone; it must be finite, complete, and the same twice.
@@ -71,6 +92,11 @@ fn one_stage_runs_are_complete_and_repeatable() {
 
 #[track_caller]
 fn check_run(family: &str, name: &str) {
+    check_run_on(&Files::of(family), family, name);
+}
+
+#[track_caller]
+fn check_run_on(model: &Files, family: &str, name: &str) {
     let mut recorded = Recorded::required(&format!("e2e/{family}/{name}"));
     let params = recorded.meta()["params"].clone();
     let number = |key: &str| params[key].as_u64().unwrap_or_else(|| panic!("`{key}` was recorded")) as u32;
@@ -84,7 +110,6 @@ fn check_run(family: &str, name: &str) {
         vae_tile: recorded.meta().get("tiling").map(|t| tile_flag(t.as_str().expect("text"), &params)),
         ..ShapeArgs::default()
     };
-    let model = Files::of(family);
     let keyframes = images.iter().filter(|i| i.frame > 0).count();
     let plan = model.compile(&shape, keyframes);
     let request = Request {
@@ -219,6 +244,7 @@ fn native_audio(tokens: &[f32], channels: usize) -> Vec<f32> {
 struct Files {
     args: ModelArgs,
     folders: Vec<PathBuf>,
+    device: Device,
 }
 
 impl Files {
@@ -235,12 +261,14 @@ impl Files {
             spatial_upsampler_path: Some(file(upsampler)),
             verify: true,
         };
-        Files { args, folders: vec![root().join(folder), gemma] }
+        let device = find().named(&DeviceName::Cpu).expect("there is a processor").clone();
+        Files { args, folders: vec![root().join(folder), gemma], device }
     }
 
     /// Compiles, and passes the plan through its file format.
     fn compile(&self, shape: &ShapeArgs, keyframes: usize) -> Plan {
         let shape = Shape::resolve(shape, keyframes).unwrap_or_else(|e| panic!("{e:#}"));
+        let shape = Shape { target: self.device.target.clone(), ..shape };
         let files = ModelFiles::open(&self.args, shape.has_two_stages()).unwrap_or_else(|e| panic!("{e:#}"));
         let plan = compile(&files, &shape).unwrap_or_else(|e| panic!("{e:#}"));
         let bytes = container::encode(&plan).unwrap_or_else(|e| panic!("{e}"));
@@ -251,7 +279,8 @@ impl Files {
         let weights = WeightFiles::open(plan, &self.folders, true).unwrap_or_else(|e| panic!("{e}"));
         let tokenizer = Tokenizer::from_folder(&root().join("tiny-gemma3")).unwrap_or_else(|e| panic!("{e}"));
         let interrupt = AtomicBool::new(false);
-        let mut executor = Executor::new(plan, &weights, &interrupt).unwrap_or_else(|e| panic!("{e}"));
+        let backend = open(&self.device).unwrap_or_else(|e| panic!("{e}"));
+        let mut executor = Executor::on(backend, plan, &weights, &interrupt).unwrap_or_else(|e| panic!("{e}"));
         let (mut observer, mut output) = (Collected::default(), Collected::default());
         run(&mut executor, tokenizer, request, &mut observer, &mut output).unwrap_or_else(|e| panic!("{e}"));
         let mut tensors = observer.outcome.tensors;
