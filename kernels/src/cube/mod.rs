@@ -12,17 +12,28 @@
 //! | the others | kernels |
 
 mod call;
+mod copy;
+mod gemm;
+mod group_norm;
 pub mod guard;
 mod index;
 mod map;
 mod math;
+mod matmul;
+mod movement;
+mod norm;
+mod patches;
+mod reduce;
+mod rope;
+mod rows;
 mod steps;
 mod storage;
+mod tile;
 
 use cubecl::prelude::*;
 use cubecl::server::Handle;
-use ltxc_ir::TensorType;
-use ltxc_ir::plan::Kernel;
+use ltxc_ir::plan::{Kernel, Map, MapStep};
+use ltxc_ir::{DType, TensorType};
 
 use call::Call;
 
@@ -60,14 +71,57 @@ pub fn launch<R: Runtime>(
         return Ok(());
     }
     let call = Call { client, args, out, workspace };
+    if !needs_f32(kernel, &arg_types, out.ty) {
+        return run(kernel, &call);
+    }
+    // Rows that are not whole words are computed in f32, and rounded by a map.
+    let ty = out.ty.with_dtype(DType::F32);
+    let wide = CubeTensor { ty: &ty, handle: call.scratch(ty.elements())? };
+    run(kernel, &Call { client, args, out: &wide, workspace: None })?;
+    map::launch(&Map { steps: Vec::new() }, &Call { client, args: &[wide], out, workspace: None })
+}
+
+fn run<R: Runtime>(kernel: &Kernel, call: &Call<'_, R>) -> Result<(), String> {
     match kernel {
-        Kernel::Map(op) => map::launch(op, &call),
+        Kernel::Map(op) => map::launch(op, call),
+        Kernel::Copy(op) => copy::launch(op, call),
+        Kernel::Pad(op) => movement::launch_pad(op, call),
+        Kernel::Gather(op) => movement::launch_gather(op, call),
+        Kernel::Update(op) => movement::launch_update(op, call),
+        Kernel::Reduce(op) => reduce::launch(op, call),
+        Kernel::Matmul(op) => matmul::launch(op, call),
+        Kernel::RmsNorm(op) => norm::launch(op.eps.0, false, call),
+        Kernel::LayerNorm(op) => norm::launch(op.eps.0, true, call),
+        Kernel::GroupNorm(op) => group_norm::launch(op, call),
+        Kernel::Rope(op) => rope::launch(op, call),
         _ => Err("not yet".into()),
+    }
+}
+
+/// What a sum of nothing gives.
+fn fill_zeros<R: Runtime>(call: &Call<'_, R>) -> Result<(), String> {
+    let zero = Map { steps: vec![MapStep::Scalar(ltxc_ir::Float(0.0))] };
+    map::launch(&zero, &Call { args: &[], ..*call })
+}
+
+/// Whether units would have to share words of the result, so that it is computed in f32 first.
+fn needs_f32(kernel: &Kernel, _args: &[&TensorType], out: &TensorType) -> bool {
+    match kernel {
+        Kernel::RmsNorm(_) | Kernel::LayerNorm(_) => !norm::is_whole(out),
+        Kernel::Rope(op) => !rope::is_whole(op, out),
+        Kernel::Matmul(_) => !matmul::is_whole(out),
+        _ => false,
     }
 }
 
 /// Bytes of scratch that a call needs; they may hold anything.
 pub fn workspace_bytes(kernel: &Kernel, args: &[&TensorType], results: &[&TensorType]) -> usize {
-    let _ = (kernel, args, results);
-    0
+    let out = results[0];
+    if needs_f32(kernel, args, out) {
+        return out.elements().saturating_mul(4);
+    }
+    match kernel {
+        Kernel::GroupNorm(op) => group_norm::workspace_bytes(op, args[0]),
+        _ => 0,
+    }
 }

@@ -69,6 +69,15 @@ pub(crate) fn float_steps(
     *registers.index(comptime!(count - 1))
 }
 
+/// What an element becomes on its way to memory: the first register is its value. Every kernel that computes elements
+/// passes them through here.
+#[cube]
+pub(crate) fn epilogue(value: f32, scalars: &Sequence<f32>, #[comptime] steps: Vec<MapStep>) -> f32 {
+    let mut registers = Sequence::<f32>::new();
+    registers.push(value);
+    float_steps(&mut registers, scalars, steps)
+}
+
 #[cube]
 fn unary(x: f32, #[comptime] op: Unary) -> f32 {
     match comptime!(op) {

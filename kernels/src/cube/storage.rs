@@ -47,6 +47,38 @@ pub(crate) fn extract(word: u32, lane: u32, #[comptime] bytes: u32) -> u32 {
     }
 }
 
+/// The values of four elements from `index` on, a multiple of 4; vectors of `N` words hold so many.
+#[cube]
+pub(crate) fn load_four<N: Size>(
+    memory: &Array<Vector<u32, N>>,
+    index: u32,
+    #[comptime] dtype: DType,
+) -> Vector<f32, Const<4>> {
+    let words = memory[(index / 4u32) as usize];
+    let mut values = Vector::<f32, Const<4>>::empty();
+    let lanes = comptime!(per_word(dtype));
+    #[unroll]
+    for i in 0..4usize {
+        let bits =
+            extract(words[comptime!(i / lanes as usize)], comptime!(i as u32 % lanes).runtime(), comptime!(4 / lanes));
+        values[i] = decode(bits, dtype);
+    }
+    values
+}
+
+/// The value of an element of memory that is bound as vectors of one word.
+#[cube]
+pub(crate) fn load_one<N: Size>(memory: &Array<Vector<u32, N>>, index: u32, #[comptime] dtype: DType) -> f32 {
+    let lanes = comptime!(per_word(dtype));
+    let words = memory[(index / lanes) as usize];
+    decode(extract(words[0usize], index % lanes, comptime!(4 / lanes)), dtype)
+}
+
+/// Words of four elements.
+pub(crate) fn words_of_four(dtype: DType) -> usize {
+    dtype.bytes()
+}
+
 /// The bits of an element at the place of `lane` in its word.
 #[cube]
 pub(crate) fn place(bits: u32, lane: u32, #[comptime] bytes: u32) -> u32 {

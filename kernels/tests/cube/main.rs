@@ -3,7 +3,15 @@
 //! Without a Vulkan device they are skipped, unless `LTXC_REQUIRE_VULKAN=1`.
 #![cfg(feature = "wgpu")]
 
+#[path = "../simple/copy.rs"]
+mod copy;
 #[path = "../simple/map.rs"]
 mod map;
+#[path = "../simple/matmul.rs"]
+mod matmul;
+#[path = "../simple/movement.rs"]
+mod movement;
+#[path = "../simple/rows.rs"]
+mod rows;
 
 mod harness;

@@ -6,5 +6,6 @@ mod copy;
 mod far_out;
 mod harness;
 mod map;
+mod matmul;
 mod movement;
 mod rows;
