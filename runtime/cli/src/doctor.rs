@@ -14,7 +14,7 @@ use crate::compile::{cache_folder, version};
 /// # Errors
 /// None at present: what is missing is part of the report.
 pub fn run(as_json: bool) -> Result<()> {
-    let found = find();
+    let found = find(None);
     let cache = cache_folder().ok();
     let plans = cache.as_ref().map_or(0, |c| std::fs::read_dir(c).map_or(0, Iterator::count));
     let hub = hub::cache();

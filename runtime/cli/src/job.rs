@@ -4,7 +4,7 @@ use anyhow::{Context, Result, bail};
 use ltxc_ir::plan::{Plan, Target};
 use ltxc_ir::tiling::{AxisTiling, Tiling};
 use ltxc_runtime::RunError;
-use ltxc_runtime::backend::{Device, DeviceName, Found, find};
+use ltxc_runtime::backend::{Device, DeviceName, find};
 use ltxc_runtime::media::Rational;
 
 use crate::args::{ContentArgs, DeviceChoice, PipelineName, ShapeArgs};
@@ -34,21 +34,21 @@ pub struct Shape {
 ///
 /// # Errors
 /// One that is not there, or a plan that no device runs.
-pub fn pick<'f>(found: &'f Found, choice: &DeviceChoice, plan: Option<&Plan>) -> Result<&'f Device, RunError> {
+pub fn pick(choice: &DeviceChoice, plan: Option<&Plan>) -> Result<Device, RunError> {
+    // Only drivers that can be meant are loaded.
     match choice {
-        DeviceChoice::Auto => found.best(plan),
-        DeviceChoice::Named(name) => found.named(name),
+        DeviceChoice::Auto => find(plan.map(|p| p.target.backend.as_str())).best(plan).cloned(),
+        DeviceChoice::Named(name) => find(Some(name.backend())).named(name).cloned(),
     }
 }
 
 /// What to compile for: a device of this machine if its number is given, and any of the kind otherwise.
 fn target(choice: &DeviceChoice) -> Result<Target> {
     match choice {
-        DeviceChoice::Named(name @ (DeviceName::Cuda(Some(_)) | DeviceName::Vulkan(Some(_)))) => {
-            Ok(find().named(name)?.target.clone())
+        DeviceChoice::Named(DeviceName::Cuda(Some(_)) | DeviceName::Vulkan(Some(_))) | DeviceChoice::Auto => {
+            Ok(pick(choice, None)?.target)
         }
         DeviceChoice::Named(name) => Ok(name.target()),
-        DeviceChoice::Auto => Ok(find().best(None)?.target.clone()),
     }
 }
 

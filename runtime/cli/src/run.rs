@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicBool;
 use anyhow::{Context, Result, bail};
 use ltxc_ir::plan::Plan;
 use ltxc_runtime::RunError;
-use ltxc_runtime::backend::{DeviceKind, Found, find, open};
+use ltxc_runtime::backend::{DeviceKind, open};
 use ltxc_runtime::executor::Executor;
 use ltxc_runtime::media::{
     Audio, MediaWriter, OutputOptions, Rational, RoundTrip, VideoFormat, image_round_trip, load_image,
@@ -33,10 +33,9 @@ pub static INTERRUPT: AtomicBool = AtomicBool::new(false);
 /// Anything that stops the run; no output is left then.
 pub fn run(args: &RunArgs, image_occurrences: &[usize], report: &mut Report) -> Result<()> {
     let images = job::images(&args.content.image, image_occurrences)?;
-    let found = find();
-    let (plan_path, folders) = plan_and_folders(args, &images, &found)?;
+    let (plan_path, folders) = plan_and_folders(args, &images)?;
     let (plan, hash) = read(&plan_path)?;
-    let device = pick(&found, &args.shape.device, Some(&plan))?;
+    let device = pick(&args.shape.device, Some(&plan))?;
     let weights = WeightFiles::open(&plan, &folders, args.model.verify)?;
     let tokenizer = tokenizer(&plan, &folders)?;
     match device.kind {
@@ -60,7 +59,7 @@ pub fn run(args: &RunArgs, image_occurrences: &[usize], report: &mut Report) -> 
         noise: Noise { seed, given: BTreeMap::new(), files: noise_files(&args.content) },
         allow_bad_numerics: args.content.allow_bad_numerics,
     };
-    let mut executor = Executor::on(open(device)?, &plan, &weights, &INTERRUPT)?;
+    let mut executor = Executor::on(open(&device)?, &plan, &weights, &INTERRUPT)?;
     let tags = if args.no_metadata { Vec::new() } else { tags(&prompt, seed, &hash) };
     let mut output = FileOutput::create(&args.output, &plan, tags)?;
     run_pipeline(&mut executor, tokenizer, &request, report, &mut output)?;
@@ -75,11 +74,10 @@ fn tokenizer(plan: &Plan, folders: &[PathBuf]) -> Result<Tokenizer> {
 }
 
 /// The plan to run and where its weights are.
-fn plan_and_folders(args: &RunArgs, images: &[ImageArg], found: &Found) -> Result<(PathBuf, Vec<PathBuf>)> {
+fn plan_and_folders(args: &RunArgs, images: &[ImageArg]) -> Result<(PathBuf, Vec<PathBuf>)> {
     let Some(plan) = &args.plan else {
         let keyframes = images.iter().filter(|i| i.frame > 0).count();
-        let device = pick(found, &args.shape.device, None)?;
-        let target = device.target.clone();
+        let target = pick(&args.shape.device, None)?.target;
         let shape = Shape { target, ..Shape::resolve(&args.shape, keyframes)? };
         let (path, files) = cached(&args.model, &shape)?;
         return Ok((path, [files.paths(), args.weights.clone()].concat()));

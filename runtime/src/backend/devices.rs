@@ -135,17 +135,23 @@ pub struct Found {
     pub missing: Vec<String>,
 }
 
-/// Looks for devices. Nothing is opened, and nothing that is not installed is an error.
-pub fn find() -> Found {
+/// Looks for devices: all of them, or those of one backend and the processor. Nothing is opened, and nothing that is not
+/// installed is an error, but drivers are loaded, which takes time.
+pub fn find(backend: Option<&str>) -> Found {
     let mut found = Found::default();
-    #[cfg(feature = "cuda")]
-    found.add("cuda", super::cube::cuda::find());
-    #[cfg(not(feature = "cuda"))]
-    found.missing.push("cuda: this program was built without it".into());
-    #[cfg(feature = "wgpu")]
-    found.add(super::cube::wgpu::API, super::cube::wgpu::find());
-    #[cfg(not(feature = "wgpu"))]
-    found.missing.push("vulkan, metal: this program was built without them".into());
+    let is_wanted = |name: &str| backend.is_none_or(|b| b == name);
+    if is_wanted("cuda") {
+        #[cfg(feature = "cuda")]
+        found.add("cuda", super::cube::cuda::find());
+        #[cfg(not(feature = "cuda"))]
+        found.missing.push("cuda: this program was built without it".into());
+    }
+    if is_wanted("wgpu") {
+        #[cfg(feature = "wgpu")]
+        found.add(super::cube::wgpu::API, super::cube::wgpu::find());
+        #[cfg(not(feature = "wgpu"))]
+        found.missing.push("vulkan, metal: this program was built without them".into());
+    }
     found.devices.push(Device::cpu());
     found
 }
@@ -167,7 +173,7 @@ impl Found {
     pub fn named(&self, name: &DeviceName) -> Result<&Device, RunError> {
         self.devices.iter().find(|d| name.means(&d.name)).ok_or_else(|| {
             let there: Vec<String> = self.devices.iter().map(|d| format!("`{}`", d.name)).collect();
-            let why = self.missing.iter().find(|m| m.starts_with(name.kind())).map(|m| format!(" ({m})"));
+            let why = self.missing.first().map(|m| format!(" ({m})"));
             let (why, there) = (why.unwrap_or_default(), there.join(", "));
             RunError::Input(format!("there is no device `{name}` on this machine{why}; there is {there}"))
         })
@@ -189,18 +195,6 @@ impl Found {
                     named: self.devices.iter().find(|d| d.name.backend() == plan.target.backend).map(|d| d.name.clone()),
                 })
             }
-        }
-    }
-}
-
-impl DeviceName {
-    /// The name without a number.
-    fn kind(&self) -> &'static str {
-        match self {
-            DeviceName::Cpu => "cpu",
-            DeviceName::Cuda(_) => "cuda",
-            DeviceName::Vulkan(_) => "vulkan",
-            DeviceName::Metal => "metal",
         }
     }
 }

@@ -116,3 +116,93 @@ pub(crate) fn check_memory(needed: u64, available: u64, device: &DeviceName) -> 
         remedy: "compile a smaller size or fewer frames, or choose another `--device`".into(),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use ltxc_ir::plan::{
+        FileTensor, Group, Kernel, Map, Operand, Place, PlanFunction, PlanWeight, Program, Storage, Target, WeightOrigin,
+    };
+    use ltxc_ir::{Rate, TensorType};
+
+    use super::*;
+    use crate::backend::DeviceKind;
+
+    /// One program that copies a weight of 256 bytes into its frame.
+    fn plan() -> Plan {
+        let ty = TensorType::f32([64]);
+        let operand = |place| Operand { place, offset: 0, ty: ty.clone(), storage: Storage::Native };
+        let call = KernelCall {
+            work: Kernel::Map(Map { steps: vec![] }).into(),
+            args: vec![operand(Place::Weight(0))],
+            results: vec![operand(Place::Frame { arena: 0 })],
+            name: String::new(),
+            flops: 0,
+            bytes: 0,
+        };
+        let tensor = FileTensor { source: 0, key: "w".into(), ty: ty.clone() };
+        let function = PlanFunction {
+            name: "copy".into(),
+            params: vec![],
+            results: vec![],
+            weights: vec![PlanWeight { ty, origin: WeightOrigin::File(tensor) }],
+            constants: vec![0; 16],
+            frame_bytes: vec![512],
+            steps: vec![Step::Kernel(call)],
+        };
+        let program = Program {
+            name: "main".into(),
+            group: 0,
+            rate: Rate::Step,
+            function: 0,
+            inputs: vec![],
+            outputs: vec![],
+            frame: vec![0],
+            arena_bytes: vec![1024],
+        };
+        Plan {
+            compiler: String::new(),
+            target: Target::wgpu(),
+            sources: vec![],
+            functions: vec![function],
+            programs: vec![program],
+            groups: vec![Group { name: "main".into(), state_bytes: 2048 }],
+            pipeline: Default::default(),
+        }
+    }
+
+    fn device(target: Target) -> Device {
+        let name = DeviceName::Vulkan(Some(1));
+        Device { name, description: String::new(), kind: DeviceKind::Gpu, memory_bytes: 0, features: vec![], target }
+    }
+
+    #[track_caller]
+    fn refused(target: Target, words: &[&str]) {
+        let message = check_sizes(&plan(), &device(target)).unwrap_err().to_string();
+        words.iter().for_each(|word| assert!(message.contains(word), "`{word}` is not in: {message}"));
+    }
+
+    #[test]
+    fn plans_for_other_backends_are_refused() {
+        assert!(check_target(&plan(), &device(Target::wgpu())).is_ok());
+        let message = check_target(&plan(), &Device::cpu()).unwrap_err().to_string();
+        assert!(message.contains("`wgpu`") && message.contains("`--device cpu`"), "{message}");
+    }
+
+    #[test]
+    fn what_a_device_cannot_hold_is_named() {
+        assert!(check_sizes(&plan(), &device(Target::wgpu())).is_ok());
+        refused(Target { max_tensor_bytes: 255, ..Target::wgpu() }, &["`map` of `copy`", "256 B", "vulkan:1"]);
+        refused(Target { max_bindings: 1, ..Target::wgpu() }, &["binds 2 tensors, not 1"]);
+        refused(Target { max_arena_bytes: 2047, ..Target::wgpu() }, &["an arena of 2.0 kB"]);
+        refused(Target { alignment: 1024, ..Target::wgpu() }, &["512 bytes, not 1024"]);
+    }
+
+    #[test]
+    fn memory_is_everything_that_lives_at_once() {
+        let needed = device_bytes(&plan(), &|call| call.args[0].ty.bytes() as u64 / 2);
+        assert_eq!(needed, 1024 + 2048 + 16 + 256 + 128);
+        assert!(check_memory(needed, needed, &DeviceName::Metal).is_ok());
+        let message = check_memory(needed, needed - 1, &DeviceName::Metal).unwrap_err().to_string();
+        assert!(message.contains("of `metal`") && message.contains("3.5 kB"), "{message}");
+    }
+}

@@ -52,7 +52,7 @@ fn distilled_runs_on_a_gpu() {
 
 /// The first Vulkan device, in tests a program on the processor as a rule. `None` if there is none, and that is allowed.
 fn vulkan() -> Option<Device> {
-    let found = find();
+    let found = find(Some("wgpu"));
     let device = found.named(&DeviceName::Vulkan(None)).ok().cloned();
     if device.is_none() {
         let is_required = std::env::var("LTXC_REQUIRE_VULKAN").is_ok_and(|v| v == "1");
@@ -261,7 +261,7 @@ impl Files {
             spatial_upsampler_path: Some(file(upsampler)),
             verify: true,
         };
-        let device = find().named(&DeviceName::Cpu).expect("there is a processor").clone();
+        let device = find(Some("cpu")).named(&DeviceName::Cpu).expect("there is a processor").clone();
         Files { args, folders: vec![root().join(folder), gemma], device }
     }
 
