@@ -63,7 +63,7 @@ fn candidates() -> Vec<Candidate> {
     let mut candidates = Vec::with_capacity(adapters.len());
     // CubeCL counts the adapters of each type.
     let (mut discrete, mut integrated, mut virtual_) = (0, 0, 0);
-    let mut next = |counter: &mut usize| {
+    let next = |counter: &mut usize| {
         *counter += 1;
         *counter - 1
     };
