@@ -13,6 +13,7 @@ pub mod block;
 pub mod chart;
 pub mod compile;
 pub mod e2e;
+pub mod fusion;
 pub mod gemm;
 pub mod image_crf;
 pub mod machine;

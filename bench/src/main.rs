@@ -8,7 +8,7 @@ use ltxc_bench::block::{self, Findings};
 use ltxc_bench::machine::{Machine, today};
 use ltxc_bench::report::Report;
 use ltxc_bench::worker::Python;
-use ltxc_bench::{chart, compile, e2e, gemm, image_crf, memory, process, text, vae};
+use ltxc_bench::{chart, compile, e2e, fusion, gemm, image_crf, memory, process, text, vae};
 use ltxc_models::synth::{Preset, SynthModel, synth};
 
 /// Benchmarks of ltxc.
@@ -68,6 +68,18 @@ enum Benchmark {
         /// Frames, rows and columns of the latent.
         #[arg(long, num_args = 3, default_values_t = [3, 8, 12])]
         grid: Vec<usize>,
+    },
+    /// Fused against composite against none: a block and the video decoder.
+    Fusion {
+        /// Model whose sizes are used.
+        #[arg(long, value_enum, default_value_t)]
+        preset: FullSize,
+        /// Frames, rows and columns of the video latent of the block.
+        #[arg(long, num_args = 3, default_values_t = [4, 16, 24])]
+        grid: Vec<usize>,
+        /// Frames, rows and columns of the latent that is decoded.
+        #[arg(long, num_args = 3, default_values_t = [3, 8, 12])]
+        latent: Vec<usize>,
     },
     /// The matrix product, against the gemm crate and PyTorch.
     Gemm,
@@ -177,6 +189,14 @@ fn measure(
         Benchmark::Vae { preset, grid } => {
             let settings = vae::Settings { preset: preset.preset(), grid: three(grid)?, rounds };
             (format!("vae {}", settings.preset.name()), "PyTorch, f32", vae::run(&settings, scratch, python)?)
+        }
+        Benchmark::Fusion { preset, grid, latent } => {
+            let preset = preset.preset();
+            let settings = fusion::Settings {
+                block: block::Settings { preset, grid: three(grid)?, audio_tokens: 126, text_tokens: 1024, rounds },
+                vae: vae::Settings { preset, grid: three(latent)?, rounds },
+            };
+            (format!("fusion {}", preset.name()), "composite or none", fusion::run(&settings, scratch)?)
         }
         Benchmark::Gemm => ("gemm".into(), "gemm crate", gemm::run(rounds, python)?),
         Benchmark::Compile => ("compile".into(), "", compile::run(rounds, scratch, &process::ltxc_binary()?)?),

@@ -14,8 +14,14 @@ use crate::e2e::weight_folders;
 use crate::process;
 use crate::report::{Row, Table, figure};
 
-/// Heights, widths and frames, small to larger.
-const SHAPES: [[&str; 3]; 4] = [["128", "192", "9"], ["256", "384", "25"], ["512", "768", "25"], ["512", "768", "57"]];
+/// Heights, widths, frames and dtypes, small to larger; the second is the demo's.
+const SHAPES: [([&str; 3], &str); 5] = [
+    (["128", "192", "9"], "f32"),
+    (["256", "384", "49"], "f32"),
+    (["512", "768", "25"], "f32"),
+    (["512", "768", "57"], "f32"),
+    (["512", "768", "57"], "bf16"),
+];
 
 /// Runs the tiny synthetic model at several sizes.
 ///
@@ -25,8 +31,8 @@ pub fn run(folder: &Path, ltxc: &Path, threads: usize) -> Result<Findings> {
     let model = synth(Preset::Tiny, &folder.join("tiny"), 0)?;
     let plan_path = folder.join("memory.ltxplan");
     let (mut rows, mut cells) = (Vec::new(), Vec::new());
-    for shape in SHAPES {
-        process::timed(&mut compile_command(ltxc, &model, shape, &plan_path)?)?;
+    for (shape, dtype) in SHAPES {
+        process::timed(compile_command(ltxc, &model, shape, &plan_path)?.args(["--dtype", dtype]))?;
         let bytes = std::fs::read(&plan_path).with_context(|| format!("`{}`", plan_path.display()))?;
         let need = MemoryNeed::of(&container::decode(&bytes)?, threads);
         let mut command = Command::new(ltxc);
@@ -38,7 +44,7 @@ pub fn run(folder: &Path, ltxc: &Path, threads: usize) -> Result<Findings> {
         let peak = process::observed(&mut command)?;
         let megabytes = |bytes: u64| bytes as f64 / 1e6;
         let (predicted, measured) = (megabytes(need.peak()), megabytes(peak.without_weights));
-        let what = format!("{}×{}, {} frames: predicted, measured", shape[0], shape[1], shape[2]);
+        let what = format!("{}×{}, {} frames, {dtype}: predicted, measured", shape[0], shape[1], shape[2]);
         rows.push(Row::compared(&what, "MB", predicted, measured, None));
         cells.extend(need.parts.iter().map(|part| {
             let parts = [part.total(), part.arena, part.state, part.packed, part.workspace, part.host];

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use ltxc_compiler::Options;
-use ltxc_ir::{DType, Rate};
+use ltxc_ir::{DType, Module, Rate};
 use ltxc_models::Weights;
 use ltxc_models::checkpoint::WeightFile;
 use ltxc_models::synth::{Preset, tensors};
@@ -32,27 +32,38 @@ pub struct Settings {
 /// The ratio to PyTorch that is aimed at.
 const GOAL: f64 = 1.25;
 
-/// Measures. `folder` takes the weight file, 2 GB at full size.
+/// The module of the decoder, with f32 weights, and a latent.
 ///
 /// # Errors
-/// A side that fails.
-pub fn run(settings: &Settings, folder: &Path, python: Option<&Python>) -> Result<Findings> {
+/// A weight file that cannot be written.
+pub fn subject(settings: &Settings, folder: &Path) -> Result<(Module, WeightFile, BTreeMap<String, Vec<f32>>)> {
     let (config, _) = synthetic::published_configs(settings.preset)?;
     let mut tensors = tensors::video_vae(&config["vae"])?;
     tensors.retain(|t| !t.key.starts_with("vae.encoder."));
     let path = folder.join("vae.safetensors");
     synthetic::write_checkpoint(&path, &config, &tensors, DType::F32)?;
     let vae = VideoVaeConfig::from_json(&config["vae"])?;
+    let file = WeightFile::open(&path)?;
+    let module = decode(&vae, &Weights::new(SOURCE, &file), settings.grid, DType::F32)?;
+    let latent = Numbers::normalised("latent", settings.grid.iter().product::<usize>() * vae.latent_channels);
+    Ok((module, file, BTreeMap::from([("latent".to_string(), latent)])))
+}
+
+/// Measures. `folder` takes the weight file, 2 GB at full size.
+///
+/// # Errors
+/// A side that fails.
+pub fn run(settings: &Settings, folder: &Path, python: Option<&Python>) -> Result<Findings> {
+    let (module, file, mut values) = subject(settings, folder)?;
+    let path = folder.join("vae.safetensors");
     let [f, h, w] = settings.grid;
-    let shape = vec![1, f, h, w, vae.latent_channels];
-    let latent = Values { data: Numbers::normalised("latent", shape.iter().product()), shape };
+    let data = values.remove("latent").unwrap_or_default();
+    let latent = Values { shape: vec![1, f, h, w, data.len() / (f * h * w)], data };
     let inputs = folder.join("vae-inputs.safetensors");
     synthetic::write_values(&inputs, &BTreeMap::from([("latent".to_string(), latent.clone())]))?;
     let start = |p: &Python| p.start("vae.py", &[("--checkpoint", &path), ("--inputs", &inputs)]);
     let mut worker = python.map(start).transpose()?;
 
-    let file = WeightFile::open(&path)?;
-    let module = decode(&vae, &Weights::new(SOURCE, &file), settings.grid, DType::F32)?;
     let plan = session::compile(&module, &file, Options::default())?;
     let weights = session::open_weights(&plan, &file)?;
     let inputs = BTreeMap::from([("latent".to_string(), Input::F32(latent.data))]);

@@ -26,6 +26,7 @@
 mod cost;
 mod error;
 mod expand;
+mod fuse;
 mod hoist;
 mod lower;
 pub mod memory;
@@ -37,6 +38,7 @@ mod simplify;
 
 pub use error::CompileError;
 pub use expand::expand;
+pub use fuse::{fuse_attention, fuse_group_norm, fuse_product, fuse_residual, fuse_rows};
 pub use hoist::hoist;
 pub use options::{Fuse, Options};
 pub use pack::pack;
@@ -59,11 +61,28 @@ const SIMPLIFY: Pass = Pass { name: "simplify", run: |m, _| simplify(m) };
 const HOIST: Pass = Pass { name: "hoist", run: hoist };
 const EXPAND: Pass = Pass { name: "expand", run: |m, o| expand(m, o.fuse) };
 const PACK: Pass = Pass { name: "pack", run: |m, _| pack(m) };
+const FUSE_RESIDUAL: Pass = Pass { name: "fuse-residual", run: fuse_residual };
+const FUSE_ATTENTION: Pass = Pass { name: "fuse-attention", run: fuse_attention };
+const FUSE_PRODUCT: Pass = Pass { name: "fuse-product", run: fuse_product };
+const FUSE_GROUP_NORM: Pass = Pass { name: "fuse-group-norm", run: fuse_group_norm };
+const FUSE_ROWS: Pass = Pass { name: "fuse-rows", run: fuse_rows };
 
 /// The passes in the order in which they run. A name that stands here twice is one pass that runs twice.
-pub fn passes() -> [Pass; 6] {
+pub fn passes() -> [Pass; 11] {
     // Composites are expanded after hoisting, so that programs have the same interface at every level of fusion.
-    [SIMPLIFY, HOIST, SIMPLIFY, EXPAND, SIMPLIFY, PACK]
+    [
+        SIMPLIFY,
+        HOIST,
+        SIMPLIFY,
+        FUSE_RESIDUAL,
+        EXPAND,
+        SIMPLIFY,
+        PACK,
+        FUSE_ATTENTION,
+        FUSE_PRODUCT,
+        FUSE_GROUP_NORM,
+        FUSE_ROWS,
+    ]
 }
 
 /// Runs the passes on a module.

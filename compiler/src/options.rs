@@ -9,6 +9,8 @@ pub enum Fuse {
     None,
     /// One kernel per composite, as an eager framework runs.
     Composite,
+    /// Composites and what stands around them are fused into few kernels.
+    Full,
 }
 
 /// Choices about compiling that do not change what is computed.
@@ -31,7 +33,7 @@ pub struct Options {
 impl Default for Options {
     fn default() -> Options {
         Options {
-            fuse: Fuse::Composite,
+            fuse: Fuse::Full,
             disabled: Vec::new(),
             verify: cfg!(debug_assertions),
             passes_per_evaluation: 1,

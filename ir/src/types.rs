@@ -8,9 +8,10 @@ use serde::{Deserialize, Serialize};
 pub const MAX_RANK: usize = 10;
 
 /// Element type of a tensor.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum DType {
     /// 32-bit float.
+    #[default]
     F32,
     /// bfloat16.
     BF16,

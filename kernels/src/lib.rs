@@ -1,4 +1,5 @@
-//! The kernels that plans call: what they cost and need ([`catalogue`], which the compiler asks) and how the native CPU
+//! The kernels that plans call: what they cost and need ([`catalogue`], which the compiler asks), what fusing them saves
+//! ([`fusion`]) and how the native CPU
 //! backend computes them ([`cpu`]).
 //!
 //! The contract of a call on types is [`ltxc_ir::plan::Work::check`]; its meaning is the op of the same name, or that of
@@ -29,3 +30,6 @@ pub mod catalogue;
 pub mod cpu;
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
 pub mod cube;
+pub mod fusion;
+#[cfg(test)]
+mod test_plan;

@@ -238,7 +238,7 @@ impl<'a> Fields<'a> {
 }
 
 /// A whole number in `1..=most`.
-fn as_size(value: &Value, most: usize) -> Option<usize> {
+pub(crate) fn as_size(value: &Value, most: usize) -> Option<usize> {
     // Sizes are far below 2^53, so that floats hold them exactly.
     value.as_f64().filter(|v| v.fract() == 0.0 && (1.0..=most as f64).contains(v)).map(|v| v as usize)
 }

@@ -21,4 +21,4 @@ mod weights;
 
 pub use error::ModelError;
 pub use functions::{Block, Functions};
-pub use weights::{Listed, TensorDirectory, Weights};
+pub use weights::{Listed, TensorDirectory, WeightProblem, Weights};

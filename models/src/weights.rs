@@ -1,8 +1,12 @@
 //! How graph builders ask for weights: every request names key and expected shape, every problem is collected.
 //!
+//! A [`Weights`] and all views made from it share one list of problems, so that several programs built from one set of
+//! files can report what is wrong with all of them.
+//!
 //! Builders never see files. They see a [`TensorDirectory`], which knows the stored type of every key.
 
 use std::cell::RefCell;
+use std::collections::BTreeSet;
 use std::rc::Rc;
 
 use ltxc_ir::{Builder, DType, TensorType, ValueId};
@@ -33,7 +37,24 @@ pub struct Weights<'a> {
     checked: String,
     /// What is put in front of the key in the emitted op.
     emitted: String,
-    problems: Rc<RefCell<Vec<String>>>,
+    record: Rc<RefCell<Record>>,
+}
+
+/// What was asked of one set of files.
+#[derive(Default)]
+struct Record {
+    /// Complete keys.
+    asked: BTreeSet<String>,
+    problems: Vec<WeightProblem>,
+}
+
+/// Something wrong with a set of files.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WeightProblem {
+    /// Complete key of the tensor, `None` if the problem is not about a single one.
+    pub key: Option<String>,
+    /// What was expected and found.
+    pub text: String,
 }
 
 impl<'a> Weights<'a> {
@@ -44,7 +65,7 @@ impl<'a> Weights<'a> {
             source: source.into(),
             checked: String::new(),
             emitted: String::new(),
-            problems: Rc::default(),
+            record: Rc::default(),
         }
     }
 
@@ -74,7 +95,10 @@ impl<'a> Weights<'a> {
 
     /// Stored type of `key`.
     pub fn stored_type(&self, key: &str) -> Option<TensorType> {
-        self.directory.tensor_type(&format!("{}{key}", self.checked))
+        let full = format!("{}{key}", self.checked);
+        let found = self.directory.tensor_type(&full);
+        self.record.borrow_mut().asked.insert(full);
+        found
     }
 
     /// Stored shape of `key`.
@@ -96,23 +120,38 @@ impl<'a> Weights<'a> {
     /// The stored type of `key`; an f32 tensor of `shape` if that does not fit.
     fn check(&self, key: &str, shape: &[usize]) -> TensorType {
         let full = format!("{}{key}", self.checked);
-        match self.directory.tensor_type(&full) {
-            None => self.problem(match self.directory.unsupported_type(&full) {
-                Some(dtype) => format!("`{full}` is {dtype}, expected f32, bf16 or f16"),
-                None => format!("`{full}` is missing, expected {shape:?}"),
-            }),
-            Some(ty) if ty.shape != shape => self.problem(format!("`{full}` is {ty}, expected shape {shape:?}")),
-            Some(ty) if !ACCEPTED.contains(&ty.dtype) => {
-                self.problem(format!("`{full}` is {ty}, expected f32, bf16 or f16"));
-            }
-            Some(ty) => return ty,
-        }
+        let found = match (self.stored_type(key), self.directory.unsupported_type(&full)) {
+            (Some(ty), _) if ty.shape == shape && ACCEPTED.contains(&ty.dtype) => return ty,
+            (Some(ty), _) => ty.to_string(),
+            (None, Some(dtype)) => dtype,
+            (None, None) => "missing".into(),
+        };
+        let text = format!("`{full}` is {found}, expected {shape:?} in f32, bf16 or f16");
+        self.record(WeightProblem { key: Some(full), text });
         TensorType::f32(shape)
     }
 
     /// Records a problem that is not about a single tensor.
     pub fn problem(&self, text: String) {
-        self.problems.borrow_mut().push(text);
+        self.record(WeightProblem { key: None, text });
+    }
+
+    /// Programs that share weights find the same problems.
+    fn record(&self, problem: WeightProblem) {
+        let problems = &mut self.record.borrow_mut().problems;
+        if !problems.contains(&problem) {
+            problems.push(problem);
+        }
+    }
+
+    /// All problems found by this view and the views made from it, in the order in which they were found.
+    pub fn problems(&self) -> Vec<WeightProblem> {
+        self.record.borrow().problems.clone()
+    }
+
+    /// Whether the tensor with the complete key `key` was asked for.
+    pub fn was_asked_for(&self, key: &str) -> bool {
+        self.record.borrow().asked.contains(key)
     }
 
     /// Ends a component's requests.
@@ -120,11 +159,11 @@ impl<'a> Weights<'a> {
     /// # Errors
     /// All problems found by this view and the views made from it, up to 20 spelled out.
     pub fn finish(&self) -> Result<(), crate::ModelError> {
-        let problems = self.problems.borrow();
+        let problems: Vec<String> = self.problems().into_iter().map(|p| p.text).collect();
         if problems.is_empty() {
             return Ok(());
         }
-        Err(crate::ModelError::Weights { source_name: self.source.clone(), problems: Listed(problems.clone()) })
+        Err(crate::ModelError::Weights { source_name: self.source.clone(), problems: Listed(problems) })
     }
 }
 

@@ -60,8 +60,8 @@ impl Memory {
     }
 }
 
-/// What a plan needs in each part of a run, besides the weights that are mapped from files. Parts do not overlap: each
-/// releases what it used.
+/// What a plan needs in each part of a run, besides the weights that are mapped from files and the encoded video, which
+/// stays in memory until it is written. Parts do not overlap: each releases what it used.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MemoryNeed {
     /// Parts in the order they run.
@@ -92,13 +92,25 @@ impl PartNeed {
     }
 }
 
-/// Code, allocator and what every process has, measured on Linux: see bench/NOTEBOOK.md.
-const PROCESS_BYTES: u64 = 24 << 20;
+/// What every run has, measured on Linux: 11 MB of resident pages of the program and of system libraries, 4 MB of heap
+/// for the plan, headers of weight files and loaded programs. See bench/NOTEBOOK.md.
+const PROCESS_BYTES: u64 = 15_000_000;
+
+/// Bytes per pixel that the H.264 encoder keeps: its input as I420 and about eight pictures in its pools, measured.
+const ENCODER_BYTES_PER_PIXEL: u64 = 14;
+
+/// Bytes per pixel of the frame on its way to the encoder: RGB in f32.
+const FRAME_BYTES_PER_PIXEL: u64 = 12;
 
 impl MemoryNeed {
     /// What `plan` needs when run with `threads` threads.
     pub fn of(plan: &Plan, threads: usize) -> MemoryNeed {
         let workspace: Vec<u64> = function_workspace(plan, threads);
+        let video = &plan.pipeline.video;
+        let pixels = u64::from(video.height) * u64::from(video.width);
+        let contexts = contexts_bytes(plan);
+        let is_stage =
+            |group: &str| plan.pipeline.stages.iter().flat_map(|s| &s.classes).any(|class| class.program == group);
         let mut parts: BTreeMap<u32, PartNeed> = BTreeMap::new();
         for program in &plan.programs {
             let group = plan.groups.get(program.group as usize);
@@ -108,7 +120,8 @@ impl MemoryNeed {
                 state: group.map_or(0, |g| g.state_bytes),
                 packed: 0,
                 workspace: 0,
-                host: 0,
+                // The prompt's contexts stay for all stages, and each stage has a copy for its inputs.
+                host: group.map_or(0, |g| if is_stage(&g.name) { 2 * contexts } else { contexts }),
             });
             let arena = program.arena_bytes.iter().fold(0u64, |sum, &bytes| sum.saturating_add(bytes));
             part.arena = part.arena.max(arena);
@@ -116,7 +129,10 @@ impl MemoryNeed {
             part.packed = part.packed.max(weight_bytes(plan, program).1);
             part.workspace = part.workspace.max(workspace.get(program.function as usize).copied().unwrap_or(0));
             if program.name.starts_with("decode.") {
-                part.host = frames_bytes(plan);
+                let encoding = pixels * (ENCODER_BYTES_PER_PIXEL + FRAME_BYTES_PER_PIXEL);
+                part.host = contexts.saturating_add(frames_bytes(plan)).saturating_add(encoding);
+            } else if program.name == "decode_audio" {
+                part.host = contexts.saturating_add(pixels * ENCODER_BYTES_PER_PIXEL);
             }
         }
         MemoryNeed { parts: parts.into_values().collect() }
@@ -167,6 +183,12 @@ fn function_workspace(plan: &Plan, threads: usize) -> Vec<u64> {
         need.push(most);
     }
     need
+}
+
+/// Bytes of the contexts that the text programs make.
+fn contexts_bytes(plan: &Plan) -> u64 {
+    let connect = plan.program("connect");
+    connect.map_or(0, |p| p.outputs.iter().fold(0u64, |sum, slot| sum.saturating_add(slot.ty.bytes() as u64)))
 }
 
 /// The largest number of decoded frames that wait for the tiles that overlap them, in bytes.

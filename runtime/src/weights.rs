@@ -213,7 +213,7 @@ fn tensors_of(path: &Path, map: &Mmap, file: usize) -> Result<Vec<(String, Locat
     let (header_bytes, header) = SafeTensors::read_metadata(map).map_err(bad)?;
     let data = 8 + header_bytes;
     let tensors = header.tensors().into_iter().filter_map(|(key, info)| {
-        let ty = TensorType::new(dtype(info.dtype)?, info.shape.clone());
+        let ty = TensorType::new(dtype_of(info.dtype)?, info.shape.clone());
         let (start, end) = (data + info.data_offsets.0, data + info.data_offsets.1);
         Some((key, Located { file, ty, start, end }))
     });
@@ -226,7 +226,8 @@ fn tensors_of(path: &Path, map: &Mmap, file: usize) -> Result<Vec<(String, Locat
     }
 }
 
-fn dtype(dtype: safetensors::Dtype) -> Option<DType> {
+/// The element type of a file as graphs know it.
+pub fn dtype_of(dtype: safetensors::Dtype) -> Option<DType> {
     Some(match dtype {
         safetensors::Dtype::F32 => DType::F32,
         safetensors::Dtype::BF16 => DType::BF16,

@@ -5,9 +5,10 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use ltxc_ir::TensorType;
 use ltxc_ir::eval::Tensor;
-use ltxc_ir::{DType, TensorType};
 use ltxc_models::TensorDirectory;
+use ltxc_runtime::weights::dtype_of;
 use safetensors::SafeTensors;
 
 /// Folder of the fixtures.
@@ -36,6 +37,7 @@ pub fn required(name: &str) -> TensorFile {
 }
 
 /// All tensors of a safetensors file, decoded.
+#[derive(Clone)]
 pub struct TensorFile {
     /// Path, for messages.
     pub path: PathBuf,
@@ -56,7 +58,7 @@ impl TensorFile {
         let metadata = header.metadata().clone().unwrap_or_default().into_iter().collect();
         let file = SafeTensors::deserialize(&bytes).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
         let tensors = file.tensors().into_iter().filter_map(|(name, view)| {
-            let ty = TensorType::new(dtype(view.dtype())?, view.shape());
+            let ty = TensorType::new(dtype_of(view.dtype())?, view.shape());
             Some((name, Tensor::from_bytes(ty, view.data())))
         });
         TensorFile { path: path.into(), metadata, tensors: tensors.collect() }
@@ -96,18 +98,4 @@ impl TensorDirectory for TensorFile {
     fn tensor_type(&self, key: &str) -> Option<TensorType> {
         self.tensors.get(key).map(|t| t.ty.clone())
     }
-}
-
-fn dtype(d: safetensors::Dtype) -> Option<DType> {
-    Some(match d {
-        safetensors::Dtype::F32 => DType::F32,
-        safetensors::Dtype::BF16 => DType::BF16,
-        safetensors::Dtype::F16 => DType::F16,
-        safetensors::Dtype::I8 => DType::I8,
-        safetensors::Dtype::U8 => DType::U8,
-        safetensors::Dtype::I32 => DType::I32,
-        safetensors::Dtype::U32 => DType::U32,
-        safetensors::Dtype::BOOL => DType::Bool,
-        _ => return None,
-    })
 }

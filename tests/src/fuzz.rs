@@ -38,7 +38,7 @@ fn has_nan(plan: &Plan) -> bool {
     plan != &plan.clone()
 }
 
-/// The container of format 1 around the body of a plan section.
+/// The container around the body of a plan section.
 pub fn sealed(body: &[u8]) -> Vec<u8> {
     let mut file = b"LTXCPLAN".to_vec();
     file.extend(container::FORMAT.to_le_bytes());

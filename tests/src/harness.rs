@@ -34,7 +34,7 @@ const LIMIT_F32: f64 = 1e-5;
 /// Runs `entry` with the reference evaluator and as a compiled plan, which must agree.
 ///
 /// Activations narrower than f32 are rounded at other places by the plan than by the evaluator; `LIMIT_F32` then has no
-/// meaning, and only the evaluator runs.
+/// meaning, and only the evaluator runs. Bounds for bf16 come from [`crate::rounding`].
 ///
 /// # Panics
 /// If arguments or weights do not fit, or the two differ.

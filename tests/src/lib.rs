@@ -5,3 +5,4 @@ pub mod fixtures;
 pub mod fuzz;
 pub mod harness;
 pub mod recorded;
+pub mod rounding;

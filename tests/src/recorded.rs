@@ -138,6 +138,16 @@ impl Recorded {
         self.seen.extend(form.statistics.map(|(key, _)| key));
     }
 
+    /// The values recorded as `name`, whole or thinned, and those of `found` that they belong to: recorded values second.
+    ///
+    /// # Panics
+    /// If nothing of that name was recorded.
+    #[track_caller]
+    pub fn pair(&mut self, name: &str, found: &[f32]) -> (Vec<f32>, Vec<f32>) {
+        let form = self.form(name, found);
+        (thinned(found, form.step), form.values)
+    }
+
     /// Compares f32 values exactly.
     ///
     /// # Panics

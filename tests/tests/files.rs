@@ -104,6 +104,7 @@ fn options<'a>(words: impl Iterator<Item = &'a str>) -> Result<Options, Failed> 
         match word.split_once('=') {
             Some(("fuse", "none")) => options.fuse = Fuse::None,
             Some(("fuse", "composite")) => options.fuse = Fuse::Composite,
+            Some(("fuse", "full")) => options.fuse = Fuse::Full,
             Some(("budget", bytes)) => options.hoist_budget_bytes = bytes.parse()?,
             Some(("passes", n)) => options.passes_per_evaluation = n.parse()?,
             _ => return Err(format!("there is no option `{word}`").into()),
@@ -117,14 +118,6 @@ fn plan(module: &Module, options: Options) -> Result<String, Failed> {
     let source = WeightSource { name: "model".into(), files: vec![], renames: vec![] };
     let mut builder = PlanBuilder::new("file test", Target::cpu(), options, vec![source]);
     builder.add("group", entry, module, entry)?;
-    let pipeline = Pipeline {
-        name: String::new(),
-        model: Default::default(),
-        video: Default::default(),
-        audio: Default::default(),
-        text: Default::default(),
-        stages: vec![],
-        decode: TilePlan { axes: Default::default(), factors: [1; 3] },
-    };
+    let pipeline = Pipeline { decode: TilePlan { axes: Default::default(), factors: [1; 3] }, ..Pipeline::default() };
     Ok(builder.finish(pipeline)?.to_string())
 }

@@ -13,12 +13,14 @@ use super::{Action, Draft, DraftOperand, Drafter, Lowering};
 pub(crate) fn lower(group: &Function) -> Result<Fused, String> {
     let (module, target) = (Module::default(), Target::cpu());
     let lowering = Lowering { target: &target, sources: &[] };
+    let indices = Default::default();
     let drafter = Drafter {
         lowering: &lowering,
         module: &module,
         function: group,
-        indices: &Default::default(),
+        indices: &indices,
         draft: Draft::default(),
+        chains: Default::default(),
     };
     let draft = drafter.run().map_err(|e| e.to_string())?;
     let mut parts: Vec<Part> = Vec::with_capacity(draft.steps.len());

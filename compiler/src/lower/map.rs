@@ -5,7 +5,7 @@ use ltxc_ir::plan::{Map, MapFunction, MapStep};
 use ltxc_ir::{DType, Float, Function, Node, Op, ValueId};
 
 /// Whether a [`Map`] can compute the op.
-pub(super) fn is_pointwise(op: &Op) -> bool {
+pub(crate) fn is_pointwise(op: &Op) -> bool {
     let is_primitive = matches!(op, Op::Unary(_) | Op::Binary(_) | Op::Compare(_) | Op::Select(_) | Op::Cast(_));
     is_primitive || matches!(op, Op::Gelu(_) | Op::Silu(_) | Op::Sigmoid(_) | Op::LeakyRelu(_) | Op::Snake(_))
 }
@@ -75,7 +75,7 @@ fn step(op: &Op, [a, b, c]: [u32; 3]) -> Option<MapStep> {
 }
 
 /// The number that every element of a constant is, if it is one number.
-pub(super) fn uniform_value(values: &Values) -> Option<f64> {
+pub(crate) fn uniform_value(values: &Values) -> Option<f64> {
     match values {
         Values::Float(v) if v.len() == 1 => Some(v[0].0),
         Values::Int(v) if v.len() == 1 => Some(v[0] as f64),

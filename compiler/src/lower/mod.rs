@@ -19,6 +19,8 @@ use ltxc_ir::plan::{FileTensor, Kernel, Map, MapStep, PlanFunction, PlanWeight, 
 use ltxc_ir::{Float, Function, Module, Node, Op, TensorType, ValueId};
 
 use crate::error::CompileError;
+pub(crate) use fused::lower as lower_group;
+pub(crate) use map::{is_pointwise, uniform_value};
 use view::{Base, View};
 
 /// Constants up to this size are stored; larger ones of one value are filled in when they are needed.
@@ -40,7 +42,9 @@ pub(crate) fn lower_module(
 ) -> Result<BTreeMap<String, u32>, CompileError> {
     let mut indices: BTreeMap<String, u32> = BTreeMap::new();
     for function in module.functions.iter().filter(|f| f.pattern.is_none()) {
-        let drafted = Drafter { lowering, module, function, indices: &indices, draft: Draft::default() }.run()?;
+        let drafted =
+            Drafter { lowering, module, function, indices: &indices, draft: Draft::default(), chains: BTreeMap::new() }
+                .run()?;
         let mut lowered = place::place(&function.name, drafted, plan, lowering.target)?;
         lowered.name = format!("{prefix}{}", function.name);
         // The same block often serves several programs.
@@ -141,12 +145,14 @@ struct Drafter<'a> {
     function: &'a Function,
     indices: &'a BTreeMap<String, u32>,
     draft: Draft,
+    /// Pointwise nodes that are steps of the map that computes a value.
+    chains: BTreeMap<ValueId, Vec<&'a Node>>,
 }
 
 /// Values of the graph function by number.
 type Values = Vec<Option<Lowered>>;
 
-impl Drafter<'_> {
+impl<'a> Drafter<'a> {
     fn run(mut self) -> Result<Draft, CompileError> {
         let f = self.function;
         self.draft.params = f.param_types();
@@ -156,8 +162,16 @@ impl Drafter<'_> {
             let view = View::whole(Base::Param(i as u32), f.ty(p.value).clone());
             values[p.value.index()] = Some(Lowered::View(view));
         }
-        for node in &f.nodes {
-            self.node(node, &mut values)?;
+        for (i, node) in f.nodes.iter().enumerate() {
+            // In a group, a pointwise node with one pointwise user is a step of that user's map.
+            match self.chain_user(i) {
+                Some(user) => {
+                    let mut chain = self.chains.remove(&node.results[0]).unwrap_or_default();
+                    chain.push(node);
+                    self.chains.entry(user).or_default().extend(chain);
+                }
+                None => self.node(node, &mut values)?,
+            }
         }
         for (i, r) in f.results.iter().enumerate() {
             self.result(i, r.value, &mut values)?;
@@ -166,11 +180,25 @@ impl Drafter<'_> {
         Ok(self.draft)
     }
 
+    /// The value into whose map the pointwise node `index` of a group goes, if it goes into one.
+    fn chain_user(&self, index: usize) -> Option<ValueId> {
+        let (f, node) = (self.function, &self.function.nodes[index]);
+        if f.pattern.is_none() || !is_pointwise(&node.op) {
+            return None;
+        }
+        let value = node.results[0];
+        let mut users = f.nodes.iter().filter(|n| n.args.contains(&value));
+        let user = users.next().filter(|_| users.next().is_none())?;
+        let is_seen = f.results.iter().any(|r| r.value == value);
+        let fits = !is_seen && is_pointwise(&user.op) && f.ty(user.results[0]).shape == f.ty(value).shape;
+        fits.then(|| user.results[0])
+    }
+
     fn problem(&self, problem: String) -> CompileError {
         CompileError::Lowering { function: self.function.name.clone(), problem }
     }
 
-    fn node(&mut self, node: &Node, values: &mut Values) -> Result<(), CompileError> {
+    fn node(&mut self, node: &'a Node, values: &mut Values) -> Result<(), CompileError> {
         if let Op::Call(call) = &node.op {
             return self.call(node, call, values);
         }
@@ -192,7 +220,11 @@ impl Drafter<'_> {
             }
             Op::Reshape(_) | Op::Transpose(_) | Op::Slice(_) | Op::Broadcast(_) => self.moved(node, &ty, values)?,
             Op::Concat(o) => Lowered::View(self.concat(node, o, &ty, values)?),
-            op if map::is_pointwise(op) => Lowered::View(self.map(&[node], values)?),
+            op if is_pointwise(op) => {
+                let chain = self.chains.remove(&result).unwrap_or_default();
+                let chain: Vec<&Node> = chain.into_iter().chain([node]).collect();
+                Lowered::View(self.map(&chain, values)?)
+            }
             op => {
                 let kernel = kernel_of(op).ok_or_else(|| self.problem(format!("`{}` has no kernel", op.name())))?;
                 let args = node.args.iter().map(|&a| self.operand(a, values)).collect::<Result<_, _>>()?;
@@ -237,7 +269,7 @@ impl Drafter<'_> {
     }
 
     fn constant(&mut self, c: &Const) -> Lowered {
-        match map::uniform_value(&c.values) {
+        match uniform_value(&c.values) {
             Some(value) => {
                 // Rounded to the dtype, as the constant would be in memory.
                 let point = tensor(TensorType::new(c.ty.dtype, []), value);

@@ -165,7 +165,9 @@ impl Units {
             Base::Buffer(b) => self.find(b).0 != old || (other == arg && work.may_overwrite(j, k)),
             _ => true,
         };
-        if !step.args.iter().enumerate().all(may_meet) {
+        // Another result may have moved there already.
+        let is_taken = step.results.iter().any(|r| matches!(r.base, Base::Buffer(b) if self.find(b).0 == old));
+        if is_taken || !step.args.iter().enumerate().all(may_meet) {
             return false;
         }
         if new == to && self.result[new].is_none() {

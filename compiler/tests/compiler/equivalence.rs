@@ -29,7 +29,7 @@ fn every_pass_keeps_values_exactly() {
         verify(&module).unwrap_or_else(|e| panic!("seed {seed}: {e}"));
         let args = arguments(&module, "main", seed);
         let expected = evaluate(&module, "main", &args);
-        for fuse in [Fuse::None, Fuse::Composite] {
+        for fuse in [Fuse::None, Fuse::Composite, Fuse::Full] {
             let options = options(fuse);
             let mut now = module.clone();
             for pass in passes() {
@@ -46,7 +46,7 @@ fn every_pass_keeps_values_exactly() {
 fn passes_reach_the_same_module_again() {
     for seed in 0..SEEDS {
         let module = random::module(seed, true);
-        let options = options(Fuse::Composite);
+        let options = options(Fuse::Full);
         assert_eq!(optimize(&module, &options), optimize(&module, &options), "seed {seed}");
     }
 }
@@ -60,7 +60,7 @@ fn plans_compute_what_the_graph_means() {
         let expected = evaluate(&module, "main", &args);
         // Maps round narrow results once, the evaluator after every step: a bf16 has 8 bits, and norms magnify.
         let limit = if narrow { 0.03 } else { 0.0 };
-        for fuse in [Fuse::None, Fuse::Composite] {
+        for fuse in [Fuse::None, Fuse::Composite, Fuse::Full] {
             let plan = plan(&module, options(fuse), Target::cpu());
             assert_close(&interpret(&plan, &args), &expected, limit, &format!("seed {seed}, {fuse:?}"));
         }
@@ -73,9 +73,11 @@ fn every_pass_can_be_left_out() {
         let module = random::module(seed, false);
         let args = arguments(&module, "main", seed);
         let expected = evaluate(&module, "main", &args);
-        for disabled in [vec!["simplify"], vec!["hoist"], vec!["pack"], vec!["simplify", "hoist", "pack"]] {
+        let fusing = ["fuse-attention", "fuse-product", "fuse-group-norm", "fuse-rows"];
+        let each = ["simplify", "hoist", "pack"].into_iter().chain(fusing).map(|p| vec![p]);
+        for disabled in each.chain([vec!["simplify", "hoist", "pack"], fusing.to_vec()]) {
             let disabled: Vec<String> = disabled.into_iter().map(String::from).collect();
-            let options = Options { disabled: disabled.clone(), ..options(Fuse::Composite) };
+            let options = Options { disabled: disabled.clone(), ..options(Fuse::Full) };
             let plan = plan(&module, options, Target::cpu());
             assert_close(&interpret(&plan, &args), &expected, 0.0, &format!("seed {seed}, without {disabled:?}"));
         }
@@ -89,7 +91,7 @@ fn hoisting_respects_every_budget() {
         let args = arguments(&module, "main", seed);
         let expected = evaluate(&module, "main", &args);
         for budget in [0, 64, 256, 1024] {
-            let options = Options { hoist_budget_bytes: budget, ..options(Fuse::Composite) };
+            let options = Options { hoist_budget_bytes: budget, ..options(Fuse::Full) };
             let found = evaluate_split(&optimize(&module, &options).unwrap(), &args);
             assert_close(&found, &expected, 0.0, &format!("seed {seed}, budget {budget}"));
             let plan = plan(&module, options, Target::cpu());
@@ -109,7 +111,7 @@ fn plans_with_small_arenas_compute_the_same() {
         let args = arguments(&module, "main", seed);
         let expected = evaluate(&module, "main", &args);
         let target = Target { max_arena_bytes: 2048, ..Target::cpu() };
-        let plan = plan(&module, options(Fuse::Composite), target);
+        let plan = plan(&module, options(Fuse::Full), target);
         assert!(plan.arena_bytes().iter().all(|&b| b <= 2048));
         assert_close(&interpret(&plan, &args), &expected, 0.0, &format!("seed {seed}"));
     }
@@ -119,7 +121,7 @@ fn plans_with_small_arenas_compute_the_same() {
 fn the_same_module_gives_the_same_plan() {
     for seed in 0..SEEDS / 3 {
         let module = random::module(seed, true);
-        let [a, b] = [0, 1].map(|_| plan(&module, options(Fuse::Composite), Target::cpu()));
+        let [a, b] = [0, 1].map(|_| plan(&module, options(Fuse::Full), Target::cpu()));
         assert_eq!(a, b, "seed {seed}");
     }
 }

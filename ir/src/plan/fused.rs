@@ -18,6 +18,9 @@ use serde::{Deserialize, Serialize};
 use super::kernel::Kernel;
 use crate::types::TensorType;
 
+/// Most elements of a row: rows of a few parts must fit into the cache of a core.
+const MAX_ROW: usize = 1 << 18;
+
 /// Most parts of one call; real groups have about ten.
 const MAX_PARTS: usize = 64;
 
@@ -33,6 +36,12 @@ pub enum Work {
 impl From<Kernel> for Work {
     fn from(kernel: Kernel) -> Work {
         Work::Kernel(kernel)
+    }
+}
+
+impl From<Fused> for Work {
+    fn from(fused: Fused) -> Work {
+        Work::Fused(fused)
     }
 }
 
@@ -114,20 +123,27 @@ pub enum Form {
         /// Number of rows.
         rows: usize,
     },
-    /// Part `anchor` is a `matmul`, `conv` or `conv_transpose`, at most after a `pad` of its first operand. Maps on its
+    /// Part `anchor` is a `matmul`, `conv` or `conv_transpose`, at most after `pad`s of its first operand. Maps on its
     /// result follow, then copies that store parts of it or rearrange it.
     Product {
         /// Index of the product.
         anchor: usize,
+        /// Rows into which the maps can be cut.
+        rows: usize,
     },
     /// Part `anchor` is `attention`; the parts before it are of the form *rows*, and make its queries and keys. Maps
     /// on its result follow.
     Attention {
         /// Index of the attention.
         anchor: usize,
+        /// Rows into which the maps can be cut.
+        rows: usize,
     },
     /// Part 0 is `group_norm`; maps on its result follow.
-    GroupNorm,
+    GroupNorm {
+        /// Rows into which the maps can be cut.
+        rows: usize,
+    },
 }
 
 impl Fused {
@@ -187,51 +203,80 @@ impl Fused {
         match anchors[..] {
             [] => Ok(Form::Rows { rows: self.rows(0..self.parts.len())? }),
             [anchor] => match &self.parts[anchor].kernel {
-                Kernel::GroupNorm(_) if anchor == 0 => self.check_tail(0).map(|()| Form::GroupNorm),
+                Kernel::GroupNorm(_) if anchor == 0 => self.check_tail(0).map(|rows| Form::GroupNorm { rows }),
                 Kernel::GroupNorm(_) => Err("nothing can run before a group norm".into()),
                 Kernel::Attention(_) => {
                     self.check_heads(anchor)?;
-                    self.check_tail(anchor).map(|()| Form::Attention { anchor })
+                    self.check_tail(anchor).map(|rows| Form::Attention { anchor, rows })
                 }
                 _ => {
                     self.check_pad(anchor)?;
-                    self.check_tail(anchor).map(|()| Form::Product { anchor })
+                    self.check_tail(anchor).map(|rows| Form::Product { anchor, rows })
                 }
             },
             _ => Err("two contractions cannot run as one kernel".into()),
         }
     }
 
-    /// The number of rows into which `range` of parts can be cut.
+    /// The largest number of rows into which the parts of `range` can be cut.
     fn rows(&self, range: std::ops::Range<usize>) -> Result<usize, String> {
-        let parts = &self.parts[range.clone()];
-        let natural = |s: &Part| natural_rows(s).ok_or_else(|| format!("`{}` does not work by rows", s.kernel.name()));
-        let rows = parts.iter().map(natural).collect::<Result<Vec<_>, _>>()?;
-        // Rows of the part with the longest ones.
-        let rows = rows.into_iter().min().ok_or("there are no parts")?;
+        let parts = &self.parts[range];
+        let mut longest: Option<(usize, &TensorType)> = None;
+        for part in parts {
+            let n = natural_rows(part).ok_or_else(|| format!("`{}` does not work by rows", part.kernel.name()))?;
+            if longest.is_none_or(|(least, _)| n < least) {
+                longest = Some((n, &part.result));
+            }
+        }
+        let (most, ty) = longest.ok_or("there are no parts")?;
+        // Every product of leading axes counts rows; the more there are, the better the work can be shared.
+        let mut counts = vec![1usize];
+        for &extent in &ty.shape {
+            let rows = counts[counts.len() - 1].saturating_mul(extent);
+            if rows > 1 && rows <= most {
+                counts.push(rows);
+            }
+        }
+        let mut problem = String::new();
+        for &rows in counts.iter().rev() {
+            match self.check_rows(parts, rows) {
+                Ok(()) => return Ok(rows),
+                Err(e) if problem.is_empty() => problem = e,
+                Err(_) => {}
+            }
+        }
+        Err(problem)
+    }
+
+    fn check_rows(&self, parts: &[Part], rows: usize) -> Result<(), String> {
         for (i, part) in parts.iter().enumerate() {
             if leading_axes(&part.result, rows).is_none() {
                 return Err(format!("{} of part {i} has no {rows} rows", part.result));
             }
+            if part.result.elements() / rows > MAX_ROW {
+                return Err(format!("rows of {} elements are too long", part.result.elements() / rows));
+            }
             for (j, arg) in part.args.iter().enumerate() {
-                let access = part.access(j, rows);
-                let is_stage = matches!(arg.source, Source::Part(_));
-                match access {
+                let is_part = matches!(arg.source, Source::Part(_));
+                match part.access(j, rows) {
                     None => return Err(format!("operand {j} of part {i}, {}, is not cut along {rows} rows", arg.ty)),
-                    Some(Access::Whole) if is_stage => {
+                    Some(Access::Whole) if is_part => {
                         return Err(format!("part {i} reads all rows of an earlier part"));
                     }
                     Some(_) => {}
                 }
             }
         }
-        Ok(rows)
+        Ok(())
     }
 
-    /// After the anchor: maps on its result, element by element, then copies of those.
-    fn check_tail(&self, anchor: usize) -> Result<(), String> {
+    /// After the anchor: maps on its result, element by element, and rows of tables; then copies of those. Returns the
+    /// rows into which the maps can be cut.
+    fn check_tail(&self, anchor: usize) -> Result<usize, String> {
         let space = self.parts[anchor].result.elements();
-        let mut copied = vec![false; self.parts.len()];
+        let is_product = !matches!(self.parts[anchor].kernel, Kernel::Attention(_) | Kernel::GroupNorm(_));
+        let is_copy = |p: &Part| matches!(p.kernel, Kernel::Copy(_));
+        let copies = self.parts.iter().position(is_copy).unwrap_or(self.parts.len());
         for (i, part) in self.parts.iter().enumerate().skip(anchor + 1) {
             let sources = || {
                 part.args.iter().filter_map(|a| match a.source {
@@ -239,48 +284,59 @@ impl Fused {
                     Source::Operand(_) => None,
                 })
             };
-            if sources().any(|(s, _)| s < anchor || copied[s]) {
+            if sources().any(|(s, _)| s < anchor || s >= copies) {
                 return Err(format!("part {i} reads more than the result of part {anchor}"));
             }
             match &part.kernel {
-                Kernel::Map(_) => {
-                    if part.result.elements() != space || sources().any(|(_, ty)| ty.shape != part.result.shape) {
+                Kernel::Map(_) if i < copies => {
+                    if part.result.elements() != space || sources().any(|(_, ty)| ty.elements() != space) {
                         return Err(format!("part {i} is not a function of single elements of part {anchor}"));
                     }
                 }
-                Kernel::Copy(copy)
-                    if matches!(
-                        self.parts[anchor].kernel,
-                        Kernel::Matmul(_) | Kernel::Conv(_) | Kernel::ConvTranspose(_)
-                    ) =>
-                {
+                Kernel::Gather(_) if i < copies && part.result.elements() == space && sources().count() == 0 => {}
+                Kernel::Copy(copy) if is_product => {
                     // A copy that leaves elements alone would leave them undefined.
                     let moved = copy.shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d));
                     if moved != Some(part.result.elements()) || sources().count() != 1 {
                         return Err(format!("part {i} does not store all of {}", part.result));
                     }
-                    copied[i] = true;
                 }
                 kernel => return Err(format!("`{}` cannot follow part {anchor}", kernel.name())),
             }
         }
-        Ok(())
+        let rows = match anchor + 1 < copies {
+            true => self.rows(anchor + 1..copies)?,
+            false => 1,
+        };
+        match leading_axes(&self.parts[anchor].result, rows) {
+            Some(_) => Ok(rows),
+            None => Err(format!("{} has no {rows} rows", self.parts[anchor].result)),
+        }
     }
 
-    /// Before a product: nothing, or a pad of the first operand of a convolution.
+    /// Before a product: nothing, or pads one after the other of the first operand of a convolution.
     fn check_pad(&self, anchor: usize) -> Result<(), String> {
         let part = &self.parts[anchor];
-        let is_padded = anchor == 1
-            && matches!(self.parts[0].kernel, Kernel::Pad(_))
-            && matches!(part.kernel, Kernel::Conv(_))
-            && part.args[0].source == Source::Part(0)
-            && part.args[0].ty == self.parts[0].result
-            && !self.stored.contains(&0);
+        let is_padded = |i: usize| {
+            let source = &self.parts[i].args[0];
+            let follows = match i.checked_sub(1) {
+                None => matches!(source.source, Source::Operand(_)),
+                Some(before) => source.source == Source::Part(before as u32) && source.ty == self.parts[before].result,
+            };
+            follows && !self.stored.contains(&(i as u32))
+        };
+        let pads = self.parts[..anchor].iter().enumerate();
+        let are_pads = pads.clone().all(|(i, p)| matches!(p.kernel, Kernel::Pad(_)) && is_padded(i));
         let reads_elsewhere = part.args[1..].iter().any(|a| matches!(a.source, Source::Part(_)));
-        if (anchor == 0 || is_padded) && !reads_elsewhere {
+        let fits = anchor == 0
+            || (are_pads && matches!(part.kernel, Kernel::Conv(_)) && {
+                let first = &part.args[0];
+                first.source == Source::Part(anchor as u32 - 1) && first.ty == self.parts[anchor - 1].result
+            });
+        if fits && !reads_elsewhere {
             return Ok(());
         }
-        Err(format!("only a pad can run before `{}`", part.kernel.name()))
+        Err(format!("only pads can run before `{}`", part.kernel.name()))
     }
 
     /// Before attention: rows that make queries and keys and nothing else.
@@ -291,7 +347,7 @@ impl Fused {
         }
         for (j, arg) in attention.args.iter().enumerate() {
             let Source::Part(last) = arg.source else { continue };
-            if j > 1 || self.parts[last as usize].result != arg.ty {
+            if j > 1 {
                 return Err(format!("operand {j} of attention cannot be computed in it"));
             }
             let chain = self.chain(last as usize);
@@ -349,7 +405,7 @@ impl Fused {
                     && self.parts.iter().all(|s| !matches!(s.kernel, Kernel::Copy(_)))
                     && uses.all(|(part, _, a)| is_element(part, a))
             }
-            Form::Attention { .. } | Form::GroupNorm => false,
+            Form::Attention { .. } | Form::GroupNorm { .. } => false,
         }
     }
 }

@@ -6,6 +6,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::tiling::TilePlan;
+use crate::types::DType;
 
 /// Settings of the pipeline a plan was compiled for.
 #[derive(Clone, Debug, PartialEq, Default, Serialize, Deserialize)]
@@ -14,6 +15,8 @@ pub struct Pipeline {
     pub name: String,
     /// What kind of checkpoint it runs.
     pub model: ModelInfo,
+    /// Dtype of the activations inside programs; what programs take and give is f32 with either.
+    pub dtype: DType,
     /// Size of the video.
     pub video: VideoSettings,
     /// The sound track.

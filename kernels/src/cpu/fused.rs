@@ -37,15 +37,14 @@ impl Schedule {
     fn new(fused: &Fused) -> Schedule {
         let n = fused.parts.len();
         // Calls are checked when a plan is read or made, so there is a form.
-        let anchor = match fused.form() {
+        let (anchor, rows) = match fused.form() {
             Ok(Form::Rows { rows }) => return Schedule { whole: 0..0, by_rows: 0..n, rows, copies: n..n },
-            Ok(Form::Product { anchor } | Form::Attention { anchor }) => anchor,
-            Ok(Form::GroupNorm) | Err(_) => 0,
+            Ok(Form::Product { anchor, rows } | Form::Attention { anchor, rows }) => (anchor, rows),
+            Ok(Form::GroupNorm { rows }) => (0, rows),
+            Err(_) => (0, 1),
         };
         let is_copy = |p: &Part| matches!(p.kernel, Kernel::Copy(_));
         let first_copy = fused.parts.iter().skip(anchor + 1).position(is_copy).map_or(n, |i| anchor + 1 + i);
-        let result = &fused.parts[anchor].result;
-        let rows = result.elements() / result.shape.last().copied().unwrap_or(1).max(1);
         Schedule { whole: 0..anchor + 1, by_rows: anchor + 1..first_copy, rows, copies: first_copy..n }
     }
 

@@ -62,7 +62,8 @@ pub fn decode_audio(
 ) -> Result<Module, ModelError> {
     check_frames("audio_vae", "latents", latents)?;
     let b = Builder::new("decode_audio");
-    let taken = (mel_bins(vocoder, weights)?, STEREO);
+    // Without the tensor that tells, the vocoder takes what it is given, and the tensor is reported with all others.
+    let taken = (stored_mel_bins(vocoder, weights).unwrap_or(vae.mel_bins), STEREO);
     let made = (vae.mel_bins, vae.out_channels);
     if taken != made {
         let problem = format!("takes {taken:?} mel bins and channels, the audio VAE makes {made:?}");
@@ -79,11 +80,15 @@ pub fn decode_audio(
 
 /// Mel bins per channel that the vocoder takes.
 fn mel_bins(config: &VocoderConfig, weights: &Weights<'_>) -> Result<usize, ModelError> {
-    let prefix = core_prefix(config);
-    Generator::new(&config.core, weights, prefix).mel_bins().ok_or_else(|| {
+    stored_mel_bins(config, weights).ok_or_else(|| {
+        let prefix = core_prefix(config);
         let problem = format!("weight `{prefix}.conv_pre.weight` is missing or is not [channels, 2 · mel bins, 7]");
         ModelError::config("vocoder", problem)
     })
+}
+
+fn stored_mel_bins(config: &VocoderConfig, weights: &Weights<'_>) -> Option<usize> {
+    Generator::new(&config.core, weights, core_prefix(config)).mel_bins()
 }
 
 fn core_prefix(config: &VocoderConfig) -> &'static str {

@@ -7,6 +7,7 @@
 
 mod config;
 pub mod philox;
+mod smooth;
 pub mod tensors;
 pub mod tokenizer;
 mod values;

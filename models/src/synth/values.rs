@@ -2,15 +2,17 @@
 //! frames are neither constant nor saturated, and no input is ignored.
 //!
 //! Matrices and kernels are uniform with standard deviation `gain / sqrt(fan in)`; what is not a matrix (norms, tables,
-//! statistics, fixed filters) gets a value of its kind. Everything is rounded once to bf16.
+//! statistics, fixed filters) gets a value of its kind, and so do the layers that make pixels (`smooth`). Everything is
+//! rounded once to bf16.
 
 use half::bf16;
 
 use super::philox::Stream;
+use super::smooth;
 use super::tensors::TensorSpec;
 
 /// Gains of matrices whose key contains the first entry; the last that applies counts, 1 is the default.
-const GAINS: [(&str, f32); 12] = [
+const GAINS: [(&str, f32); 11] = [
     // Attention that is not nearly uniform.
     (".to_q.", 1.4),
     (".to_k.", 1.4),
@@ -18,8 +20,6 @@ const GAINS: [(&str, f32); 12] = [
     // Residual blocks after pixel norm and SiLU, which halves the variance.
     (".conv1.", 1.3),
     (".conv2.", 0.9),
-    // Frames with a standard deviation of about 0.4.
-    ("vae.decoder.conv_out.", 0.6),
     ("audio_vae.decoder.conv_out.", 1.0),
     ("audio_vae.encoder.conv_in.", 0.5),
     // A waveform that stays clear of the final tanh.
@@ -32,6 +32,9 @@ const GAINS: [(&str, f32); 12] = [
 /// The values of `tensor` under `seed`, as little-endian bf16.
 pub(super) fn bytes(seed: u64, tensor: &TensorSpec) -> Vec<u8> {
     let mut stream = Stream::new(seed, &tensor.key);
+    if let Some(values) = smooth::values(tensor, &mut stream) {
+        return values.into_iter().flat_map(|v| bf16::from_f32(v).to_le_bytes()).collect();
+    }
     let len = tensor.shape.iter().product::<usize>();
     let kind = Kind::of(tensor);
     (0..len).flat_map(|i| bf16::from_f32(kind.value(i, &mut stream)).to_le_bytes()).collect()

@@ -55,7 +55,7 @@ pub struct TextWeights<'a> {
 /// - `place`: `i32[1024]`, the row of features (`0..tokens`) and registers (behind them) for each context token: with `n`
 ///   real tokens and `r` registers `tokens − n + p` where `p < n`, `tokens + p mod r` elsewhere.
 ///
-/// Results: `video` and `audio`, `[1, 1024, width]` of `dtype`.
+/// Results: `video` and `audio`, f32 `[1, 1024, width]`; `dtype` is that of the activations inside.
 ///
 /// # Errors
 /// A bucket outside `1..=1024`, a dtype that activations cannot have, and weights that are missing or do not fit.
@@ -79,7 +79,7 @@ pub fn encode(config: &TextConfig, weights: &TextWeights, tokens: usize, dtype: 
         let connector = config.connectors.get(modality);
         let registers = registers(&b, connector, modality, &weights.transformer, rows, dtype);
         let placed = b.gather(b.concat(&[features, registers], 1), place, 1);
-        b.result(modality.name(), placed);
+        b.result(modality.name(), b.cast(placed, DType::F32));
     }
     for part in [&weights.gemma, &weights.projection, &weights.transformer] {
         part.finish()?;
@@ -90,8 +90,8 @@ pub fn encode(config: &TextConfig, weights: &TextWeights, tokens: usize, dtype: 
 /// The program from the connectors' inputs to the contexts, for `tokens` tokens ([`CONTEXT_TOKENS`] in every pipeline).
 ///
 /// - `weights`: the complete set of transformer files.
-/// - Parameters of the entry `connect`, constant for a generation: `video` and `audio`, `[1, tokens, width]` of `dtype`,
-///   registers in place.
+/// - Parameters of the entry `connect`, constant for a generation: `video` and `audio`, f32 `[1, tokens, width]`,
+///   registers in place; `dtype` is that of the activations inside.
 /// - Results: `video_context` and `audio_context`, of the same types.
 ///
 /// # Errors
@@ -105,13 +105,14 @@ pub fn connect(connectors: &Connectors, weights: &Weights, tokens: usize, dtype:
     let b = Builder::new("connect");
     let functions = Functions::default();
     let inputs = Modality::ALL.map(|modality| {
-        let ty = TensorType::new(dtype, [1, tokens, connectors.get(modality).width()]);
+        let ty = TensorType::f32([1, tokens, connectors.get(modality).width()]);
         b.param(modality.name(), ty, Rate::Generation)
     });
     for (modality, x) in Modality::ALL.into_iter().zip(inputs) {
         let (config, scope) = (connectors.get(modality), format!("{}_connector", modality.name()));
+        let x = b.cast(x, dtype);
         let context = b.scope(&scope, || connector(&b, &functions, config, modality, weights, x));
-        b.result(&format!("{}_context", modality.name()), context);
+        b.result(&format!("{}_context", modality.name()), b.cast(context, DType::F32));
     }
     weights.finish()?;
     Ok(functions.into_module(b.finish()?)?)

@@ -94,6 +94,19 @@ pub struct ShapeArgs {
     /// Tiles of the video decoder: auto, off, or SIZExOVERLAP,FRAMESxOVERLAP in pixels and frames [default: auto]
     #[arg(long)]
     pub vae_tile: Option<String>,
+    /// Arithmetic of activations; bf16 takes less memory, not less time on a CPU [default: f32]
+    #[arg(long, value_enum)]
+    pub dtype: Option<Precision>,
+}
+
+/// Dtypes that activations can be computed in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum Precision {
+    /// 32 bits.
+    #[default]
+    F32,
+    /// 16 bits with 8 bits of precision, as the reference runs on a GPU. Sums are f32 all the same.
+    Bf16,
 }
 
 /// What to run on, or to compile for.

@@ -9,9 +9,9 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use ltxc_ir::Module;
 use ltxc_ir::plan::{AudioSettings, ModelInfo, Pipeline, Stage, StageClass, TextSettings, VideoSettings, WeightSource};
 use ltxc_ir::tiling::TilePlan;
-use ltxc_ir::{DType, Module};
 use ltxc_models::audio::{AudioVaeConfig, VocoderConfig, decode_audio};
 use ltxc_models::checkpoint::{Checkpoint, GemmaFolder, Generation, hub};
 use ltxc_models::text::{self, TextConfig, TextWeights};
@@ -24,17 +24,15 @@ use ltxc_runtime::pipeline::schedule::{DISTILLED_STAGE_1, DISTILLED_STAGE_2};
 
 use crate::args::ModelArgs;
 use crate::job::Shape;
+use crate::tensors;
 
 /// Names of the weight sources in graphs and plans.
 const MODEL: &str = "model";
-const GEMMA: &str = "gemma";
-const UPSAMPLER: &str = "upsampler";
+pub(crate) const GEMMA: &str = "gemma";
+pub(crate) const UPSAMPLER: &str = "upsampler";
 
 /// Prompt lengths that have a program of their own, in tokens.
 const BUCKETS: [usize; 6] = [32, 64, 128, 256, 512, 1024];
-
-/// Dtype of activations. The CPU computes in f32.
-const DTYPE: DType = DType::F32;
 
 /// The model files of a pipeline, opened.
 pub struct ModelFiles {
@@ -77,13 +75,15 @@ impl ModelFiles {
         Ok(ModelFiles { model, gemma, upsampler, verify: args.verify })
     }
 
-    /// What messages call the files of a weight source.
-    fn name(&self, source: &str) -> String {
-        match (source, &self.upsampler) {
-            (GEMMA, _) => self.gemma.path().display().to_string(),
-            (UPSAMPLER, Some(upsampler)) => upsampler.name().into(),
-            _ => self.model.name().into(),
+    /// The file of a weight source that has the tensor `key`; all of them together if none has.
+    pub(crate) fn file_of(&self, source: &str, key: &str) -> PathBuf {
+        if source == GEMMA {
+            let at = self.gemma.tensor(key).map(|t| self.gemma.files()[t.file].path());
+            return at.unwrap_or(self.gemma.path()).into();
         }
+        let checkpoint = self.upsampler.as_ref().filter(|_| source == UPSAMPLER).unwrap_or(&self.model);
+        let at = checkpoint.tensor(key).map(|t| checkpoint.files()[t.file].path());
+        at.map_or_else(|| checkpoint.name().into(), PathBuf::from)
     }
 
     /// Paths of all files, for a run right after compiling.
@@ -159,46 +159,32 @@ pub struct Assembly {
 /// # Errors
 /// A model that does not fit the pipeline, or sizes that it cannot run.
 pub fn assemble(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
-    build(files, shape).map_err(|error| match error.downcast_ref::<ModelError>() {
-        Some(ModelError::Weights { source_name, .. }) => {
-            let file = files.name(source_name);
-            error.context(format!(
-                "`{file}` does not have the tensors that its configuration names; use it as published"
-            ))
-        }
-        _ => error,
-    })
-}
-
-fn build(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
     let model = Components::read(files)?;
     model.check(files, shape)?;
-    let mut programs = Vec::new();
-    let mut add = |group: &str, name: &str, module: Module| {
-        programs.push(ProgramSource { group: group.into(), name: name.into(), module });
-    };
+    let (dtype, mut programs) = (shape.dtype, Programs::default());
+    let mut asked = vec![(MODEL, model.weights.clone()), (GEMMA, Weights::new(GEMMA, &files.gemma))];
 
-    let text_weights = || TextWeights {
-        gemma: weights(GEMMA, &files.gemma),
-        projection: model.weights(),
-        transformer: model.weights(),
+    let text_weights = TextWeights {
+        gemma: asked[1].1.clone(),
+        projection: model.weights.clone(),
+        transformer: model.weights.clone(),
     };
     for bucket in BUCKETS {
-        add("text", &format!("encode.{bucket}"), text::encode(&model.text, &text_weights(), bucket, DTYPE)?);
+        programs.add("text", &format!("encode.{bucket}"), text::encode(&model.text, &text_weights, bucket, dtype));
     }
-    let length = text::CONTEXT_TOKENS;
-    add("text", "connect", text::connect(&model.text.connectors, &model.weights(), length, DTYPE)?);
+    let connectors = &model.text.connectors;
+    programs.add("text", "connect", text::connect(connectors, &model.weights, text::CONTEXT_TOKENS, dtype));
 
     let (stages, factors) = (model.stages(shape), model.video_vae.factors());
     for stage in &stages {
         for class in &stage.classes {
-            let module =
-                transformer::build(&model.transformer, &model.weights(), &model.spec(shape, stage, class), DTYPE)?;
-            add(&class.program, &class.program, module);
+            let spec = model.spec(shape, stage, class);
+            let module = transformer::build(&model.transformer, &model.weights, &spec, dtype);
+            programs.add(&class.program, &class.program, module);
         }
         let pixels = [1, stage.height as usize, stage.width as usize];
-        let module = video_vae::encode(&model.video_vae, &model.weights(), pixels, DTYPE)?;
-        add("image", &format!("encode_image.{}", stage.name), module);
+        let module = video_vae::encode(&model.video_vae, &model.weights, pixels, dtype);
+        programs.add("image", &format!("encode_image.{}", stage.name), module);
     }
     let last = stages.last().context("a pipeline has stages")?;
     if let (Some(upsampler), [first, ..]) = (&files.upsampler, &stages[..]) {
@@ -212,30 +198,49 @@ fn build(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
                 upsampler.name()
             );
         }
-        add("upsample", "upsample", upsample(&config, &weights(UPSAMPLER, upsampler), &model.weights(), grid, DTYPE)?);
+        let weights = Weights::new(UPSAMPLER, upsampler);
+        programs.add("upsample", "upsample", upsample(&config, &weights, &model.weights, grid, dtype));
+        asked.push((UPSAMPLER, weights));
     }
     let grid = last.grid.map(|n| n as usize);
     let tiles = TilePlan::decode(grid, factors, &shape.tile.tiling(grid, factors)?)?;
     let sizes: BTreeSet<[usize; 3]> = tiles.tiles().map(|t| t.map(|axis| axis.len())).collect();
     for [f, h, w] in sizes {
-        let module = video_vae::decode(&model.video_vae, &model.weights(), [f, h, w], DTYPE)?;
-        add("decode", &program_name(f, h, w), module);
+        let module = video_vae::decode(&model.video_vae, &model.weights, [f, h, w], dtype);
+        programs.add("decode", &program_name(f, h, w), module);
     }
     let tokens = model.audio_tokens(shape);
-    let module = decode_audio(&model.audio_vae, &model.vocoder, &model.weights(), tokens, DTYPE)?;
-    add("sound", "decode_audio", module);
+    let module = decode_audio(&model.audio_vae, &model.vocoder, &model.weights, tokens, dtype);
+    programs.add("sound", "decode_audio", module);
 
+    tensors::check(files, &asked, programs.failure)?;
     let pipeline = model.pipeline(files, shape, stages, tiles)?;
-    Ok(Assembly { programs, pipeline })
+    Ok(Assembly { programs: programs.built, pipeline })
 }
 
-fn weights<'a>(source: &str, directory: &'a dyn TensorDirectory) -> Weights<'a> {
-    Weights::new(source, directory)
+/// Programs as they are built. One that fails does not keep others from being tried: all have something to report.
+#[derive(Default)]
+struct Programs {
+    built: Vec<ProgramSource>,
+    /// The first failure that is not about weights, which keep a list of their own.
+    failure: Option<ModelError>,
+}
+
+impl Programs {
+    fn add(&mut self, group: &str, name: &str, module: Result<Module, ModelError>) {
+        match module {
+            Ok(module) => self.built.push(ProgramSource { group: group.into(), name: name.into(), module }),
+            Err(ModelError::Weights { .. }) => {}
+            Err(failure) => drop(self.failure.get_or_insert(failure)),
+        }
+    }
 }
 
 /// Configurations of all components of a model.
 struct Components<'a> {
     checkpoint: &'a Checkpoint,
+    /// One view for all programs, so that what is wrong with the files is known in the end.
+    weights: Weights<'a>,
     text: TextConfig,
     transformer: TransformerConfig,
     video_vae: VideoVaeConfig,
@@ -250,16 +255,13 @@ impl<'a> Components<'a> {
         // The transformer comes before the text side, which reads the same section and a file of its own.
         Ok(Components {
             checkpoint: model,
+            weights: Weights::new(MODEL, model),
             transformer: TransformerConfig::from_json(model.section("transformer")?).with_context(name)?,
             text: TextConfig::from_json(files.gemma.config(), model.section("transformer")?)?,
             video_vae: VideoVaeConfig::from_json(model.section("vae")?).with_context(name)?,
             audio_vae: AudioVaeConfig::from_json(model.section("audio_vae")?).with_context(name)?,
             vocoder: VocoderConfig::from_json(model.section("vocoder")?).with_context(name)?,
         })
-    }
-
-    fn weights(&self) -> Weights<'a> {
-        weights(MODEL, self.checkpoint)
     }
 
     /// What the parts of one model must agree on, and what the pipeline can run.
@@ -372,6 +374,7 @@ impl<'a> Components<'a> {
                 // Generations up to 2.3: spec/pipelines §1.1.
                 image_crf: 33,
             },
+            dtype: shape.dtype,
             video: VideoSettings {
                 height: shape.height as u32,
                 width: shape.width as u32,
@@ -389,7 +392,7 @@ impl<'a> Components<'a> {
             text: TextSettings {
                 buckets: BUCKETS.map(|n| n as u32).into(),
                 length: text::CONTEXT_TOKENS as u32,
-                registers: self.text.connectors.registers(&self.weights(), text::CONTEXT_TOKENS)? as u32,
+                registers: self.text.connectors.registers(&self.weights, text::CONTEXT_TOKENS)? as u32,
                 tokenizer: (tokenizer.len() as u64, *blake3::hash(&tokenizer).as_bytes()),
             },
             stages,

@@ -93,7 +93,7 @@ fn text(plan: &Plan, facts: &Value) -> String {
     let synthetic = if p.model.synthetic { ", synthetic weights" } else { "" };
     let mut out = format!(
         "plan      {} ({}), by {}\nmodel     {} {}{synthetic}\npipeline  {}, {}x{}, {} frames at {} fps, sound at {} Hz\n\
-         target    {}\n\nprogram                      calls        FLOP      traffic        arena      weights  (packed)\n",
+         target    {}, activations in {}\n\nprogram                      calls        FLOP      traffic        arena      weights  (packed)\n",
         facts["hash"].as_str().unwrap_or_default(),
         readable(facts["bytes"].as_u64().unwrap_or(0)),
         plan.compiler,
@@ -106,6 +106,7 @@ fn text(plan: &Plan, facts: &Value) -> String {
         if den == 1 { num.to_string() } else { format!("{num}/{den}") },
         p.audio.rate_hz,
         plan.target.backend,
+        p.dtype,
     );
     for program in facts["programs"].as_array().into_iter().flatten() {
         let number = |key: &str| program[key].as_u64().unwrap_or(0);

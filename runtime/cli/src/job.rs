@@ -1,13 +1,14 @@
 //! From what was typed to what is meant: sizes, rates, tiles and noise levels, checked before anything is loaded.
 
 use anyhow::{Context, Result, bail};
+use ltxc_ir::DType;
 use ltxc_ir::plan::{Plan, Target};
 use ltxc_ir::tiling::{AxisTiling, Tiling};
 use ltxc_runtime::RunError;
 use ltxc_runtime::backend::{Device, DeviceName, find};
 use ltxc_runtime::media::Rational;
 
-use crate::args::{ContentArgs, DeviceChoice, PipelineName, ShapeArgs};
+use crate::args::{ContentArgs, DeviceChoice, PipelineName, Precision, ShapeArgs};
 
 /// What a plan is compiled for.
 #[derive(Clone, Debug, PartialEq)]
@@ -28,6 +29,8 @@ pub struct Shape {
     pub tile: VaeTile,
     /// Kind and limits of the device.
     pub target: Target,
+    /// Dtype of activations.
+    pub dtype: DType,
 }
 
 /// The device that is meant, for a new plan or for `plan`.
@@ -140,6 +143,10 @@ impl Shape {
             max_keyframes: keyframes as usize,
             tile: VaeTile::parse(args.vae_tile.as_deref().unwrap_or("auto"))?,
             target: target(&args.device)?,
+            dtype: match args.dtype.unwrap_or_default() {
+                Precision::F32 => DType::F32,
+                Precision::Bf16 => DType::BF16,
+            },
         })
     }
 

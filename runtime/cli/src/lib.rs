@@ -10,3 +10,4 @@ pub mod job;
 pub mod report;
 pub mod run;
 pub mod synth;
+pub mod tensors;

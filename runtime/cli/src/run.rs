@@ -76,6 +76,11 @@ fn tokenizer(plan: &Plan, folders: &[PathBuf]) -> Result<Tokenizer> {
 /// The plan to run and where its weights are.
 fn plan_and_folders(args: &RunArgs, images: &[ImageArg]) -> Result<(PathBuf, Vec<PathBuf>)> {
     let Some(plan) = &args.plan else {
+        if args.model.checkpoint_path.is_none() {
+            bail!(
+                "there is nothing to run; name a plan made by `ltxc compile`, or model files from `--checkpoint-path` on"
+            );
+        }
         let keyframes = images.iter().filter(|i| i.frame > 0).count();
         let target = pick(&args.shape.device, None)?.target;
         let shape = Shape { target, ..Shape::resolve(&args.shape, keyframes)? };

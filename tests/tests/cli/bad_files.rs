@@ -30,6 +30,12 @@ impl Parts {
         self.header.keys().filter(|k| k.contains(part) && *k != "__metadata__").cloned().collect()
     }
 
+    /// Calls the tensor `key` something else.
+    fn rename(&mut self, key: &str) {
+        let tensor = self.header.remove(key).unwrap_or_else(|| panic!("no tensor `{key}`"));
+        self.header.insert(format!("{key}.old"), tensor);
+    }
+
     /// Changes the configuration in the metadata.
     fn configure(&mut self, change: impl FnOnce(&mut Value)) {
         let config = &mut self.header["__metadata__"]["config"];
@@ -103,14 +109,42 @@ fn all_missing_tensors_are_listed_up_to_twenty() {
     let mut parts = Parts::read(&tiny().checkpoint);
     let keys = parts.keys("transformer_blocks.1.");
     assert!(keys.len() > 21, "{} tensors in a block", keys.len());
-    for key in &keys {
-        let tensor = parts.header.remove(key).unwrap();
-        parts.header.insert(format!("{key}.old"), tensor);
-    }
-    let more = format!("and {} more", keys.len() - 20);
-    let count = format!("{} problem(s)", keys.len());
-    let text = refused(&parts.bytes(), &[&count, &more, "is missing, expected [", "use it as published"]);
+    keys.iter().for_each(|key| parts.rename(key));
+    // Every one is missing, and there under a name that nobody knows.
+    let more = format!("and {} more", 2 * keys.len() - 20);
+    let count = format!("{} problem(s) with the tensors", 2 * keys.len());
+    let words = [&count, &more, "the first 20 are listed", "is missing, expected [", "use the files as published"];
+    let text = refused(&parts.bytes(), &words);
     assert_eq!(text.matches("is missing").count(), 20, "{text}");
+}
+
+#[test]
+fn tensors_of_all_components_are_listed_at_once() {
+    let mut parts = Parts::read(&tiny().checkpoint);
+    let missing = [
+        "model.diffusion_model.transformer_blocks.1.attn1.to_q.weight",
+        "model.diffusion_model.video_embeddings_connector.transformer_1d_blocks.0.attn1.to_k.weight",
+        "vae.encoder.conv_in.conv.weight",
+        "vae.decoder.conv_in.conv.weight",
+        "vocoder.conv_pre.weight",
+    ];
+    missing.iter().for_each(|key| parts.rename(key));
+    let misshapen = "audio_vae.decoder.conv_out.conv.weight";
+    parts.header[misshapen]["shape"].as_array_mut().unwrap().swap(0, 1);
+    // The sizes that were written are the ones that are expected.
+    let written = |key: &str| {
+        let shape = Parts::read(&tiny().checkpoint).header[key]["shape"].as_array().unwrap().clone();
+        shape.iter().map(|n| n.to_string()).collect::<Vec<_>>().join(", ")
+    };
+    let mut words = vec!["11 problem(s)".to_string()];
+    for key in missing {
+        words.push(format!("model.safetensors: `{key}` is missing, expected [{}] in f32, bf16 or f16", written(key)));
+        words.push(format!("model.safetensors: `{key}.old` is bf16 [{}], expected no such tensor", written(key)));
+    }
+    words.push(format!("model.safetensors: `{misshapen}` is bf16["));
+    words.push(format!(", expected [{}] in f32, bf16 or f16", written(misshapen)));
+    let text = refused(&parts.bytes(), &words.iter().map(String::as_str).collect::<Vec<_>>());
+    assert!(!text.contains("more"), "{text}");
 }
 
 #[test]
@@ -120,12 +154,12 @@ fn types_and_shapes_are_compared() {
     let mut parts = Parts::read(&tiny().checkpoint);
     let key = first(&parts, linear);
     parts.header[&key]["shape"].as_array_mut().unwrap().reverse();
-    refused(&parts.bytes(), &["1 problem(s)", linear, "expected shape ["]);
+    refused(&parts.bytes(), &["1 problem(s)", linear, "expected ["]);
 
     let mut parts = Parts::read(&tiny().checkpoint);
     assert_eq!(parts.header[&key]["dtype"], "BF16");
     parts.header[&key]["dtype"] = "I16".into();
-    refused(&parts.bytes(), &["1 problem(s)", linear, "is I16, expected f32, bf16 or f16"]);
+    refused(&parts.bytes(), &["1 problem(s)", linear, "is I16, expected [", "in f32, bf16 or f16"]);
 
     // Half as many values of a type that graphs know, but not for weights.
     let mut parts = Parts::read(&tiny().checkpoint);
@@ -147,7 +181,12 @@ fn more_tensors_than_needed_do_no_harm() {
     let place = Place::new();
     let path = place.write("model.safetensors", &parts.bytes());
     let files = tiny().model_args_with(&path, &tiny().gemma);
-    place.ok(&with(["compile".to_string()].into_iter().chain(files).collect(), &SHAPE));
+    let output = place.ok(&with(["compile".to_string()].into_iter().chain(files).collect(), &SHAPE));
+    let told = output.stderr;
+    assert!(
+        told.contains("note: 1 tensors are not part") && told.contains("model.diffusion_model.added.weight"),
+        "{told}"
+    );
 }
 
 #[test]

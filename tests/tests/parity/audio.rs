@@ -126,15 +126,15 @@ fn what_cannot_be_built_is_an_error() {
 const LTX25: &str = "tiny-ltx25/vae/ltx-2.5-tiny-audio-vae-bf16";
 
 #[track_caller]
-fn checkpoint(name: &str) -> TensorFile {
+pub fn checkpoint(name: &str) -> TensorFile {
     TensorFile::read(&root().join(format!("{name}.safetensors")))
 }
 
-fn weights(file: &TensorFile) -> Weights<'_> {
+pub fn weights(file: &TensorFile) -> Weights<'_> {
     Weights::new("model", file)
 }
 
-fn configs(file: &TensorFile) -> (AudioVaeConfig, Option<VocoderConfig>) {
+pub fn configs(file: &TensorFile) -> (AudioVaeConfig, Option<VocoderConfig>) {
     let config = file.config();
     let vocoder = config.get("vocoder").map(|v| VocoderConfig::from_json(v).unwrap());
     (AudioVaeConfig::from_json(&config["audio_vae"]).unwrap(), vocoder)
@@ -147,7 +147,7 @@ fn run(module: Module, input: Tensor, file: &TensorFile) -> Run {
 }
 
 /// Moves the last axis behind the first: `[b, s.., c] → [b, c, s..]`.
-fn channels_first(x: &Tensor) -> Tensor {
+pub fn channels_first(x: &Tensor) -> Tensor {
     let last = x.ty.rank() - 1;
     let perm: Vec<usize> = [0, last].into_iter().chain(1..last).collect();
     permute(x, &perm)
@@ -172,7 +172,7 @@ fn permute(x: &Tensor, perm: &[usize]) -> Tensor {
 }
 
 /// `[1, z, l, bins] → [1, l, z · bins]`.
-fn tokens(latent: &Tensor) -> Tensor {
+pub fn tokens(latent: &Tensor) -> Tensor {
     let s = &latent.ty.shape;
     let moved = permute(latent, &[0, 2, 1, 3]);
     Tensor::f32(&[1, s[2], s[1] * s[3]], &moved.to_f32())

@@ -1,6 +1,7 @@
 //! Parity with recorded reference tensors. `LTXC_FIXTURES` names another set of the same layout.
 
 mod audio;
+mod bf16;
 mod conditioning;
 mod pipeline;
 mod text;

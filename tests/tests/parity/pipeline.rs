@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 
-use ltxc::args::{ModelArgs, PipelineName, ShapeArgs};
+use ltxc::args::{ModelArgs, PipelineName, Precision, ShapeArgs};
 use ltxc::assemble::ModelFiles;
 use ltxc::compile::compile;
 use ltxc::job::Shape;
@@ -16,6 +16,7 @@ use ltxc_runtime::media::load_image;
 use ltxc_runtime::pipeline::{Conditioning, Event, Noise, Observer, Output, Request, run};
 use ltxc_runtime::tokenizer::Tokenizer;
 use ltxc_runtime::weights::WeightFiles;
+use ltxc_tests::compare::{Report, relative_l2};
 use ltxc_tests::fixtures::root;
 use ltxc_tests::recorded::{ByteLimit, Recorded};
 use serde_json::Value;
@@ -45,8 +46,8 @@ fn distilled_run_of_ltx23() {
 #[test]
 fn distilled_runs_on_a_gpu() {
     let Some(device) = vulkan() else { return };
-    for family in ["ltx2", "ltx23"] {
-        check_run_on(&Files { device: device.clone(), ..Files::of(family) }, family, "distilled");
+    for (family, name) in [("ltx2", "distilled"), ("ltx2", "distilled_i2v_tiled"), ("ltx23", "distilled")] {
+        check_run_on(&Files { device: device.clone(), ..Files::of(family) }, family, name);
     }
 }
 
@@ -74,13 +75,7 @@ fn one_stage_runs_are_complete_and_repeatable() {
         ..ShapeArgs::default()
     };
     let plan = model.compile(&shape, 0);
-    let request = || Request {
-        prompt: "rain",
-        images: &[],
-        sigmas: BTreeMap::new(),
-        noise: Noise::default(),
-        allow_bad_numerics: false,
-    };
+    let request = || request("rain", &[], BTreeMap::new());
     let (first, second) = (model.run(&plan, &request()), model.run(&plan, &request()));
     assert_eq!(first.frames.len(), 17 * 64 * 96 * 3);
     assert!(first.frames.iter().all(|v| (0.0..=1.0).contains(v)));
@@ -88,6 +83,44 @@ fn one_stage_runs_are_complete_and_repeatable() {
     assert_eq!(first.frames, second.frames);
     assert_eq!(first.sound, second.sound);
     assert_eq!(first.tensors, second.tensors);
+}
+
+/// A whole run in bf16 against the recorded noise's run in f32.
+///
+/// The analysis of `bf16.rs` expects 1.4e-2 of the velocities and 1.3e-2 of the decoder, for these models. A run adds
+/// velocities over noise levels that fall by 1 in all, so that its latent has about the error of one velocity; errors of
+/// the text, the first stage and the upsampler shrink where noise is mixed in, and the decoder adds its own:
+/// `√(1.4² + 1.3²) = 1.9e-2`, times the amplification of the whole chain, which a run in f32 with slightly different
+/// noise shows. Twice as much fails, and so does an eighth, which would mean that nothing was computed in bf16.
+#[test]
+fn distilled_runs_in_bf16_stay_close_to_f32() {
+    const TYPICAL: f64 = 1.9e-2;
+    const DIFFERENT: f32 = 1e-3;
+    let mut report = Report::default();
+    for family in ["ltx2", "ltx23"] {
+        let recorded = Recorded::required(&format!("e2e/{family}/distilled"));
+        let [exact, narrow, other] =
+            [(Precision::F32, 0.0), (Precision::Bf16, 0.0), (Precision::F32, DIFFERENT)].map(|(dtype, scale)| {
+                let model = Files::of(family);
+                let plan = model.compile(&ShapeArgs { dtype: Some(dtype), ..recorded_shape(&recorded) }, 0);
+                let mut noise = recorded_noise(&recorded, &plan);
+                for (i, v) in noise.values_mut().flatten().enumerate() {
+                    *v *= 1.0 + if i.is_multiple_of(2) { scale } else { -scale };
+                }
+                let prompt = recorded.meta()["params"]["prompt"].as_str().expect("a prompt");
+                model.run(&plan, &request(prompt, &[], noise))
+            });
+        let outcomes = [&exact, &narrow, &other];
+        for (what, parts) in [("frames", outcomes.map(|o| &o.decoded)), ("sound", outcomes.map(|o| &o.sound))] {
+            let [exact, narrow, other] = parts;
+            let amplification = relative_l2(other, exact) / f64::from(DIFFERENT);
+            let limit = 2.0 * TYPICAL * amplification.max(1.0);
+            report.check(&format!("{family} {what}"), narrow, exact, limit);
+            let error = relative_l2(narrow, exact);
+            report.note(error >= TYPICAL / 8.0, format!("{family} {what}: amplification {amplification:.2}"));
+        }
+    }
+    report.finish();
 }
 
 #[track_caller]
@@ -99,27 +132,12 @@ fn check_run(family: &str, name: &str) {
 fn check_run_on(model: &Files, family: &str, name: &str) {
     let mut recorded = Recorded::required(&format!("e2e/{family}/{name}"));
     let params = recorded.meta()["params"].clone();
-    let number = |key: &str| params[key].as_u64().unwrap_or_else(|| panic!("`{key}` was recorded")) as u32;
     let images = images(&params);
-    let shape = ShapeArgs {
-        height: Some(number("height")),
-        width: Some(number("width")),
-        num_frames: Some(number("num_frames")),
-        frame_rate: Some(params["frame_rate"].to_string()),
-        // The one recorded tiling; the other runs fit into one tile either way.
-        vae_tile: recorded.meta().get("tiling").map(|t| tile_flag(t.as_str().expect("text"), &params)),
-        ..ShapeArgs::default()
-    };
+    let shape = recorded_shape(&recorded);
     let keyframes = images.iter().filter(|i| i.frame > 0).count();
     let plan = model.compile(&shape, keyframes);
-    let request = Request {
-        prompt: params["prompt"].as_str().expect("a prompt"),
-        images: &images,
-        sigmas: BTreeMap::new(),
-        noise: Noise { seed: 0, given: recorded_noise(&recorded, &plan), files: BTreeMap::new() },
-        allow_bad_numerics: false,
-    };
-    let result = model.run(&plan, &request);
+    let prompt = params["prompt"].as_str().expect("a prompt");
+    let result = model.run(&plan, &request(prompt, &images, recorded_noise(&recorded, &plan)));
 
     for stage in ["stage1", "stage2"] {
         recorded.check(&format!("{stage}.sigmas"), &result.tensors[&format!("{stage}.sigmas")], DRIVER_LIMIT);
@@ -129,6 +147,27 @@ fn check_run_on(model: &Files, family: &str, name: &str) {
     }
     check_outputs(&mut recorded, &result, &plan);
     recorded.finish();
+}
+
+/// The size of a recorded run.
+fn recorded_shape(recorded: &Recorded) -> ShapeArgs {
+    let params = &recorded.meta()["params"];
+    let number = |key: &str| params[key].as_u64().unwrap_or_else(|| panic!("`{key}` was recorded")) as u32;
+    ShapeArgs {
+        height: Some(number("height")),
+        width: Some(number("width")),
+        num_frames: Some(number("num_frames")),
+        frame_rate: Some(params["frame_rate"].to_string()),
+        // The one recorded tiling; the other runs fit into one tile either way.
+        vae_tile: recorded.meta().get("tiling").map(|t| tile_flag(t.as_str().expect("text"), params)),
+        ..ShapeArgs::default()
+    }
+}
+
+/// A run with the plan's noise levels; noise that is not given is drawn.
+fn request<'a>(prompt: &'a str, images: &'a [Conditioning], given: BTreeMap<String, Vec<f32>>) -> Request<'a> {
+    let noise = Noise { seed: 0, given, files: BTreeMap::new() };
+    Request { prompt, images, sigmas: BTreeMap::new(), noise, allow_bad_numerics: false }
 }
 
 /// `64/32` pixels and `16/8` frames as a flag. The recorded object of release 1.2.0 names the tile of each axis.

@@ -14,7 +14,6 @@ use ltxc_ir::{Builder, DType, Module, Rate, TensorType};
 use ltxc_models::text::{self, Modality, TextConfig, TextWeights};
 use ltxc_models::{Functions, TensorDirectory, Weights};
 use ltxc_runtime::tokenizer::{CONTEXT_TOKENS, Prompt, Tokenizer};
-use ltxc_tests::compare::Report;
 use ltxc_tests::fixtures::{self, TensorFile, root};
 use ltxc_tests::harness::{self, Run};
 use ltxc_tests::recorded::{Recorded, statistics};
@@ -24,8 +23,8 @@ const LIMIT: f64 = 1e-5;
 const PROMPTS: [&str; 3] = ["pos", "neg", "odd"];
 
 /// A model with its text encoder, and where the reference's values are.
-struct Model {
-    config: TextConfig,
+pub struct Model {
+    pub config: TextConfig,
     tokenizer: Tokenizer,
     gemma: TensorFile,
     transformer: TensorFile,
@@ -33,7 +32,7 @@ struct Model {
     projection: &'static str,
     /// Recorded files: `<encoder>/gemma_hidden`, `<model>/text_context`.
     encoder: &'static str,
-    name: &'static str,
+    pub name: &'static str,
     /// Limit of hidden states and of what is computed from them.
     state_limit: f64,
 }
@@ -55,11 +54,11 @@ impl Model {
         }
     }
 
-    fn ltx2() -> Model {
+    pub fn ltx2() -> Model {
         Model::with_gemma3("ltx2", "tiny-ltx2/ltx-2-tiny.safetensors")
     }
 
-    fn ltx23() -> Model {
+    pub fn ltx23() -> Model {
         Model::with_gemma3("ltx23", "tiny-ltx23/ltx-2.3-tiny.safetensors")
     }
 
@@ -82,22 +81,22 @@ impl Model {
         })
     }
 
-    fn sources(&self) -> [(&str, &TensorFile); 2] {
+    pub fn sources(&self) -> [(&str, &TensorFile); 2] {
         [("gemma", &self.gemma), ("model", &self.transformer)]
     }
 
-    fn weights(&self) -> TextWeights<'_> {
+    pub fn weights(&self) -> TextWeights<'_> {
         let gemma = Weights::new("gemma", &self.gemma);
         let transformer = Weights::new("model", &self.transformer);
         let projection = if self.projection == "gemma" { gemma.clone() } else { transformer.clone() };
         TextWeights { gemma, projection, transformer }
     }
 
-    fn registers(&self) -> usize {
+    pub fn registers(&self) -> usize {
         self.config.connectors.registers(&self.weights().transformer, CONTEXT_TOKENS).unwrap()
     }
 
-    fn prompt(&self, name: &str) -> Prompt {
+    pub fn prompt(&self, name: &str) -> Prompt {
         let meta = fixtures::required(&format!("{}/tokenizer", self.encoder)).meta();
         self.tokenizer.encode(meta["prompts"][name].as_str().unwrap()).unwrap()
     }
@@ -137,7 +136,7 @@ impl Model {
     }
 
     /// Features in front, registers behind them: a connector's input.
-    fn place(&self, modality: Modality, features: &[f32], tokens: usize) -> Tensor {
+    pub fn place(&self, modality: Modality, features: &[f32], tokens: usize) -> Tensor {
         let key = format!("model.diffusion_model.{}_embeddings_connector.learnable_registers", modality.name());
         let registers = self.transformer.tensor(&key);
         let width = registers.ty.shape[1];
@@ -150,7 +149,7 @@ impl Model {
     }
 }
 
-fn encode_arguments(prompt: &Prompt, slots: usize, registers: usize) -> [Tensor; 3] {
+pub fn encode_arguments(prompt: &Prompt, slots: usize, registers: usize) -> [Tensor; 3] {
     let inputs = prompt.inputs(slots, registers).unwrap();
     let ids = Tensor::i32(&[slots], &inputs.ids);
     [ids, Tensor::f32(&[slots], &inputs.valid), Tensor::i32(&[CONTEXT_TOKENS], &inputs.place)]
@@ -374,24 +373,13 @@ fn sharded_gemma_gives_the_same_program() {
     }
 }
 
-/// Activations in bf16 carry 8 bits: 2^-9 relative rounding per operation, about a hundred operations deep, of which the
-/// errors add up like a random walk: √100 · 2^-9 = 2 %. Gemma 4's attention has no such bound (a scale of 1 makes small
-/// errors of the scores large ones of the weights), so it must only stay finite.
+/// Gemma 4's attention has a scale of 1, which makes small errors of the scores large ones of the weights: in bf16 there
+/// is no bound, but states stay finite. What has bounds is in `bf16.rs`.
 #[test]
-fn bf16_programs_stay_close_to_f32() {
-    let models = [Some(Model::ltx2()), Some(Model::ltx23()), Model::ltx25()];
-    let mut report = Report::default();
-    for model in models.into_iter().flatten() {
-        let prompt = model.prompt("pos");
-        let [narrow, exact] = [DType::BF16, DType::F32].map(|dtype| model.encode(&prompt, 64, dtype));
-        let limit = if model.state_limit <= LIMIT { 2e-2 } else { f64::MAX };
-        for modality in Modality::ALL {
-            let (found, expected) = (&narrow.results[modality.name()], &exact.results[modality.name()]);
-            assert_eq!(found.ty.dtype, DType::BF16);
-            report.check(&format!("{} {}", model.name, modality.name()), &found.to_f32(), &expected.to_f32(), limit);
-        }
-        let connectors = &model.config.connectors;
-        assert!(text::connect(connectors, &model.weights().transformer, 128, DType::BF16).is_ok());
+fn gemma4_is_finite_in_bf16() {
+    let Some(model) = Model::ltx25() else { return println!("absent: this set of fixtures has no LTX-2.5") };
+    let run = model.encode(&model.prompt("pos"), 64, DType::BF16);
+    for (name, features) in &run.results {
+        assert!(features.to_f32().iter().all(|v| v.is_finite()), "{name}");
     }
-    report.finish();
 }

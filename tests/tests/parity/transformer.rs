@@ -83,7 +83,7 @@ fn check(model: &str, checkpoint: &str) {
 }
 
 /// The inputs of one stream of one case.
-struct StreamCase {
+pub struct StreamCase {
     latent: Tensor,
     /// One per token.
     timesteps: Vec<f32>,
@@ -110,7 +110,7 @@ impl StreamCase {
         (distinct, rows)
     }
 
-    fn spec(&self) -> StreamSpec {
+    pub fn spec(&self) -> StreamSpec {
         StreamSpec {
             timestep_rows: self.rows().0.len(),
             has_self_mask: self.self_mask.is_some(),
@@ -122,7 +122,7 @@ impl StreamCase {
     }
 
     /// Arguments in the order of the parameters.
-    fn arguments(&self) -> Vec<Tensor> {
+    pub fn arguments(&self) -> Vec<Tensor> {
         let (distinct, rows) = self.rows();
         let n = rows.len();
         let mut args = vec![self.latent.clone(), Tensor::f32(&[distinct.len()], &distinct)];
@@ -152,14 +152,14 @@ fn sample(x: &Tensor, i: usize) -> Tensor {
 }
 
 /// A recording and the checkpoint it belongs to.
-struct Fixture<'a> {
+pub struct Fixture<'a> {
     recorded: &'a TensorFile,
     checkpoint: &'a TensorFile,
     config: serde_json::Value,
 }
 
 impl<'a> Fixture<'a> {
-    fn new(recorded: &'a TensorFile, checkpoint: &'a TensorFile) -> Fixture<'a> {
+    pub fn new(recorded: &'a TensorFile, checkpoint: &'a TensorFile) -> Fixture<'a> {
         Fixture { recorded, checkpoint, config: checkpoint.config()["transformer"].clone() }
     }
 
@@ -168,7 +168,7 @@ impl<'a> Fixture<'a> {
         meta["cases"].as_object().expect("a recording lists its cases").keys().cloned().collect()
     }
 
-    fn config(&self, case: &str) -> TransformerConfig {
+    pub fn config(&self, case: &str) -> TransformerConfig {
         let mut config = self.config.clone();
         if case == "interleaved" {
             let keys = config.as_object_mut().expect("a config is an object");
@@ -179,7 +179,7 @@ impl<'a> Fixture<'a> {
     }
 
     /// The inputs of `stream` in `case`; `None` if it takes no part.
-    fn stream(&self, case: &str, stream: Stream) -> Option<StreamCase> {
+    pub fn stream(&self, case: &str, stream: Stream) -> Option<StreamCase> {
         let (file, name) = (self.recorded, stream.name());
         // These are `uniform` without inputs of their own, and were recorded without keyframe marks.
         let is_marked = !["prep", "interleaved", "bf16", "no_keyframes_mask"].contains(&case);

@@ -13,20 +13,20 @@ use ltxc_tests::recorded::Recorded;
 use super::video_vae::{Checkpoint, channels_last, check_video, checked, grid_of, random};
 
 /// An upsampler's file with its config.
-struct Upsampler {
-    file: TensorFile,
+pub struct Upsampler {
+    pub file: TensorFile,
     config: UpsamplerConfig,
 }
 
 impl Upsampler {
     #[track_caller]
-    fn read(path: &str) -> Upsampler {
+    pub fn read(path: &str) -> Upsampler {
         let file = TensorFile::read(&root().join(path));
         let config = UpsamplerConfig::from_json(&file.config()).unwrap_or_else(|e| panic!("{path}: {e}"));
         Upsampler { file, config }
     }
 
-    fn module(&self, vae: &Checkpoint, grid: [usize; 3], dtype: DType) -> Result<Module, ModelError> {
+    pub fn module(&self, vae: &Checkpoint, grid: [usize; 3], dtype: DType) -> Result<Module, ModelError> {
         let (own, model) = (Weights::new("upsampler", &self.file), Weights::new("model", &vae.file));
         upsample(&self.config, &own, &model, grid, dtype).map(checked)
     }

@@ -38,7 +38,7 @@ fn check_frames(recorded: &mut Recorded, name: &str, frames: &Tensor) {
 }
 
 /// Elements of `[1, f, h, w, c]` in the order of (1, c, f, h, w), or of (f, c, h, w) if the recorded rank is 4.
-fn channels_first(x: &Tensor, rank: usize) -> Vec<f32> {
+pub fn channels_first(x: &Tensor, rank: usize) -> Vec<f32> {
     let [_, f, h, w, c] = x.ty.shape[..] else { panic!("{} is not a video", x.ty) };
     let (values, plane) = (x.to_f32(), h * w);
     let at = |f: usize, p: usize, c_at: usize| values[(f * plane + p) * c + c_at];
@@ -86,7 +86,7 @@ impl Checkpoint {
         Checkpoint { file, config }
     }
 
-    fn weights(&self) -> Weights<'_> {
+    pub fn weights(&self) -> Weights<'_> {
         Weights::new("model", &self.file)
     }
 

@@ -11,15 +11,7 @@ use ltxc_ir::{Module, TensorType};
 
 /// Settings of no pipeline.
 pub fn pipeline() -> Pipeline {
-    Pipeline {
-        name: String::new(),
-        model: Default::default(),
-        video: Default::default(),
-        audio: Default::default(),
-        text: Default::default(),
-        stages: vec![],
-        decode: TilePlan { axes: Default::default(), factors: [1; 3] },
-    }
+    Pipeline { decode: TilePlan { axes: Default::default(), factors: [1; 3] }, ..Pipeline::default() }
 }
 
 /// A builder of a plan whose graphs may read weights of `model`.

@@ -16,7 +16,7 @@ pub fn audio_vae(config: &Value) -> Result<Vec<TensorSpec>, ModelError> {
     }
     let base = read.count_or("ch", 128)?;
     let widths: Vec<usize> = read.counts("ch_mult")?.iter().map(|m| base.saturating_mul(*m)).collect();
-    let (Some(&last), false) = (widths.last(), widths.iter().any(|&w| w as u64 > super::MOST_WIDTH)) else {
+    let (Some(&last), false) = (widths.last(), widths.iter().any(|&w| w > super::MOST_WIDTH)) else {
         return Err(read.problem("ch_mult", "expected at least one factor, and none beyond reason"));
     };
     let blocks = read.layers("num_res_blocks")?;

@@ -15,7 +15,7 @@ pub use text::gemma3;
 pub use upsampler::upsampler;
 pub use video_vae::{unused_statistics, video_vae};
 
-use crate::ModelError;
+use crate::{ModelError, fields};
 
 /// A tensor of a checkpoint.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -179,66 +179,67 @@ pub fn text_projection(config: &Value, states: usize) -> Result<Vec<TensorSpec>,
 const MOST_LAYERS: usize = 1024;
 
 /// Largest extent that is believed: products of three of them still fit.
-const MOST_WIDTH: u64 = 1 << 20;
+const MOST_WIDTH: usize = fields::MOST;
 
-/// Typed access to a configuration object.
-pub(super) struct Fields<'a> {
-    path: &'a str,
-    value: &'a Value,
-}
+/// Typed access to a configuration object, of which the first problem ends the reading.
+pub(super) struct Fields<'a>(fields::Fields<'a>);
 
 impl<'a> Fields<'a> {
-    pub(super) fn new(path: &'a str, value: &'a Value) -> Fields<'a> {
-        Fields { path, value }
+    pub(super) fn new(path: &str, value: &'a Value) -> Fields<'a> {
+        Fields(fields::Fields::new(path, value))
+    }
+
+    /// The settings `value` of an entry of the list `key`; an empty object if it is none.
+    pub(super) fn inside(&self, key: &str, value: &'a Value) -> Fields<'a> {
+        Fields(self.0.inside(key, value))
     }
 
     pub(super) fn problem(&self, key: &str, problem: &str) -> ModelError {
-        ModelError::config(format!("{}.{key}", self.path), problem)
+        self.0.problem_at(key, problem);
+        // There is a problem now, so that this cannot succeed.
+        self.0.finish(()).err().unwrap_or_else(|| ModelError::config(key, problem))
     }
 
     pub(super) fn has(&self, key: &str) -> bool {
-        self.value.get(key).is_some_and(|v| !v.is_null())
+        self.0.has(key)
     }
 
     /// A positive integer; configurations may write it as a float.
     pub(super) fn count(&self, key: &str) -> Result<usize, ModelError> {
-        let value = self.value.get(key).ok_or_else(|| self.problem(key, "is missing, expected a count"))?;
-        count(value).ok_or_else(|| self.problem(key, &format!("is {value}, expected a count")))
+        self.0.finish(self.0.required_size(key, MOST_WIDTH))
     }
 
     pub(super) fn count_or(&self, key: &str, default: usize) -> Result<usize, ModelError> {
-        if self.has(key) { self.count(key) } else { Ok(default) }
+        self.0.finish(self.0.size(key, default))
     }
 
     pub(super) fn layers(&self, key: &str) -> Result<usize, ModelError> {
-        self.count(key).and_then(|n| if n <= MOST_LAYERS { Ok(n) } else { Err(self.problem(key, "too many layers")) })
+        self.0.finish(self.0.required_size(key, MOST_LAYERS))
     }
 
     pub(super) fn flag(&self, key: &str, default: bool) -> Result<bool, ModelError> {
-        match self.value.get(key) {
-            None | Some(Value::Null) => Ok(default),
-            Some(v) => v.as_bool().ok_or_else(|| self.problem(key, "expected a truth value")),
-        }
+        self.0.finish(self.0.bool(key, default))
     }
 
     pub(super) fn text(&self, key: &str, default: &'a str) -> &'a str {
-        self.value.get(key).and_then(Value::as_str).unwrap_or(default)
+        self.0.text(key).unwrap_or(default)
     }
 
     pub(super) fn list(&self, key: &str) -> Result<&'a [Value], ModelError> {
-        let list = self.value.get(key).and_then(Value::as_array).ok_or_else(|| self.problem(key, "expected a list"))?;
-        if list.len() > MOST_LAYERS { Err(self.problem(key, "too many entries")) } else { Ok(list) }
+        self.0.require(key);
+        let list = self.0.finish(self.0.list(key))?;
+        if list.len() > MOST_LAYERS { Err(self.problem(key, "has too many entries")) } else { Ok(list) }
     }
 
     pub(super) fn counts(&self, key: &str) -> Result<Vec<usize>, ModelError> {
-        self.list(key)?.iter().map(|v| count(v).ok_or_else(|| self.problem(key, "expected a list of counts"))).collect()
+        self.0.require(key);
+        self.0.finish(self.0.sizes(key, &[]))
     }
 }
 
 /// A positive integer of believable size.
 pub(super) fn count(value: &Value) -> Option<usize> {
-    let whole = value.as_f64().filter(|f| f.fract() == 0.0 && (0.0..1e9).contains(f)).map(|f| f as u64);
-    value.as_u64().or(whole).filter(|n| (1..=MOST_WIDTH).contains(n)).map(|n| n as usize)
+    fields::as_size(value, MOST_WIDTH)
 }
 
 /// A list of tensors in the making.

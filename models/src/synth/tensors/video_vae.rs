@@ -55,7 +55,7 @@ impl<'a> Block<'a> {
         let Some((name, value)) = pair else {
             return Err(read.problem(key, &format!("has the block {entry}, expected a name and settings")));
         };
-        let settings = Fields::new(key, value);
+        let settings = read.inside(key, value);
         let layers = match count(value) {
             Some(layers) => layers,
             None if name == "res_x" => settings.layers("num_layers")?,
@@ -140,7 +140,7 @@ fn decoder(read: &Fields<'_>, list: &mut List, latent: usize) -> Result<(), Mode
     for block in &blocks {
         width = width.saturating_mul(reduction(block)?);
     }
-    if width > super::MOST_WIDTH as usize {
+    if width > super::MOST_WIDTH {
         return Err(read.problem("decoder_blocks", "multiplies the width beyond reason"));
     }
     list.conv("conv_in.conv", width, latent, &KERNEL, true);

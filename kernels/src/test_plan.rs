@@ -1,0 +1,26 @@
+//! A plan for tests of this crate.
+
+use ltxc_ir::plan::{Pipeline, Plan, Target};
+use ltxc_ir::tiling::TilePlan;
+
+/// A plan without functions and programs.
+pub(crate) fn empty() -> Plan {
+    let pipeline = Pipeline {
+        name: String::new(),
+        model: Default::default(),
+        video: Default::default(),
+        audio: Default::default(),
+        text: Default::default(),
+        stages: vec![],
+        decode: TilePlan { axes: Default::default(), factors: [1; 3] },
+    };
+    Plan {
+        compiler: String::new(),
+        target: Target::cpu(),
+        sources: vec![],
+        functions: vec![],
+        programs: vec![],
+        groups: vec![],
+        pipeline,
+    }
+}

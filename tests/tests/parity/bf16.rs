@@ -1,0 +1,198 @@
+//! Every component in bf16, by the evaluator and as a compiled plan, against the recorded f32 values of the reference.
+//!
+//! Bounds are multiples of the error that an analysis of the graph expects, see [`ltxc_tests::rounding`].
+
+use ltxc_ir::eval::Tensor;
+use ltxc_ir::{DType, Module};
+use ltxc_models::audio::decode_audio;
+use ltxc_models::text::{self, Modality};
+use ltxc_models::transformer::{Stream, TransformerSpec, build};
+use ltxc_models::{Weights, video_vae};
+use ltxc_runtime::tokenizer::CONTEXT_TOKENS;
+use ltxc_tests::compare::{Report, relative_l2};
+use ltxc_tests::harness::{Sources, compiled, reference};
+use ltxc_tests::recorded::Recorded;
+use ltxc_tests::rounding::typical_errors;
+
+use super::text::{Model, encode_arguments};
+use super::transformer::Fixture;
+use super::upsampler::Upsampler;
+use super::video_vae::{Checkpoint, channels_last, grid_of};
+use super::{audio, video_vae as video};
+
+/// Results of a program: name of the result, name of the recording, and how one becomes the layout of the other.
+type Expected<'a> = (&'a str, &'a str, &'a dyn Fn(&Tensor) -> Vec<f32>);
+
+/// Families with the file of their model.
+const FAMILIES: [(&str, &str); 2] = [("ltx2", "tiny-ltx2/ltx-2-tiny"), ("ltx23", "tiny-ltx23/ltx-2.3-tiny")];
+
+/// How many typical errors a result may be away.
+#[derive(Clone, Copy)]
+struct Slack {
+    /// From the recording.
+    reference: f64,
+    /// The plan from the evaluator.
+    between: f64,
+}
+
+/// - The analysis takes slopes for 1 and errors for white, and a norm of few values scatters: 3.
+/// - Plan and evaluator round mostly the same values, and differ where a kernel keeps f32 between two ops. Had they no
+///   rounding in common, their errors were independent and √2 typical errors apart: 1.5.
+const SLACK: Slack = Slack { reference: 3.0, between: 1.5 };
+
+/// Neighbouring samples of the synthetic vocoder are nearly equal, so that they are rounded alike: of the 7 taps of a
+/// convolution, errors add where the analysis adds squares, up to √7 = 2.6 times as much; and which values are rounded up
+/// is another choice in the plan, so that it is as far from the evaluator as both are from f32.
+const WAVEFORM_SLACK: Slack = Slack { reference: 4.0, between: 4.0 };
+
+/// A program in bf16 and what it is run with.
+struct Program<'a> {
+    module: &'a Module,
+    args: &'a [Tensor],
+    sources: Sources<'a>,
+}
+
+impl Program<'_> {
+    fn check(&self, report: &mut Report, recorded: &mut Recorded, slack: Slack, results: &[Expected<'_>]) {
+        let entry = &self.module.entries[0];
+        let typical = typical_errors(self.module, entry, self.args, self.sources);
+        let evaluated = reference(self.module, entry, self.args, self.sources).results;
+        let planned = compiled(self.module, entry, self.args, self.sources);
+        for (result, name, layout) in results {
+            let typical = typical[*result];
+            let (evaluated, expected) = recorded.pair(name, &layout(&evaluated[*result]));
+            let (planned, _) = recorded.pair(name, &layout(&planned[*result]));
+            report.check(&format!("{name}: evaluator"), &evaluated, &expected, slack.reference * typical);
+            report.check(&format!("{name}: plan"), &planned, &expected, slack.reference * typical);
+            report.check(&format!("{name}: plan against evaluator"), &planned, &evaluated, slack.between * typical);
+            // An analysis that predicted far too much would let everything pass.
+            let found = relative_l2(&planned, &expected);
+            let line = format!("{name}: {:.2} of the typical error {typical:.1e}", found / typical);
+            report.note(found >= typical / 8.0, line);
+        }
+    }
+}
+
+fn plain(x: &Tensor) -> Vec<f32> {
+    x.to_f32()
+}
+
+#[test]
+fn transformer_in_bf16() {
+    let mut report = Report::default();
+    for (family, path) in FAMILIES {
+        let mut recorded = Recorded::required(&format!("{family}/transformer"));
+        let file = recorded.file.clone();
+        let checkpoint = audio::checkpoint(path);
+        let fixture = Fixture::new(&file, &checkpoint);
+        for case in ["uniform", "i2v", "pertoken"] {
+            let streams = Stream::BOTH.map(|s| fixture.stream(case, s).expect("both streams were recorded"));
+            let [video, audio] = streams.each_ref().map(|s| Some(s.spec()));
+            let spec = TransformerSpec { video, audio, perturbation: Default::default() };
+            let module = build(&fixture.config(case), &Weights::new("model", &checkpoint), &spec, DType::BF16);
+            let args = streams.each_ref().map(|s| s.arguments()).concat();
+            let module = module.unwrap_or_else(|e| panic!("{e}"));
+            let program = Program { module: &module, args: &args, sources: &[("model", &checkpoint)] };
+            let names = ["video", "audio"].map(|s| (format!("{s}.velocity"), format!("{case}.velocity.{s}")));
+            let results: Vec<Expected<'_>> = names.iter().map(|(a, b)| (a.as_str(), b.as_str(), &plain as _)).collect();
+            program.check(&mut report, &mut recorded, SLACK, &results);
+        }
+    }
+    report.finish();
+}
+
+#[test]
+fn text_in_bf16() {
+    const SLOTS: usize = 64;
+    let mut report = Report::default();
+    for model in [Model::ltx2(), Model::ltx23()] {
+        let mut recorded = Recorded::required(&format!("{}/text_context", model.name));
+        let prompt = model.prompt("pos");
+        let n = prompt.ids().len();
+        let module =
+            text::encode(&model.config, &model.weights(), SLOTS, DType::BF16).unwrap_or_else(|e| panic!("{e}"));
+        let (args, sources) = (encode_arguments(&prompt, SLOTS, model.registers()), model.sources());
+        // Only real tokens are recorded; behind them are registers, which are stored values.
+        let real = |x: &Tensor| x.to_f32()[..n * x.ty.shape[2]].to_vec();
+        Program { module: &module, args: &args, sources: &sources }.check(
+            &mut report,
+            &mut recorded,
+            SLACK,
+            &[("video", "pos.features_video", &real), ("audio", "pos.features_audio", &real)],
+        );
+
+        let connectors = &model.config.connectors;
+        let module = text::connect(connectors, &model.weights().transformer, CONTEXT_TOKENS, DType::BF16)
+            .unwrap_or_else(|e| panic!("{e}"));
+        let args = Modality::ALL
+            .map(|m| model.place(m, &recorded.input(&format!("pos.features_{}", m.name())).to_f32(), CONTEXT_TOKENS));
+        Program { module: &module, args: &args, sources: &sources }.check(
+            &mut report,
+            &mut recorded,
+            SLACK,
+            &[("video_context", "pos.video_context", &plain), ("audio_context", "pos.audio_context", &plain)],
+        );
+    }
+    report.finish();
+}
+
+#[test]
+fn video_decoder_in_bf16() {
+    let mut report = Report::default();
+    for (family, path) in FAMILIES {
+        let mut recorded = Recorded::required(&format!("{family}/video_vae"));
+        let vae = Checkpoint::read(&format!("{path}.safetensors"));
+        let latent = channels_last(&recorded.input("dec.latent"));
+        let module = video_vae::decode(&vae.config, &vae.weights(), grid_of(&latent), DType::BF16)
+            .unwrap_or_else(|e| panic!("{e}"));
+        let program = Program { module: &module, args: &[latent], sources: &[("model", &vae.file)] };
+        program.check(&mut report, &mut recorded, SLACK, &[("frames", "dec.output", &|x| video::channels_first(x, 5))]);
+    }
+    report.finish();
+}
+
+#[test]
+fn upsampler_in_bf16() {
+    let mut report = Report::default();
+    for ((family, path), (name, file)) in FAMILIES.into_iter().zip([
+        ("spatial-upscaler-x2", "tiny-ltx2/spatial-upscaler-x2-tiny"),
+        ("spatial-upscaler-x2-ltx23", "tiny-ltx23/spatial-upscaler-x2-ltx23-tiny"),
+    ]) {
+        let mut recorded = Recorded::required(&format!("{family}/upsamplers"));
+        let vae = Checkpoint::read(&format!("{path}.safetensors"));
+        let up = Upsampler::read(&format!("{file}.safetensors"));
+        let latent = channels_last(&recorded.input(&format!("{name}.latent")));
+        let module = up.module(&vae, grid_of(&latent), DType::BF16).unwrap_or_else(|e| panic!("{e}"));
+        let program =
+            Program { module: &module, args: &[latent], sources: &[("upsampler", &up.file), ("model", &vae.file)] };
+        program.check(
+            &mut report,
+            &mut recorded,
+            SLACK,
+            &[("latent", &format!("{name}.normalized_output"), &|x| video::channels_first(x, 5))],
+        );
+    }
+    report.finish();
+}
+
+#[test]
+fn audio_decoder_in_bf16() {
+    let mut report = Report::default();
+    for (family, path) in FAMILIES {
+        let mut recorded = Recorded::required(&format!("{family}/vocoder"));
+        let file = audio::checkpoint(path);
+        let (vae, vocoder) = audio::configs(&file);
+        let latent = audio::tokens(&recorded.input("decode_audio.latent"));
+        let vocoder = vocoder.expect("the model has a vocoder");
+        let module = decode_audio(&vae, &vocoder, &audio::weights(&file), latent.ty.shape[1], DType::BF16)
+            .unwrap_or_else(|e| panic!("{e}"));
+        let program = Program { module: &module, args: &[latent], sources: &[("model", &file)] };
+        program.check(
+            &mut report,
+            &mut recorded,
+            WAVEFORM_SLACK,
+            &[("waveform", "decode_audio.waveform", &|x| audio::channels_first(x).to_f32())],
+        );
+    }
+    report.finish();
+}
