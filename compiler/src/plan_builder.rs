@@ -13,7 +13,7 @@ use ltxc_ir::{Function, Module, Rate, TensorType};
 use crate::error::CompileError;
 use crate::lower::{Lowering, lower_module};
 use crate::memory::{self, Block, MemoryError};
-use crate::optimize;
+use crate::optimize_observed;
 use crate::options::Options;
 
 /// Collects programs of several modules into one plan. See the module documentation.
@@ -43,6 +43,7 @@ struct ProgramDraft {
 impl PlanBuilder {
     /// Starts a plan written by `compiler` for `target`; `sources` are the weight files that graphs may name.
     pub fn new(compiler: &str, target: Target, options: Options, sources: Vec<WeightSource>) -> PlanBuilder {
+        let options = Options { max_bindings: options.max_bindings.min(target.max_bindings), ..options };
         PlanBuilder {
             compiler: compiler.into(),
             target,
@@ -62,11 +63,26 @@ impl PlanBuilder {
     /// A module that does not verify, an entry or weight source that does not exist, a name that is taken, or a buffer
     /// that the target has no room for.
     pub fn add(&mut self, group: &str, program: &str, module: &Module, entry: &str) -> Result<(), CompileError> {
+        self.add_observed(group, program, module, entry, &mut |_, _| {})
+    }
+
+    /// Like [`PlanBuilder::add`], and shows the module to `observe` after every pass, with the name of the pass.
+    ///
+    /// # Errors
+    /// Those of [`PlanBuilder::add`].
+    pub fn add_observed(
+        &mut self,
+        group: &str,
+        program: &str,
+        module: &Module,
+        entry: &str,
+        observe: &mut dyn FnMut(&'static str, &Module),
+    ) -> Result<(), CompileError> {
         let whole = module.function(entry).filter(|_| module.entries.iter().any(|e| e == entry));
         let whole = whole.ok_or_else(|| CompileError::UnknownEntry { name: entry.into() })?;
         let rate = whole.params.iter().map(|p| p.rate).max().unwrap_or(Rate::Generation);
         let module = Module { functions: module.functions.clone(), entries: vec![entry.into()] };
-        let module = optimize(&module, &self.options)?;
+        let module = optimize_observed(&module, &self.options, observe)?;
         let sources: Vec<String> = self.sources.iter().map(|s| s.name.clone()).collect();
         let lowering = Lowering { target: &self.target, sources: &sources };
         let indices = lower_module(&lowering, &module, &format!("{program}/"), &mut self.functions)?;

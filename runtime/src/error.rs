@@ -23,9 +23,14 @@ pub enum RunError {
     WeightContent { path: PathBuf, problem: String },
     #[error("this plan needs {needed} of memory at its peak, {available} are available; {remedy}")]
     Memory { needed: String, available: String, remedy: String },
-    #[error("the plan was compiled for `{plan}`, the device is `{device}`; compile it with `--device {device}`, or run it elsewhere")]
+    #[error(
+        "the plan was compiled for `{plan}`, the device is `{device}`; compile it with `--device {device}`, or run it elsewhere"
+    )]
     Target { plan: String, device: DeviceName },
-    #[error("the plan was compiled for `{plan}` and no fast device of this machine runs it{}; see `ltxc doctor`, or compile it with `--device cpu`", or_named(named))]
+    #[error(
+        "the plan was compiled for `{plan}` and no fast device of this machine runs it{}; see `ltxc doctor`, or compile it with `--device cpu`",
+        or_named(named)
+    )]
     NoDevice { plan: String, named: Option<DeviceName> },
     #[error("`{device}`: {what}; compile the plan with `--device {device}` on this machine, or for a smaller size")]
     DeviceLimit { device: DeviceName, what: String },

@@ -79,9 +79,7 @@ fn check_limits(name: &str, step: &DraftStep, target: &Target) -> Result<(), Com
     let types = step.args.iter().chain(&step.results).map(|o| &o.ty).chain(inner.iter().map(|p| &p.result));
     let limit = target.max_tensor_bytes;
     match types.map(|ty| (ty, ty.bytes() as u64)).find(|(_, bytes)| *bytes > limit) {
-        Some((ty, bytes)) => {
-            Err(CompileError::TensorTooLarge { function, kernel, ty: ty.to_string(), bytes, limit })
-        }
+        Some((ty, bytes)) => Err(CompileError::TensorTooLarge { function, kernel, ty: ty.to_string(), bytes, limit }),
         None => Ok(()),
     }
 }

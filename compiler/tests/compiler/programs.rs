@@ -192,6 +192,26 @@ fn limits_of_the_target_are_respected() {
 }
 
 #[test]
+fn groups_bind_no_more_than_the_target_does() {
+    let module = single("main", |b| {
+        for i in 0..20 {
+            let x = b.param(&format!("x{i}"), TensorType::f32([1, 8]), Rate::Step);
+            b.result(&format!("y{i}"), b.silu(x));
+        }
+    });
+    let most = |target: Target| {
+        let plan = support::plan(&module, Options::default(), target);
+        let calls = plan.functions.iter().flat_map(|f| &f.steps).map(|step| match step {
+            Step::Kernel(call) => call.args.len() + call.results.len(),
+            Step::Call(_) => 0,
+        });
+        calls.max().unwrap()
+    };
+    assert_eq!(most(Target::cpu()), 40);
+    assert_eq!(most(Target { max_bindings: 9, ..Target::cpu() }), 8);
+}
+
+#[test]
 fn a_program_is_added_once() {
     let module = transformer(1);
     let mut plan = builder(Options::default(), Target::cpu());

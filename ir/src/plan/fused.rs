@@ -336,7 +336,7 @@ impl Fused {
         if fits && !reads_elsewhere {
             return Ok(());
         }
-        Err(format!("only pads can run before `{}`", part.kernel.name()))
+        Err("a product reads its operands many times, so only pads can run in front of it".into())
     }
 
     /// Before attention: rows that make queries and keys and nothing else.

@@ -3,31 +3,48 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use ltxc_compiler::{Options, PlanBuilder};
+use ltxc_compiler::{Fuse, Options, PlanBuilder};
+use ltxc_ir::Module;
 use ltxc_ir::plan::summary::function_costs;
 use ltxc_ir::plan::{Plan, container};
+use ltxc_kernels::fusion::summaries;
 use ltxc_runtime::files::write_atomically;
 use ltxc_runtime::memory::{MemoryNeed, readable};
 use serde_json::json;
 
-use crate::args::{CompileArgs, ModelArgs};
+use crate::args::{CompileArgs, CompilerArgs, FuseLevel, ModelArgs};
 use crate::assemble::{ModelFiles, assemble};
 use crate::job::Shape;
 use crate::report::Report;
 
-/// Compiles a plan.
+/// Compiles a plan. `observe` sees the graph of every program after every pass.
 ///
 /// # Errors
 /// A model that does not fit the pipeline, or sizes that it cannot run.
-pub fn compile(files: &ModelFiles, shape: &Shape) -> Result<Plan> {
+pub fn compile(
+    files: &ModelFiles,
+    shape: &Shape,
+    options: Options,
+    observe: &mut dyn FnMut(&str, &'static str, &Module),
+) -> Result<Plan> {
     let assembly = assemble(files, shape)?;
-    let mut builder = PlanBuilder::new(&version(), shape.target.clone(), Options::default(), files.sources()?);
+    let mut builder = PlanBuilder::new(&version(), shape.target.clone(), options, files.sources()?);
     for program in &assembly.programs {
         for entry in &program.module.entries {
-            builder.add(&program.group, &program.name, &program.module, entry)?;
+            let mut observe = |pass, module: &Module| observe(&program.name, pass, module);
+            builder.add_observed(&program.group, &program.name, &program.module, entry, &mut observe)?;
         }
     }
     Ok(builder.finish(assembly.pipeline)?)
+}
+
+fn options(args: &CompilerArgs) -> Options {
+    let fuse = match args.fuse.unwrap_or_default() {
+        FuseLevel::None => Fuse::None,
+        FuseLevel::Composite => Fuse::Composite,
+        FuseLevel::Full => Fuse::Full,
+    };
+    Options { fuse, disabled: args.disable.clone(), ..Options::default() }
 }
 
 /// Name and version of this program, as plans and outputs record it.
@@ -42,15 +59,29 @@ pub fn version() -> String {
 pub fn run(args: &CompileArgs, report: &mut Report) -> Result<()> {
     let shape = Shape::resolve(&args.shape, 0)?;
     let files = ModelFiles::open(&args.model, shape.has_two_stages())?;
-    let plan = compile(&files, &shape)?;
+    let print = |program: &str, pass: &'static str, module: &Module| {
+        if args.compiler.print_after.iter().any(|p| p == pass) {
+            println!("; program {program} after {pass}\n{module}");
+        }
+    };
+    let plan = compile(&files, &shape, options(&args.compiler), &mut { print })?;
     let bytes = container::encode(&plan)?;
     write_atomically(&args.output, &bytes)?;
     let need = MemoryNeed::of(&plan, rayon::current_num_threads());
-    let calls: u64 = function_costs(&plan).iter().map(|c| c.calls).sum();
+    let fusion = summaries(&plan);
+    let costs = function_costs(&plan);
+    let of_programs = |f: &dyn Fn(usize) -> u64| plan.programs.iter().map(|p| f(p.function as usize)).sum::<u64>();
     report.note(&format!(
-        "{} programs, {calls} kernel calls, {} of memory at most besides mapped weights",
+        "{} programs, {} kernel calls, {} of memory at most besides mapped weights",
         plan.programs.len(),
+        of_programs(&|f| costs[f].calls),
         readable(need.peak())
+    ));
+    report.note(&format!(
+        "fused: {} calls that move {} less than {} kernels would; `ltxc inspect` shows which",
+        of_programs(&|f| fusion[f].fused.values().map(|s| s.calls).sum()),
+        readable(of_programs(&|f| fusion[f].saved_bytes())),
+        of_programs(&|f| fusion[f].fused.values().map(|s| s.kernels).sum()),
     ));
     let facts = json!({"bytes": bytes.len(), "programs": plan.programs.len(), "peak_bytes": need.peak()});
     report.finish(&args.output, facts);
@@ -71,7 +102,7 @@ pub fn cached(model: &ModelArgs, shape: &Shape) -> Result<(PathBuf, ModelFiles)>
     }
     let path = cache_folder()?.join(format!("{}.ltxplan", &key.finalize().to_hex()[..24]));
     if !path.exists() || read(&path).is_err() {
-        let plan = compile(&files, shape)?;
+        let plan = compile(&files, shape, Options::default(), &mut |_, _, _| {})?;
         write_atomically(&path, &container::encode(&plan)?)?;
     }
     Ok((path, files))

@@ -3,6 +3,7 @@
 use anyhow::{Context, Result};
 use ltxc_ir::plan::summary::{function_costs, weight_bytes};
 use ltxc_ir::plan::{Plan, container};
+use ltxc_kernels::fusion::{Summary, summaries};
 use ltxc_runtime::memory::{MemoryNeed, readable};
 use serde_json::{Value, json};
 
@@ -41,6 +42,7 @@ pub fn run(args: &InspectArgs, json: bool) -> Result<()> {
 /// Everything about a plan, for machines.
 fn facts(plan: &Plan, hash: &[u8; 32], bytes: u64) -> Value {
     let costs = function_costs(plan);
+    let fusion = summaries(plan);
     let need = MemoryNeed::of(plan, rayon::current_num_threads());
     let programs: Vec<Value> = (plan.programs.iter())
         .map(|p| {
@@ -53,6 +55,7 @@ fn facts(plan: &Plan, hash: &[u8; 32], bytes: u64) -> Value {
                 "name": p.name, "group": plan.groups[p.group as usize].name, "rate": p.rate.name(),
                 "calls": cost.calls, "by_kernel": cost.by_kernel, "flops": cost.flops, "bytes": cost.bytes,
                 "arena_bytes": p.arena_bytes, "mapped_weight_bytes": mapped, "packed_weight_bytes": packed,
+                "fused": fused(&fusion[p.function as usize]), "apart": apart(&fusion[p.function as usize]),
                 "inputs": slots(&p.inputs), "outputs": slots(&p.outputs),
             })
         })
@@ -80,6 +83,60 @@ fn facts(plan: &Plan, hash: &[u8; 32], bytes: u64) -> Value {
         "pipeline": plan.pipeline, "functions": plan.functions.len(), "programs": programs, "weights": sources,
         "memory": {"peak_bytes": need.peak(), "parts": memory},
     })
+}
+
+fn fused(summary: &Summary) -> Value {
+    let rows = summary.fused.iter().map(|(pattern, s)| {
+        json!({"pattern": pattern, "calls": s.calls, "kernels": s.kernels, "bytes": s.bytes, "saved_bytes": s.saved_bytes})
+    });
+    rows.collect()
+}
+
+fn apart(summary: &Summary) -> Value {
+    let mut pairs: Vec<_> = summary.apart.iter().collect();
+    pairs.sort_by_key(|(_, a)| std::cmp::Reverse(a.bytes));
+    let rows = pairs.into_iter().map(|((first, second, reason), a)| {
+        json!({"first": first, "second": second, "times": a.times, "bytes": a.bytes, "reason": reason})
+    });
+    rows.collect()
+}
+
+/// Pairs of neighbours that are shown for a program; JSON has all.
+const MOST_PAIRS: usize = 5;
+
+/// Fused groups and what stayed apart in one run of each program.
+fn fusion_text(facts: &Value) -> String {
+    let mut out = String::new();
+    for program in facts["programs"].as_array().into_iter().flatten() {
+        let rows = |key: &str| program[key].as_array().cloned().unwrap_or_default();
+        let number = |row: &Value, key: &str| row[key].as_u64().unwrap_or(0);
+        let word = |row: &Value, key: &str| row[key].as_str().unwrap_or_default().to_string();
+        if rows("fused").is_empty() && rows("apart").is_empty() {
+            continue;
+        }
+        out += &format!("{}\n", word(program, "name"));
+        for row in rows("fused") {
+            out += &format!(
+                "  {:<12} {:>6} calls for {:>6} kernels, {:>9} moved, {:>9} saved\n",
+                word(&row, "pattern"),
+                number(&row, "calls"),
+                number(&row, "kernels"),
+                readable(number(&row, "bytes")),
+                readable(number(&row, "saved_bytes")),
+            );
+        }
+        for row in rows("apart").into_iter().take(MOST_PAIRS) {
+            out += &format!(
+                "  apart        {:>6} times {} → {}, {} between: {}\n",
+                number(&row, "times"),
+                word(&row, "first"),
+                word(&row, "second"),
+                readable(number(&row, "bytes")),
+                word(&row, "reason"),
+            );
+        }
+    }
+    out
 }
 
 fn hex(hash: &[u8; 32]) -> String {
@@ -123,6 +180,8 @@ fn text(plan: &Plan, facts: &Value) -> String {
             readable(number("packed_weight_bytes")),
         );
     }
+    out += "\nfusion, for one run of each program\n";
+    out += &fusion_text(facts);
     out += "\nmemory over time (besides mapped weights)\n";
     let peak = facts["memory"]["peak_bytes"].as_u64().unwrap_or(0).max(1);
     for part in facts["memory"]["parts"].as_array().into_iter().flatten() {

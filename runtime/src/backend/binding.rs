@@ -2,9 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use ltxc_ir::plan::{
-    FileTensor, FunctionCall, Operand, Place, Plan, PlanFunction, PlanWeight, Step, WeightOrigin,
-};
+use ltxc_ir::plan::{FileTensor, FunctionCall, Operand, Place, Plan, PlanFunction, PlanWeight, Step, WeightOrigin};
 
 use super::{Backend, BufferId, Call, CallId, Cpu, Region, Weight};
 use crate::error::RunError;

@@ -192,7 +192,11 @@ impl Found {
                 let fits = |d: &&Device| is_fast(d) && d.name.backend() == plan.target.backend;
                 self.devices.iter().find(fits).ok_or_else(|| RunError::NoDevice {
                     plan: plan.target.backend.clone(),
-                    named: self.devices.iter().find(|d| d.name.backend() == plan.target.backend).map(|d| d.name.clone()),
+                    named: self
+                        .devices
+                        .iter()
+                        .find(|d| d.name.backend() == plan.target.backend)
+                        .map(|d| d.name.clone()),
                 })
             }
         }

@@ -29,7 +29,10 @@ pub(crate) fn check_sizes(plan: &Plan, device: &Device) -> Result<(), RunError> 
     let limits = &device.target;
     let refused = |what: String| Err(RunError::DeviceLimit { device: device.name.clone(), what });
     if !plan.target.alignment.is_multiple_of(limits.alignment) {
-        return refused(format!("the plan aligns buffers to {} bytes, not {}", plan.target.alignment, limits.alignment));
+        return refused(format!(
+            "the plan aligns buffers to {} bytes, not {}",
+            plan.target.alignment, limits.alignment
+        ));
     }
     let arenas = plan.arena_bytes().into_iter().chain([plan.state_bytes()]);
     if let Some(bytes) = arenas.max().filter(|&bytes| bytes > limits.max_arena_bytes) {
@@ -120,7 +123,8 @@ pub(crate) fn check_memory(needed: u64, available: u64, device: &DeviceName) -> 
 #[cfg(test)]
 mod tests {
     use ltxc_ir::plan::{
-        FileTensor, Group, Kernel, Map, Operand, Place, PlanFunction, PlanWeight, Program, Storage, Target, WeightOrigin,
+        FileTensor, Group, Kernel, Map, Operand, Place, PlanFunction, PlanWeight, Program, Storage, Target,
+        WeightOrigin,
     };
     use ltxc_ir::{Rate, TensorType};
 

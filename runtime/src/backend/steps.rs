@@ -97,7 +97,8 @@ impl<'a> Writer<'a, '_> {
             // A fused call reads all of an operand before it writes over it; its parts do not wait for each other.
             let is_free = |result: &Tensor<'a>| {
                 (0..args.len()).filter(|&a| overlaps(&args[a], result)).all(|a| {
-                    readers(Source::Operand(a as u32)).all(|j| j < i || (j == i && may_overwrite(part, a, args, result)))
+                    readers(Source::Operand(a as u32))
+                        .all(|j| j < i || (j == i && may_overwrite(part, a, args, result)))
                 })
             };
             let ty = Cow::Borrowed(&part.result);
@@ -213,9 +214,7 @@ impl<'a> Writer<'a, '_> {
 /// Whether a part may write its result over operand `a` of the call, which it reads.
 fn may_overwrite(part: &Part, a: usize, args: &[Tensor<'_>], result: &Tensor<'_>) -> bool {
     let own = |arg: &PartArg| arg.source == Source::Operand(a as u32);
-    let allows = |(j, arg): (usize, &PartArg)| {
-        !own(arg) || (part.kernel.in_place().allows(j) && arg.ty == part.result)
-    };
+    let allows = |(j, arg): (usize, &PartArg)| !own(arg) || (part.kernel.in_place().allows(j) && arg.ty == part.result);
     args[a].at == result.at && part.args.iter().enumerate().all(allows)
 }
 

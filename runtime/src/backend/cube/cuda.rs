@@ -27,7 +27,9 @@ pub(crate) fn find() -> Result<Vec<Device>, String> {
     }
     // SAFETY: as above.
     if !unsafe { cudarc::nvrtc::sys::is_culib_present() } {
-        return Err("the CUDA compiler library (libnvrtc) was not found; install it or add it to LD_LIBRARY_PATH".into());
+        return Err(
+            "the CUDA compiler library (libnvrtc) was not found; install it or add it to LD_LIBRARY_PATH".into()
+        );
     }
     if cubecl::cuda::install::cuda_path().is_none() {
         return Err("the CUDA headers were not found; set CUDA_PATH to the folder that has `include`".into());

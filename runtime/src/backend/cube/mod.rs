@@ -75,12 +75,7 @@ enum Memory {
 }
 
 impl<'a, R: Runtime> Cube<'a, R> {
-    fn new(
-        device: Device,
-        alignment: u64,
-        available: Box<dyn Fn() -> u64>,
-        client: ComputeClient<R>,
-    ) -> Cube<'a, R> {
+    fn new(device: Device, alignment: u64, available: Box<dyn Fn() -> u64>, client: ComputeClient<R>) -> Cube<'a, R> {
         guard::install();
         Cube { device, alignment, available, client, buffers: Vec::new(), calls: Vec::new(), scratch: None }
     }

@@ -68,7 +68,8 @@ impl Case {
             }
             assert!(step.scratch.0 + step.scratch.1 <= scratch_bytes);
             let args = step.args.iter().map(|a| (&*a.ty, place(a))).collect();
-            let call = device.bind(Call { work, args, results: vec![(&*step.result.ty, place(&step.result))] }).unwrap();
+            let call =
+                device.bind(Call { work, args, results: vec![(&*step.result.ty, place(&step.result))] }).unwrap();
             device.launch(call).unwrap();
             // Devices write whole words.
             let behind = place(&step.result).at(step.result.ty.bytes() as u64);
