@@ -19,10 +19,12 @@ pub(crate) fn launch<R: Runtime>(op: &Copy, call: &Call<'_, R>) -> Result<(), St
     let bytes = call.out.ty.dtype.bytes();
     let lanes = 4 / bytes;
     let walk = Walk::new(&op.shape, &[op.src_strides.clone(), op.dst_strides.clone()]);
-    let covers_words = op.dst_offset % lanes == 0
-        && (lanes == 1 || walk.extents.last().is_some_and(|extent| extent % lanes == 0))
+    let covers_words = op.dst_offset.is_multiple_of(lanes)
+        && (lanes == 1 || walk.extents.last().is_some_and(|extent| extent.is_multiple_of(lanes)))
         && match walk.strides[1].split_last() {
-            Some((&last, outer)) => lanes == 1 || (last == 1 && outer.iter().all(|stride| stride % lanes == 0)),
+            Some((&last, outer)) => {
+                lanes == 1 || (last == 1 && outer.iter().all(|stride| stride.is_multiple_of(lanes)))
+            }
             None => lanes == 1,
         };
     let (src, dst) = (to_u32(op.src_offset)?, to_u32(op.dst_offset)?);

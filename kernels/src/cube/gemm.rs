@@ -18,8 +18,7 @@ use cubecl::prelude::*;
 use ltxc_ir::DType;
 use ltxc_ir::plan::MapStep;
 
-use super::CubeTensor;
-use super::call::{Call, bind_words, to_u32};
+use super::call::{Call, to_u32};
 use super::patches::{self, Patches};
 use super::steps::epilogue;
 use super::storage::{self, encode, load_four, load_one, place, words_of_four};
@@ -60,9 +59,9 @@ pub(crate) struct Product<'a> {
 pub(crate) fn launch<R: Runtime>(product: &Product<'_>, call: &Call<'_, R>) -> Result<(), String> {
     let [lhs, rhs] = [0, 1].map(|i| &call.args[i]);
     let tile = tile::choose(call.client, product.m * product.batches, product.n);
-    let is_aligned = |distances: &[usize]| distances.iter().all(|d| d % 4 == 0);
+    let is_aligned = |distances: &[usize]| distances.iter().all(|d| d.is_multiple_of(4));
     let is_lhs_aligned = is_aligned(&[product.k, product.rows[0], product.batch[0]])
-        && product.patches.as_ref().is_none_or(|(p, _)| p.channels % 4 == 0);
+        && product.patches.as_ref().is_none_or(|(p, _)| p.channels.is_multiple_of(4));
     // Vectors run along the last axis in memory.
     let last = if product.is_transposed { product.k } else { product.n };
     let is_rhs_aligned = is_aligned(&[last, product.rows[1], product.batch[1]]);
@@ -92,8 +91,8 @@ pub(crate) fn launch<R: Runtime>(product: &Product<'_>, call: &Call<'_, R>) -> R
             CubeDim::new_1d(tile.units()),
             width(lhs.ty.dtype, is_lhs_aligned),
             width(rhs.ty.dtype, is_rhs_aligned),
-            bind_vectors(lhs),
-            bind_vectors(rhs),
+            call.arg(0),
+            call.arg(1),
             call.out(),
             SequenceArg::new(),
             axes,
@@ -114,15 +113,10 @@ pub(crate) fn launch<R: Runtime>(product: &Product<'_>, call: &Call<'_, R>) -> R
     Ok(())
 }
 
-/// A tensor as words; their number counts those of vectors that end behind it too, which no unit reads.
-fn bind_vectors<R: Runtime>(tensor: &CubeTensor<'_>) -> ArrayArg<R> {
-    bind_words(tensor.handle.clone(), storage::words(tensor.ty.dtype, tensor.ty.elements()))
-}
-
 #[cube(launch_unchecked)]
-fn gemm<L: Size, S: Size>(
-    lhs: &Array<Vector<u32, L>>,
-    rhs: &Array<Vector<u32, S>>,
+fn gemm<LhsWidth: Size, RhsWidth: Size>(
+    lhs: &Array<Vector<u32, LhsWidth>>,
+    rhs: &Array<Vector<u32, RhsWidth>>,
     out: &mut Array<u32>,
     scalars: &Sequence<f32>,
     axes: &Sequence<u32>,
@@ -151,7 +145,7 @@ fn gemm<L: Size, S: Size>(
     let batch = cube / (tiles_m * tiles_n);
     let first_row = (cube % tiles_m) * tile.m;
     let first_column = ((cube / tiles_m) % tiles_n) * tile.n;
-    let unit = UNIT_POS as u32;
+    let unit = UNIT_POS;
     let (unit_row, unit_column) = (unit / units_n, unit % units_n);
 
     let mut left = SharedMemory::<Vector<f32, Const<4>>>::new(comptime!((tile.m * (vectors + 1)) as usize));
@@ -164,51 +158,70 @@ fn gemm<L: Size, S: Size>(
             sums[i] = 0.0f32;
         }
 
-        // A unit loads the same summed elements of some rows, whose places do not change.
+        // A unit loads the same summed elements of some rows.
         let vector = unit % vectors;
         let row_step = comptime!(units / vectors);
+        let slots = comptime!(tile.m / row_step);
         let mut starts = Sequence::<i32>::new();
-        #[unroll]
-        for s in 0..comptime!((tile.m / row_step) as usize) {
-            let row = first_row + unit / vectors + comptime!(s as u32 * row_step);
-            if comptime!(blueprint.patches.is_some()) {
+        if comptime!(blueprint.patches.is_some()) {
+            #[unroll]
+            for s in 0..comptime!(slots as usize) {
+                let row = first_row + unit / vectors + comptime!(s as u32 * row_step);
                 patches::push_start(&mut starts, row, axes, comptime!(blueprint.patches.clone().unwrap_or_default()));
-            } else {
-                starts.push(i32::reinterpret(batch * lhs_batch + row * lhs_row));
             }
         }
 
         let mut start = 0u32;
         while start < k {
-            #[unroll]
-            for s in 0..comptime!((tile.m / row_step) as usize) {
-                let own = unit / vectors + comptime!(s as u32 * row_step);
-                let mut values = Vector::<f32, Const<4>>::new(0.0f32);
-                if first_row + own < m {
-                    values = lhs_four::<L>(
-                        lhs,
-                        &starts,
-                        start + vector * 4u32,
-                        k,
-                        axes,
-                        channels,
-                        batch * lhs_batch,
-                        s,
-                        comptime!(blueprint.clone()),
-                    );
+            let summed = start + vector * 4u32;
+            if comptime!(blueprint.patches.is_some()) {
+                #[unroll]
+                for s in 0..comptime!(slots as usize) {
+                    let own = unit / vectors + comptime!(s as u32 * row_step);
+                    let mut values = Vector::<f32, Const<4>>::new(0.0f32);
+                    if first_row + own < m {
+                        values = patches::four::<LhsWidth>(
+                            lhs,
+                            &starts,
+                            summed,
+                            k,
+                            axes,
+                            channels,
+                            batch * lhs_batch,
+                            s,
+                            comptime!(blueprint.lhs),
+                            comptime!(blueprint.is_lhs_aligned),
+                            comptime!(blueprint.patches.clone().unwrap_or_default()),
+                        );
+                    }
+                    left[(own * comptime!(vectors + 1) + vector) as usize] = values;
                 }
-                left[(own * comptime!(vectors + 1) + vector) as usize] = values;
+            } else {
+                for s in 0..slots {
+                    let own = unit / vectors + s * row_step;
+                    let mut values = Vector::<f32, Const<4>>::new(0.0f32);
+                    if first_row + own < m {
+                        values = four_along::<LhsWidth>(
+                            lhs,
+                            batch * lhs_batch + (first_row + own) * lhs_row,
+                            summed,
+                            k,
+                            comptime!(blueprint.lhs),
+                            comptime!(blueprint.is_lhs_aligned),
+                        );
+                    }
+                    left[(own * comptime!(vectors + 1) + vector) as usize] = values;
+                }
             }
-            #[unroll]
-            for s in 0..comptime!((tile.n * vectors / units) as usize) {
-                let at = unit + comptime!(s as u32 * units);
+            for s in 0..comptime!(tile.n * vectors / units) {
+                let at = unit + s * units;
                 if comptime!(blueprint.is_transposed) {
                     let (own, vector) = (at / vectors, at % vectors);
                     let column = first_column + own;
                     let summed = start + vector * 4u32;
                     let mut values = Vector::<f32, Const<4>>::new(0.0f32);
                     if column < n {
-                        values = four_along::<S>(
+                        values = four_along::<RhsWidth>(
                             rhs,
                             batch * rhs_batch + column * rhs_row,
                             summed,
@@ -235,7 +248,7 @@ fn gemm<L: Size, S: Size>(
                         } else {
                             summed
                         };
-                        values = four_along::<S>(
+                        values = four_along::<RhsWidth>(
                             rhs,
                             batch * rhs_batch + row * rhs_row,
                             first_column + column * 4u32,
@@ -283,7 +296,7 @@ fn gemm<L: Size, S: Size>(
                                 #[unroll]
                                 for l in 0..4usize {
                                     let at = comptime!(i * unit_n as usize + j * 4 + l);
-                                    sums[at] = sums[at] + own[c] * b[l];
+                                    sums[at] += own[c] * b[l];
                                 }
                             }
                         }
@@ -331,42 +344,9 @@ fn gemm<L: Size, S: Size>(
     }
 }
 
-/// Four elements of row slot `s` of the left operand, 0 beyond its end.
-#[cube]
-fn lhs_four<L: Size>(
-    lhs: &Array<Vector<u32, L>>,
-    starts: &Sequence<i32>,
-    summed: u32,
-    k: u32,
-    axes: &Sequence<u32>,
-    channels: u32,
-    offset: u32,
-    #[comptime] s: usize,
-    #[comptime] blueprint: Blueprint,
-) -> Vector<f32, Const<4>> {
-    if comptime!(blueprint.patches.is_some()) {
-        patches::four::<L>(
-            lhs,
-            starts,
-            summed,
-            k,
-            axes,
-            channels,
-            offset,
-            s,
-            comptime!(blueprint.lhs),
-            comptime!(blueprint.is_lhs_aligned),
-            comptime!(blueprint.patches.clone().unwrap_or_default()),
-        )
-    } else {
-        let base = u32::reinterpret(*starts.index(s));
-        four_along::<L>(lhs, base, summed, k, comptime!(blueprint.lhs), comptime!(blueprint.is_lhs_aligned))
-    }
-}
-
 /// Four adjacent elements from `base + first`, 0 from `base + end` on.
 #[cube]
-fn four_along<N: Size>(
+pub(crate) fn four_along<N: Size>(
     memory: &Array<Vector<u32, N>>,
     base: u32,
     first: u32,

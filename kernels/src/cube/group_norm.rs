@@ -134,7 +134,7 @@ fn chunk_statistics(
     #[comptime] units: u32,
 ) {
     let at = CUBE_POS as u32;
-    let unit = UNIT_POS as u32;
+    let unit = UNIT_POS;
     let mut shared = SharedMemory::<f32>::new(comptime!(units as usize));
     if at < n {
         let chunk = at % chunks;
@@ -180,7 +180,7 @@ fn group_statistics(
     #[comptime] units: u32,
 ) {
     let group = CUBE_POS as u32;
-    let unit = UNIT_POS as u32;
+    let unit = UNIT_POS;
     let mut shared = SharedMemory::<f32>::new(comptime!(units as usize));
     if group < n {
         // Differences from the first mean, which is close to all others, keep their digits.

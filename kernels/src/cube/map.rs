@@ -123,15 +123,12 @@ fn run_floats<R: Runtime>(call: &Call<'_, R>, blueprint: Blueprint, values: &Num
     Ok(())
 }
 
-fn run_ints<R: Runtime, I: Int + CubeElement>(
+fn run_ints<R: Runtime, I: Int + CubeElement + LaunchArg<RuntimeArg<R> = I>>(
     call: &Call<'_, R>,
     blueprint: Blueprint,
     values: &Numbers,
     scalar: impl Fn(f64) -> I,
-) -> Result<(), String>
-where
-    I: LaunchArg<RuntimeArg<R> = I>,
-{
+) -> Result<(), String> {
     let ty = call.out.ty;
     let (count, dim) = call.linear(storage::words(ty.dtype, ty.elements()))?;
     let mut scalars = SequenceArg::new();

@@ -4,9 +4,15 @@
 //! The polynomials of [`exp`], [`tanh`], [`erf`] and the waves are those of the CPU backend. Division and square roots
 //! are the device's (2.5 units in Vulkan, exact on CUDA).
 
+use std::f32::consts::{FRAC_2_PI, LOG2_E};
+
 use cubecl::prelude::*;
 
 use super::storage::is_nan;
+
+/// Largest argument of which [`sin`] and [`cos`] know what is left beyond full turns: the first parts of π/2 have 8 bits,
+/// and 16 bits hold the number of quarters.
+const WAVE_LIMIT: f32 = 100_000.0;
 
 /// `eˣ`; overflows to infinity and underflows to 0.
 #[cube]
@@ -14,7 +20,7 @@ pub(crate) fn exp(x: f32) -> f32 {
     // Comparisons, not `clamp`, so that NaN passes.
     let raised = select(x < -104.0f32, -104.0f32, x);
     let limited = select(raised > 89.0f32, 89.0f32, raised);
-    let n = (limited * 1.442_695f32).round();
+    let n = (limited * LOG2_E).round();
     // ln 2 in two parts; the first has so few bits that its product with n is exact.
     let r = (limited - n * 0.693_359_4f32) - n * -2.121_944_4e-4f32;
     let mut p = 1.381_449_6e-3f32;
@@ -52,7 +58,7 @@ pub(crate) fn ln(x: f32) -> f32 {
     let series = s * 2.0f32 + p * z * s;
     let value = exponent * 0.693_359_4f32 + (series + exponent * -2.121_944_4e-4f32);
     // Subnormals, 0, negative values, infinities and NaN are left to the device.
-    let is_ordinary = bits >= 0x800000u32 && bits < 0x7f800000u32;
+    let is_ordinary = bits - 0x800000u32 < 0x7f000000u32;
     let special = x.ln();
     select(is_ordinary, value, special)
 }
@@ -67,7 +73,7 @@ pub(crate) fn pow(a: f32, b: f32) -> f32 {
     let half = b * 0.5f32;
     let is_odd = is_whole && half.floor() != half;
     let signed = select(is_odd && a < 0.0f32, -magnitude, magnitude);
-    let not_a_number = (a - a) / (a - a);
+    let not_a_number = f32::reinterpret(u32::reinterpret(a) | 0x7fc00000u32);
     let real = select(a < 0.0f32 && !is_whole, not_a_number, signed);
     select(b == 0.0f32 || a == 1.0f32, 1.0f32, real)
 }
@@ -132,30 +138,26 @@ pub(crate) fn erf(x: f32) -> f32 {
     with_sign(select(a < 0.9f32, small, large), x)
 }
 
-/// Sine. Beyond [`TRIG_LIMIT`] the device's own.
+/// Sine. Beyond [`WAVE_LIMIT`] the device's own.
 #[cube]
 pub(crate) fn sin(x: f32) -> f32 {
     let wave = quarter_wave(x, 0u32);
     let own = x.sin();
-    select(x.abs() > 100_000.0f32, own, wave)
+    select(x.abs() > WAVE_LIMIT, own, wave)
 }
 
-/// Cosine. Beyond [`TRIG_LIMIT`] the device's own.
+/// Cosine. Beyond [`WAVE_LIMIT`] the device's own.
 #[cube]
 pub(crate) fn cos(x: f32) -> f32 {
     let wave = quarter_wave(x, 1u32);
     let own = x.cos();
-    select(x.abs() > 100_000.0f32, own, wave)
+    select(x.abs() > WAVE_LIMIT, own, wave)
 }
-
-/// Largest argument of which [`sin`] and [`cos`] know what is left beyond full turns: the first three parts of π/2 have 8
-/// bits, and 16 bits hold the number of quarters.
-pub const TRIG_LIMIT: f32 = 100_000.0;
 
 /// `sin(x + quadrants · π/2)`.
 #[cube]
 fn quarter_wave(x: f32, quadrants: u32) -> f32 {
-    let n = (x * 0.636_619_77f32).round();
+    let n = (x * FRAC_2_PI).round();
     let quadrant = u32::reinterpret(i32::cast_from(n)) + quadrants;
     let first = (x - n * 1.5703125f32) - n * 4.825_592e-4f32;
     let r = ((first - n * 1.266_598_7e-6f32) - n * 9.895_302e-10f32) - n * 2.563_344_2e-12f32;

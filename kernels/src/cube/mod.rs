@@ -11,8 +11,11 @@
 //! | `storage`, `math`, `steps` | dtypes, elementary functions and chains of them inside kernels |
 //! | the others | kernels |
 
+mod attention;
 mod call;
+mod conv;
 mod copy;
+mod direct_conv;
 mod gemm;
 mod group_norm;
 pub mod guard;
@@ -90,11 +93,13 @@ fn run<R: Runtime>(kernel: &Kernel, call: &Call<'_, R>) -> Result<(), String> {
         Kernel::Update(op) => movement::launch_update(op, call),
         Kernel::Reduce(op) => reduce::launch(op, call),
         Kernel::Matmul(op) => matmul::launch(op, call),
+        Kernel::Conv(op) => conv::launch(op, call),
+        Kernel::ConvTranspose(op) => conv::launch_transpose(op, call),
         Kernel::RmsNorm(op) => norm::launch(op.eps.0, false, call),
         Kernel::LayerNorm(op) => norm::launch(op.eps.0, true, call),
         Kernel::GroupNorm(op) => group_norm::launch(op, call),
         Kernel::Rope(op) => rope::launch(op, call),
-        _ => Err("not yet".into()),
+        Kernel::Attention(op) => attention::launch(op, call),
     }
 }
 
@@ -109,7 +114,10 @@ fn needs_f32(kernel: &Kernel, _args: &[&TensorType], out: &TensorType) -> bool {
     match kernel {
         Kernel::RmsNorm(_) | Kernel::LayerNorm(_) => !norm::is_whole(out),
         Kernel::Rope(op) => !rope::is_whole(op, out),
+        Kernel::Attention(_) => !attention::is_whole(out),
         Kernel::Matmul(_) => !matmul::is_whole(out),
+        Kernel::Conv(op) => !conv::is_whole(op.groups, out),
+        Kernel::ConvTranspose(op) => !conv::is_whole(op.groups, out),
         _ => false,
     }
 }

@@ -73,7 +73,7 @@ fn norm(
     let lanes = comptime!(storage::per_word(blueprint.out));
     let bytes = comptime!(4 / lanes);
     let row = CUBE_POS as u32;
-    let unit = UNIT_POS as u32;
+    let unit = UNIT_POS;
     let mut shared = SharedMemory::<f32>::new(comptime!(units as usize));
     if row < rows {
         let base = row * channels;

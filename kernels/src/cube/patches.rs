@@ -52,12 +52,12 @@ pub(crate) struct Axis {
 
 /// Numbers of an axis in the argument of a launch, in the order of the fields.
 const NUMBERS: usize = 12;
-const POSITIONS: usize = 0;
-const EXTENT: usize = 1;
-const STRIDE: usize = 2;
-const BASE: usize = 3;
-const TAPS: usize = 4;
-const STEP: usize = 5;
+pub(crate) const POSITIONS: usize = 0;
+pub(crate) const EXTENT: usize = 1;
+pub(crate) const STRIDE: usize = 2;
+pub(crate) const BASE: usize = 3;
+pub(crate) const TAPS: usize = 4;
+pub(crate) const STEP: usize = 5;
 const WEIGHT_EXTENT: usize = 6;
 const WEIGHT_BASE: usize = 7;
 const WEIGHT_STEP: usize = 8;
@@ -102,13 +102,40 @@ impl Axis {
 
 /// One number of an axis.
 #[cube]
-fn number(axes: &Sequence<u32>, #[comptime] axis: usize, #[comptime] which: usize) -> u32 {
+pub(crate) fn number(axes: &Sequence<u32>, #[comptime] axis: usize, #[comptime] which: usize) -> u32 {
     *axes.index(comptime!(axis * NUMBERS + which))
+}
+
+/// Splits an index over all taps into one per axis, outermost first, behind a 0.
+#[cube]
+pub(crate) fn split_taps(tap: u32, axes: &Sequence<u32>, #[comptime] count: usize) -> Sequence<u32> {
+    let mut reversed = Sequence::<u32>::new();
+    let mut rest = tap;
+    #[unroll]
+    for i in 0..comptime!(count - 1) {
+        let extent = number(axes, comptime!(count - 1 - i), TAPS);
+        let quotient = rest / extent;
+        reversed.push(rest - quotient * extent);
+        rest = quotient;
+    }
+    reversed.push(rest);
+    let mut ordered = Sequence::<u32>::new();
+    ordered.push(0u32.runtime());
+    #[unroll]
+    for i in 0..count {
+        ordered.push(*reversed.index(comptime!(count - 1 - i)));
+    }
+    ordered
 }
 
 /// Splits an index over all axes into one per axis, outermost first; what remains is in front.
 #[cube]
-fn split(index: u32, axes: &Sequence<u32>, #[comptime] which: usize, #[comptime] count: usize) -> Sequence<u32> {
+pub(crate) fn split(
+    index: u32,
+    axes: &Sequence<u32>,
+    #[comptime] which: usize,
+    #[comptime] count: usize,
+) -> Sequence<u32> {
     let mut reversed = Sequence::<u32>::new();
     let mut rest = index;
     #[unroll]
@@ -189,7 +216,7 @@ fn element(
 ) -> (u32, bool) {
     let count = comptime!(patches.axes);
     let tap = summed / channels;
-    let taps = split(tap, axes, TAPS, count);
+    let taps = split_taps(tap, axes, count);
     let mut element = u32::cast_from(*starts.index(comptime!(s * (count + 1))));
     let mut is_inside = true;
     #[unroll]
@@ -209,7 +236,7 @@ fn element(
 /// The row of the kernel for a summed element.
 #[cube]
 pub(crate) fn weight_row(summed: u32, axes: &Sequence<u32>, channels: u32, #[comptime] patches: Patches) -> u32 {
-    let taps = split(summed / channels, axes, TAPS, comptime!(patches.axes));
+    let taps = split_taps(summed / channels, axes, comptime!(patches.axes));
     let mut row = 0u32;
     #[unroll]
     for a in 0..comptime!(patches.axes) {

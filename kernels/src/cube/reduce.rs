@@ -86,7 +86,7 @@ fn reduce(
     let lanes = comptime!(storage::per_word(dtype));
     let is_shared = comptime!(units > 1);
     let word = if is_shared { CUBE_POS as u32 } else { ABSOLUTE_POS as u32 };
-    let unit = if is_shared { UNIT_POS as u32 } else { 0u32.runtime() };
+    let unit = if is_shared { UNIT_POS } else { 0u32.runtime() };
     let mut shared = SharedMemory::<f32>::new(comptime!(units as usize));
     let mut bits = 0u32;
     for lane in 0..lanes {
@@ -106,7 +106,7 @@ fn reduce(
                 sum = combined(&mut shared, sum, units, combine);
             }
             if comptime!(blueprint.kind == ReduceKind::Mean) {
-                sum = sum / f32::cast_from(run);
+                sum /= f32::cast_from(run);
             }
             bits |= place(encode(sum, dtype), lane, comptime!(dtype.bytes() as u32));
         }

@@ -32,13 +32,13 @@ pub(crate) fn combined(
     sync_cube();
     let mut half = comptime!(units / 2).runtime();
     while half > 0u32 {
-        if (UNIT_POS as u32) < half {
+        if (UNIT_POS) < half {
             let own = shared[UNIT_POS as usize];
-            let other = shared[(UNIT_POS as u32 + half) as usize];
+            let other = shared[(UNIT_POS + half) as usize];
             shared[UNIT_POS as usize] = pair(own, other, combine);
         }
         sync_cube();
-        half = half / 2u32;
+        half /= 2u32;
     }
     shared[0]
 }

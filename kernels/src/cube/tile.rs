@@ -61,6 +61,41 @@ pub(crate) fn is_cpu<R: Runtime>(client: &ComputeClient<R>) -> bool {
     client.properties().hardware.plane_size_max <= 8
 }
 
+/// How attention is cut: a cube has `queries` queries, and makes `columns` columns of the result from blocks of `keys`
+/// keys; head dims, and keys with their values, pass in chunks.
+///
+/// Units form a grid; each has as many queries, keys and columns as the grid leaves, the latter in multiples of 4.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Heads {
+    pub(crate) queries: u32,
+    pub(crate) keys: u32,
+    pub(crate) columns: u32,
+    pub(crate) chunk: u32,
+    pub(crate) units_m: u32,
+    pub(crate) units_n: u32,
+}
+
+impl Heads {
+    pub(crate) fn units(&self) -> u32 {
+        self.units_m * self.units_n
+    }
+
+    /// Vectors of 4 of a chunk of queries and keys, in rows with one more, or of a chunk of values.
+    pub(crate) fn stage_vectors(&self) -> u32 {
+        let scores = (self.queries + self.keys) * (self.chunk / 4 + 1);
+        scores.max(self.chunk * self.columns / 4)
+    }
+}
+
+const HEADS: Heads = Heads { queries: 64, keys: 64, columns: 128, chunk: 16, units_m: 16, units_n: 16 };
+const HEADS_FEW_UNITS: Heads = Heads { queries: 32, keys: 64, columns: 128, chunk: 16, units_m: 8, units_n: 8 };
+
+/// The tile for heads with `e` columns.
+pub(crate) fn heads<R: Runtime>(client: &ComputeClient<R>, e: usize) -> Heads {
+    let tile = if is_cpu(client) { HEADS_FEW_UNITS } else { HEADS };
+    Heads { columns: if e <= 64 { 64 } else { 128 }, ..tile }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -69,13 +104,31 @@ mod tests {
     fn tiles_divide_evenly() {
         for tile in [THIN, LARGE, MEDIUM, FEW_UNITS] {
             let units = tile.units();
-            assert!(tile.unit_n % 4 == 0 && tile.k % 4 == 0, "{tile:?}");
+            assert_eq!((tile.unit_n % 4, tile.k % 4), (0, 0), "{tile:?}");
             assert_eq!((tile.m * tile.k / 4) % units, 0, "{tile:?}");
             assert_eq!((tile.n * tile.k / 4) % units, 0, "{tile:?}");
             // A unit loads the same summed elements of every row, see `gemm`.
             assert_eq!(units % (tile.k / 4), 0, "{tile:?}");
             // Shared memory of 32 KB.
             assert!((tile.m + tile.n) * (tile.k + 4) * 4 <= 32 << 10, "{tile:?}");
+        }
+    }
+
+    #[test]
+    fn tiles_of_attention_divide_evenly() {
+        for (tile, columns) in [HEADS, HEADS_FEW_UNITS].into_iter().flat_map(|t| [(t, 64), (t, 128)]) {
+            let tile = Heads { columns, ..tile };
+            let units = tile.units();
+            for extent in [tile.keys / 4, tile.columns / 4] {
+                assert_eq!(extent % tile.units_n, 0, "{tile:?}");
+            }
+            for vectors in [tile.queries * tile.chunk / 4, tile.keys * tile.chunk / 4, tile.chunk * tile.columns / 4] {
+                assert_eq!(vectors % units, 0, "{tile:?}");
+            }
+            assert_eq!((tile.queries % tile.units_m, tile.keys % tile.chunk), (0, 0), "{tile:?}");
+            assert_eq!((units % tile.queries, tile.keys / 4 % (units / tile.queries)), (0, 0), "{tile:?}");
+            let shared = 16 * (tile.stage_vectors() + tile.queries * (tile.keys / 4 + 1)) + 4 * (units + tile.queries);
+            assert!(shared <= 32 << 10, "{tile:?}");
         }
     }
 }

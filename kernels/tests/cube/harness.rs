@@ -44,10 +44,10 @@ pub fn power_roundings(argument: f64) -> f64 {
     2.0 * accuracy(Unary::Exp).0 + argument.abs() * (2.0 * accuracy(Unary::Log).0 + 1.0)
 }
 
-type Client = ComputeClient<WgpuRuntime>;
+pub type Client = ComputeClient<WgpuRuntime>;
 
 /// The device, or the end of this process where there is none.
-fn client() -> Client {
+pub fn client() -> Client {
     static SETUP: OnceLock<Option<WgpuSetup>> = OnceLock::new();
     let setup = SETUP.get_or_init(|| {
         let device = WgpuDevice::DefaultDevice;

@@ -3,6 +3,10 @@
 //! Without a Vulkan device they are skipped, unless `LTXC_REQUIRE_VULKAN=1`.
 #![cfg(feature = "wgpu")]
 
+#[path = "../simple/attention.rs"]
+mod attention;
+#[path = "../simple/conv.rs"]
+mod conv;
 #[path = "../simple/copy.rs"]
 mod copy;
 #[path = "../simple/map.rs"]
@@ -15,3 +19,4 @@ mod movement;
 mod rows;
 
 mod harness;
+mod speed;

@@ -74,12 +74,21 @@ fn products_of_every_dtype_match() {
     let floats = [DType::F32, DType::BF16, DType::F16];
     for a in floats {
         for b in floats.into_iter().chain([DType::F8E4M3, DType::F8E5M2]) {
-            for mnk in [(70, 65, 33), (36, 68, 64), (5, 12, 20)] {
-                Case { batch: &[], mnk, is_batched: false, transpose_rhs: true, dtypes: (a, b) }.check(81);
-            }
-            Case { batch: &[], mnk: (66, 10, 40), is_batched: false, transpose_rhs: false, dtypes: (a, b) }.check(82);
+            Case { batch: &[], mnk: (5, 12, 20), is_batched: false, transpose_rhs: true, dtypes: (a, b) }.check(81);
+            Case { batch: &[], mnk: (6, 10, 15), is_batched: false, transpose_rhs: false, dtypes: (a, b) }.check(82);
         }
     }
+}
+
+#[test]
+fn large_products_of_narrow_floats_match() {
+    for dtypes in [(DType::F32, DType::BF16), (DType::BF16, DType::BF16), (DType::BF16, DType::F8E4M3)] {
+        for (mnk, transpose_rhs) in [((70, 65, 33), true), ((36, 68, 64), true), ((66, 10, 40), false)] {
+            Case { batch: &[], mnk, is_batched: false, transpose_rhs, dtypes }.check(83);
+        }
+    }
+    let dtypes = (DType::F16, DType::F32);
+    Case { batch: &[], mnk: (70, 66, 33), is_batched: false, transpose_rhs: true, dtypes }.check(84);
 }
 
 #[test]
