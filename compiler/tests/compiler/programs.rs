@@ -194,10 +194,8 @@ fn limits_of_the_target_are_respected() {
 #[test]
 fn groups_bind_no_more_than_the_target_does() {
     let module = single("main", |b| {
-        for i in 0..20 {
-            let x = b.param(&format!("x{i}"), TensorType::f32([1, 8]), Rate::Step);
-            b.result(&format!("y{i}"), b.silu(x));
-        }
+        let params: Vec<_> = (0..20).map(|i| b.param(&format!("x{i}"), TensorType::f32([1, 8]), Rate::Step)).collect();
+        params.iter().enumerate().for_each(|(i, &x)| b.result(&format!("y{i}"), b.silu(x)));
     });
     let most = |target: Target| {
         let plan = support::plan(&module, Options::default(), target);

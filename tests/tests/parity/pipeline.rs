@@ -8,6 +8,7 @@ use ltxc::args::{ModelArgs, PipelineName, Precision, ShapeArgs};
 use ltxc::assemble::ModelFiles;
 use ltxc::compile::compile;
 use ltxc::job::Shape;
+use ltxc_compiler::Options;
 use ltxc_ir::plan::{Plan, container};
 use ltxc_runtime::RunError;
 use ltxc_runtime::backend::{Device, DeviceName, find, open};
@@ -309,7 +310,7 @@ impl Files {
         let shape = Shape::resolve(shape, keyframes).unwrap_or_else(|e| panic!("{e:#}"));
         let shape = Shape { target: self.device.target.clone(), ..shape };
         let files = ModelFiles::open(&self.args, shape.has_two_stages()).unwrap_or_else(|e| panic!("{e:#}"));
-        let plan = compile(&files, &shape).unwrap_or_else(|e| panic!("{e:#}"));
+        let plan = compile(&files, &shape, Options::default(), &mut |_, _, _| {}).unwrap_or_else(|e| panic!("{e:#}"));
         let bytes = container::encode(&plan).unwrap_or_else(|e| panic!("{e}"));
         container::decode(&bytes).unwrap_or_else(|e| panic!("{e}"))
     }
