@@ -33,6 +33,7 @@ pub mod memory;
 mod options;
 mod pack;
 mod plan_builder;
+mod projections;
 mod rebuild;
 mod simplify;
 
@@ -43,6 +44,7 @@ pub use hoist::hoist;
 pub use options::{Fuse, Options};
 pub use pack::pack;
 pub use plan_builder::PlanBuilder;
+pub use projections::pack_projections;
 pub use simplify::simplify;
 
 use ltxc_ir::Module;
@@ -60,6 +62,7 @@ pub struct Pass {
 const SIMPLIFY: Pass = Pass { name: "simplify", run: |m, _| simplify(m) };
 const HOIST: Pass = Pass { name: "hoist", run: hoist };
 const EXPAND: Pass = Pass { name: "expand", run: |m, o| expand(m, o.fuse) };
+const PACK_PROJECTIONS: Pass = Pass { name: "pack-projections", run: pack_projections };
 const PACK: Pass = Pass { name: "pack", run: |m, _| pack(m) };
 const FUSE_RESIDUAL: Pass = Pass { name: "fuse-residual", run: fuse_residual };
 const FUSE_ATTENTION: Pass = Pass { name: "fuse-attention", run: fuse_attention };
@@ -68,7 +71,7 @@ const FUSE_GROUP_NORM: Pass = Pass { name: "fuse-group-norm", run: fuse_group_no
 const FUSE_ROWS: Pass = Pass { name: "fuse-rows", run: fuse_rows };
 
 /// The passes in the order in which they run. A name that stands here twice is one pass that runs twice.
-pub fn passes() -> [Pass; 11] {
+pub fn passes() -> [Pass; 12] {
     // Composites are expanded after hoisting, so that programs have the same interface at every level of fusion.
     [
         SIMPLIFY,
@@ -77,6 +80,7 @@ pub fn passes() -> [Pass; 11] {
         FUSE_RESIDUAL,
         EXPAND,
         SIMPLIFY,
+        PACK_PROJECTIONS,
         PACK,
         FUSE_ATTENTION,
         FUSE_PRODUCT,

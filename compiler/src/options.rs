@@ -28,6 +28,8 @@ pub struct Options {
     pub passes_per_evaluation: u32,
     /// Largest number of operands and results of a fused call; the target's if that is smaller.
     pub max_bindings: u32,
+    /// Whether products with several weights of one activation become one, for which the weights are copied.
+    pub packs_projections: bool,
     /// Most bytes that one program may keep between denoising steps to save work.
     pub hoist_budget_bytes: u64,
 }
@@ -40,6 +42,7 @@ impl Default for Options {
             verify: cfg!(debug_assertions),
             passes_per_evaluation: 1,
             max_bindings: u32::MAX,
+            packs_projections: false,
             // Text keys and values of the 19B model at full length are 2.3 GiB in f32.
             hoist_budget_bytes: 4 << 30,
         }

@@ -6,7 +6,7 @@
 //! |---|---|---|
 //! | `parse` | prints what was parsed | |
 //! | `verify` | says what is wrong, or `ok` | |
-//! | `pass <name>` | runs one pass | `fuse`, `budget`, `passes` |
+//! | `pass <name>` | runs one pass | `fuse`, `projections`, `budget`, `passes` |
 //! | `optimize` | runs all passes | the same |
 //! | `plan` | compiles the first entry | the same |
 //!
@@ -105,6 +105,7 @@ fn options<'a>(words: impl Iterator<Item = &'a str>) -> Result<Options, Failed> 
             Some(("fuse", "none")) => options.fuse = Fuse::None,
             Some(("fuse", "composite")) => options.fuse = Fuse::Composite,
             Some(("fuse", "full")) => options.fuse = Fuse::Full,
+            Some(("projections", packs)) => options.packs_projections = packs.parse()?,
             Some(("budget", bytes)) => options.hoist_budget_bytes = bytes.parse()?,
             Some(("passes", n)) => options.passes_per_evaluation = n.parse()?,
             _ => return Err(format!("there is no option `{word}`").into()),

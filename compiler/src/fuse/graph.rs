@@ -99,6 +99,19 @@ impl<'a> Graph<'a> {
         if moves && matches!(self.node(at).op, Op::Reshape(_)) { tail } else { Vec::new() }
     }
 
+    /// The slices that cut the result of node `from` along its last axis, if nothing else uses it.
+    pub fn split_tail(&self, from: usize) -> Vec<usize> {
+        let [value] = self.node(from).results[..] else { return Vec::new() };
+        let users = &self.users[value.index()];
+        let last = self.function.ty(value).rank().saturating_sub(1);
+        let cuts_channels = |&u: &usize| match &self.node(u).op {
+            Op::Slice(cut) => (0..last).all(|a| cut.start[a] == 0 && cut.end[a] == self.function.ty(value).shape[a]),
+            _ => false,
+        };
+        let is_split = !self.is_result[value.index()] && users.len() > 1 && users.iter().all(cuts_channels);
+        if is_split { users.clone() } else { Vec::new() }
+    }
+
     /// Whether the nodes hold at least two kernels: with fewer there is nothing to fuse.
     pub fn is_worth_it(&self, nodes: &Nodes) -> bool {
         let is_view = |i: usize| matches!(self.node(i).op, Op::Reshape(_) | Op::Const(_));

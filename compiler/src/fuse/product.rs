@@ -4,6 +4,7 @@
 //! y = gelu(a · b + bias)                       bias and activation
 //! y = x + gate · (a · b + bias)                gated residual; the gate may be chosen per token from a table
 //! y = depth_to_space(conv(pad(x)) + bias)      rearranged where it is stored
+//! q, k, v = split(x · [a b c] + [p q r])       each part stored as a tensor of its own
 //! ```
 //!
 //! Each element of the product is finished and stored where it belongs while it is still in a register or in cache.
@@ -18,7 +19,8 @@ pub(super) fn propose(graph: &Graph<'_>, at: usize) -> Vec<Nodes> {
         return Vec::new();
     }
     let tail = graph.pointwise_tail(at);
-    let store = graph.store_tail(tail.last().copied().unwrap_or(at));
+    let last = tail.last().copied().unwrap_or(at);
+    let store = [graph.store_tail(last), graph.split_tail(last)].concat();
     let tables = gathers(graph, &tail);
     let pads = pads(graph, at);
     let with = |parts: &[&[usize]]| parts.iter().flat_map(|p| p.iter().copied()).chain([at]).collect::<Nodes>();

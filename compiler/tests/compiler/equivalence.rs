@@ -5,11 +5,12 @@ use crate::support::{arguments, assert_close, evaluate, evaluate_split, plan, ra
 use ltxc_compiler::{Fuse, Options, optimize, passes};
 use ltxc_ir::plan::{Plan, Target};
 use ltxc_ir::verify::verify;
+use ltxc_ir::{Builder, Module, Op, Rate, TensorType};
 
 const SEEDS: u64 = 150;
 
 fn options(fuse: Fuse) -> Options {
-    Options { fuse, verify: true, passes_per_evaluation: 2, ..Options::default() }
+    Options { fuse, verify: true, passes_per_evaluation: 2, packs_projections: true, ..Options::default() }
 }
 
 /// Runs all parts of `main` and returns what the last one gives.
@@ -123,5 +124,29 @@ fn the_same_module_gives_the_same_plan() {
         let module = random::module(seed, true);
         let [a, b] = [0, 1].map(|_| plan(&module, options(Fuse::Full), Target::cpu()));
         assert_eq!(a, b, "seed {seed}");
+    }
+}
+
+#[test]
+fn joined_projections_give_the_same_parts() {
+    for (tokens, widths, has_bias) in [(1, vec![1, 7], true), (5, vec![3, 3, 1], false), (2, vec![8, 2, 5], true)] {
+        let b = Builder::new("main");
+        let x = b.param("x", TensorType::f32([1, tokens, 6]), Rate::Step);
+        for (i, &n) in widths.iter().enumerate() {
+            let y = b.matmul_transposed(x, b.weight("model", &format!("{i}.weight"), TensorType::f32([n, 6])));
+            let y = if has_bias { b.add(y, b.weight("model", &format!("{i}.bias"), TensorType::f32([n]))) } else { y };
+            b.result(&format!("y{i}"), y);
+        }
+        let module = Module { functions: vec![b.finish().unwrap()], entries: vec!["main".into()] };
+        let joined = optimize(&module, &options(Fuse::Composite)).unwrap();
+        let is_product = |n: &&ltxc_ir::Node| matches!(n.op, Op::Matmul(_));
+        let main = joined.function("main").unwrap();
+        assert_eq!(main.nodes.iter().filter(is_product).count(), 1, "{joined}");
+        let args = arguments(&module, "main", 7);
+        let expected = evaluate(&module, "main", &args);
+        for fuse in [Fuse::None, Fuse::Composite, Fuse::Full] {
+            let plan = plan(&module, options(fuse), Target::cpu());
+            assert_close(&interpret(&plan, &args), &expected, 0.0, &format!("{widths:?}, {fuse:?}"));
+        }
     }
 }

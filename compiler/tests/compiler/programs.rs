@@ -162,7 +162,7 @@ fn what_does_not_exist_is_refused() {
     let error = refused(&module, "main", Options { disabled: vec!["fold".into()], ..options() }, Target::cpu());
     assert_eq!(
         error.to_string(),
-        "there is no pass `fold`; the passes are expand, fuse-attention, fuse-group-norm, fuse-product, fuse-residual, fuse-rows, hoist, pack, simplify"
+        "there is no pass `fold`; the passes are expand, fuse-attention, fuse-group-norm, fuse-product, fuse-residual, fuse-rows, hoist, pack, pack-projections, simplify"
     );
 }
 
