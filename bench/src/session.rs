@@ -115,7 +115,7 @@ impl<'p> Session<'p> {
     /// # Errors
     /// A name that does not exist.
     pub fn output(&self, program: &str, name: &str) -> Result<Vec<f32>> {
-        Ok(self.executor.read(program, name)?.to_vec())
+        Ok(self.executor.read(program, name)?.into_owned())
     }
 
     fn of_rate(&self, rate: Rate) -> Vec<&'p Program> {

@@ -27,6 +27,10 @@ pub enum CompileError {
     TooMuchMemory { function: String },
     #[error("function `{function}`: `{kernel}` needs {found} bindings, the target allows {limit}")]
     TooManyBindings { function: String, kernel: String, found: usize, limit: u32 },
+    #[error(
+        "function `{function}`: `{kernel}` works on {ty} of {bytes} bytes, the target allows tensors of {limit}; compile a smaller size or for another device"
+    )]
+    TensorTooLarge { function: String, kernel: String, ty: String, bytes: u64, limit: u64 },
     #[error("function `{function}`: {problem}\n  this is a bug in ltxc; please report it with the graph")]
     Lowering { function: String, problem: String },
     #[error("the finished plan does not verify: {0}\n  this is a bug in ltxc; please report it")]

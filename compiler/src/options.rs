@@ -26,6 +26,8 @@ pub struct Options {
     ///
     /// With 1 it would save nothing to compute timestep work in a program of its own, so there is none.
     pub passes_per_evaluation: u32,
+    /// Largest number of operands and results of a fused call; the target's if that is smaller.
+    pub max_bindings: u32,
     /// Whether products with several weights of one activation become one, for which the weights are copied.
     pub packs_projections: bool,
     /// Most bytes that one program may keep between denoising steps to save work.
@@ -39,6 +41,7 @@ impl Default for Options {
             disabled: Vec::new(),
             verify: cfg!(debug_assertions),
             passes_per_evaluation: 1,
+            max_bindings: u32::MAX,
             packs_projections: false,
             // Text keys and values of the 19B model at full length are 2.3 GiB in f32.
             hoist_budget_bytes: 4 << 30,

@@ -43,6 +43,7 @@ struct ProgramDraft {
 impl PlanBuilder {
     /// Starts a plan written by `compiler` for `target`; `sources` are the weight files that graphs may name.
     pub fn new(compiler: &str, target: Target, options: Options, sources: Vec<WeightSource>) -> PlanBuilder {
+        let options = Options { max_bindings: options.max_bindings.min(target.max_bindings), ..options };
         PlanBuilder {
             compiler: compiler.into(),
             target,

@@ -28,6 +28,8 @@
 
 pub mod catalogue;
 pub mod cpu;
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+pub mod cube;
 pub mod fusion;
 #[cfg(test)]
 mod test_plan;

@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use ltxc_ir::plan::verify::PlanError;
 
+use crate::backend::DeviceName;
+
 /// Problems of running a plan. Every message says what, where, and what to do.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages are the documentation
@@ -21,6 +23,19 @@ pub enum RunError {
     WeightContent { path: PathBuf, problem: String },
     #[error("this plan needs {needed} of memory at its peak, {available} are available; {remedy}")]
     Memory { needed: String, available: String, remedy: String },
+    #[error(
+        "the plan was compiled for `{plan}`, the device is `{device}`; compile it with `--device {device}`, or run it elsewhere"
+    )]
+    Target { plan: String, device: DeviceName },
+    #[error(
+        "the plan was compiled for `{plan}` and no fast device of this machine runs it{}; see `ltxc doctor`, or compile it with `--device cpu`",
+        or_named(named)
+    )]
+    NoDevice { plan: String, named: Option<DeviceName> },
+    #[error("`{device}`: {what}; compile the plan with `--device {device}` on this machine, or for a smaller size")]
+    DeviceLimit { device: DeviceName, what: String },
+    #[error("`{device}`: {problem}; run `ltxc doctor` to see the devices, or compile and run with `--device cpu`")]
+    Device { device: DeviceName, problem: String },
     #[error("{0}")]
     Input(String),
     #[error(
@@ -42,4 +57,8 @@ impl RunError {
     pub fn io(path: impl Into<PathBuf>, source: std::io::Error) -> RunError {
         RunError::Io { path: path.into(), source }
     }
+}
+
+fn or_named(named: &Option<DeviceName>) -> String {
+    named.as_ref().map(|name| format!(" (a slow one would: `--device {name}`)")).unwrap_or_default()
 }

@@ -3,6 +3,7 @@
 //! The runtime knows plans, not graphs: it depends neither on the compiler nor on the models.
 
 pub mod audio_frontend;
+pub mod backend;
 pub mod error;
 pub mod executor;
 pub mod files;

@@ -138,7 +138,7 @@ pub fn compiled(module: &Module, entry: &str, args: &[Tensor], sources: Sources<
             executor.run(&program.name).unwrap_or_else(|e| panic!("{e}"));
             for slot in &program.outputs {
                 let bytes = executor.read_bytes(&program.name, &slot.name).unwrap_or_else(|e| panic!("{e}"));
-                results.insert(slot.name.clone(), Tensor::from_bytes(slot.ty.clone(), bytes));
+                results.insert(slot.name.clone(), Tensor::from_bytes(slot.ty.clone(), &bytes));
             }
         }
     }

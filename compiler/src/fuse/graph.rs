@@ -13,17 +13,20 @@ pub(super) struct Graph<'a> {
     pub users: Vec<Vec<usize>>,
     /// Whether each value is a result of the function.
     pub is_result: Vec<bool>,
+    /// Largest number of operands and results of a group.
+    pub max_bindings: usize,
 }
 
 impl<'a> Graph<'a> {
-    pub fn new(function: &'a Function) -> Graph<'a> {
+    pub fn new(function: &'a Function, max_bindings: u32) -> Graph<'a> {
         let mut users = vec![Vec::new(); function.values.len()];
         for (i, node) in function.nodes.iter().enumerate() {
             node.args.iter().for_each(|a| users[a.index()].push(i));
         }
         let mut is_result = vec![false; function.values.len()];
         function.results.iter().for_each(|r| is_result[r.value.index()] = true);
-        Graph { function, definitions: function.definitions(), users, is_result }
+        let max_bindings = max_bindings as usize;
+        Graph { function, definitions: function.definitions(), users, is_result, max_bindings }
     }
 
     pub fn node(&self, index: usize) -> &'a Node {

@@ -71,7 +71,7 @@ fn with_groups(module: &Module, options: &Options, propose: Propose) -> Module {
             functions.push(function.clone());
             continue;
         }
-        let (function, groups) = fuse_function(function, propose, &mut taken);
+        let (function, groups) = fuse_function(function, options, propose, &mut taken);
         functions.extend(groups);
         functions.push(function);
     }
@@ -79,12 +79,17 @@ fn with_groups(module: &Module, options: &Options, propose: Propose) -> Module {
 }
 
 /// The function with calls of its groups, and the groups.
-fn fuse_function(function: &Function, propose: Propose, taken: &mut BTreeSet<String>) -> (Function, Vec<Function>) {
+fn fuse_function(
+    function: &Function,
+    options: &Options,
+    propose: Propose,
+    taken: &mut BTreeSet<String>,
+) -> (Function, Vec<Function>) {
     let mut function = function.clone();
     let mut groups: Vec<Function> = Vec::new();
     let mut at = 0;
     while at < function.nodes.len() {
-        let graph = Graph::new(&function);
+        let graph = Graph::new(&function, options.max_bindings);
         let outlined = propose(&graph, at).into_iter().find_map(|nodes| outline::outline(&graph, &nodes));
         match outlined {
             Some(outlined) => {

@@ -26,7 +26,7 @@ pub(super) struct Outlined<'a> {
     after: Vec<usize>,
 }
 
-/// Outlines `nodes`; `None` if they are not one kernel.
+/// Outlines `nodes`; `None` if they are not one kernel, or one with more operands than the target binds.
 pub(super) fn outline<'a>(graph: &Graph<'a>, nodes: &Nodes) -> Option<Outlined<'a>> {
     if !graph.is_worth_it(nodes) {
         return None;
@@ -47,6 +47,9 @@ pub(super) fn outline<'a>(graph: &Graph<'a>, nodes: &Nodes) -> Option<Outlined<'
     }
     let is_seen = |v: &ValueId| graph.is_result[v.index()] || graph.users[v.index()].iter().any(|u| !nodes.contains(u));
     let results: Vec<ValueId> = nodes.iter().flat_map(|&i| &graph.node(i).results).copied().filter(is_seen).collect();
+    if args.len() + results.len() > graph.max_bindings {
+        return None;
+    }
     let (before, after) = split(graph, nodes, &args)?;
     let mut body = Function::default();
     let mut map: BTreeMap<ValueId, ValueId> = BTreeMap::new();

@@ -35,7 +35,8 @@ struct Residual<'a> {
 }
 
 fn rewrite(function: &Function) -> Function {
-    let graph = Graph::new(function);
+    // Nothing is grouped here.
+    let graph = Graph::new(function, u32::MAX);
     let mut rebuild = Rebuild::new(function, &function.name);
     rebuild.params();
     for (i, node) in function.nodes.iter().enumerate() {

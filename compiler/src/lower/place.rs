@@ -29,7 +29,7 @@ pub(super) fn place(
     for step in &draft.steps {
         let args: Vec<Operand> = step.args.iter().map(|a| addresses.operand(a)).collect();
         let results: Vec<Operand> = step.results.iter().map(|r| addresses.operand(r)).collect();
-        check_bindings(name, step, args.len() + results.len(), target)?;
+        check_limits(name, step, target)?;
         steps.push(match &step.action {
             Action::Work(work) => {
                 let arg_types: Vec<&TensorType> = args.iter().map(|a| &a.ty).collect();
@@ -64,15 +64,23 @@ pub(super) fn place(
     })
 }
 
-fn check_bindings(name: &str, step: &DraftStep, found: usize, target: &Target) -> Result<(), CompileError> {
-    match &step.action {
-        Action::Work(work) if found > target.max_bindings as usize => Err(CompileError::TooManyBindings {
-            function: name.into(),
-            kernel: work.name().into(),
-            found,
-            limit: target.max_bindings,
-        }),
-        _ => Ok(()),
+/// Checks a call against what the target can bind. Parts of a fused call count, because a device may run them one by one.
+fn check_limits(name: &str, step: &DraftStep, target: &Target) -> Result<(), CompileError> {
+    let Action::Work(work) = &step.action else { return Ok(()) };
+    let (function, kernel) = (name.to_string(), work.name().to_string());
+    let found = step.args.len() + step.results.len();
+    if found > target.max_bindings as usize {
+        return Err(CompileError::TooManyBindings { function, kernel, found, limit: target.max_bindings });
+    }
+    let inner = match work {
+        Work::Kernel(_) => &[][..],
+        Work::Fused(fused) => &fused.parts,
+    };
+    let types = step.args.iter().chain(&step.results).map(|o| &o.ty).chain(inner.iter().map(|p| &p.result));
+    let limit = target.max_tensor_bytes;
+    match types.map(|ty| (ty, ty.bytes() as u64)).find(|(_, bytes)| *bytes > limit) {
+        Some((ty, bytes)) => Err(CompileError::TensorTooLarge { function, kernel, ty: ty.to_string(), bytes, limit }),
+        None => Ok(()),
     }
 }
 

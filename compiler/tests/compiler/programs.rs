@@ -187,6 +187,26 @@ fn limits_of_the_target_are_respected() {
     assert!(matches!(error, CompileError::BufferTooLarge { bytes: 16384, limit: 1000, .. }), "{error}");
     let error = refused(&module, "main", Options::default(), Target { max_bindings: 2, ..Target::cpu() });
     assert!(matches!(error, CompileError::TooManyBindings { found: 3, limit: 2, .. }), "{error}");
+    let error = refused(&module, "main", Options::default(), Target { max_tensor_bytes: 16383, ..Target::cpu() });
+    assert!(matches!(error, CompileError::TensorTooLarge { bytes: 16384, limit: 16383, .. }), "{error}");
+}
+
+#[test]
+fn groups_bind_no_more_than_the_target_does() {
+    let module = single("main", |b| {
+        let params: Vec<_> = (0..20).map(|i| b.param(&format!("x{i}"), TensorType::f32([1, 8]), Rate::Step)).collect();
+        params.iter().enumerate().for_each(|(i, &x)| b.result(&format!("y{i}"), b.silu(x)));
+    });
+    let most = |target: Target| {
+        let plan = support::plan(&module, Options::default(), target);
+        let calls = plan.functions.iter().flat_map(|f| &f.steps).map(|step| match step {
+            Step::Kernel(call) => call.args.len() + call.results.len(),
+            Step::Call(_) => 0,
+        });
+        calls.max().unwrap()
+    };
+    assert_eq!(most(Target::cpu()), 40);
+    assert_eq!(most(Target { max_bindings: 9, ..Target::cpu() }), 8);
 }
 
 #[test]

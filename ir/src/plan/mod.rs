@@ -72,20 +72,55 @@ impl Plan {
 /// Device class and limits that a plan was compiled for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Target {
-    /// Backend: `cpu`, later `wgpu` and `cuda`.
+    /// Backend: `cpu`, `wgpu` (Vulkan and Metal) or `cuda`.
     pub backend: String,
     /// Every buffer starts at a multiple of this many bytes.
     pub alignment: u64,
     /// Largest arena in bytes; buffers are spread over several if they need more.
     pub max_arena_bytes: u64,
+    /// Largest operand or result of a kernel call in bytes.
+    pub max_tensor_bytes: u64,
     /// Largest number of operands and results of one kernel call.
     pub max_bindings: u32,
 }
 
 impl Target {
+    /// Alignment that satisfies every device: CUDA allocations have it, Vulkan and Metal ask for 256 or less.
+    pub const DEVICE_ALIGNMENT: u64 = 512;
+
     /// The native CPU backend.
     pub fn cpu() -> Target {
-        Target { backend: "cpu".into(), alignment: 64, max_arena_bytes: 1 << 46, max_bindings: 1024 }
+        Target {
+            backend: "cpu".into(),
+            alignment: 64,
+            max_arena_bytes: 1 << 46,
+            max_tensor_bytes: 1 << 46,
+            max_bindings: 1024,
+        }
+    }
+
+    /// A GPU behind Vulkan or Metal, of which nothing else is known: drivers bind and allocate up to 2 GiB less one byte,
+    /// wgpu promises 31 storage buffers on them and CubeCL takes one for shapes.
+    pub fn wgpu() -> Target {
+        let largest = (1 << 31) - Target::DEVICE_ALIGNMENT;
+        Target {
+            backend: "wgpu".into(),
+            alignment: Target::DEVICE_ALIGNMENT,
+            max_arena_bytes: largest,
+            max_tensor_bytes: largest,
+            max_bindings: 30,
+        }
+    }
+
+    /// An NVIDIA GPU behind CUDA. Memory is the only limit of an arena; kernels count the words of a tensor in 32 bits.
+    pub fn cuda() -> Target {
+        Target {
+            backend: "cuda".into(),
+            alignment: Target::DEVICE_ALIGNMENT,
+            max_arena_bytes: 1 << 46,
+            max_tensor_bytes: 4 * ((1 << 32) - (1 << 16)),
+            max_bindings: 1024,
+        }
     }
 }
 

@@ -1,9 +1,33 @@
 //! Runs one kernel call in every way it may be called, and the graph it stands for.
 
 use ltxc_ir::eval::{Data, Evaluator, Rounding, Tensor};
+use ltxc_ir::ops::Unary;
 use ltxc_ir::plan::{Kernel, Work};
 use ltxc_ir::{Builder, DType, Module, Rate, TensorType, ValueId};
 use ltxc_kernels::{catalogue, cpu};
+
+/// Roundings that a division or a root counts as.
+pub const DIVISION_ROUNDINGS: f64 = 1.0;
+
+/// Sums of a reduction are f64: the error of one addition.
+pub const SUM_ROUNDING: f64 = f64::EPSILON;
+
+/// Units of the last place and absolute error of a function on f32: those of the tests of `math.rs`; library functions
+/// have one unit.
+pub fn accuracy(op: Unary) -> (f64, f64) {
+    match op {
+        Unary::Neg | Unary::Abs | Unary::Sqrt => (0.0, 0.0),
+        Unary::Exp => (1.1, 0.0),
+        Unary::Log | Unary::Rsqrt => (1.0, 0.0),
+        Unary::Sin | Unary::Cos => (0.0, 1e-7),
+        Unary::Tanh | Unary::Erf => (2.0, 0.0),
+    }
+}
+
+/// Roundings of a power whose exponential has this argument.
+pub fn power_roundings(_: f64) -> f64 {
+    2.0
+}
 
 /// Random numbers from a written seed (splitmix64).
 pub struct Random(pub u64);

@@ -1,7 +1,11 @@
-//! The kernels that stream over memory against the reference evaluator.
+//! The CPU kernels against the reference evaluator. The cases are those of every backend.
 
+mod attention;
+mod conv;
 mod copy;
+mod far_out;
 mod harness;
 mod map;
+mod matmul;
 mod movement;
 mod rows;

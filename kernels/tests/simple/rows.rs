@@ -5,10 +5,13 @@ use ltxc_ir::ops::{GroupNorm, LayerNorm, Reduce, ReduceKind, RmsNorm, Rope, Rope
 use ltxc_ir::plan::Kernel;
 use ltxc_ir::{DType, Float, TensorType};
 
-use super::harness::{Random, close, reference, run, unit};
+use super::harness::{DIVISION_ROUNDINGS, Random, SUM_ROUNDING, close, reference, run, unit};
 
 const FLOATS: [DType; 3] = [DType::F32, DType::BF16, DType::F16];
 const U: f64 = 1.0 / (1 << 24) as f64;
+
+/// Roundings of a division and a root more than two.
+const FACTOR: f64 = 2.0 * (DIVISION_ROUNDINGS - 1.0);
 
 /// Roundings that a sum of `n` in 64 interleaved sums goes through.
 fn depth(n: usize) -> f64 {
@@ -29,9 +32,9 @@ fn reductions_match() {
         let reduce = Reduce { kind, axes };
         let x = [random.tensor(&ty, -100.0, 100.0)];
         let want = reference(&x, |b, p| b.push(reduce.clone(), p));
-        // Both sum n values of at most 100 in f64, in different orders, with n roundings of the sum each.
+        // Both sum n values of at most 100, in different orders, with n roundings of the sum each, and divide.
         let n = (ty.elements() / want.ty.elements()) as f64;
-        let error = |_| n * (n * 100.0) * f64::EPSILON;
+        let error = |_| n * (n * 100.0) * SUM_ROUNDING + 100.0 * (DIVISION_ROUNDINGS - 1.0) * U;
         close(&run(&Kernel::Reduce(reduce), &x, &want.ty), &want, error);
     }
 }
@@ -75,7 +78,7 @@ fn rms_norm_is_accurate() {
                 let want = reference(&args, |b, p| b.push(op.clone(), p));
                 // The factor has half the relative error of the sum of squares, and four roundings of its own; the two
                 // products round once each.
-                let error = |i: usize| want.floats()[i].abs() * (depth(c) / 2.0 + 6.0) * U;
+                let error = |i: usize| want.floats()[i].abs() * (depth(c) / 2.0 + 6.0 + FACTOR) * U;
                 close(&run(&Kernel::RmsNorm(op), &args, &ty), &want, error);
             }
         }
@@ -92,7 +95,7 @@ fn spread(x: &[f64], eps: f64) -> (f64, f64) {
 /// What a norm around a mean may lose: the mean is off by `steps` roundings of the largest value, which the factor
 /// enlarges; factor and result by as many roundings again. Weights are at most 2, and so are biases.
 fn centred_error(largest: f64, factor: f64, want: f64, steps: f64) -> f64 {
-    (steps + 2.0) * U * (largest * factor * 2.0 + want.abs() + 2.0)
+    (steps + 2.0 + FACTOR) * U * (largest * factor * 2.0 + want.abs() + 2.0)
 }
 
 #[test]

@@ -4,10 +4,12 @@
 
 use std::ffi::OsString;
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use ltxc_models::synth::Preset;
+use ltxc_runtime::backend::DeviceName;
 
 /// Compile LTX-2 models ahead of time and run them.
 #[derive(Debug, Parser)]
@@ -86,6 +88,9 @@ pub struct ShapeArgs {
     /// Images behind frame 0 that a run may give [default: 0, or what --image needs]
     #[arg(long)]
     pub max_keyframes: Option<u32>,
+    /// Device: auto, cpu, cuda:N, vulkan:N or metal; compile for any one with cuda or vulkan alone
+    #[arg(long, default_value = "auto")]
+    pub device: DeviceChoice,
     /// Tiles of the video decoder: auto, off, or SIZExOVERLAP,FRAMESxOVERLAP in pixels and frames [default: auto]
     #[arg(long)]
     pub vae_tile: Option<String>,
@@ -102,6 +107,33 @@ pub enum Precision {
     F32,
     /// 16 bits with 8 bits of precision, as the reference runs on a GPU. Sums are f32 all the same.
     Bf16,
+}
+
+/// What to run on, or to compile for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DeviceChoice {
+    /// The fastest device of this machine, or the fastest that runs the plan.
+    Auto,
+    /// This one.
+    Named(DeviceName),
+}
+
+/// For callers of the library, whom the devices of a machine should not surprise; the command line says `auto`.
+impl Default for DeviceChoice {
+    fn default() -> Self {
+        DeviceChoice::Named(DeviceName::Cpu)
+    }
+}
+
+impl FromStr for DeviceChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(DeviceChoice::Auto),
+            name => name.parse().map(DeviceChoice::Named),
+        }
+    }
 }
 
 /// Pipelines that can be compiled.

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use ltxc_compiler::{Fuse, Options, PlanBuilder};
 use ltxc_ir::Module;
 use ltxc_ir::plan::summary::function_costs;
-use ltxc_ir::plan::{Plan, Target, container};
+use ltxc_ir::plan::{Plan, container};
 use ltxc_kernels::fusion::summaries;
 use ltxc_runtime::files::write_atomically;
 use ltxc_runtime::memory::{MemoryNeed, readable};
@@ -17,7 +17,7 @@ use crate::assemble::{ModelFiles, assemble};
 use crate::job::Shape;
 use crate::report::Report;
 
-/// Compiles a plan for the CPU. `observe` sees the graph of every program after every pass.
+/// Compiles a plan. `observe` sees the graph of every program after every pass.
 ///
 /// # Errors
 /// A model that does not fit the pipeline, or sizes that it cannot run.
@@ -28,7 +28,7 @@ pub fn compile(
     observe: &mut dyn FnMut(&str, &'static str, &Module),
 ) -> Result<Plan> {
     let assembly = assemble(files, shape)?;
-    let mut builder = PlanBuilder::new(&version(), Target::cpu(), options, files.sources()?);
+    let mut builder = PlanBuilder::new(&version(), shape.target.clone(), options, files.sources()?);
     for program in &assembly.programs {
         for entry in &program.module.entries {
             let mut observe = |pass, module: &Module| observe(&program.name, pass, module);

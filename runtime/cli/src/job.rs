@@ -2,10 +2,13 @@
 
 use anyhow::{Context, Result, bail};
 use ltxc_ir::DType;
+use ltxc_ir::plan::{Plan, Target};
 use ltxc_ir::tiling::{AxisTiling, Tiling};
+use ltxc_runtime::RunError;
+use ltxc_runtime::backend::{Device, DeviceName, find};
 use ltxc_runtime::media::Rational;
 
-use crate::args::{ContentArgs, PipelineName, Precision, ShapeArgs};
+use crate::args::{ContentArgs, DeviceChoice, PipelineName, Precision, ShapeArgs};
 
 /// What a plan is compiled for.
 #[derive(Clone, Debug, PartialEq)]
@@ -24,8 +27,32 @@ pub struct Shape {
     pub max_keyframes: usize,
     /// Tiles of the decoder.
     pub tile: VaeTile,
+    /// Kind and limits of the device.
+    pub target: Target,
     /// Dtype of activations.
     pub dtype: DType,
+}
+
+/// The device that is meant, for a new plan or for `plan`.
+///
+/// # Errors
+/// One that is not there, or a plan that no device runs.
+pub fn pick(choice: &DeviceChoice, plan: Option<&Plan>) -> Result<Device, RunError> {
+    // Only drivers that can be meant are loaded.
+    match choice {
+        DeviceChoice::Auto => find(plan.map(|p| p.target.backend.as_str())).best(plan).cloned(),
+        DeviceChoice::Named(name) => find(Some(name.backend())).named(name).cloned(),
+    }
+}
+
+/// What to compile for: a device of this machine if its number is given, and any of the kind otherwise.
+fn target(choice: &DeviceChoice) -> Result<Target> {
+    match choice {
+        DeviceChoice::Named(DeviceName::Cuda(Some(_)) | DeviceName::Vulkan(Some(_))) | DeviceChoice::Auto => {
+            Ok(pick(choice, None)?.target)
+        }
+        DeviceChoice::Named(name) => Ok(name.target()),
+    }
 }
 
 /// How the decoder is tiled.
@@ -115,6 +142,7 @@ impl Shape {
             frame_rate: rate.parse().with_context(|| format!("`--frame-rate {rate}`"))?,
             max_keyframes: keyframes as usize,
             tile: VaeTile::parse(args.vae_tile.as_deref().unwrap_or("auto"))?,
+            target: target(&args.device)?,
             dtype: match args.dtype.unwrap_or_default() {
                 Precision::F32 => DType::F32,
                 Precision::Bf16 => DType::BF16,

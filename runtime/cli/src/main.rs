@@ -13,6 +13,9 @@ use ltxc_runtime::RunError;
 const INTERRUPTED: u8 = 130;
 
 fn main() -> ExitCode {
+    // Mesa sorts Vulkan devices by asking the display, and complains to standard error where there is none.
+    // SAFETY: there is no other thread yet.
+    unsafe { std::env::set_var("NODEVICE_SELECT", "1") };
     let matches = Cli::command().get_matches_from(with_dashes(std::env::args_os()));
     let cli = match Cli::from_arg_matches(&matches) {
         Ok(cli) => cli,

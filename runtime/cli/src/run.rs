@@ -7,6 +7,7 @@ use std::sync::atomic::AtomicBool;
 use anyhow::{Context, Result, bail};
 use ltxc_ir::plan::Plan;
 use ltxc_runtime::RunError;
+use ltxc_runtime::backend::{DeviceKind, open};
 use ltxc_runtime::executor::Executor;
 use ltxc_runtime::media::{
     Audio, MediaWriter, OutputOptions, Rational, RoundTrip, VideoFormat, image_round_trip, load_image,
@@ -20,7 +21,7 @@ use serde_json::json;
 
 use crate::args::{ContentArgs, ImageCodec, RunArgs};
 use crate::compile::{cached, read};
-use crate::job::{self, ImageArg, Shape};
+use crate::job::{self, ImageArg, Shape, pick};
 use crate::report::Report;
 
 /// Set by Ctrl-C; the run stops at the next kernel and removes what it has begun to write.
@@ -34,11 +35,18 @@ pub fn run(args: &RunArgs, image_occurrences: &[usize], report: &mut Report) -> 
     let images = job::images(&args.content.image, image_occurrences)?;
     let (plan_path, folders) = plan_and_folders(args, &images)?;
     let (plan, hash) = read(&plan_path)?;
+    let device = pick(&args.shape.device, Some(&plan))?;
     let weights = WeightFiles::open(&plan, &folders, args.model.verify)?;
     let tokenizer = tokenizer(&plan, &folders)?;
-    let need = MemoryNeed::of(&plan, rayon::current_num_threads());
-    report.note(&format!("memory: {} at most, besides mapped weights", readable(need.peak())));
-    need.check(available())?;
+    match device.kind {
+        DeviceKind::Cpu => {
+            let need = MemoryNeed::of(&plan, rayon::current_num_threads());
+            report.note(&format!("memory: {} at most, besides mapped weights", readable(need.peak())));
+            need.check(available())?;
+        }
+        // The executor compares what the plan needs with what the device has.
+        _ => report.note(&format!("device {}: {}", device.name, device.description)),
+    }
 
     let seed = job::seed(&args.content.seed)?;
     let prompt = job::prompt(&args.content)?;
@@ -51,7 +59,7 @@ pub fn run(args: &RunArgs, image_occurrences: &[usize], report: &mut Report) -> 
         noise: Noise { seed, given: BTreeMap::new(), files: noise_files(&args.content) },
         allow_bad_numerics: args.content.allow_bad_numerics,
     };
-    let mut executor = Executor::new(&plan, &weights, &INTERRUPT)?;
+    let mut executor = Executor::on(open(&device)?, &plan, &weights, &INTERRUPT)?;
     let tags = if args.no_metadata { Vec::new() } else { tags(&prompt, seed, &hash) };
     let mut output = FileOutput::create(&args.output, &plan, tags)?;
     run_pipeline(&mut executor, tokenizer, &request, report, &mut output)?;
@@ -74,7 +82,8 @@ fn plan_and_folders(args: &RunArgs, images: &[ImageArg]) -> Result<(PathBuf, Vec
             );
         }
         let keyframes = images.iter().filter(|i| i.frame > 0).count();
-        let shape = Shape::resolve(&args.shape, keyframes)?;
+        let target = pick(&args.shape.device, None)?.target;
+        let shape = Shape { target, ..Shape::resolve(&args.shape, keyframes)? };
         let (path, files) = cached(&args.model, &shape)?;
         return Ok((path, [files.paths(), args.weights.clone()].concat()));
     };

@@ -63,7 +63,7 @@ pub fn decode_video(
                 if frames.len() != t.len() * y.len() * x.len() * 3 {
                     return Err(RunError::Internal(format!("`{program}` gives {} values for a tile", frames.len())));
                 }
-                accumulate(&mut pending, [height, width], done, frames, [t, y, x]);
+                accumulate(&mut pending, [height, width], done, &frames, [t, y, x]);
                 decoded += 1;
                 observer.event(Event::Step { stage: "decode", index: decoded });
             }

@@ -79,7 +79,7 @@ impl<'p> Denoiser<'p> {
         self.run(executor, Rate::Evaluation)?;
         self.run(executor, Rate::Step)?;
         let step = &self.class.program;
-        Ok([executor.read(step, "video.velocity")?.to_vec(), executor.read(step, "audio.velocity")?.to_vec()])
+        Ok([executor.read(step, "video.velocity")?.into_owned(), executor.read(step, "audio.velocity")?.into_owned()])
     }
 
     /// Runs the programs of one rate. Slots in an arena do not outlive other programs, so all inputs are written anew.

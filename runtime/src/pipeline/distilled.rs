@@ -223,13 +223,13 @@ fn encode_image(executor: &mut Executor<'_>, stage: &Stage, conditioning: &Condi
     let pixels = resize_and_crop(&conditioning.image, stage.width as usize, stage.height as usize)?;
     executor.write(&program, "frames", &pixels)?;
     executor.run(&program)?;
-    Ok(executor.read(&program, "latent")?.to_vec())
+    Ok(executor.read(&program, "latent")?.into_owned())
 }
 
 fn upsample(executor: &mut Executor<'_>, latent: &[f32]) -> Result<Vec<f32>, RunError> {
     executor.write("upsample", "latent", latent)?;
     executor.run("upsample")?;
-    let upsampled = executor.read("upsample", "latent")?.to_vec();
+    let upsampled = executor.read("upsample", "latent")?.into_owned();
     executor.unload_all()?;
     Ok(upsampled)
 }
@@ -272,13 +272,13 @@ fn decode(
     executor.write("decode_audio", "latent", audio)?;
     executor.run("decode_audio")?;
     let waveform = executor.read("decode_audio", "waveform")?;
-    if let Some(problem) = numerical_problem(waveform)
+    if let Some(problem) = numerical_problem(&waveform)
         && !request.allow_bad_numerics
     {
         let what = "decoded sound".into();
         return Err(RunError::BadNumerics { stage: "sound".into(), step: 1, what, problem: problem.into() });
     }
-    observer.event(Event::Tensor { name: "final.waveform".into(), values: waveform });
+    observer.event(Event::Tensor { name: "final.waveform".into(), values: &waveform });
     observer.event(Event::Step { stage: "sound", index: 1 });
-    output.sound(waveform, pipeline.audio.rate_hz)
+    output.sound(&waveform, pipeline.audio.rate_hz)
 }

@@ -3,6 +3,8 @@
 //! Only the smallest bucket of token slots that holds the prompt is computed: the states of real tokens do not depend on
 //! padding, and positions count from the padded length, so the result is the same (spec/text-encoder §2.3).
 
+use std::borrow::Cow;
+
 use ltxc_ir::plan::TextSettings;
 
 use super::observe::{Event, Observer};
@@ -51,13 +53,13 @@ pub fn encode_prompt(
     executor.write(&program, "valid", &inputs.valid)?;
     executor.write(&program, "place", &inputs.place)?;
     executor.run(&program)?;
-    let outputs = ["video", "audio"].map(|name| executor.read(&program, name).map(<[f32]>::to_vec));
+    let outputs = ["video", "audio"].map(|name| executor.read(&program, name).map(Cow::into_owned));
     let [video, audio] = outputs;
     executor.write("connect", "video", &video?)?;
     executor.write("connect", "audio", &audio?)?;
     executor.run("connect")?;
     Ok(TextContext {
-        video: executor.read("connect", "video_context")?.to_vec(),
-        audio: executor.read("connect", "audio_context")?.to_vec(),
+        video: executor.read("connect", "video_context")?.into_owned(),
+        audio: executor.read("connect", "audio_context")?.into_owned(),
     })
 }

@@ -4,4 +4,5 @@ mod bad_arguments;
 mod bad_files;
 mod bad_plans;
 mod binary;
+mod devices;
 mod everyday;

@@ -8,8 +8,10 @@ use ltxc::args::{ModelArgs, PipelineName, Precision, ShapeArgs};
 use ltxc::assemble::ModelFiles;
 use ltxc::compile::compile;
 use ltxc::job::Shape;
+use ltxc_compiler::Options;
 use ltxc_ir::plan::{Plan, container};
 use ltxc_runtime::RunError;
+use ltxc_runtime::backend::{Device, DeviceName, find, open};
 use ltxc_runtime::executor::Executor;
 use ltxc_runtime::media::load_image;
 use ltxc_runtime::pipeline::{Conditioning, Event, Noise, Observer, Output, Request, run};
@@ -40,6 +42,26 @@ fn distilled_run_of_ltx2_with_images_and_tiles() {
 #[test]
 fn distilled_run_of_ltx23() {
     check_run("ltx23", "distilled");
+}
+
+#[test]
+fn distilled_runs_on_a_gpu() {
+    let Some(device) = vulkan() else { return };
+    for (family, name) in [("ltx2", "distilled"), ("ltx2", "distilled_i2v_tiled"), ("ltx23", "distilled")] {
+        check_run_on(&Files { device: device.clone(), ..Files::of(family) }, family, name);
+    }
+}
+
+/// The first Vulkan device, in tests a program on the processor as a rule. `None` if there is none, and that is allowed.
+fn vulkan() -> Option<Device> {
+    let found = find(Some("wgpu"));
+    let device = found.named(&DeviceName::Vulkan(None)).ok().cloned();
+    if device.is_none() {
+        let is_required = std::env::var("LTXC_REQUIRE_VULKAN").is_ok_and(|v| v == "1");
+        assert!(!is_required, "LTXC_REQUIRE_VULKAN is set: {}", found.missing.join("; "));
+        println!("absent: {}", found.missing.join("; "));
+    }
+    device
 }
 
 /// There is no recording of one stage alone; it must be finite, complete, and the same twice.
@@ -104,11 +126,15 @@ fn distilled_runs_in_bf16_stay_close_to_f32() {
 
 #[track_caller]
 fn check_run(family: &str, name: &str) {
+    check_run_on(&Files::of(family), family, name);
+}
+
+#[track_caller]
+fn check_run_on(model: &Files, family: &str, name: &str) {
     let mut recorded = Recorded::required(&format!("e2e/{family}/{name}"));
     let params = recorded.meta()["params"].clone();
     let images = images(&params);
     let shape = recorded_shape(&recorded);
-    let model = Files::of(family);
     let keyframes = images.iter().filter(|i| i.frame > 0).count();
     let plan = model.compile(&shape, keyframes);
     let prompt = params["prompt"].as_str().expect("a prompt");
@@ -258,6 +284,7 @@ fn native_audio(tokens: &[f32], channels: usize) -> Vec<f32> {
 struct Files {
     args: ModelArgs,
     folders: Vec<PathBuf>,
+    device: Device,
 }
 
 impl Files {
@@ -274,14 +301,16 @@ impl Files {
             spatial_upsampler_path: Some(file(upsampler)),
             verify: true,
         };
-        Files { args, folders: vec![root().join(folder), gemma] }
+        let device = find(Some("cpu")).named(&DeviceName::Cpu).expect("there is a processor").clone();
+        Files { args, folders: vec![root().join(folder), gemma], device }
     }
 
     /// Compiles, and passes the plan through its file format.
     fn compile(&self, shape: &ShapeArgs, keyframes: usize) -> Plan {
         let shape = Shape::resolve(shape, keyframes).unwrap_or_else(|e| panic!("{e:#}"));
+        let shape = Shape { target: self.device.target.clone(), ..shape };
         let files = ModelFiles::open(&self.args, shape.has_two_stages()).unwrap_or_else(|e| panic!("{e:#}"));
-        let plan = compile(&files, &shape).unwrap_or_else(|e| panic!("{e:#}"));
+        let plan = compile(&files, &shape, Options::default(), &mut |_, _, _| {}).unwrap_or_else(|e| panic!("{e:#}"));
         let bytes = container::encode(&plan).unwrap_or_else(|e| panic!("{e}"));
         container::decode(&bytes).unwrap_or_else(|e| panic!("{e}"))
     }
@@ -290,7 +319,8 @@ impl Files {
         let weights = WeightFiles::open(plan, &self.folders, true).unwrap_or_else(|e| panic!("{e}"));
         let tokenizer = Tokenizer::from_folder(&root().join("tiny-gemma3")).unwrap_or_else(|e| panic!("{e}"));
         let interrupt = AtomicBool::new(false);
-        let mut executor = Executor::new(plan, &weights, &interrupt).unwrap_or_else(|e| panic!("{e}"));
+        let backend = open(&self.device).unwrap_or_else(|e| panic!("{e}"));
+        let mut executor = Executor::on(backend, plan, &weights, &interrupt).unwrap_or_else(|e| panic!("{e}"));
         let (mut observer, mut output) = (Collected::default(), Collected::default());
         run(&mut executor, tokenizer, request, &mut observer, &mut output).unwrap_or_else(|e| panic!("{e}"));
         let mut tensors = observer.outcome.tensors;

@@ -1,34 +1,31 @@
 //! Convolutions against the reference evaluator.
 
-#[path = "simple/harness.rs"]
-#[allow(dead_code)] // what only the other kernels need
-mod harness;
-
-use harness::{Random, close, reference, run, unit};
 use ltxc_ir::eval::{Data, Tensor};
 use ltxc_ir::ops::{Conv, ConvTranspose, Op};
 use ltxc_ir::plan::Kernel;
 use ltxc_ir::{Builder, DType, TensorType, ValueId};
 
+use super::harness::{Random, close, reference, run, unit};
+
 /// A convolution of either direction: extents and attributes per spatial axis.
 #[derive(Clone, Debug)]
-struct Case {
-    transpose: bool,
-    batch: usize,
-    input: Vec<usize>,
-    kernel: Vec<usize>,
-    stride: Vec<usize>,
-    dilation: Vec<usize>,
-    pad: Vec<(usize, usize)>,
-    groups: usize,
+pub struct Case {
+    pub transpose: bool,
+    pub batch: usize,
+    pub input: Vec<usize>,
+    pub kernel: Vec<usize>,
+    pub stride: Vec<usize>,
+    pub dilation: Vec<usize>,
+    pub pad: Vec<(usize, usize)>,
+    pub groups: usize,
     /// Channels of a group, in and out.
-    channels: (usize, usize),
-    dtypes: (DType, DType),
+    pub channels: (usize, usize),
+    pub dtypes: (DType, DType),
 }
 
 impl Case {
     /// One axis, stride and dilation 1, no padding, f32.
-    fn line(input: usize, kernel: usize, ci: usize, co: usize) -> Case {
+    pub fn line(input: usize, kernel: usize, ci: usize, co: usize) -> Case {
         Case {
             transpose: false,
             batch: 1,
@@ -87,7 +84,7 @@ fn magnitudes(t: &Tensor) -> Tensor {
 }
 
 #[track_caller]
-fn check(case: Case) {
+pub fn check(case: Case) {
     assert!(case.check(7), "{case:?} is refused");
 }
 
@@ -124,10 +121,6 @@ fn everything_is_padding() {
     check(Case { pad: vec![(9, 9)], dilation: vec![6], ..Case::line(2, 3, 4, 5) });
     check(Case { pad: vec![(9, 9)], dilation: vec![6], groups: 40, ..Case::line(2, 3, 1, 1) });
     check(Case { pad: vec![(40, 3)], stride: vec![11], ..Case::line(5, 2, 3, 3) });
-    // More padding than positions can count: the row in front of the input is all zeros.
-    let far = usize::MAX / 2;
-    check(Case { pad: vec![(far, 0)], stride: vec![far], ..Case::line(5, 2, 3, 3) });
-    check(Case { pad: vec![(far, 0)], stride: vec![far], groups: 3, ..Case::line(5, 2, 1, 1) });
 }
 
 #[test]

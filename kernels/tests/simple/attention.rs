@@ -1,14 +1,11 @@
 //! Attention against the reference evaluator.
 
-#[path = "simple/harness.rs"]
-#[allow(dead_code)] // what only the other kernels need
-mod harness;
-
-use harness::{Random, close, reference, run, unit};
 use ltxc_ir::eval::{Data, Tensor};
 use ltxc_ir::ops::Attention;
 use ltxc_ir::plan::Kernel;
 use ltxc_ir::{DType, TensorType};
+
+use super::harness::{Random, close, reference, run, unit};
 
 /// Extents as in the documentation of the op.
 #[derive(Clone, Debug)]

@@ -1,0 +1,100 @@
+//! One launch: what is bound, and how many units run.
+//!
+//! CUDA compilers assume that nothing else points to what a kernel only reads. An operand that the result may lie on is
+//! therefore an argument that could be written (`&mut`), although kernels only read it.
+
+use cubecl::prelude::*;
+use cubecl::server::Handle;
+use ltxc_ir::TensorType;
+
+use super::CubeTensor;
+use super::storage;
+
+/// Units of a cube where nothing is shared between them.
+pub(crate) const UNITS: u32 = 128;
+
+/// A kernel call on a device.
+pub(crate) struct Call<'a, R: Runtime> {
+    pub(crate) client: &'a ComputeClient<R>,
+    pub(crate) args: &'a [CubeTensor<'a>],
+    pub(crate) out: &'a CubeTensor<'a>,
+    pub(crate) workspace: Option<&'a CubeTensor<'a>>,
+}
+
+impl<R: Runtime> Call<'_, R> {
+    /// Operand `index` as words.
+    pub(crate) fn arg(&self, index: usize) -> ArrayArg<R> {
+        // Nothing of an empty operand is read, and devices refuse empty bindings.
+        let tensor = &self.args[index];
+        if tensor.ty.elements() == 0 { self.out() } else { bind(tensor) }
+    }
+
+    /// The result as words.
+    pub(crate) fn out(&self) -> ArrayArg<R> {
+        bind(self.out)
+    }
+
+    /// The start of the workspace as `words` words.
+    ///
+    /// # Errors
+    /// If it is smaller.
+    pub(crate) fn scratch(&self, words: usize) -> Result<Handle, String> {
+        let handle = self.workspace.map(|w| w.handle.clone()).filter(|h| h.size_in_used() >= 4 * words as u64);
+        handle.ok_or_else(|| format!("the workspace is smaller than {} bytes", 4 * words))
+    }
+
+    /// Cubes of [`UNITS`] for `n` units.
+    ///
+    /// # Errors
+    /// If the device cannot count them.
+    pub(crate) fn linear(&self, n: usize) -> Result<(CubeCount, CubeDim), String> {
+        Ok((self.cubes(n.div_ceil(UNITS as usize))?, CubeDim::new_1d(UNITS)))
+    }
+
+    /// `n` cubes or a few more, which are spread over two axes if one cannot count them; kernels use the linear position.
+    ///
+    /// # Errors
+    /// If two cannot either.
+    pub(crate) fn cubes(&self, n: usize) -> Result<CubeCount, String> {
+        let (most_x, most_y, _) = self.client.properties().hardware.max_cube_count;
+        let y = n.div_ceil(most_x as usize).max(1);
+        let x = n.div_ceil(y);
+        // The linear position is 32 bits wide, and so is that of units.
+        if y > most_y as usize || x * y * UNITS as usize > u32::MAX as usize {
+            return Err(format!("{n} cubes are more than the device counts"));
+        }
+        Ok(CubeCount::Static(x as u32, y as u32, 1))
+    }
+}
+
+/// A tensor as words.
+fn bind<R: Runtime>(tensor: &CubeTensor<'_>) -> ArrayArg<R> {
+    bind_words(tensor.handle.clone(), storage::words(tensor.ty.dtype, tensor.ty.elements()))
+}
+
+/// The first `words` words of some memory.
+pub(crate) fn bind_words<R: Runtime>(handle: Handle, words: usize) -> ArrayArg<R> {
+    // SAFETY: `check_tensor` saw that the memory of tensors holds their words, and `Call::scratch` that of workspaces.
+    unsafe { ArrayArg::from_raw_parts(handle, words) }
+}
+
+/// Checks that kernels can address a tensor, and that its memory holds whole words of it.
+pub(crate) fn check_tensor(tensor: &CubeTensor<'_>) -> Result<(), String> {
+    let ty: &TensorType = tensor.ty;
+    let bytes = ty.checked_bytes().ok_or_else(|| format!("{ty} is too large"))?;
+    // Units and elements are counted in 32 bits, with room for what the last cube counts beyond the end.
+    if ty.elements() > (u32::MAX - (1 << 16)) as usize {
+        return Err(format!("{ty} has more elements than kernels count"));
+    }
+    let need = bytes.next_multiple_of(4) as u64;
+    let held = tensor.handle.size_in_used();
+    if held < need { Err(format!("{ty} needs {need} bytes of memory, has {held}")) } else { Ok(()) }
+}
+
+/// A number as kernels count.
+///
+/// # Errors
+/// Beyond u32.
+pub(crate) fn to_u32(value: usize) -> Result<u32, String> {
+    u32::try_from(value).map_err(|_| format!("{value} is more than kernels count"))
+}

@@ -1,0 +1,131 @@
+//! Convolutions with few channels per group: a unit makes a word of the result, element by element.
+
+use cubecl::prelude::*;
+use ltxc_ir::DType;
+use ltxc_ir::plan::MapStep;
+
+use super::call::{Call, to_u32};
+use super::patches::{BASE, EXTENT, POSITIONS, STEP, STRIDE, number, split, split_taps};
+use super::steps::epilogue;
+use super::storage::{self, encode, load, place};
+
+/// What a kernel is built for.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Blueprint {
+    x: DType,
+    w: DType,
+    out: DType,
+    axes: usize,
+    is_transposed: bool,
+    /// What happens to elements before they are stored.
+    steps: Vec<MapStep>,
+}
+
+/// `numbers` are those of the axes, whose positions are the places of the result.
+pub(crate) fn launch<R: Runtime>(
+    numbers: &[u32],
+    axes: usize,
+    groups: usize,
+    is_transposed: bool,
+    call: &Call<'_, R>,
+) -> Result<(), String> {
+    let (x, w, out) = (call.args[0].ty, call.args[1].ty, call.out.ty);
+    let [ci, co] = [x, out].map(|ty| ty.shape.last().copied().unwrap_or(1));
+    let taps: usize = w.shape[..axes].iter().product();
+    let blueprint = Blueprint { x: x.dtype, w: w.dtype, out: out.dtype, axes, is_transposed, steps: Vec::new() };
+    let (count, dim) = call.linear(storage::words(out.dtype, out.elements()))?;
+    let mut arg = SequenceArg::new();
+    numbers.iter().for_each(|&n| arg.push(n));
+    let [each_in, each_out, ci, co, taps, n] = [ci / groups, co / groups, ci, co, taps, out.elements()].map(to_u32);
+    // SAFETY: units beyond the result do nothing; elements outside of the input are not read.
+    unsafe {
+        convolve::launch_unchecked::<R>(
+            call.client,
+            count,
+            dim,
+            call.arg(0),
+            call.arg(1),
+            call.out(),
+            SequenceArg::new(),
+            arg,
+            each_in?,
+            each_out?,
+            ci?,
+            co?,
+            taps?,
+            n?,
+            blueprint,
+        );
+    }
+    Ok(())
+}
+
+#[cube(launch_unchecked)]
+fn convolve(
+    x: &Array<u32>,
+    w: &Array<u32>,
+    out: &mut Array<u32>,
+    scalars: &Sequence<f32>,
+    axes: &Sequence<u32>,
+    each_in: u32,
+    each_out: u32,
+    ci: u32,
+    co: u32,
+    taps: u32,
+    n: u32,
+    #[comptime] blueprint: Blueprint,
+) {
+    let lanes = comptime!(storage::per_word(blueprint.out));
+    let count = comptime!(blueprint.axes);
+    let word = ABSOLUTE_POS as u32;
+    if word * lanes < n {
+        let mut bits = 0u32;
+        for lane in 0..lanes {
+            let element = word * lanes + lane;
+            if element < n {
+                let row = element / co;
+                let column = element - row * co;
+                let first = (column / each_out) * each_in;
+                let at = split(row, axes, POSITIONS, count);
+                let mut sum = 0f32.runtime();
+                for tap in 0..taps {
+                    let tap_at = split_taps(tap, axes, count);
+                    let mut source = *at.index(0usize);
+                    let mut is_inside = true;
+                    #[unroll]
+                    for a in 0..count {
+                        let base = i32::reinterpret(number(axes, a, BASE));
+                        let step = i32::reinterpret(number(axes, a, STEP));
+                        let stride = i32::reinterpret(number(axes, a, STRIDE));
+                        let extent = number(axes, a, EXTENT);
+                        let position = i32::reinterpret(*at.index(comptime!(a + 1)));
+                        let moved = base + i32::reinterpret(*tap_at.index(comptime!(a + 1))) * step;
+                        if comptime!(blueprint.is_transposed) {
+                            let distance = position + moved;
+                            let index = distance / stride;
+                            is_inside = is_inside
+                                && distance >= 0i32
+                                && index * stride == distance
+                                && index < i32::reinterpret(extent);
+                            source = source * extent + u32::reinterpret(index);
+                        } else {
+                            let index = position * stride + moved;
+                            is_inside = is_inside && index >= 0i32 && index < i32::reinterpret(extent);
+                            source = source * extent + u32::reinterpret(index);
+                        }
+                    }
+                    if is_inside {
+                        for i in 0..each_in {
+                            let value = load(x, source * ci + first + i, comptime!(blueprint.x));
+                            let weight = load(w, (tap * each_in + i) * co + column, comptime!(blueprint.w));
+                            sum += value * weight;
+                        }
+                    }
+                }
+                let value = epilogue(sum, scalars, comptime!(blueprint.steps.clone()));
+                bits |= place(encode(value, comptime!(blueprint.out)), lane, comptime!(4 / lanes));
+            }
+        }
+        out[word as usize] = bits;
+    }
+}

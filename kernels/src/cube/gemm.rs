@@ -1,0 +1,372 @@
+//! Matrix products: `matmul`, and convolutions whose left matrix is a view of the input.
+//!
+//! | version | idea |
+//! | --- | --- |
+//! | 1 | tiles in shared memory, a block of sums per unit in registers |
+//!
+//! A cube makes a tile of the result. For each block of summed elements its units load both operands into shared memory,
+//! widened to f32, as vectors of four; then every unit multiplies what it needs of them. The left block is stored by
+//! rows, summed elements adjacent, and so is the right one if its summed axis is last in memory; else that is stored as
+//! it lies. Rows of a block are one vector longer than needed, so that units that read below each other hit different
+//! banks.
+//!
+//! # Easy to get wrong
+//! - Units own four adjacent columns each, then the next four behind those of all others. Right rows are therefore stored
+//!   by column modulo 4 first: units next to each other read rows next to each other.
+
+use cubecl::prelude::*;
+use ltxc_ir::DType;
+use ltxc_ir::plan::MapStep;
+
+use super::call::{Call, to_u32};
+use super::patches::{self, Patches};
+use super::steps::epilogue;
+use super::storage::{self, encode, load_four, load_one, place, words_of_four};
+use super::tile::{self, Tile};
+
+/// What a kernel is built for.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Blueprint {
+    tile: Tile,
+    lhs: DType,
+    rhs: DType,
+    out: DType,
+    /// Whether the summed axis of the right operand is last in memory.
+    is_transposed: bool,
+    /// Whether vectors of four of the operands lie in memory as such.
+    is_lhs_aligned: bool,
+    is_rhs_aligned: bool,
+    /// How rows of the left operand are made of an input, if they are no rows in memory.
+    patches: Option<Patches>,
+    /// What happens to elements before they are stored.
+    steps: Vec<MapStep>,
+}
+
+/// A product of `batches` pairs of matrices. Strides count elements.
+pub(crate) struct Product<'a> {
+    pub(crate) m: usize,
+    pub(crate) n: usize,
+    pub(crate) k: usize,
+    pub(crate) batches: usize,
+    /// Distance of rows, and of batches, of the left operand, of the right one and of the result.
+    pub(crate) rows: [usize; 3],
+    pub(crate) batch: [usize; 3],
+    pub(crate) is_transposed: bool,
+    /// The view of the left operand, and its numbers.
+    pub(crate) patches: Option<(Patches, &'a [u32])>,
+}
+
+pub(crate) fn launch<R: Runtime>(product: &Product<'_>, call: &Call<'_, R>) -> Result<(), String> {
+    let [lhs, rhs] = [0, 1].map(|i| &call.args[i]);
+    let tile = tile::choose(call.client, product.m * product.batches, product.n);
+    let is_aligned = |distances: &[usize]| distances.iter().all(|d| d.is_multiple_of(4));
+    let is_lhs_aligned = is_aligned(&[product.k, product.rows[0], product.batch[0]])
+        && product.patches.as_ref().is_none_or(|(p, _)| p.channels.is_multiple_of(4));
+    // Vectors run along the last axis in memory.
+    let last = if product.is_transposed { product.k } else { product.n };
+    let is_rhs_aligned = is_aligned(&[last, product.rows[1], product.batch[1]]);
+    let blueprint = Blueprint {
+        tile,
+        lhs: lhs.ty.dtype,
+        rhs: rhs.ty.dtype,
+        out: call.out.ty.dtype,
+        is_transposed: product.is_transposed,
+        is_lhs_aligned,
+        is_rhs_aligned,
+        patches: product.patches.as_ref().map(|(p, _)| p.without_numbers()),
+        steps: Vec::new(),
+    };
+    let cubes = tile.cubes(product.m, product.n) * product.batches;
+    let mut axes = SequenceArg::new();
+    product.patches.iter().flat_map(|(_, numbers)| numbers.iter()).for_each(|&n| axes.push(n));
+    let [m, n, k, batches] = [product.m, product.n, product.k, product.batches].map(to_u32);
+    let ([lhs_row, rhs_row, out_row], [lhs_batch, rhs_batch, out_batch]) =
+        (product.rows.map(to_u32), product.batch.map(to_u32));
+    let width = |dtype: DType, is_aligned: bool| if is_aligned { words_of_four(dtype) } else { 1 };
+    // SAFETY: rows, columns and summed elements beyond the matrices are not read, and not written.
+    unsafe {
+        gemm::launch_unchecked::<R>(
+            call.client,
+            call.cubes(cubes)?,
+            CubeDim::new_1d(tile.units()),
+            width(lhs.ty.dtype, is_lhs_aligned),
+            width(rhs.ty.dtype, is_rhs_aligned),
+            call.arg(0),
+            call.arg(1),
+            call.out(),
+            SequenceArg::new(),
+            axes,
+            m?,
+            n?,
+            k?,
+            batches?,
+            lhs_row?,
+            rhs_row?,
+            out_row?,
+            lhs_batch?,
+            rhs_batch?,
+            out_batch?,
+            to_u32(product.patches.as_ref().map_or(1, |(p, _)| p.channels))?,
+            blueprint,
+        );
+    }
+    Ok(())
+}
+
+#[cube(launch_unchecked)]
+fn gemm<LhsWidth: Size, RhsWidth: Size>(
+    lhs: &Array<Vector<u32, LhsWidth>>,
+    rhs: &Array<Vector<u32, RhsWidth>>,
+    out: &mut Array<u32>,
+    scalars: &Sequence<f32>,
+    axes: &Sequence<u32>,
+    m: u32,
+    n: u32,
+    k: u32,
+    batches: u32,
+    lhs_row: u32,
+    rhs_row: u32,
+    out_row: u32,
+    lhs_batch: u32,
+    rhs_batch: u32,
+    out_batch: u32,
+    channels: u32,
+    #[comptime] blueprint: Blueprint,
+) {
+    let tile = comptime!(blueprint.tile);
+    let units = comptime!(tile.units());
+    let vectors = comptime!(tile.k / 4);
+    let (units_m, units_n) = comptime!((tile.units_m(), tile.units_n()));
+    let (unit_m, unit_n) = comptime!((tile.unit_m, tile.unit_n));
+
+    let tiles_m = m.div_ceil(tile.m);
+    let tiles_n = n.div_ceil(tile.n);
+    let cube = CUBE_POS as u32;
+    let batch = cube / (tiles_m * tiles_n);
+    let first_row = (cube % tiles_m) * tile.m;
+    let first_column = ((cube / tiles_m) % tiles_n) * tile.n;
+    let unit = UNIT_POS;
+    let (unit_row, unit_column) = (unit / units_n, unit % units_n);
+
+    let mut left = SharedMemory::<Vector<f32, Const<4>>>::new(comptime!((tile.m * (vectors + 1)) as usize));
+    let mut right = SharedMemory::<Vector<f32, Const<4>>>::new(comptime!((tile.n * (vectors + 1)) as usize));
+
+    if batch < batches {
+        let mut sums = Array::<f32>::new(comptime!((unit_m * unit_n) as usize));
+        #[unroll]
+        for i in 0..comptime!((unit_m * unit_n) as usize) {
+            sums[i] = 0.0f32;
+        }
+
+        // A unit loads the same summed elements of some rows.
+        let vector = unit % vectors;
+        let row_step = comptime!(units / vectors);
+        let slots = comptime!(tile.m / row_step);
+        let mut starts = Sequence::<i32>::new();
+        if comptime!(blueprint.patches.is_some()) {
+            #[unroll]
+            for s in 0..comptime!(slots as usize) {
+                let row = first_row + unit / vectors + comptime!(s as u32 * row_step);
+                patches::push_start(&mut starts, row, axes, comptime!(blueprint.patches.clone().unwrap_or_default()));
+            }
+        }
+
+        let mut start = 0u32;
+        while start < k {
+            let summed = start + vector * 4u32;
+            if comptime!(blueprint.patches.is_some()) {
+                #[unroll]
+                for s in 0..comptime!(slots as usize) {
+                    let own = unit / vectors + comptime!(s as u32 * row_step);
+                    let mut values = Vector::<f32, Const<4>>::new(0.0f32);
+                    if first_row + own < m {
+                        values = patches::four::<LhsWidth>(
+                            lhs,
+                            &starts,
+                            summed,
+                            k,
+                            axes,
+                            channels,
+                            batch * lhs_batch,
+                            s,
+                            comptime!(blueprint.lhs),
+                            comptime!(blueprint.is_lhs_aligned),
+                            comptime!(blueprint.patches.clone().unwrap_or_default()),
+                        );
+                    }
+                    left[(own * comptime!(vectors + 1) + vector) as usize] = values;
+                }
+            } else {
+                for s in 0..slots {
+                    let own = unit / vectors + s * row_step;
+                    let mut values = Vector::<f32, Const<4>>::new(0.0f32);
+                    if first_row + own < m {
+                        values = four_along::<LhsWidth>(
+                            lhs,
+                            batch * lhs_batch + (first_row + own) * lhs_row,
+                            summed,
+                            k,
+                            comptime!(blueprint.lhs),
+                            comptime!(blueprint.is_lhs_aligned),
+                        );
+                    }
+                    left[(own * comptime!(vectors + 1) + vector) as usize] = values;
+                }
+            }
+            for s in 0..comptime!(tile.n * vectors / units) {
+                let at = unit + s * units;
+                if comptime!(blueprint.is_transposed) {
+                    let (own, vector) = (at / vectors, at % vectors);
+                    let column = first_column + own;
+                    let summed = start + vector * 4u32;
+                    let mut values = Vector::<f32, Const<4>>::new(0.0f32);
+                    if column < n {
+                        values = four_along::<RhsWidth>(
+                            rhs,
+                            batch * rhs_batch + column * rhs_row,
+                            summed,
+                            k,
+                            comptime!(blueprint.rhs),
+                            comptime!(blueprint.is_rhs_aligned),
+                        );
+                    }
+                    let row = (own % 4u32) * comptime!(tile.n / 4) + own / 4u32;
+                    right[(row * comptime!(vectors + 1) + vector) as usize] = values;
+                } else {
+                    let own = at / comptime!(tile.n / 4);
+                    let column = at % comptime!(tile.n / 4);
+                    let summed = start + own;
+                    let mut values = Vector::<f32, Const<4>>::new(0.0f32);
+                    if summed < k {
+                        let row = if comptime!(blueprint.patches.clone().is_some_and(|p| !p.is_dense)) {
+                            patches::weight_row(
+                                summed,
+                                axes,
+                                channels,
+                                comptime!(blueprint.patches.clone().unwrap_or_default()),
+                            )
+                        } else {
+                            summed
+                        };
+                        values = four_along::<RhsWidth>(
+                            rhs,
+                            batch * rhs_batch + row * rhs_row,
+                            first_column + column * 4u32,
+                            n,
+                            comptime!(blueprint.rhs),
+                            comptime!(blueprint.is_rhs_aligned),
+                        );
+                    }
+                    right[at as usize] = values;
+                }
+            }
+            sync_cube();
+            for v in 0..vectors {
+                let mut a = Sequence::<Vector<f32, Const<4>>>::new();
+                #[unroll]
+                for i in 0..comptime!(unit_m as usize) {
+                    a.push(left[((unit_row + comptime!(i as u32 * units_m)) * comptime!(vectors + 1) + v) as usize]);
+                }
+                if comptime!(blueprint.is_transposed) {
+                    #[unroll]
+                    for j in 0..comptime!(unit_n as usize) {
+                        let row = comptime!((j as u32 % 4) * (tile.n / 4) + (j as u32 / 4) * units_n) + unit_column;
+                        let b = right[(row * comptime!(vectors + 1) + v) as usize];
+                        #[unroll]
+                        for i in 0..comptime!(unit_m as usize) {
+                            let own = *a.index(i);
+                            let mut sum = sums[comptime!(i * unit_n as usize + j)];
+                            #[unroll]
+                            for c in 0..4usize {
+                                sum += own[c] * b[c];
+                            }
+                            sums[comptime!(i * unit_n as usize + j)] = sum;
+                        }
+                    }
+                } else {
+                    #[unroll]
+                    for c in 0..4usize {
+                        #[unroll]
+                        for j in 0..comptime!(unit_n as usize / 4) {
+                            let row = (v * 4u32 + comptime!(c as u32)) * comptime!(tile.n / 4);
+                            let b = right[(row + unit_column + comptime!(j as u32 * units_n)) as usize];
+                            #[unroll]
+                            for i in 0..comptime!(unit_m as usize) {
+                                let own = *a.index(i);
+                                #[unroll]
+                                for l in 0..4usize {
+                                    let at = comptime!(i * unit_n as usize + j * 4 + l);
+                                    sums[at] += own[c] * b[l];
+                                }
+                            }
+                        }
+                    }
+                }
+            }
+            sync_cube();
+            start += tile.k;
+        }
+
+        let lanes = comptime!(storage::per_word(blueprint.out));
+        #[unroll]
+        for i in 0..comptime!(unit_m as usize) {
+            let row = first_row + unit_row + comptime!(i as u32 * units_m);
+            if row < m {
+                let place_of_row = if comptime!(blueprint.patches.clone().is_some_and(|p| !p.is_dense)) {
+                    patches::result_row(row, axes, comptime!(blueprint.patches.clone().unwrap_or_default()))
+                } else {
+                    row
+                };
+                let base = batch * out_batch + place_of_row * out_row;
+                #[unroll]
+                for j in 0..comptime!((unit_n / lanes) as usize) {
+                    let first = comptime!(j as u32 * lanes);
+                    let column =
+                        first_column + (unit_column + comptime!(first / 4 * units_n)) * 4u32 + comptime!(first % 4);
+                    // Words lie in one row: what begins inside ends inside.
+                    if column < n {
+                        let mut word = 0u32;
+                        #[unroll]
+                        for l in 0..comptime!(lanes as usize) {
+                            let sum = sums[comptime!(i * unit_n as usize + first as usize + l)];
+                            let value = epilogue(sum, scalars, comptime!(blueprint.steps.clone()));
+                            word |= place(
+                                encode(value, comptime!(blueprint.out)),
+                                comptime!(l as u32).runtime(),
+                                comptime!(4 / lanes),
+                            );
+                        }
+                        out[((base + column) / lanes) as usize] = word;
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Four adjacent elements from `base + first`, 0 from `base + end` on.
+#[cube]
+pub(crate) fn four_along<N: Size>(
+    memory: &Array<Vector<u32, N>>,
+    base: u32,
+    first: u32,
+    end: u32,
+    #[comptime] dtype: DType,
+    #[comptime] is_aligned: bool,
+) -> Vector<f32, Const<4>> {
+    let mut values = Vector::<f32, Const<4>>::new(0.0f32);
+    if is_aligned {
+        if first < end {
+            values = load_four::<N>(memory, base + first, dtype);
+        }
+    } else {
+        #[unroll]
+        for i in 0..4usize {
+            let at = first + comptime!(i as u32);
+            if at < end {
+                values[i] = load_one::<N>(memory, base + at, dtype);
+            }
+        }
+    }
+    values
+}

@@ -1,0 +1,137 @@
+//! The kernels of the plan in CubeCL: one source for CUDA (`CudaRuntime`) and for Vulkan and Metal (`WgpuRuntime`).
+//!
+//! [`launch`] checks what the device can do, chooses a blueprint (what a kernel is built for: dtypes, tiles, number of
+//! axes) and enqueues one or a few launches; extents, strides and scalars are arguments, so that one kernel serves many
+//! shapes. Arithmetic is f32; memory is 32-bit words (see `storage`). Whoever reads results calls [`guard::sync`] first.
+//!
+//! | file | what |
+//! | --- | --- |
+//! | `guard` | failures that CubeCL does not report |
+//! | `call`, `index` | launching; positions and strides |
+//! | `storage`, `math`, `steps` | dtypes, elementary functions and chains of them inside kernels |
+//! | the others | kernels |
+
+mod attention;
+mod call;
+mod conv;
+mod copy;
+mod direct_conv;
+mod gemm;
+mod group_norm;
+pub mod guard;
+mod index;
+mod map;
+mod math;
+mod matmul;
+mod movement;
+mod norm;
+mod patches;
+mod reduce;
+mod rope;
+mod rows;
+mod steps;
+mod storage;
+mod tile;
+mod work;
+
+use cubecl::prelude::*;
+use cubecl::server::Handle;
+use ltxc_ir::plan::{Kernel, Map, MapStep};
+use ltxc_ir::{DType, TensorType};
+
+use call::Call;
+pub use work::{launch_work, work_workspace_bytes};
+
+/// An operand or result of a kernel call: a sub-range of an arena.
+pub struct CubeTensor<'a> {
+    /// Its type.
+    pub ty: &'a TensorType,
+    /// Its memory: at least [`TensorType::bytes`], rounded up to whole words. Bytes behind the last element may be
+    /// written.
+    pub handle: Handle,
+}
+
+/// Enqueues one kernel call.
+///
+/// The result overlaps no operand, except that it may be exactly an operand that [`Kernel::in_place`] allows, of the same
+/// type.
+///
+/// # Errors
+/// If the types do not fit the kernel, or the device cannot run it on them; nothing is launched then. What goes wrong on
+/// the device is reported by [`guard::sync`].
+pub fn launch<R: Runtime>(
+    client: &ComputeClient<R>,
+    kernel: &Kernel,
+    args: &[CubeTensor<'_>],
+    results: &[CubeTensor<'_>],
+    workspace: Option<&CubeTensor<'_>>,
+) -> Result<(), String> {
+    guard::install();
+    let arg_types: Vec<&TensorType> = args.iter().map(|a| a.ty).collect();
+    let result_types: Vec<&TensorType> = results.iter().map(|r| r.ty).collect();
+    kernel.check(&arg_types, &result_types)?;
+    args.iter().chain(results).try_for_each(call::check_tensor)?;
+    let out = &results[0];
+    if out.ty.elements() == 0 {
+        return Ok(());
+    }
+    let call = Call { client, args, out, workspace };
+    if !needs_f32(kernel, &arg_types, out.ty) {
+        return run(kernel, &call);
+    }
+    // Rows that are not whole words are computed in f32, and rounded by a map.
+    let ty = out.ty.with_dtype(DType::F32);
+    let wide = CubeTensor { ty: &ty, handle: call.scratch(ty.elements())? };
+    run(kernel, &Call { client, args, out: &wide, workspace: None })?;
+    map::launch(&Map { steps: Vec::new() }, &Call { client, args: &[wide], out, workspace: None })
+}
+
+fn run<R: Runtime>(kernel: &Kernel, call: &Call<'_, R>) -> Result<(), String> {
+    match kernel {
+        Kernel::Map(op) => map::launch(op, call),
+        Kernel::Copy(op) => copy::launch(op, call),
+        Kernel::Pad(op) => movement::launch_pad(op, call),
+        Kernel::Gather(op) => movement::launch_gather(op, call),
+        Kernel::Update(op) => movement::launch_update(op, call),
+        Kernel::Reduce(op) => reduce::launch(op, call),
+        Kernel::Matmul(op) => matmul::launch(op, call),
+        Kernel::Conv(op) => conv::launch(op, call),
+        Kernel::ConvTranspose(op) => conv::launch_transpose(op, call),
+        Kernel::RmsNorm(op) => norm::launch(op.eps.0, false, call),
+        Kernel::LayerNorm(op) => norm::launch(op.eps.0, true, call),
+        Kernel::GroupNorm(op) => group_norm::launch(op, call),
+        Kernel::Rope(op) => rope::launch(op, call),
+        Kernel::Attention(op) => attention::launch(op, call),
+    }
+}
+
+/// What a sum of nothing gives.
+fn fill_zeros<R: Runtime>(call: &Call<'_, R>) -> Result<(), String> {
+    let zero = Map { steps: vec![MapStep::Scalar(ltxc_ir::Float(0.0))] };
+    map::launch(&zero, &Call { args: &[], ..*call })
+}
+
+/// Whether units would have to share words of the result, so that it is computed in f32 first.
+fn needs_f32(kernel: &Kernel, _args: &[&TensorType], out: &TensorType) -> bool {
+    match kernel {
+        Kernel::RmsNorm(_) | Kernel::LayerNorm(_) => !norm::is_whole(out),
+        Kernel::Rope(op) => !rope::is_whole(op, out),
+        Kernel::Attention(_) => !attention::is_whole(out),
+        Kernel::Matmul(_) => !matmul::is_whole(out),
+        Kernel::Conv(op) => !conv::is_whole(op.groups, out),
+        Kernel::ConvTranspose(op) => !conv::is_whole(op.groups, out),
+        _ => false,
+    }
+}
+
+/// Bytes of scratch that a call needs; they may hold anything.
+pub fn workspace_bytes(kernel: &Kernel, args: &[&TensorType], results: &[&TensorType]) -> usize {
+    let out = results[0];
+    if needs_f32(kernel, args, out) {
+        return out.elements().saturating_mul(4);
+    }
+    match kernel {
+        Kernel::GroupNorm(op) => group_norm::workspace_bytes(op, args[0]),
+        _ => 0,
+    }
+}

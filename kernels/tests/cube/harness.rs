@@ -1,0 +1,134 @@
+//! Runs kernel calls on a Vulkan device, in an arena as a backend does; otherwise the harness of the CPU.
+
+use std::sync::OnceLock;
+
+use cubecl::prelude::*;
+use cubecl::wgpu::{AutoGraphicsApi, RuntimeOptions, WgpuDevice, WgpuRuntime, WgpuSetup, init_setup};
+use ltxc_ir::TensorType;
+use ltxc_ir::eval::Tensor;
+use ltxc_ir::ops::Unary;
+use ltxc_ir::plan::{Kernel, Work};
+use ltxc_kernels::cube::{self, CubeTensor, guard};
+
+#[path = "../simple/harness.rs"]
+#[allow(dead_code)] // what runs on the CPU
+mod shared;
+
+pub use shared::{Random, close, equal, in_dtype, reference, unit};
+
+/// Vulkan lets a division or a root be off by 2.5 units of the last place, 5 roundings, where the CPU rounds once.
+pub const DIVISION_ROUNDINGS: f64 = 5.0;
+
+/// Sums are f32: the error of one addition.
+pub const SUM_ROUNDING: f64 = 1.0 / (1 << 24) as f64;
+
+/// Units of the last place and absolute error of a function on f32.
+pub fn accuracy(op: Unary) -> (f64, f64) {
+    match op {
+        Unary::Neg | Unary::Abs => (0.0, 0.0),
+        // The last sum and product round by half a unit each, what is summed has an error of less than one.
+        Unary::Exp => (2.0, 0.0),
+        // The sum of two parts rounds once, the parts are smaller; near 1 the series has three roundings and a division.
+        Unary::Log => (5.0, 0.0),
+        Unary::Sqrt | Unary::Rsqrt => (2.5, 0.0),
+        // What is left of up to 1e5 after subtracting quarters, off by two roundings of π/4 and one of the result.
+        Unary::Sin | Unary::Cos => (0.0, 3e-7),
+        // A division (2.5) and a sum behind an exponential (2).
+        Unary::Tanh => (5.0, 0.0),
+        Unary::Erf => (3.0, 0.0),
+    }
+}
+
+/// Roundings of a power whose exponential has this argument: what that loses, and the exponential.
+pub fn power_roundings(argument: f64) -> f64 {
+    2.0 * accuracy(Unary::Exp).0 + argument.abs() * (2.0 * accuracy(Unary::Log).0 + 1.0)
+}
+
+pub type Client = ComputeClient<WgpuRuntime>;
+
+/// The device, or the end of this process where there is none.
+pub fn client() -> Client {
+    static SETUP: OnceLock<Option<WgpuSetup>> = OnceLock::new();
+    let setup = SETUP.get_or_init(|| {
+        let device = WgpuDevice::DefaultDevice;
+        let setup =
+            std::panic::catch_unwind(|| init_setup::<AutoGraphicsApi>(&device, RuntimeOptions::default())).ok()?;
+        guard::watch_wgpu(&setup);
+        Some(setup)
+    });
+    if setup.is_none() {
+        assert!(std::env::var_os("LTXC_REQUIRE_VULKAN").is_none_or(|v| v != "1"), "no Vulkan device");
+        eprintln!("skipped: no Vulkan device");
+        std::process::exit(0);
+    }
+    WgpuRuntime::client(&WgpuDevice::DefaultDevice)
+}
+
+/// Multiple of all offsets in an arena.
+const ALIGNMENT: usize = 512;
+
+/// Memory for tensors, filled with bytes that are no zeros.
+#[derive(Default)]
+struct Arena {
+    bytes: Vec<u8>,
+}
+
+impl Arena {
+    /// Places bytes and returns their range.
+    fn push(&mut self, bytes: &[u8]) -> (u64, u64) {
+        let start = self.bytes.len();
+        self.bytes.extend(bytes);
+        self.bytes.resize((start + bytes.len().max(1)).next_multiple_of(ALIGNMENT), 0xa5);
+        (start as u64, (start + bytes.len()).next_multiple_of(4) as u64)
+    }
+}
+
+/// The result of a call on memory that held `before`; `in_place` is the operand that it lies on.
+#[track_caller]
+fn call(work: &Work, args: &[Tensor], before: &Tensor, in_place: Option<usize>) -> Vec<u8> {
+    let client = client();
+    let types: Vec<&TensorType> = args.iter().map(|a| &a.ty).collect();
+    let mut arena = Arena::default();
+    let mut ranges: Vec<(u64, u64)> = args.iter().map(|a| arena.push(&a.to_bytes())).collect();
+    ranges.push(in_place.map_or_else(|| arena.push(&before.to_bytes()), |i| ranges[i]));
+    let scratch_bytes = cube::work_workspace_bytes(work, &types, &[&before.ty]);
+    let scratch = arena.push(&vec![0xa5; scratch_bytes]);
+    let memory = client.create_from_slice(&arena.bytes);
+    let total = arena.bytes.len() as u64;
+    let part = |(start, end): (u64, u64)| memory.clone().offset_start(start).offset_end(total - end);
+
+    let operands: Vec<CubeTensor<'_>> =
+        types.iter().zip(&ranges).map(|(&ty, &range)| CubeTensor { ty, handle: part(range) }).collect();
+    let result = CubeTensor { ty: &before.ty, handle: part(ranges[args.len()]) };
+    let scratch_ty = TensorType::new(ltxc_ir::DType::U8, [scratch_bytes]);
+    let workspace = CubeTensor { ty: &scratch_ty, handle: part(scratch) };
+    let out = result.handle.clone();
+    cube::launch_work(&client, work, &operands, &[result], Some(&workspace)).unwrap();
+    guard::sync(&client).unwrap();
+    let bytes = before.ty.bytes();
+    if bytes == 0 { Vec::new() } else { client.read_one(out).unwrap()[..bytes].to_vec() }
+}
+
+/// Runs the call, and again in place wherever that is allowed; all must give the same bytes.
+#[track_caller]
+pub fn run_work(work: &Work, args: &[Tensor], before: &Tensor) -> Tensor {
+    let types: Vec<&TensorType> = args.iter().map(|a| &a.ty).collect();
+    work.check(&types, &[&before.ty]).unwrap();
+    let bytes = call(work, args, before, None);
+    for i in (0..args.len()).filter(|&i| work.may_overwrite(i, 0) && args[i].ty == before.ty) {
+        assert!(call(work, args, before, Some(i)) == bytes, "{work:?} {types:?}: in place of {i} differs");
+    }
+    Tensor::from_bytes(before.ty.clone(), &bytes)
+}
+
+/// Runs a kernel on memory that held `before`.
+#[track_caller]
+pub fn run_onto(kernel: &Kernel, args: &[Tensor], before: &Tensor) -> Tensor {
+    run_work(&kernel.clone().into(), args, before)
+}
+
+/// [`run_onto`] zeros.
+#[track_caller]
+pub fn run(kernel: &Kernel, args: &[Tensor], out: &TensorType) -> Tensor {
+    run_onto(kernel, args, &Tensor::zeros(out.clone()))
+}

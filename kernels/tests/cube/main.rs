@@ -1,0 +1,23 @@
+//! The CubeCL kernels on Vulkan against the reference evaluator, with the cases of every backend.
+//!
+//! Without a Vulkan device they are skipped, unless `LTXC_REQUIRE_VULKAN=1`.
+#![cfg(feature = "wgpu")]
+
+#[path = "../simple/attention.rs"]
+mod attention;
+#[path = "../simple/conv.rs"]
+mod conv;
+#[path = "../simple/copy.rs"]
+mod copy;
+#[path = "../simple/map.rs"]
+mod map;
+#[path = "../simple/matmul.rs"]
+mod matmul;
+#[path = "../simple/movement.rs"]
+mod movement;
+#[path = "../simple/rows.rs"]
+mod rows;
+
+mod fused;
+mod harness;
+mod speed;

@@ -1,0 +1,160 @@
+//! From the functions of a plan to kernel calls that are bound to memory.
+
+use std::collections::BTreeMap;
+
+use ltxc_ir::plan::{FileTensor, FunctionCall, Operand, Place, Plan, PlanFunction, PlanWeight, Step, WeightOrigin};
+
+use super::{Backend, BufferId, Call, CallId, Cpu, Region, Weight};
+use crate::error::RunError;
+use crate::memory::Memory;
+use crate::weights::WeightFiles;
+
+/// What of a plan is on a device: weights and constants of the functions that were bound.
+pub(crate) struct Binding<'a> {
+    plan: &'a Plan,
+    files: &'a WeightFiles,
+    /// By function.
+    constants: BTreeMap<u32, BufferId>,
+    weights: BTreeMap<WeightKey, BufferId>,
+}
+
+/// The recipe, if there is one, and sources and complete keys of its tensors.
+type WeightKey = (Option<u32>, Vec<(u32, String)>);
+
+/// Where the places of a function that is being bound lie.
+pub(crate) struct Frame {
+    /// Start of the function's frame in each arena.
+    pub arenas: Vec<Region>,
+    pub params: Vec<Region>,
+    pub results: Vec<Region>,
+}
+
+impl<'a> Binding<'a> {
+    pub fn new(plan: &'a Plan, files: &'a WeightFiles) -> Binding<'a> {
+        Binding { plan, files, constants: BTreeMap::new(), weights: BTreeMap::new() }
+    }
+
+    /// Forgets what is on the device, which was cleared.
+    pub fn clear(&mut self) {
+        self.constants.clear();
+        self.weights.clear();
+    }
+
+    /// Binds the calls of `function`, and of those that it calls, in the order in which they run. `prefix` stands before
+    /// the keys of its weights.
+    ///
+    /// # Errors
+    /// A weight that is missing or misshapen, not enough memory, or a call that the device cannot run.
+    pub fn bind(
+        &mut self,
+        backend: &mut dyn Backend<'a>,
+        function: u32,
+        frame: &Frame,
+        prefix: &str,
+        calls: &mut Vec<CallId>,
+    ) -> Result<(), RunError> {
+        let plan: &'a Plan = self.plan;
+        let body: &'a PlanFunction = &plan.functions[function as usize];
+        let weights = body.weights.iter().map(|w| self.weight(backend, w, prefix)).collect::<Result<Vec<_>, _>>()?;
+        let constants = self.constants(backend, function)?;
+        let place = |operand: &Operand| -> Region {
+            let base = match operand.place {
+                Place::Frame { arena } => frame.arenas[arena as usize],
+                Place::Param(i) => frame.params[i as usize],
+                Place::Result(i) => frame.results[i as usize],
+                Place::Weight(i) => Region { buffer: weights[i as usize], offset: 0 },
+                Place::Constant => Region { buffer: constants, offset: 0 },
+            };
+            base.at(operand.offset)
+        };
+        for step in &body.steps {
+            match step {
+                Step::Kernel(call) => {
+                    let placed = |operands: &'a [Operand]| operands.iter().map(|o| (&o.ty, place(o))).collect();
+                    let (args, results) = (placed(&call.args), placed(&call.results));
+                    calls.push(backend.bind(Call { work: &call.work, args, results })?);
+                }
+                Step::Call(call) => {
+                    let callee = callee_frame(call, frame, &place);
+                    self.bind(backend, call.function, &callee, &format!("{prefix}{}", call.prefix), calls)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn constants(&mut self, backend: &mut dyn Backend<'a>, function: u32) -> Result<BufferId, RunError> {
+        if let Some(&buffer) = self.constants.get(&function) {
+            return Ok(buffer);
+        }
+        let bytes = &self.plan.functions[function as usize].constants;
+        let buffer = backend.allocate(bytes.len() as u64)?;
+        if !bytes.is_empty() {
+            backend.write(Region { buffer, offset: 0 }, bytes)?;
+        }
+        self.constants.insert(function, buffer);
+        Ok(buffer)
+    }
+
+    fn weight(
+        &mut self,
+        backend: &mut dyn Backend<'a>,
+        weight: &PlanWeight,
+        prefix: &str,
+    ) -> Result<BufferId, RunError> {
+        let complete = |t: &FileTensor| (t.source, format!("{prefix}{}", t.key));
+        let recipe = match &weight.origin {
+            WeightOrigin::File(_) => None,
+            WeightOrigin::Packed { function, .. } => Some(*function),
+        };
+        let key: WeightKey = (recipe, weight.origin.tensors().iter().map(complete).collect());
+        if let Some(&buffer) = self.weights.get(&key) {
+            return Ok(buffer);
+        }
+        let bytes = match &weight.origin {
+            WeightOrigin::File(tensor) => {
+                Weight::Mapped(self.files.tensor(tensor, &key.1[0].1)?, tensor.ty.dtype.bytes())
+            }
+            WeightOrigin::Packed { function, tensors } => {
+                Weight::Made(self.make(*function, tensors, &key.1, weight.ty.bytes())?)
+            }
+        };
+        let buffer = backend.weight(bytes)?;
+        self.weights.insert(key, buffer);
+        Ok(buffer)
+    }
+
+    /// Runs a recipe. On the CPU for every device: the tensors are mapped in host memory, most recipes only move them, and
+    /// what they make is uploaded once, where the device would need room for tensors and result together.
+    fn make(
+        &self,
+        recipe: u32,
+        tensors: &[FileTensor],
+        keys: &[(u32, String)],
+        bytes: usize,
+    ) -> Result<Memory, RunError> {
+        let mut cpu = Cpu::default();
+        let whole = |buffer| Region { buffer, offset: 0 };
+        let mut params = Vec::with_capacity(tensors.len());
+        for (tensor, (_, key)) in tensors.iter().zip(keys) {
+            let mapped = Weight::Mapped(self.files.tensor(tensor, key)?, tensor.ty.dtype.bytes());
+            params.push(whole(cpu.weight(mapped)?));
+        }
+        let result = cpu.allocate(bytes as u64)?;
+        let frames = &self.plan.functions[recipe as usize].frame_bytes;
+        let arenas = frames.iter().map(|&b| Ok(whole(cpu.allocate(b)?))).collect::<Result<Vec<_>, RunError>>()?;
+        let mut calls = Vec::new();
+        let frame = Frame { arenas, params, results: vec![whole(result)] };
+        Binding::new(self.plan, self.files).bind(&mut cpu, recipe, &frame, "", &mut calls)?;
+        calls.into_iter().try_for_each(|call| cpu.launch(call))?;
+        cpu.take(result).ok_or_else(|| RunError::Internal("a recipe gave no memory".into()))
+    }
+}
+
+fn callee_frame(call: &FunctionCall, caller: &Frame, place: &dyn Fn(&Operand) -> Region) -> Frame {
+    Frame {
+        arenas: caller.arenas.iter().zip(&call.frame).map(|(start, &offset)| start.at(offset)).collect(),
+        params: call.args.iter().map(place).collect(),
+        results: call.results.iter().map(place).collect(),
+    }
+}

@@ -1,0 +1,212 @@
+//! Whether a plan fits a device: kind, sizes of single tensors and arenas, and memory as a whole. All of it is known before
+//! anything is allocated, because plans say what they need.
+
+use std::collections::BTreeMap;
+
+use ltxc_ir::plan::summary::weight_bytes;
+use ltxc_ir::plan::{KernelCall, Plan, Step, Work};
+
+use super::{Device, DeviceName};
+use crate::error::RunError;
+use crate::memory::readable;
+
+/// Refuses a plan for another kind of device.
+///
+/// # Errors
+/// [`RunError::Target`].
+pub(crate) fn check_target(plan: &Plan, device: &Device) -> Result<(), RunError> {
+    if plan.target.backend == device.name.backend() {
+        return Ok(());
+    }
+    Err(RunError::Target { plan: plan.target.backend.clone(), device: device.name.clone() })
+}
+
+/// Refuses a plan with calls or buffers that the device cannot hold: it was compiled for a larger one.
+///
+/// # Errors
+/// [`RunError::DeviceLimit`].
+pub(crate) fn check_sizes(plan: &Plan, device: &Device) -> Result<(), RunError> {
+    let limits = &device.target;
+    let refused = |what: String| Err(RunError::DeviceLimit { device: device.name.clone(), what });
+    if !plan.target.alignment.is_multiple_of(limits.alignment) {
+        return refused(format!(
+            "the plan aligns buffers to {} bytes, not {}",
+            plan.target.alignment, limits.alignment
+        ));
+    }
+    let arenas = plan.arena_bytes().into_iter().chain([plan.state_bytes()]);
+    if let Some(bytes) = arenas.max().filter(|&bytes| bytes > limits.max_arena_bytes) {
+        let (bytes, most) = (readable(bytes), readable(limits.max_arena_bytes));
+        return refused(format!("the plan has an arena of {bytes}, the device allows {most}"));
+    }
+    for function in &plan.functions {
+        for call in kernel_calls(&function.steps) {
+            let (bound, most) = (call.args.len() + call.results.len(), limits.max_bindings);
+            if bound > most as usize {
+                let kernel = call.work.name();
+                return refused(format!("`{kernel}` of `{}` binds {bound} tensors, not {most}", function.name));
+            }
+            let (bytes, most) = (largest_tensor(call), limits.max_tensor_bytes);
+            if bytes > most {
+                let (kernel, bytes, most) = (call.work.name(), readable(bytes), readable(most));
+                return refused(format!("`{kernel}` of `{}` has a tensor of {bytes}, not {most}", function.name));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn largest_tensor(call: &KernelCall) -> u64 {
+    let inner = match &call.work {
+        Work::Kernel(_) => &[][..],
+        Work::Fused(fused) => &fused.parts,
+    };
+    let types = call.args.iter().chain(&call.results).map(|o| &o.ty).chain(inner.iter().map(|p| &p.result));
+    types.map(|ty| ty.bytes() as u64).max().unwrap_or(0)
+}
+
+fn kernel_calls(steps: &[Step]) -> impl Iterator<Item = &KernelCall> {
+    steps.iter().filter_map(|step| match step {
+        Step::Kernel(call) => Some(call),
+        Step::Call(_) => None,
+    })
+}
+
+/// Bytes that a plan needs on a device whose calls need `scratch`: arenas and state, and the weights, constants and
+/// scratch of the hungriest group. Groups give their weights back before the next one runs.
+pub(crate) fn device_bytes(plan: &Plan, scratch: &dyn Fn(&KernelCall) -> u64) -> u64 {
+    let scratch = function_scratch(plan, scratch);
+    let mut groups: BTreeMap<u32, (u64, u64)> = BTreeMap::new();
+    for program in &plan.programs {
+        let (weights, workspace) = groups.entry(program.group).or_default();
+        let (mapped, packed) = weight_bytes(plan, program);
+        // Programs of a group share weights; what only one of them reads is small.
+        *weights = (*weights).max(mapped.saturating_add(packed));
+        *workspace = (*workspace).max(scratch.get(program.function as usize).copied().unwrap_or(0));
+    }
+    let group = groups.values().map(|&(weights, workspace)| weights.saturating_add(workspace)).max().unwrap_or(0);
+    let constants = plan.functions.iter().map(|f| f.constants.len() as u64);
+    let fixed = plan.arena_bytes().into_iter().chain([plan.state_bytes()]).chain(constants);
+    fixed.fold(group, u64::saturating_add)
+}
+
+/// Scratch of the hungriest call of each function, callees included.
+fn function_scratch(plan: &Plan, scratch: &dyn Fn(&KernelCall) -> u64) -> Vec<u64> {
+    let mut need: Vec<u64> = Vec::with_capacity(plan.functions.len());
+    for function in &plan.functions {
+        let steps = function.steps.iter().map(|step| match step {
+            Step::Kernel(call) => scratch(call),
+            // Callees stand before their callers in a verified plan.
+            Step::Call(call) => need.get(call.function as usize).copied().unwrap_or(0),
+        });
+        let most = steps.max().unwrap_or(0);
+        need.push(most);
+    }
+    need
+}
+
+/// Refuses a plan that needs more than there is.
+///
+/// # Errors
+/// [`RunError::Memory`].
+pub(crate) fn check_memory(needed: u64, available: u64, device: &DeviceName) -> Result<(), RunError> {
+    if needed <= available {
+        return Ok(());
+    }
+    Err(RunError::Memory {
+        needed: readable(needed),
+        available: format!("{} of `{device}`", readable(available)),
+        remedy: "compile a smaller size or fewer frames, or choose another `--device`".into(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use ltxc_ir::plan::{
+        FileTensor, Group, Kernel, Map, Operand, Place, PlanFunction, PlanWeight, Program, Storage, Target,
+        WeightOrigin,
+    };
+    use ltxc_ir::{Rate, TensorType};
+
+    use super::*;
+    use crate::backend::DeviceKind;
+
+    /// One program that copies a weight of 256 bytes into its frame.
+    fn plan() -> Plan {
+        let ty = TensorType::f32([64]);
+        let operand = |place| Operand { place, offset: 0, ty: ty.clone(), storage: Storage::Native };
+        let call = KernelCall {
+            work: Kernel::Map(Map { steps: vec![] }).into(),
+            args: vec![operand(Place::Weight(0))],
+            results: vec![operand(Place::Frame { arena: 0 })],
+            name: String::new(),
+            flops: 0,
+            bytes: 0,
+        };
+        let tensor = FileTensor { source: 0, key: "w".into(), ty: ty.clone() };
+        let function = PlanFunction {
+            name: "copy".into(),
+            params: vec![],
+            results: vec![],
+            weights: vec![PlanWeight { ty, origin: WeightOrigin::File(tensor) }],
+            constants: vec![0; 16],
+            frame_bytes: vec![512],
+            steps: vec![Step::Kernel(call)],
+        };
+        let program = Program {
+            name: "main".into(),
+            group: 0,
+            rate: Rate::Step,
+            function: 0,
+            inputs: vec![],
+            outputs: vec![],
+            frame: vec![0],
+            arena_bytes: vec![1024],
+        };
+        Plan {
+            compiler: String::new(),
+            target: Target::wgpu(),
+            sources: vec![],
+            functions: vec![function],
+            programs: vec![program],
+            groups: vec![Group { name: "main".into(), state_bytes: 2048 }],
+            pipeline: Default::default(),
+        }
+    }
+
+    fn device(target: Target) -> Device {
+        let name = DeviceName::Vulkan(Some(1));
+        Device { name, description: String::new(), kind: DeviceKind::Gpu, memory_bytes: 0, features: vec![], target }
+    }
+
+    #[track_caller]
+    fn refused(target: Target, words: &[&str]) {
+        let message = check_sizes(&plan(), &device(target)).unwrap_err().to_string();
+        words.iter().for_each(|word| assert!(message.contains(word), "`{word}` is not in: {message}"));
+    }
+
+    #[test]
+    fn plans_for_other_backends_are_refused() {
+        assert!(check_target(&plan(), &device(Target::wgpu())).is_ok());
+        let message = check_target(&plan(), &Device::cpu()).unwrap_err().to_string();
+        assert!(message.contains("`wgpu`") && message.contains("`--device cpu`"), "{message}");
+    }
+
+    #[test]
+    fn what_a_device_cannot_hold_is_named() {
+        assert!(check_sizes(&plan(), &device(Target::wgpu())).is_ok());
+        refused(Target { max_tensor_bytes: 255, ..Target::wgpu() }, &["`map` of `copy`", "256 B", "vulkan:1"]);
+        refused(Target { max_bindings: 1, ..Target::wgpu() }, &["binds 2 tensors, not 1"]);
+        refused(Target { max_arena_bytes: 2047, ..Target::wgpu() }, &["an arena of 2.0 kB"]);
+        refused(Target { alignment: 1024, ..Target::wgpu() }, &["512 bytes, not 1024"]);
+    }
+
+    #[test]
+    fn memory_is_everything_that_lives_at_once() {
+        let needed = device_bytes(&plan(), &|call| call.args[0].ty.bytes() as u64 / 2);
+        assert_eq!(needed, 1024 + 2048 + 16 + 256 + 128);
+        assert!(check_memory(needed, needed, &DeviceName::Metal).is_ok());
+        let message = check_memory(needed, needed - 1, &DeviceName::Metal).unwrap_err().to_string();
+        assert!(message.contains("of `metal`") && message.contains("3.5 kB"), "{message}");
+    }
+}
