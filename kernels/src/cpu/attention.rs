@@ -15,12 +15,14 @@ use ltxc_ir::ops::{Attention, HIDDEN_SCORE};
 use ltxc_ir::{DType, TensorType};
 use std::ops::Range;
 
-use super::element::{load, store};
+use super::element::load;
 use super::gemm::{K_BLOCK, LDA};
+use super::heads::{self, Heads, Steps};
 use super::matmul::{LANES, sum_lanes};
 use super::pack::{Matrix, Panels};
 use super::parallel::{Need, Scratch, for_each};
 use super::simd::multiversion;
+use super::sink::{Memory, Sink, Sums};
 use super::tile::{Fetch, MAX_ROWS, MAX_WIDTH, Source, Store, Tile, max_rows, width};
 use super::{Arg, Output, math};
 
@@ -79,20 +81,67 @@ impl Plan {
     }
 }
 
-pub(crate) fn need(args: &[&TensorType]) -> Need {
+/// What is done to queries and to keys as they are read.
+pub(crate) type Prepare<'a> = [Option<Steps<'a>>; 2];
+
+/// Floats of the slot of a thread while it attends, without the room of the sink.
+fn slot(plan: Plan, prepare: &Prepare<'_>) -> usize {
+    let room = if prepare[0].is_some() { heads::room(plan.d) } else { 0 };
+    let blocks = (plan.dim_blocks() + 1).saturating_mul(ROWS * LDA);
+    blocks.saturating_add(ROWS.saturating_mul(plan.e)).saturating_add(room)
+}
+
+/// Floats of the packed heads.
+fn packed(plan: Plan) -> usize {
+    plan.heads.saturating_mul(plan.packed_head()).next_multiple_of(MAX_WIDTH)
+}
+
+/// Scratch, besides what a sink needs for each thread.
+pub(crate) fn need(args: &[&TensorType], prepare: &Prepare<'_>) -> Need {
     let plan = Plan::new(args);
-    Need {
-        shared: plan.heads.saturating_mul(plan.packed_head()),
-        per_thread: (plan.dim_blocks() + 1).saturating_mul(ROWS * LDA).saturating_add(ROWS.saturating_mul(plan.e)),
+    let mut need = Need { shared: packed(plan), per_thread: slot(plan, prepare) };
+    for (x, steps) in args.iter().zip(prepare).filter_map(|(x, p)| Some((x, p.as_ref()?))) {
+        need.shared = need.shared.saturating_add(steps.shared(x));
+        // Rows of a panel of keys.
+        let room = MAX_WIDTH.saturating_mul(plan.d).saturating_add(steps.room(x));
+        need.per_thread = need.per_thread.max(room);
     }
+    need
 }
 
 /// # Safety
 /// As for [`super::launch`].
 pub(crate) unsafe fn launch(op: &Attention, args: &[Arg<'_>], out: &Output<'_>, workspace: &mut [u8]) {
     let types: Vec<&TensorType> = args.iter().map(|a| a.ty).collect();
+    let prepare = [None, None];
+    let scratch = Scratch::new(workspace, need(&types, &prepare));
+    // SAFETY: passed on to the caller.
+    unsafe { launch_into(op, args, &prepare, &Memory::new(out), &scratch) };
+}
+
+/// Gives the result to `sink`. Queries and keys are what `prepare` makes of the first two operands.
+///
+/// # Safety
+/// As for [`super::launch`]; `scratch` was made for [`need`] and the sink.
+pub(crate) unsafe fn launch_into(
+    op: &Attention,
+    args: &[Arg<'_>],
+    prepare: &Prepare<'_>,
+    sink: &dyn Sink,
+    scratch: &Scratch<'_>,
+) {
+    let types: Vec<&TensorType> = args.iter().map(|a| a.ty).collect();
     let plan = Plan::new(&types);
-    let scratch = Scratch::new(workspace, need(&types));
+    let mut kept = scratch.shared().get().wrapping_add(packed(plan));
+    let mut heads = [0, 1].map(|j| {
+        let steps = prepare[j].as_ref()?;
+        let at = kept;
+        kept = kept.wrapping_add(steps.shared(types[j]));
+        // SAFETY: `need` counted what is kept, and the room of the slots.
+        Some(unsafe { Heads::new(args[j], steps, at, scratch) })
+    });
+    let [queries, keys] = [heads[0].take(), heads[1].take()];
+    let inputs = Inputs { op, plan, args, queries, keys, sink, slot: slot(plan, prepare) };
     let packed = scratch.shared();
     let key_blocks = plan.s.div_ceil(KEYS);
     let row_blocks = plan.t.div_ceil(ROWS);
@@ -103,7 +152,10 @@ pub(crate) unsafe fn launch(op: &Attention, args: &[Arg<'_>], out: &Output<'_>, 
             let (head, block) = (task / key_blocks, task % key_blocks);
             let keys = block * KEYS..plan.s.min((block + 1) * KEYS);
             // SAFETY: every task packs its own keys of the memory of its head.
-            unsafe { pack_block(plan, first + head, keys, args, packed.get().add(head * plan.packed_head())) };
+            unsafe {
+                let to = packed.get().add(head * plan.packed_head());
+                pack_block(&inputs, first + head, keys, to, scratch.slot());
+            }
         });
         let tasks = heads * queries_per_key * row_blocks;
         let work = (tasks * ROWS.min(plan.t)).saturating_mul(plan.s).saturating_mul(plan.d + plan.e);
@@ -111,10 +163,7 @@ pub(crate) unsafe fn launch(op: &Attention, args: &[Arg<'_>], out: &Output<'_>, 
             let (head, block) = (task / row_blocks, task % row_blocks);
             let key_head = first + head / queries_per_key;
             let job = Job {
-                op,
-                plan,
-                args,
-                out,
+                inputs: &inputs,
                 batch: key_head / plan.m,
                 head: key_head % plan.m * queries_per_key + head % queries_per_key,
                 rows: block * ROWS..plan.t.min((block + 1) * ROWS),
@@ -127,12 +176,26 @@ pub(crate) unsafe fn launch(op: &Attention, args: &[Arg<'_>], out: &Output<'_>, 
     }
 }
 
+/// A call.
+struct Inputs<'a> {
+    op: &'a Attention,
+    plan: Plan,
+    args: &'a [Arg<'a>],
+    /// Queries and keys that something is done to.
+    queries: Option<Heads<'a>>,
+    keys: Option<Heads<'a>>,
+    sink: &'a dyn Sink,
+    /// Floats of a slot without the room of the sink.
+    slot: usize,
+}
+
 /// Packs a block of keys and values of head `head`, counted over all batches: panels of keys, each `d` rows of `width`,
 /// and then panels of columns of the values, each `s` rows of `width`.
 ///
 /// # Safety
-/// `dst` has room for a packed head, and nothing else uses the part of this block.
-unsafe fn pack_block(plan: Plan, head: usize, keys: Range<usize>, args: &[Arg<'_>], dst: *mut f32) {
+/// `dst` has room for a packed head, and nothing else uses the part of this block. `slot` has the size that [`need`] says.
+unsafe fn pack_block(inputs: &Inputs<'_>, head: usize, keys: Range<usize>, dst: *mut f32, slot: &mut [f32]) {
+    let (plan, args) = (inputs.plan, inputs.args);
     let (batch, head, width) = (head / plan.m, head % plan.m, width());
     let matrix = |arg: &Arg<'_>, dim: usize, transposed| {
         let all = Matrix { ptr: arg.ptr, dtype: arg.ty.dtype, stride: plan.m * dim, transposed };
@@ -142,7 +205,17 @@ unsafe fn pack_block(plan: Plan, head: usize, keys: Range<usize>, args: &[Arg<'_
     // SAFETY: panels lie one after the other in the packed head; keys and columns are inside the operands.
     unsafe {
         for key in keys.clone().step_by(width) {
-            k.pack(0..plan.d, key..keys.end.min(key + width), width, dst.add(key * plan.d));
+            let (panel, to) = (key..keys.end.min(key + width), dst.add(key * plan.d));
+            let Some(heads) = &inputs.keys else {
+                k.pack(0..plan.d, panel, width, to);
+                continue;
+            };
+            let (rows, room) = slot.split_at_mut(MAX_WIDTH * plan.d);
+            for (row, key) in rows.chunks_exact_mut(plan.d.max(1)).zip(panel.clone()) {
+                row.copy_from_slice(heads.head([batch, key, head], &mut room[..heads::room(plan.d)]));
+            }
+            let rows = Matrix { ptr: rows.as_ptr().cast(), dtype: DType::F32, stride: plan.d, transposed: true };
+            rows.pack(0..plan.d, 0..panel.len(), width, to);
         }
         let values = dst.add(plan.packed_keys());
         for column in (0..plan.e).step_by(width) {
@@ -154,10 +227,7 @@ unsafe fn pack_block(plan: Plan, head: usize, keys: Range<usize>, args: &[Arg<'_
 
 /// A block of queries of one head.
 struct Job<'a> {
-    op: &'a Attention,
-    plan: Plan,
-    args: &'a [Arg<'a>],
-    out: &'a Output<'a>,
+    inputs: &'a Inputs<'a>,
     batch: usize,
     /// Of the queries.
     head: usize,
@@ -179,20 +249,23 @@ impl Job<'_> {
     /// # Safety
     /// As for [`launch`]; nothing else writes these rows of the result. `slot` has the size that [`need`] says.
     unsafe fn run(&self, slot: &mut [f32]) {
-        let Plan { s, d, e, .. } = self.plan;
-        let (queries, rest) = slot.split_at_mut(self.plan.dim_blocks() * ROWS * LDA);
-        let (scores, sums) = rest.split_at_mut(ROWS * LDA);
+        let plan = self.inputs.plan;
+        let Plan { s, d, e, .. } = plan;
+        let (slot, sink_room) = slot.split_at_mut(self.inputs.slot);
+        let (queries, rest) = slot.split_at_mut(plan.dim_blocks() * ROWS * LDA);
+        let (scores, rest) = rest.split_at_mut(ROWS * LDA);
+        let (sums, room) = rest.split_at_mut(ROWS * e);
         let sums = &mut sums[..self.rows.len() * e];
         // SAFETY: the rows are inside the queries.
-        unsafe { self.load_queries(queries) };
+        unsafe { self.load_queries(queries, room) };
         let mut seen = [Seen { max: f32::NEG_INFINITY, sum: 0.0 }; ROWS];
         let seen = &mut seen[..self.rows.len()];
         // SAFETY: values follow the keys.
-        let values = unsafe { self.packed.add(self.plan.packed_keys()) };
+        let values = unsafe { self.packed.add(plan.packed_keys()) };
         let width = width();
         for first in (0..s).step_by(KEYS) {
             let keys = first..s.min(first + KEYS);
-            let is_hidden = self.op.causal && self.visible(self.rows.end - 1) <= first;
+            let is_hidden = self.inputs.op.causal && self.visible(self.rows.end - 1) <= first;
             if is_hidden && seen.iter().all(|row| row.max > SEEN_SCORE) {
                 break;
             }
@@ -225,35 +298,42 @@ impl Job<'_> {
             unsafe { product(scores, keys.len(), &panel, target, first > 0) };
         }
         for (r, seen) in seen.iter().enumerate() {
-            let sum = &mut sums[r * e..][..e];
-            multiply(1.0 / seen.sum, sum);
-            let element = self.query(self.rows.start + r) * e;
-            // SAFETY: this task owns the row of the result.
-            unsafe { store(self.out.ty.dtype, sum, self.out.ptr.add(element * self.out.ty.dtype.bytes())) };
+            multiply(1.0 / seen.sum, &mut sums[r * e..][..e]);
         }
+        let at = |r: usize| self.query(self.rows.start + r) * e;
+        // SAFETY: this task owns these rows of the result.
+        unsafe { self.inputs.sink.take(Sums::dense(sums, e), &at, sink_room) };
     }
 
     /// Number of row `t` of this head among all rows of all heads.
     fn query(&self, t: usize) -> usize {
-        (self.batch * self.plan.t + t) * self.plan.n + self.head
+        let plan = self.inputs.plan;
+        (self.batch * plan.t + t) * plan.n + self.head
     }
 
     /// Keys that query `t` sees.
     fn visible(&self, t: usize) -> usize {
-        if self.op.causal { t + self.plan.s - self.plan.t + 1 } else { self.plan.s }
+        let plan = self.inputs.plan;
+        if self.inputs.op.causal { t + plan.s - plan.t + 1 } else { plan.s }
     }
 
     /// Widens the queries to blocks of dims, each [`ROWS`] rows at distance [`LDA`].
     ///
     /// # Safety
     /// The rows are inside the operand.
-    unsafe fn load_queries(&self, queries: &mut [f32]) {
-        let (q, d) = (&self.args[0], self.plan.d);
+    unsafe fn load_queries(&self, queries: &mut [f32], room: &mut [f32]) {
+        let (q, d) = (&self.inputs.args[0], self.inputs.plan.d);
         for (r, t) in self.rows.clone().enumerate() {
+            // SAFETY: there is such a head.
+            let ready = self.inputs.queries.as_ref().map(|h| unsafe { h.head([self.batch, t, self.head], room) });
             for (block, dims) in (0..d).step_by(K_BLOCK).enumerate() {
                 let k = K_BLOCK.min(d - dims);
                 let element = self.query(t) * d + dims;
                 let dst = &mut queries[(block * ROWS + r) * LDA..][..k];
+                if let Some(head) = ready {
+                    dst.copy_from_slice(&head[dims..dims + k]);
+                    continue;
+                }
                 // SAFETY: the elements are inside the row.
                 unsafe { load(q.ty.dtype, q.ptr.add(element * q.ty.dtype.bytes()), dst) };
             }
@@ -266,11 +346,11 @@ impl Job<'_> {
     /// # Safety
     /// The bias has this query and these keys.
     unsafe fn adjust(&self, t: usize, keys: &Range<usize>, row: &mut [f32]) -> f32 {
-        let scale = self.op.scale.0 as f32;
+        let scale = self.inputs.op.scale.0 as f32;
         let visible = self.visible(t).saturating_sub(keys.start).min(row.len());
         let (seen, hidden) = row.split_at_mut(visible);
         hidden.fill(HIDDEN_SCORE as f32);
-        let max = match self.args.get(3) {
+        let max = match self.inputs.args.get(3) {
             None => scale_row(scale, seen),
             Some(bias) => {
                 debug_assert_eq!(bias.ty.dtype, DType::F32);

@@ -7,10 +7,11 @@
 use ltxc_ir::TensorType;
 use ltxc_ir::ops::GroupNorm;
 
-use super::element::{load, store};
+use super::element::load;
 use super::norm::{channels, wide};
 use super::parallel::{Need, Scratch, Shared, for_each};
 use super::simd::multiversion;
+use super::sink::{Memory, Sink, Sums};
 use super::{Arg, Output};
 use ltxc_ir::DType;
 
@@ -56,7 +57,7 @@ impl Cut {
     }
 }
 
-/// Scratch: moments, two parameters, and the mean and factor of every channel of a batch; for each thread two vectors of
+/// Scratch, besides what a sink needs for each thread: moments, two parameters, and the mean and factor of every channel of a batch; for each thread two vectors of
 /// channels and a chunk with its result.
 pub(crate) fn need(op: &GroupNorm, args: &[&TensorType]) -> Need {
     let cut = Cut::new(op, args[0]);
@@ -70,11 +71,19 @@ pub(crate) fn need(op: &GroupNorm, args: &[&TensorType]) -> Need {
 pub(crate) unsafe fn launch(op: &GroupNorm, args: &[Arg<'_>], out: &Output<'_>, workspace: &mut [u8]) {
     let types: Vec<&TensorType> = args.iter().map(|a| a.ty).collect();
     let scratch = Scratch::new(workspace, need(op, &types));
+    // SAFETY: passed on to the caller.
+    unsafe { launch_into(op, args, &Memory::new(out), &scratch) };
+}
+
+/// Gives the result to `sink`.
+///
+/// # Safety
+/// As for [`super::launch`]; `scratch` was made for [`need`] and the sink.
+pub(crate) unsafe fn launch_into(op: &GroupNorm, args: &[Arg<'_>], sink: &dyn Sink, scratch: &Scratch<'_>) {
     let cut = Cut::new(op, args[0].ty);
     let (c, groups) = (cut.c, cut.groups);
     let x = Rows { ptr: Shared::new(args[0].ptr.cast_mut()), dtype: args[0].ty.dtype, c };
-    let y = Rows { ptr: Shared::new(out.ptr), dtype: out.ty.dtype, c };
-    let (tasks, work) = (cut.batches * cut.chunks, out.ty.elements());
+    let (tasks, work) = (cut.batches * cut.chunks, args[0].ty.elements());
 
     // Scratch begins at a cache line, so f64 may stand there.
     let moments = Shared::new(scratch.shared().get().cast::<Moments>());
@@ -115,23 +124,18 @@ pub(crate) unsafe fn launch(op: &GroupNorm, args: &[Arg<'_>], out: &Output<'_>, 
     let (channel_mean, factor) = (&*channel_mean, &*factor);
     for_each(tasks, work, |task| {
         // SAFETY: called once per task.
-        let (room, result) = unsafe { scratch.slot() }[2 * c..].split_at_mut(cut.rows_per_chunk * c);
+        let (room, rest) = unsafe { scratch.slot() }[2 * c..].split_at_mut(cut.rows_per_chunk * c);
+        let (result, room_of_sink) = rest.split_at_mut(cut.rows_per_chunk * c);
         let (first, rows) = cut.chunk(task);
         let channels = task / cut.chunks * c..(task / cut.chunks + 1) * c;
-        // SAFETY: the chunk is inside operand and result, which do not overlap, and this task owns it.
+        let result = &mut result[..rows * c];
+        // SAFETY: the chunk is inside the operand, and this task owns it in the result.
         unsafe {
             let source = x.read(first, rows, room);
-            let target = if y.dtype == DType::F32 {
-                std::slice::from_raw_parts_mut(y.row(first).cast::<f32>(), rows * c)
-            } else {
-                &mut result[..rows * c]
-            };
-            for (x, y) in source.chunks_exact(c).zip(target.chunks_exact_mut(c)) {
+            for (x, y) in source.chunks_exact(c).zip(result.chunks_exact_mut(c)) {
                 affine(x, &channel_mean[channels.clone()], &factor[channels.clone()], w, b, y);
             }
-            if y.dtype != DType::F32 {
-                store(y.dtype, target, y.row(first));
-            }
+            sink.take(Sums::dense(result, rows * c), &|_| first * c, room_of_sink);
         }
     });
 }

@@ -12,6 +12,7 @@
 //! | `parallel` | threads and scratch memory |
 //! | `tile`, `pack`, `gemm` | blocked matrix product |
 //! | `patches` | the input under a convolution as operand of a product |
+//! | `heads` | queries and keys that are made where attention reads them |
 //! | `sink` | where finished sums go |
 //! | `fused` | several kernels as one |
 //! | the others | kernels |
@@ -24,6 +25,7 @@ mod element;
 mod fused;
 mod gemm;
 mod group_norm;
+mod heads;
 mod lanes;
 mod map;
 mod math;
@@ -130,7 +132,7 @@ fn need_kernel(kernel: &Kernel, args: &[&TensorType], out: &TensorType) -> paral
     match kernel {
         Kernel::Matmul(_) => matmul::need(args, out),
         Kernel::Map(map) => map::need(map, args, out),
-        Kernel::Attention(_) => attention::need(args),
+        Kernel::Attention(_) => attention::need(args, &[None, None]),
         Kernel::RmsNorm(_) | Kernel::LayerNorm(_) => norm::need(args),
         Kernel::GroupNorm(op) => group_norm::need(op, args),
         Kernel::Rope(_) => rope::need(args),

@@ -37,7 +37,7 @@ pub(crate) unsafe fn launch_rms(op: &RmsNorm, args: &[Arg<'_>], out: &Output<'_>
     // SAFETY: the contract of `launch`.
     unsafe {
         by_rows(args, out, workspace, |x, parameters, y| {
-            let scale = 1.0 / (dot(x, x) / x.len() as f32 + eps).sqrt();
+            let scale = rms_factor(x, eps);
             match parameters {
                 [w, ..] => scale_by(x, scale, w, y),
                 [] => scale_all(x, scale, y),
@@ -129,8 +129,13 @@ pub(crate) unsafe fn wide<'a>(arg: &Arg<'a>, n: usize, room: *mut f32) -> &'a [f
     }
 }
 
+/// What `rms_norm` multiplies a row with.
+pub(crate) fn rms_factor(x: &[f32], eps: f32) -> f32 {
+    1.0 / (dot(x, x) / x.len() as f32 + eps).sqrt()
+}
+
 multiversion! {
-    fn scale_all(x: &[f32], scale: f32, y: &mut [f32]) {
+    pub(crate) fn scale_all(x: &[f32], scale: f32, y: &mut [f32]) {
         for (y, &x) in y.iter_mut().zip(x) {
             *y = x * scale;
         }
@@ -138,7 +143,7 @@ multiversion! {
 }
 
 multiversion! {
-    fn scale_by(x: &[f32], scale: f32, w: &[f32], y: &mut [f32]) {
+    pub(crate) fn scale_by(x: &[f32], scale: f32, w: &[f32], y: &mut [f32]) {
         for ((y, &x), &w) in y.iter_mut().zip(x).zip(w) {
             *y = x * scale * w;
         }

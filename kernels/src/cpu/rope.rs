@@ -70,7 +70,7 @@ pub(crate) unsafe fn launch(op: &Rope, args: &[Arg<'_>], out: &Output<'_>, works
 }
 
 /// A table of cosines or sines that broadcasts to `[b, t, n, d/2]`.
-struct Table {
+pub(crate) struct Table {
     ptr: *const u8,
     dtype: DType,
     /// Elements from index to index, 0 where it repeats.
@@ -81,7 +81,7 @@ struct Table {
 unsafe impl Sync for Table {}
 
 impl Table {
-    fn new(arg: &Arg<'_>) -> Table {
+    pub(crate) fn new(arg: &Arg<'_>) -> Table {
         let strides = arg.ty.strides();
         let strides = [0, 1, 2, 3].map(|a| if arg.ty.shape[a] == 1 { 0 } else { strides[a] });
         Table { ptr: arg.ptr, dtype: arg.ty.dtype, strides }
@@ -92,7 +92,7 @@ impl Table {
     /// # Safety
     /// The index is inside the shape that the table broadcasts to; `room` is valid for `n` floats, which nothing else
     /// uses while the result lives.
-    unsafe fn read<'a>(&self, index: [usize; 3], n: usize, room: *mut f32) -> &'a [f32] {
+    pub(crate) unsafe fn read<'a>(&self, index: [usize; 3], n: usize, room: *mut f32) -> &'a [f32] {
         let offset: usize = index.iter().zip(self.strides).map(|(i, s)| i * s).sum();
         // SAFETY: passed on to the caller.
         unsafe {
@@ -113,7 +113,8 @@ impl Table {
     }
 }
 
-fn rotate(layout: RopeLayout, x: &[f32], cos: &[f32], sin: &[f32], y: &mut [f32]) {
+/// Rotates a head.
+pub(crate) fn rotate(layout: RopeLayout, x: &[f32], cos: &[f32], sin: &[f32], y: &mut [f32]) {
     match layout {
         RopeLayout::Split => rotate_halves(x, cos, sin, y),
         RopeLayout::Interleaved => rotate_neighbours(x, cos, sin, y),

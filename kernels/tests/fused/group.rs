@@ -172,7 +172,9 @@ impl Group {
     }
 
     /// Bytes of scratch that it needs on one thread.
+    #[track_caller]
     pub fn workspace(&self) -> usize {
+        Work::from(self.fused()).check(&self.types(), &self.results()).unwrap();
         catalogue::workspace_bytes(&self.fused().into(), &self.types(), &self.results(), 1)
     }
 

@@ -4,10 +4,14 @@
 //! | --- | --- |
 //! | rows | [`by_rows`]: the ordinary kernels, a few rows at a time |
 //! | product | pads are folded into the convolution, and the [`tail`] runs on every finished block of sums |
+//! | attention | queries and keys are [prepared](prepare) where they are loaded, and the tail runs on every block of queries |
+//! | group norm | the tail runs on every chunk of rows as it is normed |
 //!
-//! What cannot run so runs by rows too, its anchor as a whole: pads of batch or channels, and tails that [`tail`] refuses.
+//! What cannot run so runs by rows too, its anchor as a whole: pads of batch or channels, what [`prepare`] does not know,
+//! and tails that [`tail`] refuses.
 
 mod by_rows;
+mod prepare;
 mod scatter;
 mod tail;
 
@@ -17,69 +21,78 @@ use ltxc_ir::plan::{Form, Fused, InPlace, Kernel, PartArg, Source};
 use super::parallel::{Need, Scratch};
 use super::patches::{Grid, Padding};
 use super::sink::Sink;
-use super::{Arg, Output, conv, matmul};
+use super::{Arg, Output, attention, conv, group_norm, matmul};
 use tail::{Layout, Tail};
 
 /// A call whose tail runs with its anchor.
-struct Together {
+struct Together<'a> {
+    fused: &'a Fused,
     anchor: usize,
     layout: Layout,
 }
 
-impl Together {
+impl<'a> Together<'a> {
     /// `None` if the parts have to run one after the other.
-    fn new(fused: &Fused) -> Option<Together> {
+    fn new(fused: &'a Fused) -> Option<Together<'a>> {
         let anchor = match fused.form() {
             Ok(Form::Product { anchor, .. }) if Grid::can_pad(&pads(fused, anchor)) => anchor,
+            Ok(Form::Attention { anchor, .. }) if prepare::can_prepare(fused, anchor) => anchor,
+            Ok(Form::GroupNorm { .. }) => 0,
             _ => return None,
         };
-        Some(Together { anchor, layout: Layout::new(fused, anchor)? })
+        Some(Together { fused, anchor, layout: Layout::new(fused, anchor)? })
     }
 
-    fn need(&self, fused: &Fused) -> Need {
-        let part = &fused.parts[self.anchor];
+    fn need(&self) -> Need {
+        let part = &self.fused.parts[self.anchor];
         let args: Vec<&TensorType> = part.args.iter().map(|a| &a.ty).collect();
         let need = match &part.kernel {
+            Kernel::Matmul(_) => matmul::need(&args, &part.result),
             Kernel::Conv(op) => conv::need(op, &args, &part.result),
             Kernel::ConvTranspose(op) => conv::need_transpose(op, &args, &part.result),
-            _ => matmul::need(&args, &part.result),
+            Kernel::Attention(_) => {
+                // Types are enough to know what is needed.
+                let nowhere = |_| std::ptr::null();
+                attention::need(&args, &prepare::steps(self.fused, self.anchor, &nowhere))
+            }
+            Kernel::GroupNorm(op) => group_norm::need(op, &args),
+            kernel => unreachable!("`{}` is no anchor", kernel.name()),
         };
         need.with_room(self.layout.room)
     }
 
     /// # Safety
     /// As for [`super::launch`].
-    unsafe fn launch(&self, fused: &Fused, args: &[Arg<'_>], results: &[Output<'_>], workspace: &mut [u8]) {
-        let scratch = Scratch::new(workspace, self.need(fused));
-        let tail = Tail::new(fused, &self.layout, args, results);
+    unsafe fn launch(&self, args: &[Arg<'_>], results: &[Output<'_>], workspace: &mut [u8]) {
+        let scratch = Scratch::new(workspace, self.need());
+        let tail = Tail::new(self.fused, &self.layout, args, results);
         let sink: &dyn Sink = &tail;
-        let part = &fused.parts[self.anchor];
-        let operands: Vec<Arg<'_>> = part
-            .args
-            .iter()
-            .map(|arg| {
-                // What is padded lies where the first pad reads.
-                let source = match arg.source {
-                    Source::Part(_) => fused.parts[0].args[0].source,
-                    operand => operand,
-                };
-                let ptr = match source {
-                    Source::Operand(a) => args[a as usize].ptr,
-                    Source::Part(_) => unreachable!("the first part reads operands"),
-                };
-                Arg { ty: &arg.ty, ptr }
-            })
-            .collect();
+        let part = &self.fused.parts[self.anchor];
+        let operand = |source| match source {
+            Source::Operand(a) => args[a as usize].ptr,
+            // What is padded, normed or rotated lies where the first part of the chain reads.
+            Source::Part(last) => match self.fused.parts[self.fused.chain(last as usize)[0]].args[0].source {
+                Source::Operand(a) => args[a as usize].ptr,
+                Source::Part(_) => unreachable!("a chain begins with an operand"),
+            },
+        };
+        let operands: Vec<Arg<'_>> =
+            part.args.iter().map(|arg| Arg { ty: &arg.ty, ptr: operand(arg.source) }).collect();
         let out = &part.result;
         // SAFETY: the contract of this function; results are where the tail stores them.
         unsafe {
             match &part.kernel {
                 Kernel::Matmul(op) => matmul::launch_into(op, &operands, out, sink, &scratch),
                 Kernel::Conv(op) => {
-                    conv::launch_into(op, &pads(fused, self.anchor), &operands, out, sink, &scratch);
+                    conv::launch_into(op, &pads(self.fused, self.anchor), &operands, out, sink, &scratch);
                 }
                 Kernel::ConvTranspose(op) => conv::launch_transpose_into(op, &operands, out, sink, &scratch),
-                _ => unreachable!("the rule of the form: a product"),
+                Kernel::Attention(op) => {
+                    let steps = prepare::steps(self.fused, self.anchor, &operand);
+                    attention::launch_into(op, &operands, &steps, sink, &scratch);
+                }
+                Kernel::GroupNorm(op) => group_norm::launch_into(op, &operands, sink, &scratch),
+                kernel => unreachable!("`{}` is no anchor", kernel.name()),
             }
         }
     }
@@ -97,7 +110,7 @@ fn pads(fused: &Fused, anchor: usize) -> Vec<Padding<'_>> {
 /// Scratch for a run on `threads` threads.
 pub(crate) fn need(fused: &Fused, threads: usize) -> Need {
     match Together::new(fused) {
-        Some(together) => together.need(fused),
+        Some(together) => together.need(),
         None => by_rows::need(fused, threads),
     }
 }
@@ -111,7 +124,7 @@ pub(crate) unsafe fn launch(fused: &Fused, args: &[Arg<'_>], results: &[Output<'
     // SAFETY: passed on to the caller.
     unsafe {
         match Together::new(fused) {
-            Some(together) => together.launch(fused, args, results, workspace),
+            Some(together) => together.launch(args, results, workspace),
             None => by_rows::launch(fused, args, results, workspace),
         }
     }
