@@ -1,5 +1,6 @@
 //! A plan for tests of this crate.
 
+use ltxc_ir::DType;
 use ltxc_ir::plan::{Pipeline, Plan, Target};
 use ltxc_ir::tiling::TilePlan;
 
@@ -7,6 +8,7 @@ use ltxc_ir::tiling::TilePlan;
 pub(crate) fn empty() -> Plan {
     let pipeline = Pipeline {
         name: String::new(),
+        dtype: DType::F32,
         model: Default::default(),
         video: Default::default(),
         audio: Default::default(),

@@ -104,7 +104,18 @@ fn damage(n: &mut Numbers, seeds: &[Vec<u8>]) -> Vec<u8> {
     bytes
 }
 
+/// Writes the seeds where libFuzzer begins, if `LTXC_FUZZ_CORPUS` names the folder.
+fn save(name: &str, seeds: &[Vec<u8>]) {
+    let Some(corpus) = std::env::var_os("LTXC_FUZZ_CORPUS") else { return };
+    let folder = std::path::Path::new(&corpus).join(name);
+    std::fs::create_dir_all(&folder).expect("the folder of the corpus can be made");
+    for (i, seed) in seeds.iter().enumerate() {
+        std::fs::write(folder.join(format!("seed-{i}")), seed).expect("seeds can be written");
+    }
+}
+
 fn smoke(name: &str, seeds: &[Vec<u8>], target: fn(&[u8])) {
+    save(name, seeds);
     // The unchanged inputs reach the innermost checks.
     seeds.iter().for_each(|seed| target(seed));
     let (started, mut numbers, mut runs) = (Instant::now(), Numbers(20260), 0u64);

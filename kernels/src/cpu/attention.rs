@@ -21,7 +21,7 @@ use super::matmul::{LANES, sum_lanes};
 use super::pack::{Matrix, Panels};
 use super::parallel::{Need, Scratch, for_each};
 use super::simd::multiversion;
-use super::tile::{MAX_ROWS, MAX_WIDTH, Store, Tile, max_rows, width};
+use super::tile::{Fetch, MAX_ROWS, MAX_WIDTH, Source, Store, Tile, max_rows, width};
 use super::{Arg, Output, math};
 
 /// Queries per task: with scores and sums, half of a second cache of 1 MB. A multiple of the tile heights.
@@ -313,7 +313,8 @@ unsafe fn product(a: &[f32], k: usize, panel: &dyn Fn(usize) -> *const f32, c: B
     let height = c.rows.div_ceil(tiles);
     for column in (0..c.columns).step_by(width) {
         let at = column / width;
-        for first in (0..c.rows).step_by(height) {
+        let source = Source { at: panel(at + 1).cast(), along: width * size_of::<f32>(), across: size_of::<f32>() };
+        for (part, first) in (0..c.rows).step_by(height).enumerate() {
             let rows: [*mut f32; MAX_ROWS] =
                 std::array::from_fn(|r| c.ptr.wrapping_add((first + r) * c.stride + column));
             let tile = Tile {
@@ -322,7 +323,7 @@ unsafe fn product(a: &[f32], k: usize, panel: &dyn Fn(usize) -> *const f32, c: B
                 b: panel(at),
                 columns: width.min(c.columns - column),
                 store: if adds { Store::Add } else { Store::Set },
-                next: panel(at + 1).wrapping_add(first / height * k * width / tiles),
+                fetch: Fetch::part(source, part, tiles),
             };
             // SAFETY: the rows are inside `c`, the rest is what the caller promises.
             unsafe { tile.run::<LDA>(&rows[..height.min(c.rows - first)]) };

@@ -14,18 +14,18 @@ use super::patches::{Grid, Patches, TapWeights};
 use super::{Arg, Output};
 
 pub(crate) fn need(op: &Conv, args: &[&TensorType], out: &TensorType) -> Need {
-    need_of_grid(&Grid::of_conv(op, args[0], args[1], out), out)
+    need_of_grid(&Grid::of_conv(op, args[0], args[1], out))
 }
 
 pub(crate) fn need_transpose(op: &ConvTranspose, args: &[&TensorType], out: &TensorType) -> Need {
     Grid::of_transpose(op, args[0], args[1], out).fold(Need::default(), |all, grid| {
-        let need = need_of_grid(&grid, out);
+        let need = need_of_grid(&grid);
         Need { shared: all.shared.max(need.shared), per_thread: all.per_thread.max(need.per_thread) }
     })
 }
 
-fn need_of_grid(grid: &Grid, out: &TensorType) -> Need {
-    if depthwise::fits(grid) { depthwise::need(grid) } else { gemm::need(grid.extents(), out.dtype) }
+fn need_of_grid(grid: &Grid) -> Need {
+    if depthwise::fits(grid) { depthwise::need(grid) } else { gemm::need(grid.extents()) }
 }
 
 /// # Safety

@@ -79,7 +79,7 @@ pub(crate) fn need(args: &[&TensorType], out: &TensorType) -> Need {
     if plan.has_few_rows() {
         return Need { shared: plan.e.m * plan.e.k, per_thread: 0 };
     }
-    gemm::need(plan.e, out.dtype)
+    gemm::need(plan.e)
 }
 
 /// # Safety

@@ -36,6 +36,7 @@ mod reduce;
 mod rope;
 mod simd;
 mod tile;
+mod transpose;
 
 use ltxc_ir::TensorType;
 use ltxc_ir::plan::{Kernel, Work};

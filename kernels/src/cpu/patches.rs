@@ -14,6 +14,7 @@ use std::ops::Range;
 use super::element::load;
 use super::gemm::{Extents, LDA, Rows};
 use super::pack::{Matrix, Panels, pack_rows};
+use super::tile::Source;
 
 /// Most spatial axes of a tensor: the others are batch and channels.
 const MAX_AXES: usize = ltxc_ir::types::MAX_RANK - 2;
@@ -313,5 +314,11 @@ impl Panels for TapWeights {
             unsafe { pack_rows(&at, end - k, columns.len(), width, dst.add((k - ks.start) * width)) };
             k = end;
         }
+    }
+
+    fn source(&self, k: usize, column: usize) -> Source {
+        // Taps that are summed one after the other mostly lie one after the other.
+        let tap = self.kernel_positions.get(k / self.channels).copied().unwrap_or(0);
+        self.weights.source(tap * self.channels + k % self.channels, column)
     }
 }

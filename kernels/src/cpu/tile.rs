@@ -63,12 +63,54 @@ pub(crate) struct Tile {
     pub columns: usize,
     /// What happens to the result.
     pub store: Store,
-    /// Fetched into the second cache on the way: 64 bytes for every [`STEP`] summed elements.
-    pub next: *const f32,
+    /// Fetched into the second cache on the way.
+    pub fetch: Fetch,
 }
 
-/// Summed elements between two fetches.
-pub(crate) const STEP: usize = 8;
+/// Summed elements between two fetches: a line of f32.
+const STEP: usize = 16;
+
+/// Bytes of a line.
+const LINE: usize = 64;
+
+/// Memory from which the panel after this one is packed.
+#[derive(Clone, Copy)]
+pub(crate) struct Source {
+    /// The first element. Any address is allowed: it is only fetched.
+    pub at: *const u8,
+    /// Bytes from one summed index to the next.
+    pub along: usize,
+    /// Bytes from one column to the next.
+    pub across: usize,
+}
+
+/// What a tile fetches: for every [`STEP`] summed elements a number of pieces at equal distances.
+#[derive(Clone, Copy)]
+pub(crate) struct Fetch {
+    at: *const u8,
+    /// From one step to the next.
+    step: usize,
+    /// From one piece to the next.
+    distance: usize,
+    pieces: usize,
+    /// Whether a piece is two lines.
+    is_pair: bool,
+}
+
+impl Fetch {
+    /// Part `i` of `parts` of a panel.
+    pub(crate) fn part(source: Source, i: usize, parts: usize) -> Fetch {
+        // Either columns are runs of memory, and a step is a line of each, or summed indices are.
+        let (distance, pieces, is_pair) = if source.along < source.across {
+            (source.across, width(), false)
+        } else {
+            (source.along, STEP, width() * source.across > LINE)
+        };
+        let (first, end) = (pieces * i / parts, pieces * (i + 1) / parts);
+        let at = source.at.wrapping_add(first * distance);
+        Fetch { at, step: STEP * source.along, distance, pieces: end - first, is_pair }
+    }
+}
 
 impl Tile {
     /// Computes the tile. `c` points to the first column of each of its rows.
@@ -106,7 +148,7 @@ fn fetch_now(p: *const f32) {
 
 /// Asks for the line at `p` in the second cache. Any address is allowed.
 #[inline(always)]
-fn fetch_soon(p: *const f32) {
+fn fetch_soon(p: *const u8) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a hint that reads nothing.
     unsafe {
@@ -147,13 +189,19 @@ macro_rules! tile_kernel {
                 let mut p = 0;
                 while p < t.k {
                     let step = p / STEP;
-                    fetch_soon(t.next.wrapping_add(step * 16));
+                    let mut line = t.fetch.at.wrapping_add(step * t.fetch.step);
+                    for _ in 0..t.fetch.pieces {
+                        fetch_soon(line);
+                        if t.fetch.is_pair {
+                            fetch_soon(line.wrapping_add(LINE));
+                        }
+                        line = line.wrapping_add(t.fetch.distance);
+                    }
                     if step < R {
                         let c = *c.get_unchecked(step);
                         (0..WIDTH / 16).for_each(|line| fetch_now(c.wrapping_add(line * 16)));
-                    } else if step < 2 * R {
-                        // The first line of each row of the tile below.
-                        fetch_now(a.wrapping_add(step * LDA));
+                        // A row of the tile below.
+                        (0..LDA / 16).for_each(|line| fetch_now(a.wrapping_add((R + step) * LDA + line * 16)));
                     }
                     let end = t.k.min(p + STEP);
                     while p < end {
@@ -193,7 +241,7 @@ macro_rules! tile_kernel {
 
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
-    use super::{STEP, Store, Tile, fetch_now, fetch_soon};
+    use super::{LINE, STEP, Store, Tile, fetch_now, fetch_soon};
     use std::arch::x86_64::{
         __m512 as Vector, _mm512_add_ps as add, _mm512_fmadd_ps as fma, _mm512_loadu_ps as load,
         _mm512_set1_ps as splat, _mm512_storeu_ps as put,
@@ -203,7 +251,7 @@ mod avx512 {
 
 #[cfg(target_arch = "x86_64")]
 mod avx2 {
-    use super::{STEP, Store, Tile, fetch_now, fetch_soon};
+    use super::{LINE, STEP, Store, Tile, fetch_now, fetch_soon};
     use std::arch::x86_64::{
         __m256 as Vector, _mm256_add_ps as add, _mm256_fmadd_ps as fma, _mm256_loadu_ps as load,
         _mm256_set1_ps as splat, _mm256_storeu_ps as put,
@@ -212,7 +260,7 @@ mod avx2 {
 }
 
 mod portable {
-    use super::{STEP, Store, Tile, fetch_now, fetch_soon};
+    use super::{LINE, STEP, Store, Tile, fetch_now, fetch_soon};
 
     type Vector = [f32; 4];
 

@@ -32,6 +32,7 @@ mod rows;
 mod steps;
 mod storage;
 mod tile;
+mod work;
 
 use cubecl::prelude::*;
 use cubecl::server::Handle;
@@ -39,6 +40,7 @@ use ltxc_ir::plan::{Kernel, Map, MapStep};
 use ltxc_ir::{DType, TensorType};
 
 use call::Call;
+pub use work::{launch_work, work_workspace_bytes};
 
 /// An operand or result of a kernel call: a sub-range of an arena.
 pub struct CubeTensor<'a> {

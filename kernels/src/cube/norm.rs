@@ -39,7 +39,7 @@ pub(crate) fn launch<R: Runtime>(eps: f64, is_centred: bool, call: &Call<'_, R>)
     let parameters = |i: usize| (i..call.args.len().min(i + 1)).map(|i| call.arg(i)).collect();
     // SAFETY: cubes beyond the rows do nothing; words of the result lie in one row.
     unsafe {
-        norm::launch_unchecked::<R>(
+        row_norm::launch_unchecked::<R>(
             call.client,
             call.cubes(rows)?,
             CubeDim::new_1d(units),
@@ -56,9 +56,9 @@ pub(crate) fn launch<R: Runtime>(eps: f64, is_centred: bool, call: &Call<'_, R>)
     Ok(())
 }
 
-/// The result may lie on `x`.
+/// The result may lie on `x`. CUDA has a function `norm` of its own.
 #[cube(launch_unchecked)]
-fn norm(
+fn row_norm(
     x: &mut Array<u32>,
     weight: &Sequence<Array<u32>>,
     bias: &Sequence<Array<u32>>,

@@ -7,7 +7,7 @@ use cubecl::wgpu::{AutoGraphicsApi, RuntimeOptions, WgpuDevice, WgpuRuntime, Wgp
 use ltxc_ir::TensorType;
 use ltxc_ir::eval::Tensor;
 use ltxc_ir::ops::Unary;
-use ltxc_ir::plan::Kernel;
+use ltxc_ir::plan::{Kernel, Work};
 use ltxc_kernels::cube::{self, CubeTensor, guard};
 
 #[path = "../simple/harness.rs"]
@@ -85,13 +85,13 @@ impl Arena {
 
 /// The result of a call on memory that held `before`; `in_place` is the operand that it lies on.
 #[track_caller]
-fn call(kernel: &Kernel, args: &[Tensor], before: &Tensor, in_place: Option<usize>) -> Vec<u8> {
+fn call(work: &Work, args: &[Tensor], before: &Tensor, in_place: Option<usize>) -> Vec<u8> {
     let client = client();
     let types: Vec<&TensorType> = args.iter().map(|a| &a.ty).collect();
     let mut arena = Arena::default();
     let mut ranges: Vec<(u64, u64)> = args.iter().map(|a| arena.push(&a.to_bytes())).collect();
     ranges.push(in_place.map_or_else(|| arena.push(&before.to_bytes()), |i| ranges[i]));
-    let scratch_bytes = cube::workspace_bytes(kernel, &types, &[&before.ty]);
+    let scratch_bytes = cube::work_workspace_bytes(work, &types, &[&before.ty]);
     let scratch = arena.push(&vec![0xa5; scratch_bytes]);
     let memory = client.create_from_slice(&arena.bytes);
     let total = arena.bytes.len() as u64;
@@ -103,7 +103,7 @@ fn call(kernel: &Kernel, args: &[Tensor], before: &Tensor, in_place: Option<usiz
     let scratch_ty = TensorType::new(ltxc_ir::DType::U8, [scratch_bytes]);
     let workspace = CubeTensor { ty: &scratch_ty, handle: part(scratch) };
     let out = result.handle.clone();
-    cube::launch(&client, kernel, &operands, &[result], Some(&workspace)).unwrap();
+    cube::launch_work(&client, work, &operands, &[result], Some(&workspace)).unwrap();
     guard::sync(&client).unwrap();
     let bytes = before.ty.bytes();
     if bytes == 0 { Vec::new() } else { client.read_one(out).unwrap()[..bytes].to_vec() }
@@ -111,13 +111,20 @@ fn call(kernel: &Kernel, args: &[Tensor], before: &Tensor, in_place: Option<usiz
 
 /// Runs the call, and again in place wherever that is allowed; all must give the same bytes.
 #[track_caller]
-pub fn run_onto(kernel: &Kernel, args: &[Tensor], before: &Tensor) -> Tensor {
+pub fn run_work(work: &Work, args: &[Tensor], before: &Tensor) -> Tensor {
     let types: Vec<&TensorType> = args.iter().map(|a| &a.ty).collect();
-    let bytes = call(kernel, args, before, None);
-    for i in (0..args.len()).filter(|&i| kernel.in_place().allows(i) && args[i].ty == before.ty) {
-        assert!(call(kernel, args, before, Some(i)) == bytes, "{kernel:?} {types:?}: in place of {i} differs");
+    work.check(&types, &[&before.ty]).unwrap();
+    let bytes = call(work, args, before, None);
+    for i in (0..args.len()).filter(|&i| work.may_overwrite(i, 0) && args[i].ty == before.ty) {
+        assert!(call(work, args, before, Some(i)) == bytes, "{work:?} {types:?}: in place of {i} differs");
     }
     Tensor::from_bytes(before.ty.clone(), &bytes)
+}
+
+/// Runs a kernel on memory that held `before`.
+#[track_caller]
+pub fn run_onto(kernel: &Kernel, args: &[Tensor], before: &Tensor) -> Tensor {
+    run_work(&kernel.clone().into(), args, before)
 }
 
 /// [`run_onto`] zeros.

@@ -18,5 +18,6 @@ mod movement;
 #[path = "../simple/rows.rs"]
 mod rows;
 
+mod fused;
 mod harness;
 mod speed;

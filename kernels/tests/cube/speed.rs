@@ -38,7 +38,7 @@ fn measure(what: &str, kernel: &Kernel, args: &[TensorType], out: &TensorType) {
     let mut times: Vec<Duration> = (0..LAUNCHES).map(|_| time()).collect();
     times.sort_unstable();
     let seconds = times[LAUNCHES / 2].as_secs_f64();
-    let flops = catalogue::flops(kernel, &types, &[out]) as f64;
+    let flops = catalogue::flops(&kernel.clone().into(), &types, &[out]) as f64;
     println!(
         "{what:40} {:8.1} ms {:7.2} GFLOP/s, first {:.2} s",
         seconds * 1e3,

@@ -11,16 +11,16 @@ use super::harness::{Random, close, reference, run, unit};
 #[derive(Clone, Debug)]
 pub struct Case {
     pub transpose: bool,
-    batch: usize,
-    input: Vec<usize>,
-    kernel: Vec<usize>,
+    pub batch: usize,
+    pub input: Vec<usize>,
+    pub kernel: Vec<usize>,
     pub stride: Vec<usize>,
-    dilation: Vec<usize>,
+    pub dilation: Vec<usize>,
     pub pad: Vec<(usize, usize)>,
     pub groups: usize,
     /// Channels of a group, in and out.
-    channels: (usize, usize),
-    dtypes: (DType, DType),
+    pub channels: (usize, usize),
+    pub dtypes: (DType, DType),
 }
 
 impl Case {
