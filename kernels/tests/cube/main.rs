@@ -20,4 +20,3 @@ mod rows;
 
 mod fused;
 mod harness;
-mod speed;
