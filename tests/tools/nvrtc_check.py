@@ -41,7 +41,7 @@ def install(venv):
         ]
         for command in commands:
             try:
-                done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+                done = subprocess.run(command, capture_output=True, text=True, timeout=180)
             except (OSError, subprocess.TimeoutExpired) as error:
                 print(f"{command[0]}: {error}", file=sys.stderr)
                 return None
@@ -132,9 +132,9 @@ def report(rows, architectures):
     for file, found in sorted(kernels.items()):
         over = lambda field: " / ".join(str(found[a][field]) if a in found else "–" for a in architectures)
         first = next(iter(found.values()))
-        lines.append([f"`{file}`", first["calls"], first["units"], over("registers"), over("shared"), over("spilled")])
+        lines.append([f"`{file}`", first["calls"], first["units"], over("registers"), over("shared"), over("spilled"), first["example"]])
     targets = " / ".join(architectures)
-    detail = table(["kernel", "calls", "units", "registers", "shared bytes", "spilled bytes"], lines)
+    detail = table(["kernel", "calls", "units", "registers", "shared bytes", "spilled bytes", "first call"], lines)
     failed = [f"`{r['file']}` for {r['architecture']} ({r['example']}):\n\n{r['log'][:1500]}" for r in rows if not r["compiles"]]
     parts = [table(columns, summary), f"Per kernel, {targets}:", detail, *failed]
     return "\n\n".join(parts) + "\n"
@@ -145,7 +145,6 @@ def arguments():
     parser.add_argument("--venv", type=Path, required=True, help="virtual environment with NVRTC, made if absent")
     parser.add_argument("--sources", type=Path, required=True, help="folder with one folder of .cu files per target")
     parser.add_argument("--report", type=Path, help="file for the tables, in Markdown; printed if absent")
-    parser.add_argument("--largest", type=int, help="of all targets but sm_90a, only the longest so many sources")
     return parser.parse_args()
 
 
@@ -162,8 +161,6 @@ def main():
     rows = []
     for architecture in ARCHITECTURES:
         files = sorted((args.sources / architecture).glob("*.cu"))
-        if args.largest and architecture != "sm_90a":
-            files = sorted(files, key=lambda file: -file.stat().st_size)[: args.largest]
         rows += [check(nvrtc, file, architecture) for file in files]
     text = report(rows, ARCHITECTURES)
     if args.report:

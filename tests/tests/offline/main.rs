@@ -11,7 +11,11 @@ mod targets;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use ltxc_ir::plan::Target;
+use cubecl_cpp::shared::CompilationOptions;
+use cubecl_ir::{DeviceProperties, TargetProperties};
+use ltxc_ir::ops::Matmul;
+use ltxc_ir::plan::{Kernel, KernelCall, Operand, Place, Storage, Target};
+use ltxc_ir::{DType, TensorType};
 
 use plan::{Recording, distinct_calls, plans, record};
 use targets::{Cuda, Gpu, Metal};
@@ -34,6 +38,67 @@ fn every_call_has_cuda_source() {
 fn every_call_has_metal_source() {
     let plans = plans(&Target::wgpu());
     check(&record::<Metal>(METAL, &distinct_calls(&plans)), Metal::NAME, "metal", "[[kernel]]");
+}
+
+/// A device on which next to nothing fits: the checks see it.
+#[derive(Clone, Debug)]
+struct Small;
+
+impl Gpu for Small {
+    type Dialect = <Metal as Gpu>::Dialect;
+    const NAME: &'static str = "small";
+
+    fn describe(generation: u16) -> (DeviceProperties, CompilationOptions) {
+        let (mut properties, options) = Metal::describe(generation);
+        properties.hardware.max_shared_memory_size = 64;
+        properties.hardware.max_units_per_cube = 32;
+        properties.hardware.max_bindings = 2;
+        (properties, options)
+    }
+
+    fn fragments() -> TargetProperties {
+        Metal::fragments()
+    }
+
+    fn passes_lengths() -> bool {
+        Metal::passes_lengths()
+    }
+}
+
+#[test]
+fn launches_beyond_the_device_are_problems() {
+    let call = matmul([256, 256], [256, 256]);
+    assert_eq!(record::<Metal>(METAL + 1, &[&call]).problems, [""; 0]);
+    let problems = record::<Small>(METAL, &[&call]).problems.join("\n");
+    for what in ["bytes of shared memory, the device at most 64", "3 buffers", "units in a cube, the device at most 32"]
+    {
+        assert!(problems.contains(what), "`{what}` is not in:\n{problems}");
+    }
+}
+
+#[test]
+fn calls_that_cannot_be_launched_are_problems() {
+    let problems = |call: KernelCall| record::<Metal>(METAL + 2, &[&call]).problems.join("\n");
+    assert!(problems(matmul([256, 256], [255, 256])).contains("matmul"));
+    assert!(problems(matmul([1 << 17, 1 << 17], [1 << 17, 1])).contains("more elements than kernels count"));
+    assert!(problems(matmul([0, 16], [16, 16])).contains("nothing is launched"));
+}
+
+fn matmul([m, k]: [usize; 2], rhs: [usize; 2]) -> KernelCall {
+    let operand = |shape: [usize; 2]| Operand {
+        place: Place::Constant,
+        offset: 0,
+        ty: TensorType::new(DType::F32, shape),
+        storage: Storage::Native,
+    };
+    KernelCall {
+        work: Kernel::Matmul(Matmul { transpose_rhs: false }).into(),
+        args: vec![operand([m, k]), operand(rhs)],
+        results: vec![operand([m, rhs[1]])],
+        name: String::new(),
+        flops: 0,
+        bytes: 0,
+    }
 }
 
 /// Fails with everything that is wrong, after what is right was written.

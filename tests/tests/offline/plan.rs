@@ -84,7 +84,8 @@ pub struct Kernel {
 /// What calls launch on a GPU.
 #[derive(Default)]
 pub struct Recording {
-    /// Kernels of distinct text, in the order in which they are first launched.
+    /// Kernels of distinct text, in the order in which they are first launched. CubeCL declares variables in any order, so
+    /// texts of the same lines are the same.
     pub kernels: Vec<Kernel>,
     /// What is wrong, in words.
     pub problems: Vec<String>,
@@ -94,7 +95,7 @@ pub struct Recording {
 pub fn record<G: Gpu>(generation: u16, calls: &[&KernelCall]) -> Recording {
     let client = Recorder::<G>::client(&Generation(generation));
     let mut recording = Recording::default();
-    let mut places: BTreeMap<String, usize> = BTreeMap::new();
+    let mut places: BTreeMap<Vec<String>, usize> = BTreeMap::new();
     for call in calls {
         let name = name(call);
         let mut problem = |what: String| recording.problems.push(format!("{name}: {what}"));
@@ -118,7 +119,9 @@ pub fn record<G: Gpu>(generation: u16, calls: &[&KernelCall]) -> Recording {
                 }
             };
             check(&client, &launch, source).into_iter().for_each(&mut problem);
-            let place = *places.entry(source.text.clone()).or_insert_with(|| {
+            let mut lines: Vec<String> = source.text.lines().map(Into::into).collect();
+            lines.sort();
+            let place = *places.entry(lines).or_insert_with(|| {
                 recording.kernels.push(Kernel { source: source.clone(), calls: 0, example: name.clone() });
                 recording.kernels.len() - 1
             });
@@ -144,7 +147,7 @@ fn launch<G: Gpu>(client: &ComputeClient<Recorder<G>>, call: &KernelCall) -> Res
     Ok(client.info().take())
 }
 
-/// What a device would refuse, or what CUDA compilers would leave out.
+/// What a device would refuse.
 fn check<G: Gpu>(client: &ComputeClient<Recorder<G>>, launch: &Launch, source: &Source) -> Vec<String> {
     let limits = &client.properties().hardware;
     let mut problems = Vec::new();
