@@ -45,7 +45,7 @@ use ltxc_ir::plan::{Kernel, Map, MapStep};
 use ltxc_ir::{DType, TensorType};
 
 use call::{Bound, Call};
-pub use work::{launch_work, work_workspace_bytes};
+pub use work::{launch_work, work_launches, work_workspace_bytes};
 
 /// An operand or result of a kernel call: a sub-range of an arena.
 pub struct CubeTensor<'a> {

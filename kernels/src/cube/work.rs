@@ -116,6 +116,14 @@ pub fn work_workspace_bytes(work: &Work, args: &[&TensorType], results: &[&Tenso
     }
 }
 
+/// How many kernels [`launch_work`] runs one after the other for a call that was checked; some are a few launches each.
+pub fn work_launches(work: &Work, args: &[&TensorType], results: &[&TensorType]) -> usize {
+    match work {
+        Work::Kernel(_) => 1,
+        Work::Fused(fused) => schedule(fused, args, results).len(),
+    }
+}
+
 /// Where the result of a part lies.
 enum Place {
     /// In no memory.

@@ -19,5 +19,6 @@ mod movement;
 mod rows;
 
 mod fused;
+mod fused_random;
 mod harness;
 mod speed;
