@@ -39,22 +39,22 @@ type Nodes = BTreeSet<usize>;
 /// Proposes the groups of a function that stand at node `at`, best first; the first that can run as one is taken.
 type Propose = fn(&Graph<'_>, usize) -> Vec<Nodes>;
 
-/// Pass `fuse-attention`. See [`attention`].
+/// Pass `fuse-attention`: norms, rotations and gates join the attention they belong to.
 pub fn fuse_attention(module: &Module, options: &Options) -> Module {
     with_groups(module, options, attention::propose)
 }
 
-/// Pass `fuse-product`. See [`product`].
+/// Pass `fuse-product`: bias, activation, gate, residual, padding and rearranging join their product.
 pub fn fuse_product(module: &Module, options: &Options) -> Module {
     with_groups(module, options, product::propose)
 }
 
-/// Pass `fuse-group-norm`. See [`group_norm`].
+/// Pass `fuse-group-norm`: what follows a group norm element by element joins it.
 pub fn fuse_group_norm(module: &Module, options: &Options) -> Module {
     with_groups(module, options, group_norm::propose)
 }
 
-/// Pass `fuse-rows`. See [`rows`].
+/// Pass `fuse-rows`: AdaLN, pixel norms, rotations, snake and whatever else works along rows.
 pub fn fuse_rows(module: &Module, options: &Options) -> Module {
     with_groups(module, options, rows::propose)
 }

@@ -21,4 +21,3 @@ mod rows;
 mod fused;
 mod fused_random;
 mod harness;
-mod speed;

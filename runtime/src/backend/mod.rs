@@ -1,6 +1,6 @@
 //! What runs plans: memory of a device and kernel calls on it.
 //!
-//! A [`Backend`] knows nothing of programs, frames or files. [`Binding`] follows the functions of a plan and binds every
+//! A [`Backend`] knows nothing of programs, frames or files. `Binding` follows the functions of a plan and binds every
 //! kernel call to memory once, when a program is loaded; running it is then a loop over [`Backend::launch`]. Memory is
 //! named by numbers ([`BufferId`]), so that a call looks the same on every device.
 //!
@@ -65,7 +65,7 @@ impl Region {
     }
 }
 
-/// A kernel call and where its operands lie. Only [`Binding`] makes them, from plans that were verified: types fit the
+/// A kernel call and where its operands lie. Only `Binding` makes them, from plans that were verified: types fit the
 /// work, and results overlap operands only where the work allows it.
 pub struct Call<'a> {
     pub(crate) work: &'a Work,

@@ -117,7 +117,7 @@ impl<'a> Writer<'a, '_> {
             // What nobody reads any more makes room.
             for (p, at) in made[..i].iter().enumerate().filter(|&(p, _)| !fused.stored.contains(&(p as u32))) {
                 if let At::Scratch(start) = *at
-                    && readers(Source::Part(p as u32)).last() == Some(i)
+                    && readers(Source::Part(p as u32)).next_back() == Some(i)
                 {
                     self.scratch.release(start);
                 }

@@ -190,7 +190,7 @@ impl<'a, R: Runtime> Backend<'a> for Cube<'a, R> {
         limits::check_sizes(plan, &self.device)?;
         let scratch = |call: &KernelCall| {
             let nowhere = Region { buffer: BufferId(0), offset: 0 };
-            let place = |operand: &'_ ltxc_ir::plan::Operand| Region { offset: operand.offset, ..nowhere };
+            let place = |operand: &ltxc_ir::plan::Operand| Region { offset: operand.offset, ..nowhere };
             let args = call.args.iter().map(|a| (&a.ty, place(a))).collect();
             let results = call.results.iter().map(|r| (&r.ty, place(r))).collect();
             steps_of(&Call { work: &call.work, args, results }, &self.rules()).1

@@ -24,7 +24,7 @@ impl Case {
     }
 
     fn call(&self, buffer: BufferId) -> Call<'_> {
-        let place = |(ty, offset): &'_ (TensorType, u64)| Region { buffer, offset: *offset };
+        let place = |operand: &(TensorType, u64)| Region { buffer, offset: operand.1 };
         let args = self.args.iter().map(|a| (&a.0, place(a))).collect();
         let results = self.results.iter().map(|r| (&r.0, place(r))).collect();
         Call { work: &self.work, args, results }
@@ -33,7 +33,7 @@ impl Case {
     /// Runs it whole and in steps on a device with this alignment, and compares all memory. Returns steps and scratch.
     #[track_caller]
     fn check(&self, alignment: u64) -> (usize, u64) {
-        let types = |operands: &'_ [(TensorType, u64)]| operands.iter().map(|o| o.0.clone()).collect::<Vec<_>>();
+        let types = |operands: &[(TensorType, u64)]| operands.iter().map(|o| o.0.clone()).collect::<Vec<_>>();
         let (args, results) = (types(&self.args), types(&self.results));
         self.work.check(&args.iter().collect::<Vec<_>>(), &results.iter().collect::<Vec<_>>()).unwrap();
 
