@@ -12,14 +12,13 @@
 
 use cubecl::prelude::*;
 use ltxc_ir::ops::{Attention, HIDDEN_SCORE};
-use ltxc_ir::plan::MapStep;
 use ltxc_ir::{DType, TensorType};
 
 use super::call::{Call, to_u32};
 use super::gemm::four_along;
 use super::index::{broadcast_strides, numbers};
 use super::math::exp;
-use super::steps::epilogue;
+use super::program::{Program, finish};
 use super::storage::{self, encode, load, place, words_of_four};
 use super::tile::{self, Heads};
 
@@ -36,7 +35,7 @@ struct Blueprint {
     has_bias: bool,
     is_causal: bool,
     /// What happens to elements before they are stored.
-    steps: Vec<MapStep>,
+    tail: Program,
 }
 
 /// Whether words of the result lie in one head each.
@@ -59,7 +58,7 @@ pub(crate) fn launch<R: Runtime>(op: &Attention, call: &Call<'_, R>) -> Result<(
         is_aligned,
         has_bias: call.args.len() > 3,
         is_causal: op.causal,
-        steps: Vec::new(),
+        tail: call.tail_program(),
     };
     let cubes = b * n * t.div_ceil(tile.queries as usize) * e.div_ceil(tile.columns as usize);
     let bias_strides = match call.args.get(3) {
@@ -82,7 +81,10 @@ pub(crate) fn launch<R: Runtime>(op: &Attention, call: &Call<'_, R>) -> Result<(
             call.arg(2),
             (3..call.args.len()).map(|i| call.arg(i)).collect(),
             call.out(),
-            SequenceArg::new(),
+            call.tail_reads(),
+            call.tail_overlaps(),
+            call.tail_numbers()?,
+            call.tail_scalars(),
             numbers(bias_strides)?,
             b?,
             t?,
@@ -106,6 +108,9 @@ fn attend<QueryWidth: Size, KeyWidth: Size, ValueWidth: Size>(
     v: &Array<Vector<u32, ValueWidth>>,
     bias: &Sequence<Array<u32>>,
     out: &mut Array<u32>,
+    reads: &Sequence<Array<u32>>,
+    overlaps: &mut Sequence<Array<u32>>,
+    tail_numbers: &Sequence<u32>,
     scalars: &Sequence<f32>,
     bias_strides: &Sequence<u32>,
     b: u32,
@@ -394,7 +399,15 @@ fn attend<QueryWidth: Size, KeyWidth: Size, ValueWidth: Size>(
                         #[unroll]
                         for l in 0..comptime!(lanes as usize) {
                             let sum = sums[comptime!(i * column_vectors as usize * 4 + first as usize + l)];
-                            let value = epilogue(sum * factor, scalars, comptime!(blueprint.steps.clone()));
+                            let value = finish(
+                                sum * factor,
+                                base + column + comptime!(l as u32),
+                                reads,
+                                overlaps,
+                                tail_numbers,
+                                scalars,
+                                comptime!(blueprint.tail.clone()),
+                            );
                             word |= place(
                                 encode(value, comptime!(blueprint.out)),
                                 comptime!(l as u32).runtime(),

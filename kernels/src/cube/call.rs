@@ -8,6 +8,9 @@ use cubecl::server::Handle;
 use ltxc_ir::TensorType;
 
 use super::CubeTensor;
+use super::compose::Composed;
+use super::index::numbers;
+use super::program::Program;
 use super::storage;
 
 /// Units of a cube where nothing is shared between them.
@@ -19,6 +22,15 @@ pub(crate) struct Call<'a, R: Runtime> {
     pub(crate) args: &'a [CubeTensor<'a>],
     pub(crate) out: &'a CubeTensor<'a>,
     pub(crate) workspace: Option<&'a CubeTensor<'a>>,
+    /// What happens to elements before they are stored. Only kernels that finish elements are called with any.
+    pub(crate) tail: Option<&'a Bound<'a>>,
+}
+
+/// A program with its operands.
+pub(crate) struct Bound<'a> {
+    pub(crate) composed: &'a Composed,
+    pub(crate) reads: Vec<CubeTensor<'a>>,
+    pub(crate) overlaps: Vec<CubeTensor<'a>>,
 }
 
 impl<R: Runtime> Call<'_, R> {
@@ -32,6 +44,36 @@ impl<R: Runtime> Call<'_, R> {
     /// The result as words.
     pub(crate) fn out(&self) -> ArrayArg<R> {
         bind(self.out)
+    }
+
+    /// What happens to elements.
+    pub(crate) fn tail_program(&self) -> Program {
+        self.tail.map(|t| t.composed.program.clone()).unwrap_or_default()
+    }
+
+    /// Operands of the tail that are only read.
+    pub(crate) fn tail_reads(&self) -> SequenceArg<R, Array<u32>> {
+        self.tail.iter().flat_map(|t| &t.reads).map(bind).collect()
+    }
+
+    /// Operands of the tail that the result may lie on.
+    pub(crate) fn tail_overlaps(&self) -> SequenceArg<R, Array<u32>> {
+        self.tail.iter().flat_map(|t| &t.overlaps).map(bind).collect()
+    }
+
+    /// Extents and strides of the tail.
+    ///
+    /// # Errors
+    /// A number beyond u32.
+    pub(crate) fn tail_numbers(&self) -> Result<SequenceArg<R, u32>, String> {
+        numbers(self.tail.iter().flat_map(|t| t.composed.numbers.iter().copied()))
+    }
+
+    /// Scalars of the tail.
+    pub(crate) fn tail_scalars(&self) -> SequenceArg<R, f32> {
+        let mut scalars = SequenceArg::new();
+        self.tail.iter().flat_map(|t| &t.composed.scalars).for_each(|&v| scalars.push(v as f32));
+        scalars
     }
 
     /// The start of the workspace as `words` words.
@@ -68,7 +110,7 @@ impl<R: Runtime> Call<'_, R> {
 }
 
 /// A tensor as words.
-fn bind<R: Runtime>(tensor: &CubeTensor<'_>) -> ArrayArg<R> {
+pub(crate) fn bind<R: Runtime>(tensor: &CubeTensor<'_>) -> ArrayArg<R> {
     bind_words(tensor.handle.clone(), storage::words(tensor.ty.dtype, tensor.ty.elements()))
 }
 

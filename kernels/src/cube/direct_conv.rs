@@ -2,11 +2,10 @@
 
 use cubecl::prelude::*;
 use ltxc_ir::DType;
-use ltxc_ir::plan::MapStep;
 
 use super::call::{Call, to_u32};
 use super::patches::{BASE, EXTENT, POSITIONS, STEP, STRIDE, number, split, split_taps};
-use super::steps::epilogue;
+use super::program::{Program, finish};
 use super::storage::{self, encode, load, place};
 
 /// What a kernel is built for.
@@ -18,7 +17,7 @@ struct Blueprint {
     axes: usize,
     is_transposed: bool,
     /// What happens to elements before they are stored.
-    steps: Vec<MapStep>,
+    tail: Program,
 }
 
 /// `numbers` are those of the axes, whose positions are the places of the result.
@@ -32,7 +31,8 @@ pub(crate) fn launch<R: Runtime>(
     let (x, w, out) = (call.args[0].ty, call.args[1].ty, call.out.ty);
     let [ci, co] = [x, out].map(|ty| ty.shape.last().copied().unwrap_or(1));
     let taps: usize = w.shape[..axes].iter().product();
-    let blueprint = Blueprint { x: x.dtype, w: w.dtype, out: out.dtype, axes, is_transposed, steps: Vec::new() };
+    let blueprint =
+        Blueprint { x: x.dtype, w: w.dtype, out: out.dtype, axes, is_transposed, tail: call.tail_program() };
     let (count, dim) = call.linear(storage::words(out.dtype, out.elements()))?;
     let mut arg = SequenceArg::new();
     numbers.iter().for_each(|&n| arg.push(n));
@@ -46,7 +46,10 @@ pub(crate) fn launch<R: Runtime>(
             call.arg(0),
             call.arg(1),
             call.out(),
-            SequenceArg::new(),
+            call.tail_reads(),
+            call.tail_overlaps(),
+            call.tail_numbers()?,
+            call.tail_scalars(),
             arg,
             each_in?,
             each_out?,
@@ -65,6 +68,9 @@ fn convolve(
     x: &Array<u32>,
     w: &Array<u32>,
     out: &mut Array<u32>,
+    reads: &Sequence<Array<u32>>,
+    overlaps: &mut Sequence<Array<u32>>,
+    numbers: &Sequence<u32>,
     scalars: &Sequence<f32>,
     axes: &Sequence<u32>,
     each_in: u32,
@@ -122,7 +128,7 @@ fn convolve(
                         }
                     }
                 }
-                let value = epilogue(sum, scalars, comptime!(blueprint.steps.clone()));
+                let value = finish(sum, element, reads, overlaps, numbers, scalars, comptime!(blueprint.tail.clone()));
                 bits |= place(encode(value, comptime!(blueprint.out)), lane, comptime!(4 / lanes));
             }
         }

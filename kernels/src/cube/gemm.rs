@@ -16,11 +16,10 @@
 
 use cubecl::prelude::*;
 use ltxc_ir::DType;
-use ltxc_ir::plan::MapStep;
 
 use super::call::{Call, to_u32};
 use super::patches::{self, Patches};
-use super::steps::epilogue;
+use super::program::{Program, finish};
 use super::storage::{self, encode, load_four, load_one, place, words_of_four};
 use super::tile::{self, Tile};
 
@@ -39,7 +38,7 @@ pub(crate) struct Blueprint {
     /// How rows of the left operand are made of an input, if they are no rows in memory.
     patches: Option<Patches>,
     /// What happens to elements before they are stored.
-    steps: Vec<MapStep>,
+    tail: Program,
 }
 
 /// A product of `batches` pairs of matrices. Strides count elements.
@@ -74,7 +73,7 @@ pub(crate) fn launch<R: Runtime>(product: &Product<'_>, call: &Call<'_, R>) -> R
         is_lhs_aligned,
         is_rhs_aligned,
         patches: product.patches.as_ref().map(|(p, _)| p.without_numbers()),
-        steps: Vec::new(),
+        tail: call.tail_program(),
     };
     let cubes = tile.cubes(product.m, product.n) * product.batches;
     let mut axes = SequenceArg::new();
@@ -94,7 +93,10 @@ pub(crate) fn launch<R: Runtime>(product: &Product<'_>, call: &Call<'_, R>) -> R
             call.arg(0),
             call.arg(1),
             call.out(),
-            SequenceArg::new(),
+            call.tail_reads(),
+            call.tail_overlaps(),
+            call.tail_numbers()?,
+            call.tail_scalars(),
             axes,
             m?,
             n?,
@@ -118,6 +120,9 @@ fn gemm<LhsWidth: Size, RhsWidth: Size>(
     lhs: &Array<Vector<u32, LhsWidth>>,
     rhs: &Array<Vector<u32, RhsWidth>>,
     out: &mut Array<u32>,
+    reads: &Sequence<Array<u32>>,
+    overlaps: &mut Sequence<Array<u32>>,
+    numbers: &Sequence<u32>,
     scalars: &Sequence<f32>,
     axes: &Sequence<u32>,
     m: u32,
@@ -329,7 +334,15 @@ fn gemm<LhsWidth: Size, RhsWidth: Size>(
                         #[unroll]
                         for l in 0..comptime!(lanes as usize) {
                             let sum = sums[comptime!(i * unit_n as usize + first as usize + l)];
-                            let value = epilogue(sum, scalars, comptime!(blueprint.steps.clone()));
+                            let value = finish(
+                                sum,
+                                base + column + comptime!(l as u32),
+                                reads,
+                                overlaps,
+                                numbers,
+                                scalars,
+                                comptime!(blueprint.tail.clone()),
+                            );
                             word |= place(
                                 encode(value, comptime!(blueprint.out)),
                                 comptime!(l as u32).runtime(),

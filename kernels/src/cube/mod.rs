@@ -9,13 +9,16 @@
 //! | `guard` | failures that CubeCL does not report |
 //! | `call`, `index` | launching; positions and strides |
 //! | `storage`, `math`, `steps` | dtypes, elementary functions and chains of them inside kernels |
+//! | `work`, `schedule`, `compose`, `program` | fused calls: what runs in one launch, and as which program |
 //! | the others | kernels |
 
 mod attention;
 mod call;
+mod compose;
 mod conv;
 mod copy;
 mod direct_conv;
+mod fused_rows;
 mod gemm;
 mod group_norm;
 pub mod guard;
@@ -26,9 +29,11 @@ mod matmul;
 mod movement;
 mod norm;
 mod patches;
+mod program;
 mod reduce;
 mod rope;
 mod rows;
+mod schedule;
 mod steps;
 mod storage;
 mod tile;
@@ -39,8 +44,8 @@ use cubecl::server::Handle;
 use ltxc_ir::plan::{Kernel, Map, MapStep};
 use ltxc_ir::{DType, TensorType};
 
-use call::Call;
-pub use work::{launch_work, work_workspace_bytes};
+use call::{Bound, Call};
+pub use work::{launch_work, work_launches, work_workspace_bytes};
 
 /// An operand or result of a kernel call: a sub-range of an arena.
 pub struct CubeTensor<'a> {
@@ -66,24 +71,37 @@ pub fn launch<R: Runtime>(
     results: &[CubeTensor<'_>],
     workspace: Option<&CubeTensor<'_>>,
 ) -> Result<(), String> {
-    guard::install();
     let arg_types: Vec<&TensorType> = args.iter().map(|a| a.ty).collect();
     let result_types: Vec<&TensorType> = results.iter().map(|r| r.ty).collect();
     kernel.check(&arg_types, &result_types)?;
-    args.iter().chain(results).try_for_each(call::check_tensor)?;
-    let out = &results[0];
+    launch_checked(client, kernel, args, &results[0], workspace, None)
+}
+
+/// [`launch`] for types that fit the kernel. With a tail, which finishes each element, the result may have another dtype;
+/// see `schedule` for which calls may have one.
+fn launch_checked<R: Runtime>(
+    client: &ComputeClient<R>,
+    kernel: &Kernel,
+    args: &[CubeTensor<'_>],
+    out: &CubeTensor<'_>,
+    workspace: Option<&CubeTensor<'_>>,
+    tail: Option<&Bound<'_>>,
+) -> Result<(), String> {
+    guard::install();
+    args.iter().chain([out]).try_for_each(call::check_tensor)?;
+    let arg_types: Vec<&TensorType> = args.iter().map(|a| a.ty).collect();
     if out.ty.elements() == 0 {
         return Ok(());
     }
-    let call = Call { client, args, out, workspace };
+    let call = Call { client, args, out, workspace, tail };
     if !needs_f32(kernel, &arg_types, out.ty) {
         return run(kernel, &call);
     }
     // Rows that are not whole words are computed in f32, and rounded by a map.
     let ty = out.ty.with_dtype(DType::F32);
     let wide = CubeTensor { ty: &ty, handle: call.scratch(ty.elements())? };
-    run(kernel, &Call { client, args, out: &wide, workspace: None })?;
-    map::launch(&Map { steps: Vec::new() }, &Call { client, args: &[wide], out, workspace: None })
+    run(kernel, &Call { client, args, out: &wide, workspace: None, tail: None })?;
+    map::launch(&Map { steps: Vec::new() }, &Call { client, args: &[wide], out, workspace: None, tail: None })
 }
 
 fn run<R: Runtime>(kernel: &Kernel, call: &Call<'_, R>) -> Result<(), String> {
@@ -108,7 +126,7 @@ fn run<R: Runtime>(kernel: &Kernel, call: &Call<'_, R>) -> Result<(), String> {
 /// What a sum of nothing gives.
 fn fill_zeros<R: Runtime>(call: &Call<'_, R>) -> Result<(), String> {
     let zero = Map { steps: vec![MapStep::Scalar(ltxc_ir::Float(0.0))] };
-    map::launch(&zero, &Call { args: &[], ..*call })
+    map::launch(&zero, &Call { args: &[], tail: None, ..*call })
 }
 
 /// Whether units would have to share words of the result, so that it is computed in f32 first.

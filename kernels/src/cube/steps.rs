@@ -1,7 +1,7 @@
 //! The step list of a `map`, evaluated for one element.
 //!
 //! The list is known when a kernel is built, its scalars when it is launched: lists that differ in scalars only are one
-//! kernel. Kernels that compute elements evaluate a list on each before it is stored, an empty one for now.
+//! kernel.
 
 use cubecl::prelude::*;
 use ltxc_ir::ops::{Binary, Compare, Unary};
@@ -67,15 +67,6 @@ pub(crate) fn float_steps(
     }
     let count = registers.len();
     *registers.index(comptime!(count - 1))
-}
-
-/// What an element becomes on its way to memory: the first register is its value. Every kernel that computes elements
-/// passes them through here.
-#[cube]
-pub(crate) fn epilogue(value: f32, scalars: &Sequence<f32>, #[comptime] steps: Vec<MapStep>) -> f32 {
-    let mut registers = Sequence::<f32>::new();
-    registers.push(value);
-    float_steps(&mut registers, scalars, steps)
 }
 
 #[cube]

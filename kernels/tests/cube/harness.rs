@@ -83,15 +83,18 @@ impl Arena {
     }
 }
 
-/// The result of a call on memory that held `before`; `in_place` is the operand that it lies on.
+/// The results of a call on memory that held `before`; `in_place` are the operands that they lie on.
 #[track_caller]
-fn call(work: &Work, args: &[Tensor], before: &Tensor, in_place: Option<usize>) -> Vec<u8> {
+pub fn call_all(work: &Work, args: &[Tensor], before: &[Tensor], in_place: &[Option<usize>]) -> Vec<Vec<u8>> {
     let client = client();
     let types: Vec<&TensorType> = args.iter().map(|a| &a.ty).collect();
+    let result_types: Vec<&TensorType> = before.iter().map(|b| &b.ty).collect();
     let mut arena = Arena::default();
     let mut ranges: Vec<(u64, u64)> = args.iter().map(|a| arena.push(&a.to_bytes())).collect();
-    ranges.push(in_place.map_or_else(|| arena.push(&before.to_bytes()), |i| ranges[i]));
-    let scratch_bytes = cube::work_workspace_bytes(work, &types, &[&before.ty]);
+    for (before, in_place) in before.iter().zip(in_place) {
+        ranges.push(in_place.map_or_else(|| arena.push(&before.to_bytes()), |i| ranges[i]));
+    }
+    let scratch_bytes = cube::work_workspace_bytes(work, &types, &result_types);
     let scratch = arena.push(&vec![0xa5; scratch_bytes]);
     let memory = client.create_from_slice(&arena.bytes);
     let total = arena.bytes.len() as u64;
@@ -99,14 +102,24 @@ fn call(work: &Work, args: &[Tensor], before: &Tensor, in_place: Option<usize>) 
 
     let operands: Vec<CubeTensor<'_>> =
         types.iter().zip(&ranges).map(|(&ty, &range)| CubeTensor { ty, handle: part(range) }).collect();
-    let result = CubeTensor { ty: &before.ty, handle: part(ranges[args.len()]) };
+    let results: Vec<CubeTensor<'_>> = (result_types.iter().zip(&ranges[args.len()..]))
+        .map(|(&ty, &range)| CubeTensor { ty, handle: part(range) })
+        .collect();
     let scratch_ty = TensorType::new(ltxc_ir::DType::U8, [scratch_bytes]);
     let workspace = CubeTensor { ty: &scratch_ty, handle: part(scratch) };
-    let out = result.handle.clone();
-    cube::launch_work(&client, work, &operands, &[result], Some(&workspace)).unwrap();
+    cube::launch_work(&client, work, &operands, &results, Some(&workspace)).unwrap();
     guard::sync(&client).unwrap();
-    let bytes = before.ty.bytes();
-    if bytes == 0 { Vec::new() } else { client.read_one(out).unwrap()[..bytes].to_vec() }
+    let read = |result: &CubeTensor<'_>| match result.ty.bytes() {
+        0 => Vec::new(),
+        bytes => client.read_one(result.handle.clone()).unwrap()[..bytes].to_vec(),
+    };
+    results.iter().map(read).collect()
+}
+
+/// The result of a call that has one.
+#[track_caller]
+fn call(work: &Work, args: &[Tensor], before: &Tensor, in_place: Option<usize>) -> Vec<u8> {
+    call_all(work, args, std::slice::from_ref(before), &[in_place]).remove(0)
 }
 
 /// Runs the call, and again in place wherever that is allowed; all must give the same bytes.

@@ -19,4 +19,5 @@ mod movement;
 mod rows;
 
 mod fused;
+mod fused_random;
 mod harness;

@@ -1,0 +1,163 @@
+//! Which parts of a fused call run in one launch.
+//!
+//! | form | one launch | launches of their own |
+//! | --- | --- | --- |
+//! | rows | neighbours that are maps, norms of one row length, gathers of rows and at most one rotation | reductions, integer maps, parts of other sizes |
+//! | product | the product or convolution with its maps and gathers | pads, copies |
+//! | attention | norm and rotation of queries, those of keys, attention with its maps | |
+//! | group norm | the last of its three launches with its maps | |
+//!
+//! Results that are stored on the way to another are stored by a rows launch only. What does not fit runs part by part.
+
+use ltxc_ir::TensorType;
+use ltxc_ir::plan::{Form, Fused, Kernel, Source};
+
+use super::compose::{self, Composed, Rows};
+use super::fused_rows;
+
+/// A launch, or what a kernel takes to launch itself.
+#[derive(Clone, Debug)]
+pub(crate) enum Step {
+    /// One part alone.
+    Part(usize),
+    /// Part `anchor` with maps behind it, up to part `last`.
+    Tail { anchor: usize, composed: Composed, last: usize },
+    /// Maps, norms and rotations.
+    Rows(Rows),
+}
+
+impl Step {
+    /// Parts whose results reach memory.
+    pub(crate) fn outs(&self) -> Vec<usize> {
+        match self {
+            Step::Part(part) => vec![*part],
+            Step::Tail { last, .. } => vec![*last],
+            Step::Rows(rows) => rows.outs.iter().map(|o| o.0).collect(),
+        }
+    }
+
+    /// What it reads.
+    pub(crate) fn reads(&self, fused: &Fused) -> Vec<Source> {
+        let own = |part: usize| fused.parts[part].args.iter().map(|a| a.source);
+        let of = |c: &Composed| c.reads.iter().chain(&c.overlaps).copied().collect::<Vec<_>>();
+        match self {
+            Step::Part(part) => own(*part).collect(),
+            Step::Tail { anchor, composed, .. } => own(*anchor).chain(of(composed)).collect(),
+            Step::Rows(rows) => of(&rows.composed),
+        }
+    }
+}
+
+/// The launches of a fused call that was checked.
+pub(crate) fn schedule(fused: &Fused, args: &[&TensorType], results: &[&TensorType]) -> Vec<Step> {
+    let n = fused.parts.len();
+    let is_empty = |ty: &TensorType| ty.elements() == 0;
+    if args.iter().any(|ty| is_empty(ty)) || fused.parts.iter().any(|p| is_empty(&p.result)) {
+        return (0..n).map(Step::Part).collect();
+    }
+    let may_overlap: Vec<bool> = args.iter().map(|ty| results.contains(ty)).collect();
+    let scheduler = Scheduler { fused, may_overlap };
+    let copies = |anchor: usize| {
+        let is_copy = |&i: &usize| matches!(fused.parts[i].kernel, Kernel::Copy(_));
+        (anchor + 1..n).find(is_copy).unwrap_or(n)
+    };
+    let mut steps = Vec::new();
+    let anchor = match fused.form() {
+        Ok(Form::Rows { .. }) => {
+            scheduler.by_rows((0..n).collect(), &mut steps);
+            return steps;
+        }
+        Ok(Form::Product { anchor, .. }) => {
+            steps.extend((0..anchor).map(Step::Part));
+            anchor
+        }
+        Ok(Form::Attention { anchor, .. }) => {
+            for arg in &fused.parts[anchor].args {
+                if let Source::Part(last) = arg.source {
+                    scheduler.by_rows(fused.chain(last as usize), &mut steps);
+                }
+            }
+            anchor
+        }
+        Ok(Form::GroupNorm { .. }) => 0,
+        Err(_) => return (0..n).map(Step::Part).collect(),
+    };
+    let end = copies(anchor);
+    scheduler.by_tail(anchor, end, &mut steps);
+    steps.extend((end..n).map(Step::Part));
+    steps
+}
+
+struct Scheduler<'a> {
+    fused: &'a Fused,
+    may_overlap: Vec<bool>,
+}
+
+impl Scheduler<'_> {
+    /// Parts of `group` that something else reads, or the call stores.
+    fn outs(&self, group: &[usize]) -> Vec<usize> {
+        let is_read = |part: usize| {
+            let readers = (0..self.fused.parts.len()).filter(|r| !group.contains(r));
+            readers.into_iter().any(|r| self.fused.parts[r].args.iter().any(|a| a.source == Source::Part(part as u32)))
+        };
+        group.iter().copied().filter(|&part| self.fused.stored.contains(&(part as u32)) || is_read(part)).collect()
+    }
+
+    /// Cuts parts into as few launches as fit, from the front.
+    fn by_rows(&self, parts: Vec<usize>, steps: &mut Vec<Step>) {
+        let mut rest = &parts[..];
+        while let [first, ..] = rest {
+            let fitting = (2..=rest.len()).rev().find_map(|count| self.rows(&rest[..count]).map(|rows| (count, rows)));
+            match fitting {
+                Some((count, rows)) => {
+                    steps.push(Step::Rows(rows));
+                    rest = &rest[count..];
+                }
+                None => {
+                    steps.push(Step::Part(*first));
+                    rest = &rest[1..];
+                }
+            }
+        }
+    }
+
+    fn rows(&self, group: &[usize]) -> Option<Rows> {
+        let outs = self.outs(group);
+        let rows = compose::rows(self.fused, group, &outs, &self.may_overlap).ok()?;
+        let dtypes = outs.iter().map(|&out| self.fused.parts[out].result.dtype);
+        fused_rows::is_whole(&rows, dtypes).then_some(rows)
+    }
+
+    /// The anchor with as much of the maps before part `end` as fits, then the rest.
+    fn by_tail(&self, anchor: usize, end: usize, steps: &mut Vec<Step>) {
+        for last in (anchor + 1..end).rev() {
+            let group: Vec<usize> = (anchor..=last).collect();
+            let result = &self.fused.parts[last].result;
+            if self.outs(&group) != [last] || !can_finish(&self.fused.parts[anchor], result) {
+                continue;
+            }
+            if let Ok(composed) = compose::tail(self.fused, anchor, &group[1..], last, &self.may_overlap) {
+                steps.push(Step::Tail { anchor, composed, last });
+                return self.by_rows((last + 1..end).collect(), steps);
+            }
+        }
+        steps.push(Step::Part(anchor));
+        self.by_rows((anchor + 1..end).collect(), steps);
+    }
+}
+
+/// Whether the kernel of a part computes each element once and in one place when it stores elements like those of
+/// `result`.
+fn can_finish(part: &ltxc_ir::plan::Part, result: &TensorType) -> bool {
+    let types: Vec<&TensorType> = part.args.iter().map(|a| &a.ty).collect();
+    let stored = part.result.with_dtype(result.dtype);
+    let is_empty = types.iter().any(|ty| ty.elements() == 0);
+    // A place that no tap reaches is filled with zeros, not finished.
+    let is_reached = match &part.kernel {
+        Kernel::ConvTranspose(op) => {
+            (0..op.stride.len()).all(|a| op.dilation[a] == 1 && types[1].shape[a] >= op.stride[a])
+        }
+        _ => true,
+    };
+    !is_empty && is_reached && !super::needs_f32(&part.kernel, &types, &stored)
+}
