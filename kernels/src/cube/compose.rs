@@ -10,8 +10,11 @@ use super::index::{Walk, broadcast_strides};
 use super::program::{Access, Binding, Operand, Program, Table};
 use super::steps::split_scalars;
 
-/// Tensors that every device can bind at once, with room for those of the kernel itself.
+/// Tensors that a program binds at most: every device binds 30, and kernels have up to five and a few numbers of their own.
 const MAX_BINDINGS: usize = 20;
+
+/// The same with the results of rows, which have no other tensors.
+const MAX_BINDINGS_OF_ROWS: usize = 25;
 
 /// A program with what a launch adds to it.
 #[derive(Clone, Debug)]
@@ -100,6 +103,9 @@ pub(crate) fn rows(fused: &Fused, parts: &[usize], outs: &[usize], may_overlap: 
     let mut wanted = outs.iter().map(|&out| composer.raw(out)).collect::<Result<Vec<u32>, String>>()?;
     wanted.extend(composer.norms.iter().map(|n| n.value as u32));
     wanted.extend(composer.rotation.iter().map(|r| r.value as u32));
+    if composer.reads.len() + composer.overlaps.len() + outs.len() > MAX_BINDINGS_OF_ROWS {
+        return Err(format!("more than {MAX_BINDINGS_OF_ROWS} tensors"));
+    }
     let registers = composer.finish(&wanted)?;
     let (stored, others) = registers.split_at(outs.len());
     let mut norms = std::mem::take(&mut composer.norms);

@@ -259,7 +259,8 @@ fn compute(
     }
     let mut turned = Sequence::<f32>::new();
     if comptime!(blueprint.turn.is_some()) {
-        let turn = comptime!(blueprint.turn.clone().unwrap());
+        // This branch is built for a blueprint with one only.
+        let turn = comptime!(blueprint.turn.clone().expect("the condition saw it"));
         let is_split = comptime!(turn.layout == RopeLayout::Split);
         let padded = with_zeros(inputs, comptime!(program.inputs));
         let mut values = Sequence::<f32>::new();

@@ -114,8 +114,7 @@ pub(crate) fn registers_at(
     #[unroll]
     for i in 0..comptime!(program.operands.len()) {
         if comptime!(program.is_needed(program.inputs + i, count, &targets)) {
-            let value =
-                load_operand(position, &coordinates, reads, overlaps, numbers, comptime!(program.operands[i].clone()));
+            let value = load_operand(position, &coordinates, reads, overlaps, numbers, comptime!(program.operands[i]));
             registers.push(value);
         } else {
             registers.push(0f32.runtime());

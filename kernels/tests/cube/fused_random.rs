@@ -65,7 +65,7 @@ impl Growing {
             };
             let function = self.random.pick(&[MapFunction::Silu, MapFunction::Gelu, MapFunction::Sigmoid]);
             let op = self.random.pick(&[Binary::Add, Binary::Mul, Binary::Sub, Binary::Max]);
-            let steps = vec![
+            let steps = [
                 MapStep::Scalar(Float(self.random.float(-2.0, 2.0))),
                 MapStep::Binary(op, 0, 1),
                 MapStep::Binary(Binary::Add, 3, 2),
