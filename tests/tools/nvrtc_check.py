@@ -102,9 +102,10 @@ def check(nvrtc, path, architecture):
 
 
 def table(head, rows):
-    """Markdown with aligned columns."""
+    """Markdown with aligned columns, except that the last one is as wide as it is."""
     cells = [head, *[[str(cell) for cell in row] for row in rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    widths[-1] = len(head[-1])
     line = lambda row: "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |"
     return "\n".join([line(head), "| " + " | ".join("-" * width for width in widths) + " |", *map(line, cells[1:])])
 
