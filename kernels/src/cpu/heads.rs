@@ -145,7 +145,7 @@ impl<'a> Heads<'a> {
 ///
 /// # Safety
 /// `src` has as many elements as there is room for.
-unsafe fn widen<'a>(dtype: DType, src: *const u8, room: &'a mut [f32]) -> &'a [f32] {
+unsafe fn widen(dtype: DType, src: *const u8, room: &mut [f32]) -> &[f32] {
     // SAFETY: passed on to the caller.
     unsafe {
         if dtype == DType::F32 {
