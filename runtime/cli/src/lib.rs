@@ -2,6 +2,7 @@
 
 pub mod args;
 pub mod assemble;
+pub mod bench;
 pub mod compile;
 pub mod demo;
 pub mod doctor;
