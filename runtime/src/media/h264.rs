@@ -192,7 +192,7 @@ pub fn decode_single(sps: &[u8], pps: &[u8], sample: &VideoSample) -> Result<I42
     let mut decoder = Decoder::new(&[sps.to_vec(), pps.to_vec()], 4)?;
     decoder.push(&sample.data)?;
     decoder.finish()?;
-    decoder.next().ok_or_else(|| decoder_error("the stream holds no picture"))
+    decoder.take_ready().ok_or_else(|| decoder_error("the stream holds no picture"))
 }
 
 fn copy_planes(source: &impl YUVSource) -> Result<I420, MediaError> {

@@ -310,7 +310,7 @@ impl H264File {
             if index + 1 == total {
                 decoder.finish().map_err(at)?;
             }
-            while let Some(picture) = decoder.next() {
+            while let Some(picture) = decoder.take_ready() {
                 let this = (picture.width(), picture.height());
                 if *size.get_or_insert(this) != this {
                     return Err(at(MediaError::codec("h264 decoder", "the size of the pictures changes")));

@@ -65,7 +65,7 @@ impl Decoder {
     }
 
     /// The next picture, if one is ready.
-    pub fn next(&mut self) -> Option<I420> {
+    pub fn take_ready(&mut self) -> Option<I420> {
         self.ready.pop_front()
     }
 }
