@@ -5,11 +5,13 @@
 pub mod decode;
 mod denoise;
 mod distilled;
+pub mod encode;
 mod noise;
 mod observe;
 pub mod schedule;
 pub mod state;
 mod text;
+mod tiles;
 
 pub use distilled::{Conditioning, Output, Request, run};
 pub use noise::{Noise, SlotShape};
