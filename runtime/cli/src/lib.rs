@@ -8,6 +8,7 @@ pub mod demo;
 pub mod doctor;
 pub mod inspect;
 pub mod job;
+pub mod pipelines;
 pub mod report;
 pub mod run;
 pub mod synth;

@@ -7,3 +7,4 @@ mod bench;
 mod binary;
 mod devices;
 mod everyday;
+mod pipelines;
