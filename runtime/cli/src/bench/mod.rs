@@ -23,11 +23,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 use ltxc_ir::Rate;
 use ltxc_ir::plan::summary::{function_costs, weight_bytes};
-use ltxc_ir::plan::{Plan, Program};
+use ltxc_ir::plan::{Pass, Plan, Program, Sampler, Stage};
 use ltxc_runtime::RunError;
 use ltxc_runtime::backend::open;
 use ltxc_runtime::executor::Executor;
 use ltxc_runtime::pipeline::decode::program_name;
+use ltxc_runtime::pipeline::needed_passes;
 use ltxc_runtime::weights::WeightFiles;
 use serde::Serialize;
 
@@ -156,9 +157,8 @@ fn selected<'p>(plan: &'p Plan, args: &BenchArgs) -> Result<Vec<(&'p Program, u6
     let order = |p: &Program| if is_stage(plan, p) { rate(p) } else { None };
     programs.sort_by_key(|(p, _)| (p.group, order(p)));
     if let Some(only) = &args.only {
-        let group = |p: &Program| plan.groups.get(p.group as usize).map_or("", |g| g.name.as_str());
         let names: Vec<&str> = plan.groups.iter().map(|g| g.name.as_str()).collect();
-        programs.retain(|(p, _)| group(p) == only);
+        programs.retain(|(p, _)| group_of(plan, p) == only);
         if programs.is_empty() {
             bail!("the plan runs no part `{only}` for a prompt; its parts are {}", names.join(", "));
         }
@@ -167,24 +167,33 @@ fn selected<'p>(plan: &'p Plan, args: &BenchArgs) -> Result<Vec<(&'p Program, u6
 }
 
 fn is_stage(plan: &Plan, program: &Program) -> bool {
-    let Some(group) = plan.groups.get(program.group as usize) else { return false };
-    plan.pipeline.stages.iter().flat_map(|s| &s.classes).any(|class| class.program == group.name)
+    plan.pipeline.stages.iter().flat_map(|s| &s.classes).any(|class| class.name == group_of(plan, program))
 }
 
-/// How often a generation from text alone runs a program, with a prompt of `bucket` tokens.
+fn group_of<'p>(plan: &'p Plan, program: &Program) -> &'p str {
+    plan.groups.get(program.group as usize).map_or("", |g| g.name.as_str())
+}
+
+/// How often a generation from text alone runs a program, with a prompt of `bucket` tokens. Steps that skip a modality
+/// count as whole ones.
 fn runs_of(plan: &Plan, program: &Program, bucket: u32) -> u64 {
-    let group = plan.groups.get(program.group as usize).map_or("", |g| g.name.as_str());
-    for stage in &plan.pipeline.stages {
-        if let Some(class) = stage.classes.iter().find(|c| c.program == group) {
-            return match (class.first_frame || class.keyframes > 0, program.rate) {
-                (true, _) => 0,
-                (_, Rate::Generation) => 1,
-                _ => stage.sigmas.len().saturating_sub(1) as u64,
-            };
-        }
+    let stages = &plan.pipeline.stages;
+    let group = group_of(plan, program);
+    if let Some((stage, class)) = stages.iter().find_map(|s| Some((s, s.classes.iter().find(|c| c.name == group)?))) {
+        // The first class is that without conditioning, and its first program computes everything.
+        let is_part = |name: &str| program.name == name || program.name.starts_with(&format!("{name}."));
+        let own = class.programs.iter().filter(|p| is_part(&p.name)).max_by_key(|p| p.name.len());
+        let is_plain = stage.classes.first() == Some(class) && own.is_some() && own == class.programs.first();
+        return match (is_plain, program.rate) {
+            (false, _) => 0,
+            (true, Rate::Generation) => 1,
+            (true, _) => stage.sigmas.len().saturating_sub(1) as u64 * evaluations(stage.sampler),
+        };
     }
+    let is_guided = |s: &Stage| needed_passes(s.guidance.as_ref(), s.sampler).contains(&Pass::Negative);
+    let prompts = 1 + u64::from(stages.iter().any(is_guided));
     if let Some(tokens) = program.name.strip_prefix("encode.") {
-        return u64::from(tokens.split('.').next() == Some(&bucket.to_string()));
+        return if tokens.split('.').next() == Some(&bucket.to_string()) { prompts } else { 0 };
     }
     if program.name.starts_with("encode_image.") {
         return 0;
@@ -195,7 +204,12 @@ fn runs_of(plan: &Plan, program: &Program, bucket: u32) -> u64 {
         };
         return plan.pipeline.decode.tiles().filter(is_own).count() as u64;
     }
-    1
+    if group == "text" { prompts } else { 1 }
+}
+
+/// Evaluations of the model in a step.
+fn evaluations(sampler: Sampler) -> u64 {
+    if sampler == Sampler::Res2s { 2 } else { 1 }
 }
 
 /// Measures one program.
@@ -236,7 +250,7 @@ fn measure(
     let cost = function_costs(plan).swap_remove(program.function as usize);
     let (mapped, packed) = weight_bytes(plan, program);
     Ok(ProgramTime {
-        group: plan.groups.get(program.group as usize).map_or(String::new(), |g| g.name.clone()),
+        group: group_of(plan, program).into(),
         name: name.clone(),
         runs,
         load_seconds,
