@@ -242,6 +242,7 @@ impl<'a> Drafter<'a> {
     fn name_writer(&mut self, view: &View, name: &str) {
         if let Base::Buffer(b) = view.base
             && let Some(step) = self.draft.buffers[b].writer
+            && view.is_contiguous()
             && view.ty.elements() == self.draft.buffers[b].ty.elements()
             && self.draft.steps[step].name.is_empty()
         {

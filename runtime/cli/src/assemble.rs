@@ -27,7 +27,7 @@ use crate::job::Shape;
 use crate::tensors;
 
 /// Names of the weight sources in graphs and plans.
-const MODEL: &str = "model";
+pub(crate) const MODEL: &str = "model";
 pub(crate) const GEMMA: &str = "gemma";
 pub(crate) const UPSAMPLER: &str = "upsampler";
 

@@ -3,9 +3,11 @@
 pub mod args;
 pub mod assemble;
 pub mod compile;
+pub mod debug;
 pub mod demo;
 pub mod doctor;
 pub mod inspect;
+pub mod inspect_html;
 pub mod job;
 pub mod report;
 pub mod run;
