@@ -9,3 +9,9 @@ mod faults;
 mod logs;
 mod noise;
 mod parity;
+
+/// Folder of the recorded fixtures: `LTXC_FIXTURES`, or those of this repository.
+fn root() -> std::path::PathBuf {
+    let own = || std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures");
+    std::env::var_os("LTXC_FIXTURES").map_or_else(own, Into::into)
+}

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use ltxc_tests::fixtures::root;
+use crate::root;
 use safetensors::SafeTensors;
 use serde_json::Value;
 

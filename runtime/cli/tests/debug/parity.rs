@@ -1,6 +1,6 @@
 //! `ltxc debug parity` against the recordings of the repository.
 
-use ltxc_tests::fixtures::root;
+use crate::root;
 use serde_json::Value;
 
 use crate::binary::Place;
