@@ -124,7 +124,9 @@ pub fn sample<'p>(
             if let Some(problem) = numerical_problem(&denoised)
                 && !allow_bad_numerics
             {
-                let what = format!("the {modality} latent");
+                let first = executor.first_bad(&denoiser.class.program)?;
+                let first = first.map(|f| format!(", first of all {f},")).unwrap_or_default();
+                let what = format!("the {modality} latent{first}");
                 return Err(RunError::BadNumerics { stage: stage.into(), step: i + 1, what, problem: problem.into() });
             }
             euler_step(&mut state.latent, &denoised, pair[0], pair[1]);

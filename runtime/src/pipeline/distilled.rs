@@ -9,7 +9,7 @@ use ltxc_ir::plan::{Pipeline, Stage};
 use super::decode::decode_video;
 use super::denoise::{Denoiser, class_of, sample};
 use super::noise::{Noise, SlotShape};
-use super::observe::{Event, Observer, numerical_problem};
+use super::observe::{Event, Observer, frames_problem, numerical_problem};
 use super::schedule::check_sigmas;
 use super::state::{State, audio_positions, keyframe_positions, video_positions};
 use super::text::{TextContext, encode_prompt};
@@ -246,7 +246,7 @@ fn decode(
     let frame_len = pipeline.video.height as usize * pipeline.video.width as usize * 3;
     let (mut chunk, mut rgb) = (0, Vec::with_capacity(frame_len));
     let mut sink = |frames: &[f32]| {
-        if let Some(problem) = numerical_problem(frames)
+        if let Some(problem) = frames_problem(frames)
             && !request.allow_bad_numerics
         {
             let what = "decoded video".into();

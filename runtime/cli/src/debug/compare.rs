@@ -372,7 +372,7 @@ mod tests {
         let c = check("# a dtype=f32 decoder_noise=0\nx:a:s=1", "# b dtype=bf16 decoder_noise=0.025\nx:a:s=1");
         assert_eq!(
             c.warnings.iter().filter(|w| w.contains("dtype") || w.contains("noise")).count(),
-            3,
+            2,
             "{:?}",
             c.warnings
         );

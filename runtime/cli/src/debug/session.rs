@@ -4,7 +4,7 @@
 //! of programs. Both write into the same state, behind a cell, because the run holds both.
 
 use std::cell::RefCell;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
@@ -64,6 +64,8 @@ struct State<'p> {
     pending: Option<(usize, Stats)>,
     stack: f64,
     captured: Vec<(String, TensorType, Vec<u8>)>,
+    /// How often each name was captured.
+    names: BTreeMap<String, usize>,
     /// What is known of values that others read, for reports of the first bad one.
     seen: BTreeMap<String, Stats>,
     /// The first line that could not be written.
@@ -127,6 +129,7 @@ impl<'p> Session<'p> {
             pending: None,
             stack: 0.0,
             captured: Vec::new(),
+            names: BTreeMap::new(),
             seen: BTreeMap::new(),
             failure: None,
             options,
@@ -422,13 +425,9 @@ impl State<'_> {
                 .field("shape", Field::Shape(stats.ty.shape.clone()));
             return sink.line(&line, None, None);
         }
-        let taken: BTreeSet<&str> = self.captured.iter().map(|(name, ..)| name.as_str()).collect();
-        let mut name = at.clone();
-        let mut count = 2;
-        while taken.contains(name.as_str()) {
-            name = format!("{at}#{count}");
-            count += 1;
-        }
+        let count = self.names.entry(at.clone()).or_insert(0);
+        *count += 1;
+        let name = if *count > 1 { format!("{at}#{count}") } else { at };
         self.captured.push((name, value.ty.clone(), bytes.to_vec()));
         Ok(())
     }

@@ -143,7 +143,7 @@ fn ask_for_everything(checkpoint: &Checkpoint, weights: &Weights<'_>) -> Vec<Str
     let dtype = DType::F32;
     build(
         "transformer",
-        (|| {
+        (|| -> Result<()> {
             let config = TransformerConfig::from_json(&section("transformer")?)?;
             let stream = || StreamSpec { has_keyframes_mask: false, ..StreamSpec::new(2, 2) };
             let spec = TransformerSpec {
@@ -160,7 +160,7 @@ fn ask_for_everything(checkpoint: &Checkpoint, weights: &Weights<'_>) -> Vec<Str
     );
     build(
         "video VAE",
-        (|| {
+        (|| -> Result<()> {
             let config = VideoVaeConfig::from_json(&section("vae")?)?;
             let [_, h, w] = config.factors();
             let decoder = video_vae::decode(&config, weights, [2, 2, 2], dtype).map(|_| ());
@@ -170,7 +170,7 @@ fn ask_for_everything(checkpoint: &Checkpoint, weights: &Weights<'_>) -> Vec<Str
     );
     build(
         "audio VAE",
-        (|| {
+        (|| -> Result<()> {
             let config = AudioVaeConfig::from_json(&section("audio_vae")?)?;
             let decoder = audio::decode(&config, weights, 1, dtype).map(|_| ());
             // The encoder is there only in files that can condition on sound.
@@ -182,7 +182,7 @@ fn ask_for_everything(checkpoint: &Checkpoint, weights: &Weights<'_>) -> Vec<Str
     );
     build(
         "vocoder",
-        (|| {
+        (|| -> Result<()> {
             let vae = AudioVaeConfig::from_json(&section("audio_vae")?)?;
             let config = VocoderConfig::from_json(&section("vocoder")?)?;
             audio::vocode(&config, weights, vae.mel_frames(1), dtype)?;

@@ -31,7 +31,7 @@ pub(super) fn check(setup: &Setup<'_>, rows: &mut Vec<Row>) -> Result<()> {
         for (name, path) in setup.references.below(&folder).into_iter().filter(|(name, _)| name.starts_with(KNOWN)) {
             let file = TensorFile::open(&path)?;
             let meta = file.meta();
-            let mut check = Check { component: "runs", file, meta, limit: RUN_LIMIT, rows };
+            let mut check = Check { component: "runs", file, meta, limit: RUN_LIMIT, rows: &mut *rows };
             check_run(setup, &mut check, &path).with_context(|| format!("run {name}"))?;
         }
     }
