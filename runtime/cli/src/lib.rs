@@ -9,6 +9,7 @@ pub mod doctor;
 pub mod inspect;
 pub mod inspect_html;
 pub mod job;
+pub mod pipelines;
 pub mod report;
 pub mod run;
 pub mod synth;

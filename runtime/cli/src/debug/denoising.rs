@@ -12,7 +12,7 @@ use ltxc_ir::plan::{Plan, Program, VideoSettings};
 use ltxc_runtime::RunError;
 use ltxc_runtime::noise_files;
 use ltxc_runtime::pipeline::Noise;
-use ltxc_runtime::pipeline::state::{audio_positions, video_positions};
+use ltxc_runtime::pipeline::positions::{audio_positions, video_positions};
 use ltxc_runtime::stats::{Stats, decoded};
 use ltxc_runtime::tap::{Role, Tap, Value};
 use serde_json::json;
@@ -55,6 +55,7 @@ impl RunOf {
             paths: files.paths(),
             device: &device,
             prompt: &self.prompt,
+            negative_prompt: "",
             images: &[],
             noise: Noise { seed: self.seed, ..Noise::default() },
         };
@@ -102,8 +103,12 @@ pub fn step_facts(tensors: &BTreeMap<String, Vec<f32>>, velocities: &BTreeMap<St
             let Some(mut x) = tensors.get(&format!("{stage}.{modality}.noised")) else { continue };
             let noise = tensors.get(&format!("{stage}.{modality}.noise"));
             for (step, pair) in sigmas.windows(2).enumerate() {
-                let of = |what: &str| tensors.get(&format!("{stage}.step{step}.{modality}.{what}"));
-                let (Some(x0), Some(denoised), Some(next)) = (of("x0"), of("denoised"), of("latent")) else { break };
+                let of = |name: String| tensors.get(&format!("{stage}.{name}"));
+                // Samplers that evaluate the model once a step count evaluations as they count steps.
+                let x0 = of(format!("call{step}.cond.{modality}.x0"));
+                let denoised = of(format!("call{step}.{modality}.denoised"));
+                let next = of(format!("step{step}.{modality}.latent"));
+                let (Some(x0), Some(denoised), Some(next)) = (x0, denoised, next) else { break };
                 let sigma = pair[0];
                 let implied: Vec<f32> = x.iter().zip(x0).map(|(x, d)| (x - d) / sigma).collect();
                 let known = velocities.get(&format!("{stage}.{step}.{modality}"));
@@ -226,7 +231,9 @@ struct VelocityTap {
 impl Tap for VelocityTap {
     fn wants(&mut self, program: &Program, value: &Value) -> bool {
         component(&self.plan, program) == "transformer"
-            && (value.role == Role::Output && value.name.ends_with(".velocity"))
+            && value.role == Role::Output
+            // The conditioned pass; those of others have the name of the pass in front.
+            && ["video.velocity", "audio.velocity"].contains(&value.name.as_str())
     }
 
     fn value(&mut self, program: &Program, value: &Value, bytes: &[u8]) -> Result<(), RunError> {
@@ -564,8 +571,10 @@ mod tests {
         for (name, values) in [("noised", &noise), ("noise", &noise)] {
             tensors.insert(format!("s.video.{name}"), values.clone());
         }
-        for (name, values) in [("x0", x0.clone()), ("denoised", x0), ("latent", latent)] {
-            tensors.insert(format!("s.step0.video.{name}"), values);
+        for (name, values) in
+            [("call0.cond.video.x0", x0.clone()), ("call0.video.denoised", x0), ("step0.video.latent", latent)]
+        {
+            tensors.insert(format!("s.{name}"), values);
         }
         step_facts(&tensors, &BTreeMap::from([("s.0.video".to_string(), v)])).remove(0)
     }

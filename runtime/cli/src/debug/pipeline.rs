@@ -29,6 +29,8 @@ pub struct Pipeline<'a> {
     pub device: &'a Device,
     /// Prompt.
     pub prompt: &'a str,
+    /// What not to show, for guided pipelines.
+    pub negative_prompt: &'a str,
     /// Images.
     pub images: &'a [Conditioning],
     /// Noise.
@@ -70,8 +72,9 @@ impl Pipeline<'_> {
         executor.set_tap(tap)?;
         let request = Request {
             prompt: self.prompt,
+            negative_prompt: self.negative_prompt,
             images: self.images,
-            sigmas: BTreeMap::new(),
+            stages: BTreeMap::new(),
             noise: self.noise,
             allow_bad_numerics: true,
         };

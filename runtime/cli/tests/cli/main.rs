@@ -6,3 +6,4 @@ mod bad_plans;
 mod binary;
 mod devices;
 mod everyday;
+mod pipelines;

@@ -172,7 +172,7 @@ fn the_first_nan_is_named_with_its_layer() {
                 .concat();
         place.run(&with(args, &[&["-p", "x", "-o", "a.wav"], more].concat()))
     };
-    crate::binary::sentence(&run(&faulty, &[]), &["stage1, step 1", "NaN"]);
+    crate::binary::sentence(&run(&faulty, &[]), &["stage1, step 1", "NaN", "first of all `blocks.1."]);
     crate::binary::sentence(&run(&faulty, &["--check-nan"]), &["stage1, step 1", "transformer.blocks.1.", "first at"]);
     assert_eq!(run(&faulty, &["--allow-bad-numerics"]).code, Some(0));
     assert_eq!(run(&tiny().checkpoint, &["--check-nan"]).code, Some(0));
@@ -265,7 +265,7 @@ fn prompts_are_told_apart_and_states_are_in_order() {
 
 #[test]
 fn positions_that_were_rounded_or_counted_otherwise_are_told() {
-    use ltxc_runtime::pipeline::state::{audio_positions, video_positions};
+    use ltxc_runtime::pipeline::positions::{audio_positions, video_positions};
     use safetensors::tensor::TensorView;
     let place = Place::new();
     let settings = ltxc_ir::plan::VideoSettings {

@@ -51,6 +51,7 @@ fn check_run(setup: &Setup<'_>, check: &mut Check<'_>, path: &Path) -> Result<()
         paths: setup.files.paths(),
         device: setup.device,
         prompt: &prompt,
+        negative_prompt: "",
         images: &images,
         noise,
     };
@@ -74,11 +75,18 @@ fn check_run(setup: &Setup<'_>, check: &mut Check<'_>, path: &Path) -> Result<()
             _ => values.clone(),
         };
         check.check_within(name, &values, limit);
-        // The first calls of the model are recorded under a name of their own.
-        if let Some(rest) = name.strip_prefix("stage1.step")
-            && let Some((step, modality)) = rest.strip_suffix(".x0").and_then(|r| r.split_once('.'))
-        {
-            check.check_within(&format!("x0_call{step}.{modality}"), &values, RUN_LIMIT);
+        // Evaluations of the model have other names in recordings: predictions belong to steps, single passes to calls.
+        let call = name.split_once(".call").and_then(|(stage, rest)| Some((stage, rest.split_once('.')?)));
+        match call {
+            Some((stage, (i, rest))) if rest.ends_with(".denoised") => {
+                check.check_within(&format!("{stage}.step{i}.{rest}"), &values, RUN_LIMIT);
+            }
+            Some(("stage1", (i, rest))) => {
+                if let Some(modality) = rest.strip_prefix("cond.").and_then(|r| r.strip_suffix(".x0")) {
+                    check.check_within(&format!("x0_call{i}.{modality}"), &values, RUN_LIMIT);
+                }
+            }
+            _ => {}
         }
     }
     Ok(())
