@@ -265,3 +265,11 @@ fn noise_files() {
     assert!(Container::Pt.decode(&pt_around(&seeds[4], &[0; 16]).unwrap()).is_ok());
     smoke("noise_file", &seeds, fuzz::noise_file);
 }
+
+#[test]
+fn clips_and_recordings() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../runtime/tests/clips");
+    let names = ["reordered.mp4", "portrait.mp4", "varying.mp4", "click.m4a", "click.mp3", "click.flac"];
+    let seeds: Vec<Vec<u8>> = names.iter().map(|n| std::fs::read(folder.join(n)).expect("a clip")).collect();
+    smoke("media_input", &seeds, fuzz::media_input);
+}

@@ -13,6 +13,7 @@
 pub mod conditioning;
 pub mod decode;
 mod denoise;
+pub mod encode;
 pub mod guidance;
 mod noise;
 mod observe;
@@ -25,6 +26,7 @@ pub mod schedule;
 mod stage;
 pub mod state;
 mod text;
+mod tiles;
 
 pub use denoise::needed_passes;
 pub use noise::{Noise, SlotShape};

@@ -42,7 +42,7 @@ pub enum DebugCommand {
     Latents(LatentsArgs),
     /// Positions of tokens, and whether they equal those of a file.
     Positions(PositionsArgs),
-    /// Tell a picture from noise, one colour and standstill, on a folder of frames.
+    /// Tell a picture from noise, one colour and standstill, in a video file or a folder of frames.
     VideoStats(VideoStatsArgs),
 }
 

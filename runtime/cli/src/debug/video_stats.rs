@@ -5,10 +5,9 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use clap::Args;
-use ltxc_runtime::media::load_image;
-use ltxc_runtime::media::png::is_frame_name;
+use ltxc_runtime::media::{Clip, ClipRate, MediaError, Rational, Window, load_audio};
 use serde_json::{Value, json};
 
 /// Mean step between neighbours over twice the standard deviation: white noise gives about 1.13, pictures below 0.4.
@@ -32,7 +31,7 @@ const SILENT: f64 = 1e-4;
 /// `ltxc debug video-stats`.
 #[derive(Debug, Args)]
 pub struct VideoStatsArgs {
-    /// Folder of PNG frames, with a WAV file beside them if there is sound.
+    /// Clip: .mp4 and other video files, or a folder of PNG frames with a WAV file beside them.
     pub input: PathBuf,
     /// Red flags to overlook: noise, collapsed, black, frozen, silent; repeatable.
     #[arg(long, value_name = "FLAG")]
@@ -209,7 +208,7 @@ pub fn run(args: &VideoStatsArgs, json: bool) -> Result<bool> {
     if let Some(unknown) = args.allow.iter().find(|a| !known.contains(&a.as_str())) {
         bail!("`--allow {unknown}` is no red flag, expected {}", known.join(", "));
     }
-    let stats = of_folder(&args.input)?;
+    let stats = of_clip(&args.input)?;
     let flags: Vec<_> = stats.flags().into_iter().filter(|(name, _)| !args.allow.iter().any(|a| a == name)).collect();
     if json {
         println!("{}", facts(&stats, &flags));
@@ -219,41 +218,50 @@ pub fn run(args: &VideoStatsArgs, json: bool) -> Result<bool> {
     Ok(flags.is_empty())
 }
 
-/// Statistics of a folder of frames, as `ltxc run -o folder/` writes it.
-fn of_folder(folder: &Path) -> Result<ClipStats> {
-    let entries = std::fs::read_dir(folder).with_context(|| format!("`{}`", folder.display()))?;
-    let mut paths: Vec<PathBuf> = entries.flatten().map(|e| e.path()).collect();
-    paths.sort();
-    let is_frame = |p: &&PathBuf| p.file_name().and_then(|n| n.to_str()).is_some_and(is_frame_name);
+/// Statistics of a clip: a folder of frames with a WAV file beside them, or a file with or without sound.
+fn of_clip(path: &Path) -> Result<ClipStats> {
+    let clip = Clip::open(path)?;
+    let info = clip.info();
+    let rate = match info.rate {
+        ClipRate::Constant(rate) => rate,
+        // Every picture, whatever its time.
+        ClipRate::Variable(mean) => Rational::from_fps(mean)?,
+        ClipRate::Free => Rational::new(24, 1)?,
+    };
     let mut collector = Collector::default();
-    for path in paths.iter().filter(is_frame) {
-        let image = load_image(path)?;
-        collector.add(image.width(), image.height(), image.rgb()).with_context(|| format!("`{}`", path.display()))?;
+    let mut problem = None;
+    clip.read(Window { rate, start_seconds: 0.0, frames: info.frames }, &mut |image| {
+        if let Err(e) = collector.add(image.width(), image.height(), image.rgb()) {
+            problem.get_or_insert(e);
+        }
+        Ok(())
+    })?;
+    if let Some(problem) = problem {
+        return Err(problem.context(format!("`{}`", path.display())));
     }
     let mut stats = collector.finish();
     if stats.frames == 0 {
-        bail!("`{}` has no frames like `frame_00000.png`", folder.display());
+        bail!("`{}` holds no pictures", path.display());
     }
-    if let Some(wav) = paths.iter().find(|p| p.extension().is_some_and(|e| e == "wav")) {
-        stats.sound_rms = Some(rms(wav)?);
-    }
+    let beside = || std::fs::read_dir(path).into_iter().flatten().flatten().map(|e| e.path());
+    let sound = match path.is_dir() {
+        true => beside().find(|p| p.extension().is_some_and(|e| e == "wav")),
+        false => Some(path.to_path_buf()),
+    };
+    stats.sound_rms = sound.map(|sound| rms(&sound)).transpose()?.flatten();
     Ok(stats)
 }
 
-fn rms(path: &Path) -> Result<f64> {
-    let mut reader = hound::WavReader::open(path).with_context(|| format!("`{}`", path.display()))?;
-    let spec = reader.spec();
-    let scale = match spec.sample_format {
-        hound::SampleFormat::Float => 1.0,
-        hound::SampleFormat::Int => (1u64 << (spec.bits_per_sample - 1)) as f64,
+/// RMS of the sound of a file, if it has any.
+fn rms(path: &Path) -> Result<Option<f64>> {
+    // A day: everything.
+    let recording = match load_audio(path, 0.0, 86_400.0) {
+        Ok(recording) => recording,
+        Err(MediaError::NoSound { .. }) => return Ok(None),
+        Err(e) => return Err(e.into()),
     };
-    let samples: Result<Vec<f64>, hound::Error> = match spec.sample_format {
-        hound::SampleFormat::Float => reader.samples::<f32>().map(|s| s.map(f64::from)).collect(),
-        hound::SampleFormat::Int => reader.samples::<i32>().map(|s| s.map(f64::from)).collect(),
-    };
-    let samples = samples.with_context(|| format!("`{}`", path.display()))?;
-    let sum: f64 = samples.iter().map(|s| (s / scale).powi(2)).sum();
-    Ok((sum / samples.len().max(1) as f64).sqrt())
+    let samples = || recording.channels.iter().flatten().map(|s| f64::from(*s).powi(2));
+    Ok(Some((samples().sum::<f64>() / samples().count().max(1) as f64).sqrt()))
 }
 
 fn facts(s: &ClipStats, flags: &[(&str, String)]) -> Value {

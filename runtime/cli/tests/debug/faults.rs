@@ -364,4 +364,10 @@ fn a_finished_clip_is_told_from_noise_and_one_colour() {
     let grey = write("grey", &|_, _, _| 128);
     assert_eq!(flags(&grey), ["collapsed", "frozen"]);
     place.refused(&["debug", "video-stats", "nowhere"], &["nowhere"]);
+    // A finished file, whose pictures mean nothing.
+    place.ok(&with(tiny().run_args(), &["-p", "x", "-o", "a.mp4"]));
+    let done = place.run(&["debug", "video-stats", "a.mp4", "--json"]);
+    let facts: Value = serde_json::from_str(&done.stdout).unwrap_or_else(|e| panic!("{e}: {}", done.stderr));
+    assert_eq!((facts["frames"].as_u64(), facts["width"].as_u64()), (Some(9), Some(64)));
+    assert!(facts["sound_rms"].as_f64() > Some(0.0), "{facts}");
 }
