@@ -45,6 +45,8 @@ pub enum Command {
     Inspect(InspectArgs),
     /// Write synthetic model files in the published format.
     Synth(SynthArgs),
+    /// Measure how long the parts of a plan take, and how close to the limits of the device.
+    Bench(BenchArgs),
     /// Make ./demo.mp4 with a tiny synthetic model.
     Demo(DemoArgs),
     /// Show devices, memory, caches and codecs of this machine.
@@ -450,6 +452,29 @@ pub struct SynthArgs {
     pub preset: Preset,
     /// Folder to write into.
     pub dir: PathBuf,
+}
+
+/// `ltxc bench`.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  ltxc bench x.ltxplan --weights models/ --only stage1")]
+pub struct BenchArgs {
+    /// Plan made by `ltxc compile`.
+    pub plan: PathBuf,
+    /// Folder with the weight files of the plan; may be repeated [default: the plan's]
+    #[arg(long, value_name = "DIR")]
+    pub weights: Vec<PathBuf>,
+    /// Device: auto, cpu, cuda:N, vulkan:N or metal
+    #[arg(long, default_value = "auto")]
+    pub device: DeviceChoice,
+    /// Tokens of the prompt.
+    #[arg(long, default_value_t = 64)]
+    pub tokens: usize,
+    /// Warm runs of each program; the median counts.
+    #[arg(long, default_value_t = 3)]
+    pub rounds: usize,
+    /// Measure one part only, for example stage1 or decode.
+    #[arg(long, value_name = "PART")]
+    pub only: Option<String>,
 }
 
 /// `ltxc demo`.

@@ -2,6 +2,7 @@
 
 pub mod args;
 pub mod assemble;
+pub mod bench;
 pub mod compile;
 pub mod debug;
 pub mod demo;

@@ -48,14 +48,20 @@ fn distilled_run_of_ltx23() {
 
 #[test]
 fn distilled_runs_on_a_gpu() {
-    let Some(device) = vulkan() else { return };
+    let Some(device) = gpu() else { return };
     for (family, name) in [("ltx2", "distilled"), ("ltx2", "distilled_i2v_tiled"), ("ltx23", "distilled")] {
         check_run_on(&Files { device: device.clone(), ..Files::of(family) }, family, name);
     }
 }
 
-/// The first Vulkan device, in tests a program on the processor as a rule. `None` if there is none, and that is allowed.
-fn vulkan() -> Option<Device> {
+/// The device that `LTXC_TEST_DEVICE` names, or the first Vulkan device, in tests a program on the processor as a rule. `None`
+/// if there is none, and that is allowed.
+fn gpu() -> Option<Device> {
+    if let Ok(name) = std::env::var("LTXC_TEST_DEVICE") {
+        let name: DeviceName = name.parse().unwrap_or_else(|e| panic!("LTXC_TEST_DEVICE: {e}"));
+        let found = find(Some(name.backend()));
+        return Some(found.named(&name).unwrap_or_else(|e| panic!("LTXC_TEST_DEVICE: {e}")).clone());
+    }
     let found = find(Some("wgpu"));
     let device = found.named(&DeviceName::Vulkan(None)).ok().cloned();
     if device.is_none() {
