@@ -31,7 +31,7 @@ pub struct Value {
     /// What it is to the program.
     pub role: Role,
     /// Full name path in the program. Values without a name of their own are called after what computes them, in angle
-    /// brackets: `blocks.7.<matmul 12>`.
+    /// brackets: kernel, step of the function, and the weight that it reads, as in `blocks.7.<matmul 12 attn1.to_q.weight>`.
     pub name: String,
     /// Type.
     pub ty: TensorType,
@@ -173,12 +173,17 @@ impl Walk<'_> {
         // A call with several results has their names one after the other.
         let names: Vec<&str> = call.name.split(RESULT_SEPARATOR).collect();
         let last = call.results.len().saturating_sub(1);
+        let weight = call.args.iter().find_map(|a| match a.place {
+            Place::Weight(i) => function.weights.get(i as usize)?.origin.tensors().first(),
+            _ => None,
+        });
+        let weight = weight.map(|tensor| format!(" {}", tensor.key)).unwrap_or_default();
         let mut own = Vec::with_capacity(call.results.len());
         for (j, result) in call.results.iter().enumerate() {
             let name = match names.get(j) {
                 Some(name) if !name.is_empty() => joined(path, name),
-                _ if last == 0 => joined(path, &format!("<{} {step}>", call.work.name())),
-                _ => joined(path, &format!("<{} {step}.{j}>", call.work.name())),
+                _ if last == 0 => joined(path, &format!("<{} {step}{weight}>", call.work.name())),
+                _ => joined(path, &format!("<{} {step}.{j}{weight}>", call.work.name())),
             };
             if let Some(region) = place(result) {
                 own.push((name, result, region));

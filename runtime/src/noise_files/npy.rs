@@ -97,7 +97,7 @@ mod tests {
     fn other_arrays_are_refused() {
         let good = encode(&Stored::f32("", &[2], vec![0.0; 2])).unwrap();
         let with = |from: &str, to: &str| {
-            let text: Vec<u8> = good.iter().copied().collect();
+            let text = good.clone();
             let at = text.windows(from.len()).position(|w| w == from.as_bytes()).unwrap();
             let mut changed = text;
             changed[at..at + from.len()].copy_from_slice(to.as_bytes());

@@ -163,6 +163,7 @@ fn sketches(args: &BisectArgs, setting: &str) -> Result<Side> {
         paths: files.paths(),
         device: &device,
         prompt: &args.prompt,
+        negative_prompt: "",
         images: &[],
         noise: Noise { seed: args.seed, ..Noise::default() },
     };

@@ -475,7 +475,7 @@ fn histogram(values: &[f32]) -> String {
 #[derive(Debug, Args)]
 pub struct PositionsArgs {
     /// Frames, rows and columns of the latent.
-    #[arg(long, value_name = "F,H,W", value_delimiter = ',', num_args = 3, default_value = "3,2,3")]
+    #[arg(long, value_name = "F,H,W", value_delimiter = ',', default_value = "3,2,3")]
     pub grid: Vec<u32>,
     /// Frames per second.
     #[arg(long, default_value_t = 24)]

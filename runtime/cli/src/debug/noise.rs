@@ -92,7 +92,7 @@ pub struct ConvertArgs {
     #[arg(long, value_enum)]
     pub layout: Option<Layout>,
     /// Frames, rows and columns of a video in tokens, for `--layout native`.
-    #[arg(long, value_name = "F,H,W", value_delimiter = ',', num_args = 3)]
+    #[arg(long, value_name = "F,H,W", value_delimiter = ',')]
     pub grid: Option<Vec<usize>>,
     /// Dtype of the output.
     #[arg(long, value_enum)]
@@ -287,6 +287,9 @@ fn convert(args: &ConvertArgs, json: bool) -> Result<()> {
         bail!("`{}` exists, and noise files are never overwritten; name another file", args.output.display());
     }
     let mut tensor = tensor_of(&args.input, args.tensor.as_deref())?;
+    if args.grid.as_ref().is_some_and(|g| g.len() != 3) {
+        bail!("`--grid` takes frames, rows and columns, for example 16,16,24");
+    }
     if let Some(layout) = args.layout {
         tensor = laid_out(tensor, layout, args.grid.as_deref())?;
     }

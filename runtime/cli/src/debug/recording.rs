@@ -199,7 +199,10 @@ impl Distance {
         };
         Distance {
             relative_l2: relative_l2(a, b),
-            max_abs: pairs().map(|(x, y)| (x - y).abs()).fold(0.0, f64::max),
+            // A difference that is no number is larger than any.
+            max_abs: pairs()
+                .map(|(x, y)| (x - y).abs())
+                .fold(0.0, |m, d| if d.is_nan() { f64::INFINITY } else { d.max(m) }),
             mean_abs: dot(&|x, y| (x - y).abs()) / n,
             mse: dot(&|x, y| (x - y).powi(2)) / n,
             cosine: angle(dot(&|x, y| x * y), dot(&|x, _| x * x), dot(&|_, y| y * y)),

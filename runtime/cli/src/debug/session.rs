@@ -457,7 +457,7 @@ impl State<'_> {
             }
             "text_encoder" => {
                 // Only the rows of real tokens mean something; they are the last ones.
-                let rows = value.ty.shape.get(1).copied().unwrap_or(1).max(1);
+                let rows = value.ty.shape.iter().rev().nth(1).copied().unwrap_or(1).max(1);
                 let width = values.len() / rows;
                 let real = &values[(rows - self.valid.min(rows)) * width..];
                 let stats = Stats::of(&[1, self.valid.min(rows), width], real);

@@ -225,7 +225,7 @@ fn stats(args: &StatsArgs, side: &TextSide<'_>, files: &ModelFiles, json_output:
     Ok(ok)
 }
 
-fn checks(side: &TextSide<'_>, files: &ModelFiles, ran: &super::modules::Ran, ids: &[u32], n: usize) -> Vec<Check> {
+fn checks(side: &TextSide<'_>, files: &ModelFiles, ran: &super::modules::Ran, ids: &[i32], n: usize) -> Vec<Check> {
     let mut checks = Vec::new();
     if let (Some(first), Some((hidden, rows))) = (side.state(ran, 0), embedding_rows(files, ids)) {
         let norm = |v: &[f32]| v.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
@@ -258,7 +258,7 @@ fn checks(side: &TextSide<'_>, files: &ModelFiles, ran: &super::modules::Ran, id
 }
 
 /// Width of the embeddings, and the rows of these tokens.
-fn embedding_rows(files: &ModelFiles, ids: &[u32]) -> Option<(usize, Vec<f32>)> {
+fn embedding_rows(files: &ModelFiles, ids: &[i32]) -> Option<(usize, Vec<f32>)> {
     let (_, at) = files.gemma.tensors().find(|(key, _)| key.ends_with("embed_tokens.weight"))?;
     let ty = at.stored.ty()?;
     let [_, width] = ty.shape[..] else { return None };
@@ -267,7 +267,7 @@ fn embedding_rows(files: &ModelFiles, ids: &[u32]) -> Option<(usize, Vec<f32>)> 
     let row_ty = ltxc_ir::TensorType::new(ty.dtype, [width]);
     let mut rows = Vec::new();
     for &id in ids {
-        let start = (id as usize).checked_mul(row)?;
+        let start = usize::try_from(id).ok()?.checked_mul(row)?;
         rows.extend(ltxc_runtime::stats::decoded(&row_ty, bytes.get(start..start + row)?));
     }
     Some((width, rows))

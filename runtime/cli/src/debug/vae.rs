@@ -48,7 +48,7 @@ pub struct DecodeArgs {
     #[arg(long, default_value = "random")]
     pub latent: String,
     /// Frames, rows and columns of a latent that is not read from a file.
-    #[arg(long, value_name = "F,H,W", value_delimiter = ',', num_args = 3, default_value = "2,4,4")]
+    #[arg(long, value_name = "F,H,W", value_delimiter = ',', default_value = "2,4,4")]
     pub grid: Vec<usize>,
     /// Timestep, for decoders that take one [default: the model's 0.05]
     #[arg(long)]

@@ -161,7 +161,11 @@ fn the_first_nan_is_named_with_its_layer() {
     };
     let done = nan(&faulty);
     let facts: Value = serde_json::from_str(&done.stdout).unwrap_or_else(|e| panic!("{e}: {}", done.stderr));
-    assert_eq!((done.code, facts["value"].as_str()), (Some(1), Some("transformer.blocks.1.attn1.to_k")), "{facts}");
+    let value = facts["value"].as_str().unwrap();
+    assert!(
+        done.code == Some(1) && value.starts_with("transformer.blocks.1.") && value.contains("attn1.to_k"),
+        "{facts}"
+    );
     assert!(facts["nan"].as_u64() > Some(0) && !facts["reads"].as_array().unwrap().is_empty(), "{facts}");
     assert_eq!(nan(&tiny().checkpoint).code, Some(0));
 

@@ -197,7 +197,7 @@ fn module_sums_and_traces_choose_by_name_and_step() {
         "--debug-module-sums-path",
         "s.log",
         "--debug-module-sums-include",
-        "transformer",
+        "transformer.transformer_blocks",
         "--debug-module-sums-exclude",
         "audio",
         "--trace-activations",

@@ -55,7 +55,7 @@ impl<'a> TextSide<'a> {
     ///
     /// # Errors
     /// A token that is none.
-    pub fn token(&self, id: u32) -> Result<String> {
+    pub fn token(&self, id: i32) -> Result<String> {
         Ok(self.tokenizer.decode(&[id])?)
     }
 
@@ -100,9 +100,9 @@ impl<'a> TextSide<'a> {
     }
 }
 
-/// The last `n` rows of `[1, t, ..]`: those of real tokens.
+/// The last `n` rows of `[.., t, c]`: those of real tokens.
 pub fn last_rows(kept: &Kept, n: usize) -> &[f32] {
-    let rows = kept.ty.shape.get(1).copied().unwrap_or(1).max(1);
+    let rows = kept.ty.shape.iter().rev().nth(1).copied().unwrap_or(1).max(1);
     let width = kept.values.len() / rows;
     &kept.values[(rows - n.min(rows)) * width..]
 }

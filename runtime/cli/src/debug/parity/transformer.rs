@@ -166,6 +166,10 @@ pub(super) fn check(setup: &Setup<'_>, rows: &mut Vec<Row>) -> Result<()> {
         Some(cases) => cases.keys().filter(|c| !LEFT_OUT.contains(&c.as_str())).cloned().collect(),
         None => vec!["uniform".into()],
     };
+    // Cases of which blocks were recorded tell more, and come first.
+    let has_blocks = |case: &String| !check.has(&format!("{case}.block0.video"));
+    let mut cases = cases;
+    cases.sort_by_key(has_blocks);
     let transformer = setup.files.model.section("transformer")?.clone();
     for case in ["prep".to_string()].into_iter().chain(cases) {
         let config = case_config(&transformer, &case)?;
