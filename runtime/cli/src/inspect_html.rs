@@ -377,7 +377,7 @@ fn function_section(out: &mut String, plan: &Plan, index: usize, function: &Plan
             let bend = (LEFT - 12.0 - ((y - start).sqrt() * 7.0)).max(4.0);
             let _ = write!(
                 out,
-                "<path d='M{LEFT} {start} C{bend:.0} {start} {bend:.0} {y} {LEFT} {y}' fill=none stroke='#8893b0' stroke-opacity=.55/>"
+                "<path d='M{LEFT} {start} C{bend:.0} {start} {bend:.0} {y} {LEFT} {y}' fill=none stroke='#8893b0' stroke-opacity='.55'/>"
             );
         }
         let weights = args.iter().filter(|a| matches!(a.place, Place::Weight(_))).count();

@@ -287,3 +287,20 @@ fn two_logs_are_compared_by_name_whatever_tool_wrote_them() {
     place.write("junk.log", b"nothing of use\n");
     place.refused(&["debug", "compare", "a.log", "junk.log"], &["junk.log", "no line"]);
 }
+
+#[test]
+fn a_page_draws_every_program_without_anything_outside() {
+    let place = Place::new();
+    let plan = tiny().plan.display().to_string();
+    place.ok(&["inspect", &plan, "--html", "x.html"]);
+    let page = String::from_utf8(place.read("x.html")).unwrap();
+    for name in ["stage1", "stage2.generation", "upsample", "decode_audio"] {
+        assert!(page.contains(&format!("<section id='p-{name}'>")), "{name}");
+    }
+    assert!(page.matches("<svg").count() > 40 && page.contains("roofline") && page.contains("fused "));
+    assert!(!page.contains("http://") && !page.contains("https://") && !page.contains("<script"));
+    // An attribute without quotes would swallow the slash that ends its element.
+    let unquoted = page.match_indices("/>").filter(|(at, _)| !page[..*at].ends_with(['\'', '"', ' '])).count();
+    assert_eq!(unquoted, 0);
+    place.refused(&["inspect", &plan, "--html", "y.html", "--peak-gflops", "0"], &["above 0"]);
+}
