@@ -17,6 +17,7 @@ use ltxc_ir::ops::Conv;
 use ltxc_ir::{Builder, DType, Module, Rate, TensorType, ValueId};
 use serde_json::Value;
 
+use crate::checkpoint::Generation;
 use crate::fields::Fields;
 use crate::video_vae::layers::{Statistics, Video, depth_to_space, drop_first_frame, vae_weights};
 use crate::{Block, Functions, ModelError, Weights};
@@ -71,6 +72,8 @@ pub struct UpsamplerConfig {
     pub is_per_frame: bool,
     /// What it enlarges.
     pub enlarge: Enlarge,
+    /// Whether it has the rational resampler.
+    pub is_rational: bool,
 }
 
 impl UpsamplerConfig {
@@ -110,6 +113,7 @@ impl UpsamplerConfig {
             blocks_per_stage: fields.size_within("num_blocks_per_stage", 4, MOST_BLOCKS),
             is_per_frame,
             enlarge,
+            is_rational: fields.bool("rational_resampler", false),
         };
         if !config.mid_channels.is_multiple_of(NORM_GROUPS) {
             fields.problem_at(
@@ -118,6 +122,15 @@ impl UpsamplerConfig {
             );
         }
         fields.finish(config)
+    }
+
+    /// Whether published files of `generation` look like this. Of upsamplers that double rows and columns, those of LTX-2
+    /// have the rational resampler and those of later generations do not; others cannot be told apart.
+    ///
+    /// Source: spec/upsamplers §1.
+    pub fn can_be_of(&self, generation: Generation) -> bool {
+        let doubles = self.enlarge == Enlarge::Space { numerator: 2, denominator: 1 };
+        !doubles || self.is_per_frame || self.is_rational == (generation == Generation::Ltx2)
     }
 
     /// Frames, rows and columns of the result for a latent of `grid`.

@@ -40,6 +40,9 @@ pub enum Command {
     Run(Box<RunArgs>),
     /// Show what a plan, or the graph of model files, contains.
     Inspect(InspectArgs),
+    /// Show what a LoRA file contains and which models it fits.
+    #[command(subcommand)]
+    Lora(LoraCommand),
     /// Write synthetic model files in the published format.
     Synth(SynthArgs),
     /// Make ./demo.mp4 with a tiny synthetic model.
@@ -94,9 +97,45 @@ pub struct ShapeArgs {
     /// Tiles of the video decoder: auto, off, or SIZExOVERLAP,FRAMESxOVERLAP in pixels and frames [default: auto]
     #[arg(long)]
     pub vae_tile: Option<String>,
+    /// Room for live LoRAs, whose ranks add up to this at most; without, LoRAs are merged into the weights [default: 0]
+    #[arg(long, value_name = "RANK")]
+    pub lora_rank: Option<u32>,
+    /// Other tools quantise weights when they load them; here weights are used as they are stored.
+    #[arg(long, value_name = "MODE", hide = true, alias = "quant")]
+    pub quantization: Option<String>,
     /// Arithmetic of activations; bf16 takes less memory, not less time on a CPU [default: f32]
     #[arg(long, value_enum)]
     pub dtype: Option<Precision>,
+}
+
+/// Low-rank adapters.
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "Adapters (LoRA)")]
+pub struct AdapterArgs {
+    /// LoRA, repeatable: PATH, then STRENGTH if it is not 1, then stage=1 or stage=2 if it is not for all.
+    #[arg(
+        long,
+        num_args = 1..=3,
+        value_names = ["PATH", "STRENGTH", "STAGE"],
+        action = clap::ArgAction::Append,
+        allow_negative_numbers = true,
+        alias = "lora-path"
+    )]
+    pub lora: Vec<String>,
+    /// Go on with LoRAs that have keys which the model has nothing for.
+    #[arg(long)]
+    pub lora_ignore_unmatched: bool,
+}
+
+/// How LoRAs act.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LoraMode {
+    /// Added to the weights when these are loaded, as the reference does.
+    #[value(alias = "fuse")]
+    Merged,
+    /// Computed beside each layer, in plans compiled with --lora-rank.
+    #[value(alias = "side")]
+    Live,
 }
 
 /// Dtypes that activations can be computed in.
@@ -145,6 +184,16 @@ pub enum PipelineName {
     /// One stage at full size.
     #[value(alias = "text-to-video")]
     DistilledOneStage,
+}
+
+impl PipelineName {
+    /// The name on the command line and in plans.
+    pub fn name(self) -> &'static str {
+        match self {
+            PipelineName::Distilled => "distilled",
+            PipelineName::DistilledOneStage => "distilled-one-stage",
+        }
+    }
 }
 
 /// What the compiler does.
@@ -198,6 +247,9 @@ pub struct CompileArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub compiler: CompilerArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub adapters: AdapterArgs,
     /// Where to write the plan.
     #[arg(long, short, value_name = "FILE", default_value = "model.ltxplan", alias = "output-path")]
     pub output: PathBuf,
@@ -223,6 +275,12 @@ pub struct RunArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub content: ContentArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub adapters: AdapterArgs,
+    /// How LoRAs act [default: live if the plan has room for it]
+    #[arg(long, value_enum)]
+    pub lora_mode: Option<LoraMode>,
     /// Output: .mp4, .wav, or a folder for PNG frames and a WAV file.
     #[arg(long, short, value_name = "PATH", default_value = "out.mp4", alias = "output-path")]
     pub output: PathBuf,
@@ -299,6 +357,24 @@ pub struct InspectArgs {
     /// Print the IR text: kernel calls of a plan, ops of model files.
     #[arg(long)]
     pub graph: bool,
+}
+
+/// `ltxc lora`.
+#[derive(Debug, Subcommand)]
+pub enum LoraCommand {
+    /// Dialect, ranks, alphas, layers and header of a LoRA file, and whether it fits a model.
+    Inspect(LoraInspectArgs),
+}
+
+/// `ltxc lora inspect`.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  ltxc lora inspect my-lora.safetensors --checkpoint-path ltx-2-19b-dev.safetensors")]
+pub struct LoraInspectArgs {
+    /// LoRA file, or folder with one.
+    pub file: PathBuf,
+    /// Model to compare with; without one, the published ones.
+    #[arg(long, value_name = "FILE", aliases = ["checkpoint", "model-path", "model"])]
+    pub checkpoint_path: Option<PathBuf>,
 }
 
 /// `ltxc synth`.

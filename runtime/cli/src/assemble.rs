@@ -27,7 +27,7 @@ use crate::job::Shape;
 use crate::tensors;
 
 /// Names of the weight sources in graphs and plans.
-const MODEL: &str = "model";
+pub(crate) const MODEL: &str = "model";
 pub(crate) const GEMMA: &str = "gemma";
 pub(crate) const UPSAMPLER: &str = "upsampler";
 
@@ -122,7 +122,7 @@ impl ModelFiles {
 }
 
 /// A path as it is, or the local copy of a hub name.
-fn local(path: &Path) -> Result<PathBuf> {
+pub(crate) fn local(path: &Path) -> Result<PathBuf> {
     if path.exists() {
         return Ok(path.into());
     }
@@ -159,7 +159,7 @@ pub struct Assembly {
 /// # Errors
 /// A model that does not fit the pipeline, or sizes that it cannot run.
 pub fn assemble(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
-    let model = Components::read(files)?;
+    let model = Components::read(files, shape.adapter_rank)?;
     model.check(files, shape)?;
     let (dtype, mut programs) = (shape.dtype, Programs::default());
     let mut asked = vec![(MODEL, model.weights.clone()), (GEMMA, Weights::new(GEMMA, &files.gemma))];
@@ -195,6 +195,22 @@ pub fn assemble(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
             bail!(
                 "the upscaler `{}` makes {found:?} latents (frames, rows, columns) of {grid:?}, the second stage needs {expected:?}; \
                  name a spatial x2 upscaler",
+                upsampler.name()
+            );
+        }
+        let generation = model.checkpoint.generation();
+        if !config.can_be_of(generation) {
+            let other = if generation == Generation::Ltx2 { "LTX-2.3 or newer" } else { "LTX-2" };
+            bail!(
+                "the upscaler `{}` is one of {other}, the model is {generation}; name the spatial x2 upscaler of {generation}",
+                upsampler.name()
+            );
+        }
+        let (found, expected) = (config.in_channels, model.video_vae.latent_channels);
+        if found != expected {
+            bail!(
+                "the upscaler `{}` takes latents of {found} channels, the video VAE makes {expected}; name the upscaler of this \
+                 model",
                 upsampler.name()
             );
         }
@@ -249,13 +265,13 @@ struct Components<'a> {
 }
 
 impl<'a> Components<'a> {
-    fn read(files: &'a ModelFiles) -> Result<Components<'a>> {
+    fn read(files: &'a ModelFiles, adapter_rank: usize) -> Result<Components<'a>> {
         let model = &files.model;
         let name = || format!("`{}`", model.name());
         // The transformer comes before the text side, which reads the same section and a file of its own.
         Ok(Components {
             checkpoint: model,
-            weights: Weights::new(MODEL, model),
+            weights: Weights::new(MODEL, model).with_adapter_slots(adapter_rank),
             transformer: TransformerConfig::from_json(model.section("transformer")?).with_context(name)?,
             text: TextConfig::from_json(files.gemma.config(), model.section("transformer")?)?,
             video_vae: VideoVaeConfig::from_json(model.section("vae")?).with_context(name)?,
@@ -364,9 +380,8 @@ impl<'a> Components<'a> {
     fn pipeline(&self, files: &ModelFiles, shape: &Shape, stages: Vec<Stage>, decode: TilePlan) -> Result<Pipeline> {
         let tokenizer = files.gemma.tokenizer_json()?;
         let version = self.checkpoint.model_version().unwrap_or_default();
-        let name = if shape.has_two_stages() { "distilled" } else { "distilled-one-stage" };
         Ok(Pipeline {
-            name: name.into(),
+            name: shape.pipeline.name().into(),
             model: ModelInfo {
                 generation: self.checkpoint.generation().name().into(),
                 version: version.into(),

@@ -1,5 +1,6 @@
 //! The command line of ltxc, as a library so that tests and benchmarks can compile plans the way the binary does.
 
+pub mod adapters;
 pub mod args;
 pub mod assemble;
 pub mod compile;
@@ -7,6 +8,7 @@ pub mod demo;
 pub mod doctor;
 pub mod inspect;
 pub mod job;
+pub mod lora;
 pub mod report;
 pub mod run;
 pub mod synth;

@@ -6,7 +6,9 @@ use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, Result, bail};
 use ltxc_ir::plan::Plan;
+use ltxc_models::lora::LoraTargets;
 use ltxc_runtime::RunError;
+use ltxc_runtime::adapters::StageAdapters;
 use ltxc_runtime::backend::{DeviceKind, open};
 use ltxc_runtime::executor::Executor;
 use ltxc_runtime::media::{
@@ -19,7 +21,9 @@ use ltxc_runtime::tokenizer::Tokenizer;
 use ltxc_runtime::weights::{WeightFiles, find_tokenizer};
 use serde_json::json;
 
+use crate::adapters::{self, Loras};
 use crate::args::{ContentArgs, ImageCodec, RunArgs};
+use crate::assemble::ModelFiles;
 use crate::compile::{cached, read};
 use crate::job::{self, ImageArg, Shape, pick};
 use crate::report::Report;
@@ -27,20 +31,28 @@ use crate::report::Report;
 /// Set by Ctrl-C; the run stops at the next kernel and removes what it has begun to write.
 pub static INTERRUPT: AtomicBool = AtomicBool::new(false);
 
-/// `ltxc run`. `image_occurrences` says how many values each `--image` had.
+/// `ltxc run`. `image_occurrences` and `lora_occurrences` say how many values each `--image` and `--lora` had.
 ///
 /// # Errors
 /// Anything that stops the run; no output is left then.
-pub fn run(args: &RunArgs, image_occurrences: &[usize], report: &mut Report) -> Result<()> {
+pub fn run(args: &RunArgs, image_occurrences: &[usize], lora_occurrences: &[usize], report: &mut Report) -> Result<()> {
     let images = job::images(&args.content.image, image_occurrences)?;
-    let (plan_path, folders) = plan_and_folders(args, &images)?;
+    let loras = Loras::open(&args.adapters, lora_occurrences)?;
+    let (plan_path, folders) = plan_and_folders(args, &images, &loras)?;
     let (plan, hash) = read(&plan_path)?;
     let device = pick(&args.shape.device, Some(&plan))?;
     let weights = WeightFiles::open(&plan, &folders, args.model.verify)?;
+    let adapters = match loras.is_empty() {
+        true => StageAdapters::default(),
+        false => {
+            let fits = loras.fit(&adapters::targets(&plan, &weights)?, &plan.pipeline.name)?;
+            loras.stages(fits, &plan.pipeline, adapters::mode(args.lora_mode, &plan), report)?
+        }
+    };
     let tokenizer = tokenizer(&plan, &folders)?;
     match device.kind {
         DeviceKind::Cpu => {
-            let need = MemoryNeed::of(&plan, rayon::current_num_threads());
+            let need = MemoryNeed::of(&plan, rayon::current_num_threads()).with(&plan, &weights, &adapters);
             report.note(&format!("memory: {} at most, besides mapped weights", readable(need.peak())));
             need.check(available())?;
         }
@@ -57,6 +69,7 @@ pub fn run(args: &RunArgs, image_occurrences: &[usize], report: &mut Report) -> 
         images: &conditioning,
         sigmas: sigmas(&args.content, &plan)?,
         noise: Noise { seed, given: BTreeMap::new(), files: noise_files(&args.content) },
+        adapters,
         allow_bad_numerics: args.content.allow_bad_numerics,
     };
     let mut executor = Executor::on(open(&device)?, &plan, &weights, &INTERRUPT)?;
@@ -73,8 +86,8 @@ fn tokenizer(plan: &Plan, folders: &[PathBuf]) -> Result<Tokenizer> {
     Ok(Tokenizer::from_folder(path.parent().unwrap_or(Path::new(".")))?)
 }
 
-/// The plan to run and where its weights are.
-fn plan_and_folders(args: &RunArgs, images: &[ImageArg]) -> Result<(PathBuf, Vec<PathBuf>)> {
+/// The plan to run and where its weights are. Nothing is compiled for LoRAs that do not fit.
+fn plan_and_folders(args: &RunArgs, images: &[ImageArg], loras: &Loras) -> Result<(PathBuf, Vec<PathBuf>)> {
     let Some(plan) = &args.plan else {
         if args.model.checkpoint_path.is_none() {
             bail!(
@@ -84,7 +97,10 @@ fn plan_and_folders(args: &RunArgs, images: &[ImageArg]) -> Result<(PathBuf, Vec
         let keyframes = images.iter().filter(|i| i.frame > 0).count();
         let target = pick(&args.shape.device, None)?.target;
         let shape = Shape { target, ..Shape::resolve(&args.shape, keyframes)? };
-        let (path, files) = cached(&args.model, &shape)?;
+        let files = ModelFiles::open(&args.model, shape.has_two_stages())?;
+        job::refuse_quantization(&args.shape, files.model.name(), files.model.has_fp8())?;
+        loras.fit(&LoraTargets::of(&files.model), shape.pipeline.name())?;
+        let path = cached(&files, &shape)?;
         return Ok((path, [files.paths(), args.weights.clone()].concat()));
     };
     let mut folders = args.weights.clone();

@@ -13,6 +13,7 @@ use super::observe::{Event, Observer, numerical_problem};
 use super::schedule::check_sigmas;
 use super::state::{State, audio_positions, keyframe_positions, video_positions};
 use super::text::{TextContext, encode_prompt};
+use crate::adapters::StageAdapters;
 use crate::error::RunError;
 use crate::executor::Executor;
 use crate::media::{RgbImage, resize_and_crop};
@@ -28,6 +29,8 @@ pub struct Request<'a> {
     pub sigmas: BTreeMap<String, Vec<f32>>,
     /// Where noise comes from.
     pub noise: Noise,
+    /// Adapters of every stage.
+    pub adapters: StageAdapters,
     /// Go on with latents that are NaN, infinite or constant.
     pub allow_bad_numerics: bool,
 }
@@ -72,6 +75,7 @@ pub fn run(
     let pipeline = &executor.plan().pipeline;
     check(pipeline, request)?;
     observer.event(Event::Stage { name: "text", steps: 1 });
+    executor.set_adapters(request.adapters.of_text(pipeline))?;
     let text = encode_prompt(executor, &pipeline.text, &tokenizer, request.prompt, observer)?;
     drop(tokenizer);
     observer.event(Event::Step { stage: "text", index: 1 });
@@ -85,6 +89,7 @@ pub fn run(
             (true, Some(latent)) => Some(upsample(executor, &latent)?),
             (_, latent) => latent,
         };
+        executor.set_adapters(request.adapters.of(&stage.name))?;
         let (video, audio) =
             run_stage(executor, pipeline, stage, request, &text, initial, audio_latent.take(), observer)?;
         (video_latent, audio_latent) = (Some(video), Some(audio));

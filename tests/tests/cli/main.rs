@@ -6,3 +6,5 @@ mod bad_plans;
 mod binary;
 mod devices;
 mod everyday;
+mod loras;
+mod misused_files;

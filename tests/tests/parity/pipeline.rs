@@ -168,7 +168,7 @@ fn recorded_shape(recorded: &Recorded) -> ShapeArgs {
 /// A run with the plan's noise levels; noise that is not given is drawn.
 fn request<'a>(prompt: &'a str, images: &'a [Conditioning], given: BTreeMap<String, Vec<f32>>) -> Request<'a> {
     let noise = Noise { seed: 0, given, files: BTreeMap::new() };
-    Request { prompt, images, sigmas: BTreeMap::new(), noise, allow_bad_numerics: false }
+    Request { prompt, images, sigmas: BTreeMap::new(), noise, adapters: Default::default(), allow_bad_numerics: false }
 }
 
 /// `64/32` pixels and `16/8` frames as a flag. The recorded object of release 1.2.0 names the tile of each axis.

@@ -110,6 +110,11 @@ impl StreamCase {
         (distinct, rows)
     }
 
+    /// The same tokens, all at one noise level.
+    pub fn at(self, sigma: f32) -> StreamCase {
+        StreamCase { timesteps: vec![sigma; self.timesteps.len()], sigma, ..self }
+    }
+
     pub fn spec(&self) -> StreamSpec {
         StreamSpec {
             timestep_rows: self.rows().0.len(),
