@@ -13,6 +13,8 @@
 //!
 //! Source: spec/upsamplers.
 
+use std::fmt;
+
 use ltxc_ir::ops::Conv;
 use ltxc_ir::{Builder, DType, Module, Rate, TensorType, ValueId};
 use serde_json::Value;
@@ -57,6 +59,22 @@ pub enum Enlarge {
     Time,
     /// Frames, rows and columns, each by two, without the first frame.
     SpaceAndTime,
+}
+
+impl Enlarge {
+    /// Rows and columns by two, as pipelines of two stages need it.
+    pub const TWICE: Enlarge = Enlarge::Space { numerator: 2, denominator: 1 };
+}
+
+impl fmt::Display for Enlarge {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Enlarge::Space { numerator, denominator: 1 } => write!(f, "rows and columns by {numerator}"),
+            Enlarge::Space { numerator, denominator } => write!(f, "rows and columns by {numerator}/{denominator}"),
+            Enlarge::Time => f.write_str("time by 2"),
+            Enlarge::SpaceAndTime => f.write_str("time, rows and columns by 2"),
+        }
+    }
 }
 
 /// A latent upsampler.
@@ -129,7 +147,7 @@ impl UpsamplerConfig {
     ///
     /// Source: spec/upsamplers §1.
     pub fn can_be_of(&self, generation: Generation) -> bool {
-        let doubles = self.enlarge == Enlarge::Space { numerator: 2, denominator: 1 };
+        let doubles = self.enlarge == Enlarge::TWICE;
         !doubles || self.is_per_frame || self.is_rational == (generation == Generation::Ltx2)
     }
 

@@ -123,7 +123,7 @@ fn velocities(executor: &mut Executor<'_>) -> Vec<f32> {
     let plan = executor.plan();
     let group = plan.groups.iter().position(|g| g.name == "stage1");
     let programs: Vec<_> = plan.programs.iter().filter(|p| Some(p.group as usize) == group).collect();
-    let mut found = Vec::new();
+    let mut found: Vec<f32> = Vec::new();
     for rate in [Rate::Generation, Rate::Evaluation, Rate::Step] {
         for program in programs.iter().filter(|p| p.rate == rate) {
             let is_given = |name: &str| !plan.programs.iter().any(|p| p.outputs.iter().any(|o| o.name == name));

@@ -16,7 +16,7 @@ use ltxc_models::audio::{AudioVaeConfig, VocoderConfig, decode_audio};
 use ltxc_models::checkpoint::{Checkpoint, GemmaFolder, Generation, hub};
 use ltxc_models::text::{self, TextConfig, TextWeights};
 use ltxc_models::transformer::{self, StreamSpec, TransformerConfig, TransformerSpec};
-use ltxc_models::upsampler::{UpsamplerConfig, upsample};
+use ltxc_models::upsampler::{Enlarge, UpsamplerConfig, upsample};
 use ltxc_models::video_vae::{self, VideoVaeConfig};
 use ltxc_models::{ModelError, TensorDirectory, Weights};
 use ltxc_runtime::pipeline::decode::program_name;
@@ -190,12 +190,12 @@ pub fn assemble(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
     if let (Some(upsampler), [first, ..]) = (&files.upsampler, &stages[..]) {
         let config = UpsamplerConfig::from_json(upsampler.config())?;
         let grid = first.grid.map(|n| n as usize);
-        let (found, expected) = (config.output_grid(grid), last.grid.map(|n| n as usize));
-        if found != expected {
+        if config.enlarge != Enlarge::TWICE {
             bail!(
-                "the upscaler `{}` makes {found:?} latents (frames, rows, columns) of {grid:?}, the second stage needs {expected:?}; \
-                 name a spatial x2 upscaler",
-                upsampler.name()
+                "the upscaler `{}` enlarges {}, the second stage needs {}; name a spatial x2 upscaler",
+                upsampler.name(),
+                config.enlarge,
+                Enlarge::TWICE
             );
         }
         let generation = model.checkpoint.generation();
