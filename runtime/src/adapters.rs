@@ -13,7 +13,6 @@
 //! Source: spec/cli-and-formats §4; recorded weights of release 1.2.0.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -27,6 +26,7 @@ use rayon::prelude::*;
 
 use crate::backend::{Backend, Call, Cpu, Region, Weight};
 use crate::error::RunError;
+use crate::files::map_file;
 use crate::memory::Memory;
 
 /// Name of the weight source that adapters add to.
@@ -78,9 +78,7 @@ impl Adapter {
     /// # Errors
     /// A file that cannot be mapped, or factors that are not inside of it.
     pub fn open(path: &Path, factors: impl IntoIterator<Item = (String, Factor)>) -> Result<Adapter, RunError> {
-        let file = File::open(path).map_err(|e| RunError::io(path, e))?;
-        // SAFETY: the map is only read; see `weights::map_file` for what happens to files that change meanwhile.
-        let map = unsafe { Mmap::map(&file) }.map_err(|e| RunError::io(path, e))?;
+        let map = map_file(path).map_err(|e| RunError::io(path, e))?;
         let adapter = Adapter { path: path.into(), map, factors: factors.into_iter().collect() };
         for (key, factor) in &adapter.factors {
             let bad = |problem: &str| RunError::WeightContent {
@@ -163,7 +161,7 @@ impl StageAdapters {
     /// The adapters that programs of a group run with.
     pub(crate) fn of_group(&self, plan: &Plan, group: &str) -> AdapterSet {
         let pipeline = &plan.pipeline;
-        let stage = pipeline.stages.iter().find(|s| s.classes.iter().any(|class| class.program == group));
+        let stage = pipeline.stages.iter().find(|s| s.classes.iter().any(|class| class.name == group));
         match stage {
             Some(stage) => self.of(&stage.name),
             None => self.of_text(pipeline),

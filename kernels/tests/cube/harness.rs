@@ -1,4 +1,6 @@
-//! Runs kernel calls on a Vulkan device, in an arena as a backend does; otherwise the harness of the CPU.
+//! Runs kernel calls on a device, in an arena as a backend does; otherwise the harness of the CPU.
+//!
+//! The device is the first one that Vulkan or Metal has, or with `LTXC_TEST_DEVICE=cuda:N` one of CUDA.
 
 use std::sync::OnceLock;
 
@@ -44,10 +46,8 @@ pub fn power_roundings(argument: f64) -> f64 {
     2.0 * accuracy(Unary::Exp).0 + argument.abs() * (2.0 * accuracy(Unary::Log).0 + 1.0)
 }
 
-pub type Client = ComputeClient<WgpuRuntime>;
-
-/// The device, or the end of this process where there is none.
-pub fn client() -> Client {
+/// The device behind Vulkan or Metal, or the end of this process where there is none.
+fn wgpu_client() -> ComputeClient<WgpuRuntime> {
     static SETUP: OnceLock<Option<WgpuSetup>> = OnceLock::new();
     let setup = SETUP.get_or_init(|| {
         let device = WgpuDevice::DefaultDevice;
@@ -86,7 +86,28 @@ impl Arena {
 /// The results of a call on memory that held `before`; `in_place` are the operands that they lie on.
 #[track_caller]
 pub fn call_all(work: &Work, args: &[Tensor], before: &[Tensor], in_place: &[Option<usize>]) -> Vec<Vec<u8>> {
-    let client = client();
+    let name = std::env::var("LTXC_TEST_DEVICE").unwrap_or_else(|_| "vulkan".into());
+    #[cfg(feature = "cuda")]
+    if let Some(index) = name.strip_prefix("cuda:").and_then(|index| index.parse().ok()) {
+        use cubecl::cuda::{CudaDevice, CudaRuntime};
+        // Who asks for CUDA has it: there is nothing to skip.
+        return call_on(&CudaRuntime::client(&CudaDevice { index }), work, args, before, in_place);
+    }
+    assert!(
+        name.starts_with("vulkan") || name == "metal",
+        "LTXC_TEST_DEVICE: no device `{name}`, but vulkan or cuda:N"
+    );
+    call_on(&wgpu_client(), work, args, before, in_place)
+}
+
+#[track_caller]
+fn call_on<R: Runtime>(
+    client: &ComputeClient<R>,
+    work: &Work,
+    args: &[Tensor],
+    before: &[Tensor],
+    in_place: &[Option<usize>],
+) -> Vec<Vec<u8>> {
     let types: Vec<&TensorType> = args.iter().map(|a| &a.ty).collect();
     let result_types: Vec<&TensorType> = before.iter().map(|b| &b.ty).collect();
     let mut arena = Arena::default();
@@ -107,8 +128,8 @@ pub fn call_all(work: &Work, args: &[Tensor], before: &[Tensor], in_place: &[Opt
         .collect();
     let scratch_ty = TensorType::new(ltxc_ir::DType::U8, [scratch_bytes]);
     let workspace = CubeTensor { ty: &scratch_ty, handle: part(scratch) };
-    cube::launch_work(&client, work, &operands, &results, Some(&workspace)).unwrap();
-    guard::sync(&client).unwrap();
+    cube::launch_work(client, work, &operands, &results, Some(&workspace)).unwrap();
+    guard::sync(client).unwrap();
     let read = |result: &CubeTensor<'_>| match result.ty.bytes() {
         0 => Vec::new(),
         bytes => client.read_one(result.handle.clone()).unwrap()[..bytes].to_vec(),

@@ -1,4 +1,5 @@
-//! The CubeCL kernels on Vulkan against the reference evaluator, with the cases of every backend.
+//! The CubeCL kernels on a device (Vulkan, or CUDA: see `harness`) against the reference evaluator, with the cases of every
+//! backend.
 //!
 //! Without a Vulkan device they are skipped, unless `LTXC_REQUIRE_VULKAN=1`.
 #![cfg(feature = "wgpu")]

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use ltxc_ir::plan::summary::tensors;
-use ltxc_ir::plan::{ADAPTER_SLOTS, Pipeline, Plan};
+use ltxc_ir::plan::{ADAPTER_SLOTS, Pipeline, Plan, StageAdapter};
 use ltxc_models::checkpoint::{Generation, layout};
 use ltxc_models::lora::{LoraFile, LoraFit, LoraTargets, Place};
 use ltxc_runtime::adapters::{Adapter, AdapterMode, AdapterSet, Factor, StageAdapters, Stored};
@@ -18,12 +18,14 @@ use crate::assemble::{MODEL, local};
 use crate::report::Report;
 
 /// Strengths beyond this are possible, but hardly ever meant.
-const USUAL_STRENGTH: f32 = 2.0;
+const USUAL_STRENGTH: f64 = 2.0;
 
 /// A LoRA as given on the command line, opened.
-pub struct Lora {
+struct Lora {
     file: LoraFile,
-    strength: f32,
+    /// What it is for, as in [`StageAdapter::role`].
+    role: &'static str,
+    strength: f64,
     /// Numbers of the stages, from 1; `None` for those that the pipeline chooses.
     stages: Option<Vec<usize>>,
 }
@@ -31,6 +33,8 @@ pub struct Lora {
 /// The adapters of a command.
 pub struct Loras {
     list: Vec<Lora>,
+    /// Strengths of the distilled one, stage by stage.
+    distilled_strengths: [Option<f64>; 2],
     ignores_unmatched: bool,
 }
 
@@ -46,9 +50,14 @@ impl Loras {
             let (this, others) = rest.split_at(n.min(rest.len()));
             rest = others;
             let Some((path, options)) = this.split_first() else { continue };
-            list.push(Lora::parse(path, options)?);
+            list.push(Lora::parse("--lora", path, options)?);
         }
-        Ok(Loras { list, ignores_unmatched: args.lora_ignore_unmatched })
+        if let Some((path, options)) = args.distilled_lora.split_first() {
+            let lora = Lora::parse("--distilled-lora", path, options)?;
+            list.push(Lora { role: StageAdapter::DISTILLED, ..lora });
+        }
+        let distilled_strengths = [args.distilled_lora_strength_stage_1, args.distilled_lora_strength_stage_2];
+        Ok(Loras { list, distilled_strengths, ignores_unmatched: args.lora_ignore_unmatched })
     }
 
     /// Whether there is none.
@@ -76,7 +85,7 @@ impl Loras {
     /// The adapters of every stage of a plan, given what [`Loras::fit`] found.
     ///
     /// # Errors
-    /// A stage that the pipeline does not have, or a file that changed.
+    /// A stage that the pipeline does not have, an adapter that it has no use for or lacks, or a file that changed.
     pub fn stages(
         &self,
         fits: Vec<LoraFit>,
@@ -84,34 +93,50 @@ impl Loras {
         mode: AdapterMode,
         report: &mut Report,
     ) -> Result<StageAdapters> {
-        let mut members = vec![Vec::new(); pipeline.stages.len()];
+        let mut opened = Vec::new();
         for (lora, fit) in self.list.iter().zip(fits) {
-            let path = lora.file.path();
             report.note(&lora.summary(&fit));
             let stored = |place: Place| Stored { offset: place.offset, dtype: place.dtype };
             let factors = fit.factors.into_iter().map(|f| {
                 let (down, up) = (stored(f.down), stored(f.up));
                 (f.key, Factor { rank: f.rank, inputs: f.inputs, outputs: f.outputs, down, up, scale: f.scale })
             });
-            let adapter = Arc::new(Adapter::open(path, factors)?);
-            let stages = lora.stages.clone().unwrap_or_else(|| (1..=members.len()).collect());
-            for stage in stages {
-                let Some(of_stage) = stage.checked_sub(1).and_then(|i| members.get_mut(i)) else {
-                    bail!(
-                        "`--lora {}` is for stage {stage}, pipeline `{}` has {}",
-                        path.display(),
-                        pipeline.name,
-                        pipeline.stages.len()
-                    );
-                };
-                of_stage.push((adapter.clone(), lora.strength));
-            }
+            opened.push((lora, Arc::new(Adapter::open(lora.file.path(), factors)?)));
         }
+        self.check_roles(pipeline)?;
         let mut adapters = StageAdapters::default();
-        for (stage, members) in pipeline.stages.iter().zip(members) {
+        for (i, stage) in pipeline.stages.iter().enumerate() {
+            let mut members = Vec::new();
+            for of_stage in &stage.adapters {
+                for (lora, adapter) in opened.iter().filter(|(lora, _)| lora.acts_in(i, &of_stage.role)) {
+                    let own = self.distilled_strengths.get(i).copied().flatten();
+                    let own = own.filter(|_| of_stage.role == StageAdapter::DISTILLED);
+                    let strength = own.or(of_stage.strength).unwrap_or(lora.strength);
+                    members.push((adapter.clone(), strength as f32));
+                }
+            }
             adapters.set(&stage.name, AdapterSet::new(members, mode));
         }
         Ok(adapters)
+    }
+
+    /// Checks that the stages have a use for every adapter, and all that they need.
+    fn check_roles(&self, pipeline: &Pipeline) -> Result<()> {
+        let name = &pipeline.name;
+        let has_role = |role: &str| pipeline.stages.iter().any(|s| s.adapters.iter().any(|a| a.role == role));
+        for lora in &self.list {
+            let (path, count) = (lora.file.path().display(), pipeline.stages.len());
+            if !has_role(lora.role) {
+                bail!("pipeline `{name}` of this model has no use for `{path}` as {} LoRA; leave it out", lora.role);
+            }
+            if let Some(stage) = lora.stages.iter().flatten().find(|&&stage| stage > count) {
+                bail!("`--lora {path}` is for stage {stage}, pipeline `{name}` has {count}");
+            }
+        }
+        if has_role(StageAdapter::DISTILLED) && !self.list.iter().any(|lora| lora.role == StageAdapter::DISTILLED) {
+            bail!("pipeline `{name}` needs the distilled LoRA of its model; name it with `--distilled-lora`");
+        }
+        Ok(())
     }
 }
 
@@ -119,23 +144,32 @@ impl Loras {
 const REFERENCES: [&str; 1] = ["ic-lora"];
 
 impl Lora {
-    fn parse(path: &str, options: &[String]) -> Result<Lora> {
+    /// `flag` is for messages.
+    fn parse(flag: &str, path: &str, options: &[String]) -> Result<Lora> {
+        let named = format!("`{flag} {path}`");
         let (mut strength, mut stages) = (None, None);
         for option in options {
             match option.strip_prefix("stage=") {
-                Some(list) if stages.is_none() => {
+                Some(list) if stages.is_none() && flag == "--lora" => {
                     let numbers = list.split(',').map(|n| n.trim().parse::<usize>().ok().filter(|&n| n > 0));
                     let numbers: Option<Vec<usize>> = numbers.collect();
-                    let numbers = numbers.with_context(|| {
-                        format!("`--lora {path}`: `{option}` does not name stages; write `stage=1`, `stage=2` or `stage=1,2`")
-                    })?;
-                    stages = Some(numbers);
+                    stages = Some(numbers.with_context(|| {
+                        format!("{named}: `{option}` does not name stages; write `stage=1`, `stage=2` or `stage=1,2`")
+                    })?);
                 }
-                None if strength.is_none() => strength = Some(strength_of(path, option)?),
-                _ => bail!("`--lora {path}`: `{option}` is one value too many; expected PATH [STRENGTH] [stage=1,2]"),
+                None if strength.is_none() => strength = Some(strength_of(&named, option)?),
+                _ => bail!(
+                    "{named}: `{option}` is one value too many; expected PATH, STRENGTH and for `--lora` stage=1,2"
+                ),
             }
         }
-        Ok(Lora { file: LoraFile::open(&local(Path::new(path))?)?, strength: strength.unwrap_or(1.0), stages })
+        let file = LoraFile::open(&local(Path::new(path))?)?;
+        Ok(Lora { file, role: StageAdapter::USER, strength: strength.unwrap_or(1.0), stages })
+    }
+
+    /// Whether it acts in the stage with this index, as `role`.
+    fn acts_in(&self, index: usize, role: &str) -> bool {
+        self.role == role && self.stages.as_ref().is_none_or(|stages| stages.contains(&(index + 1)))
     }
 
     fn summary(&self, fit: &LoraFit) -> String {
@@ -155,11 +189,11 @@ impl Lora {
     }
 }
 
-fn strength_of(path: &str, text: &str) -> Result<f32> {
-    let strength: Option<f32> = text.parse().ok().filter(|s: &f32| s.is_finite());
-    let strength = strength.with_context(|| format!("`--lora {path}`: strength `{text}` is not a number"))?;
+fn strength_of(named: &str, text: &str) -> Result<f64> {
+    let strength: Option<f64> = text.parse().ok().filter(|s: &f64| s.is_finite());
+    let strength = strength.with_context(|| format!("{named}: strength `{text}` is not a number"))?;
     if strength.abs() > USUAL_STRENGTH {
-        eprintln!("note: `--lora {path}` has the strength {strength}, beyond {USUAL_STRENGTH}");
+        eprintln!("note: {named} has the strength {strength}, beyond {USUAL_STRENGTH}");
     }
     Ok(strength)
 }

@@ -17,6 +17,7 @@ use crate::adapters::Loras;
 use crate::args::{CompileArgs, CompilerArgs, FuseLevel};
 use crate::assemble::{MODEL, ModelFiles, assemble};
 use crate::job::{self, Shape};
+use crate::pipelines::definition;
 use crate::report::Report;
 
 /// Compiles a plan. `observe` sees the graph of every program after every pass.
@@ -63,11 +64,12 @@ pub fn version() -> String {
 /// # Errors
 /// As for [`compile()`], and a plan that cannot be written.
 pub fn run(args: &CompileArgs, lora_occurrences: &[usize], report: &mut Report) -> Result<()> {
-    let shape = Shape::resolve(&args.shape, 0)?;
+    let has_distilled_adapter = !args.adapters.distilled_lora.is_empty();
+    let shape = Shape { has_distilled_adapter, ..Shape::resolve(&args.shape, 0)? };
     let files = ModelFiles::open(&args.model, shape.has_two_stages())?;
     job::refuse_quantization(&args.shape, files.model.name(), files.model.has_fp8())?;
     let loras = Loras::open(&args.adapters, lora_occurrences)?;
-    loras.fit(&LoraTargets::of(&files.model), shape.pipeline.name())?;
+    loras.fit(&LoraTargets::of(&files.model), definition(shape.pipeline).name)?;
     let print = |program: &str, pass: &'static str, module: &Module| {
         if args.compiler.print_after.iter().any(|p| p == pass) {
             println!("; program {program} after {pass}\n{module}");

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use clap::{ArgMatches, CommandFactory, FromArgMatches};
 use ltxc::args::{Cli, Command, LoraCommand, with_dashes};
 use ltxc::report::{Report, Style};
-use ltxc::{compile, demo, doctor, inspect, lora, run, synth};
+use ltxc::{bench, compile, demo, doctor, inspect, lora, run, synth};
 use ltxc_runtime::RunError;
 
 /// Exit code after Ctrl-C, as shells expect it.
@@ -53,6 +53,7 @@ fn execute(cli: &Cli, matches: &ArgMatches, report: &mut Report) -> anyhow::Resu
         Command::Inspect(args) => inspect::run(args, cli.json),
         Command::Lora(LoraCommand::Inspect(args)) => lora::inspect(args, cli.json),
         Command::Synth(args) => synth::run(args, report),
+        Command::Bench(args) => bench::run(args, cli.json, report),
         Command::Demo(args) => demo::run(args, report),
         Command::Doctor => doctor::run(cli.json),
     }

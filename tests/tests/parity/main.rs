@@ -5,6 +5,7 @@ mod bf16;
 mod conditioning;
 mod lora;
 mod pipeline;
+mod sampling;
 mod text;
 mod transformer;
 mod upsampler;

@@ -2,13 +2,12 @@
 
 use std::path::PathBuf;
 
-use ltxc_tests::fixtures::root;
 use serde_json::Value;
 
-use crate::binary::{Place, SHAPE, with};
+use crate::binary::{Place, SHAPE, fixtures, with};
 
 fn fixture(name: &str) -> String {
-    root().join(format!("{name}.safetensors")).display().to_string()
+    fixtures().join(format!("{name}.safetensors")).display().to_string()
 }
 
 /// The flags that name the model files of a family.
@@ -17,7 +16,7 @@ fn files(family: &str) -> Vec<String> {
         "ltx2" => ("tiny-ltx2/ltx-2-tiny", "tiny-ltx2/spatial-upscaler-x2-tiny"),
         _ => ("tiny-ltx23/ltx-2.3-tiny", "tiny-ltx23/spatial-upscaler-x2-ltx23-tiny"),
     };
-    let gemma = root().join("tiny-gemma3").display().to_string();
+    let gemma = fixtures().join("tiny-gemma3").display().to_string();
     ["--checkpoint-path", &fixture(model), "--gemma-root", &gemma, "--spatial-upsampler-path", &fixture(upsampler)]
         .map(String::from)
         .into()
@@ -70,7 +69,7 @@ fn plans_with_room_for_adapters_run_them_live() {
     };
     compile("4", "live.ltxplan");
     compile("0", "plain.ltxplan");
-    let weights = root().display().to_string();
+    let weights = fixtures().display().to_string();
     let run = |plan: &str, more: &[&str]| {
         let args = ["run", plan, "--weights", &weights, "-p", "rain", "-o", "a.wav"].map(String::from);
         with(args.into(), more)

@@ -5,11 +5,10 @@ use std::path::{Path, PathBuf};
 use ltxc_ir::eval::{Data, Tensor};
 use ltxc_ir::{DType, TensorType};
 use ltxc_models::synth::{Preset, synth};
-use ltxc_tests::fixtures::root;
 use serde_json::{Value, json};
 
 use crate::bad_files::Parts;
-use crate::binary::{Place, SHAPE, tiny, with};
+use crate::binary::{Place, SHAPE, fixtures, tiny, with};
 
 /// Model files of a family of the fixtures.
 struct Files {
@@ -24,8 +23,8 @@ impl Files {
             "ltx2" => ("tiny-ltx2", "ltx-2-tiny", "spatial-upscaler-x2-tiny"),
             _ => ("tiny-ltx23", "ltx-2.3-tiny", "spatial-upscaler-x2-ltx23-tiny"),
         };
-        let file = |name: &str| root().join(folder).join(format!("{name}.safetensors"));
-        Files { checkpoint: file(model), gemma: root().join("tiny-gemma3"), upsampler: file(upsampler) }
+        let file = |name: &str| fixtures().join(folder).join(format!("{name}.safetensors"));
+        Files { checkpoint: file(model), gemma: fixtures().join("tiny-gemma3"), upsampler: file(upsampler) }
     }
 
     fn args(&self, verb: &str, more: &[&str]) -> Vec<String> {
@@ -47,7 +46,7 @@ impl Files {
 
 #[test]
 fn an_upscaler_of_the_wrong_kind_is_refused() {
-    let upscaler = |name: &str| root().join(format!("{name}.safetensors"));
+    let upscaler = |name: &str| fixtures().join(format!("{name}.safetensors"));
     let with = |family: &str, name: &str| Files { upsampler: upscaler(name), ..Files::of(family) };
     let temporal = with("ltx2", "tiny-ltx2/temporal-upscaler-x2-tiny");
     temporal.refused(&[], &["temporal-upscaler-x2-tiny", "the second stage needs", "name a spatial x2 upscaler"]);
@@ -168,7 +167,7 @@ fn fp8_checkpoints_run_like_their_numbers_in_bf16() {
     let place = Place::new();
     for family in ["ltx2", "ltx23"] {
         let [narrow, wide] = fp8(&place, family);
-        let lora = root().join(format!("tiny-{family}/lora-rank4-tiny.safetensors")).display().to_string();
+        let lora = fixtures().join(format!("tiny-{family}/lora-rank4-tiny.safetensors")).display().to_string();
         for more in [&[][..], &["--lora", &lora, "0.5"]] {
             let sound = |files: &Files| {
                 let done = place.ok(&files.args("run", &[&["-p", "rain", "-o", "a.wav"], more].concat()));

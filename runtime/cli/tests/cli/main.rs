@@ -3,8 +3,10 @@
 mod bad_arguments;
 mod bad_files;
 mod bad_plans;
+mod bench;
 mod binary;
 mod devices;
 mod everyday;
 mod loras;
 mod misused_files;
+mod pipelines;
