@@ -309,6 +309,12 @@ pub enum PipelineName {
     /// Full model, guided, one stage at full size.
     #[value(alias = "ti2vid_one_stage")]
     OneStage,
+    /// Full model with its distilled LoRA, two stages: guided at half size, latent upscaling, full size.
+    #[value(alias = "ti2vid_two_stages")]
+    TwoStage,
+    /// The same with a sampler of second order and more pixels, for the best quality.
+    #[value(name = "hq", aliases = ["two-stage-hq", "ti2vid_two_stages_hq"])]
+    HighQuality,
     /// Full model, guided, sound alone.
     #[value(name = "t2a", aliases = ["t2a_one_stage", "text-to-audio"])]
     TextToAudio,

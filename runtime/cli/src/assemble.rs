@@ -374,9 +374,17 @@ impl<'a> Components<'a> {
 
     /// The stages of the pipeline for this model and shape.
     fn stages(&self, shape: &Shape) -> Result<Vec<Stage>> {
+        let [ft, fh, fw] = self.video_vae.factors();
+        // Every stage before the last has half the size of the next.
+        let grid = |shrink: usize| {
+            let (height, width) = (shape.height / shrink, shape.width / shrink);
+            [(shape.frames - 1) / ft + 1, height / fh, width / fw].map(|n| n as u32)
+        };
+        let first = grid(if shape.has_two_stages() { 2 } else { 1 });
         let basis = Basis {
             generation: self.checkpoint.generation(),
             layers: self.transformer.layers,
+            first_tokens: first.iter().fold(1u32, |n, &d| n.saturating_mul(d)),
             has_distilled_adapter: shape.has_distilled_adapter,
         };
         let drafts = (definition(shape.pipeline).stages)(&basis);
@@ -388,11 +396,8 @@ impl<'a> Components<'a> {
         let guided = drafts.iter().any(|d| d.guidance.is_some());
         let count = drafts.len();
         let stage = |(i, draft): (usize, StageDraft)| {
-            // Every stage before the last has half the size of the next.
             let shrink = 1 << (count - 1 - i);
             let (height, width) = (shape.height / shrink, shape.width / shrink);
-            let [ft, fh, fw] = self.video_vae.factors();
-            let grid = [(shape.frames - 1) / ft + 1, height / fh, width / fw].map(|n| n as u32);
             let has_video = shape.makes(Modality::Video);
             let guidance = match draft.guidance.is_some() || !guided {
                 true => guidance(draft.guidance.as_ref(), &shape.sampling, &shape.modalities)?,
@@ -403,7 +408,7 @@ impl<'a> Components<'a> {
                 name: draft.name.into(),
                 height: if has_video { height as u32 } else { 0 },
                 width: if has_video { width as u32 } else { 0 },
-                grid: if has_video { grid } else { [0; 3] },
+                grid: if has_video { grid(shrink) } else { [0; 3] },
                 sigmas: draft.sigmas,
                 schedule: draft.schedule,
                 sampler,
