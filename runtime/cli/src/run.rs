@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, Result, bail};
+use ltxc_compiler::Options;
 use ltxc_ir::plan::{Modality, Plan};
 use ltxc_models::lora::LoraTargets;
 use ltxc_runtime::RunError;
@@ -14,7 +15,9 @@ use ltxc_runtime::media::{
     Audio, MediaWriter, OutputOptions, Rational, RoundTrip, VideoFormat, image_round_trip, load_image,
 };
 use ltxc_runtime::memory::{MemoryNeed, available, readable};
+use ltxc_runtime::noise_files;
 use ltxc_runtime::pipeline::{Conditioning, Noise, Output, Request, StageChoice, run as run_pipeline};
+use ltxc_runtime::stats::Stats;
 use ltxc_runtime::tokenizer::Tokenizer;
 use ltxc_runtime::weights::{WeightFiles, find_tokenizer};
 use serde_json::json;
@@ -22,7 +25,10 @@ use serde_json::json;
 use crate::adapters::{self, Loras};
 use crate::args::{ContentArgs, ImageCodec, RunArgs};
 use crate::assemble::ModelFiles;
-use crate::compile::{cached, read};
+use crate::compile::{cached, read, unfused};
+use crate::debug::flags::{DebugMode, DebugOptions};
+use crate::debug::noise::summary as noise_summary;
+use crate::debug::session::{About, Session};
 use crate::job::{self, ImageArg, Shape, pick};
 use crate::pipelines::{definition, describe, stage_choice};
 use crate::report::Report;
@@ -36,8 +42,9 @@ pub static INTERRUPT: AtomicBool = AtomicBool::new(false);
 /// Anything that stops the run; no output is left then.
 pub fn run(args: &RunArgs, image_occurrences: &[usize], lora_occurrences: &[usize], report: &mut Report) -> Result<()> {
     let images = job::images(&args.content.image, image_occurrences)?;
+    let debug = DebugOptions::resolve(&args.debug, &|name| std::env::var(name).ok())?;
     let loras = Loras::open(&args.adapters, lora_occurrences)?;
-    let (plan_path, folders) = plan_and_folders(args, &images, &loras)?;
+    let (plan_path, folders) = plan_and_folders(args, &images, &loras, debug.mode)?;
     let (plan, hash) = read(&plan_path)?;
     let device = pick(&args.shape.device, Some(&plan))?;
     let weights = WeightFiles::open(&plan, &folders, args.model.verify)?;
@@ -75,9 +82,29 @@ pub fn run(args: &RunArgs, image_occurrences: &[usize], lora_occurrences: &[usiz
         allow_bad_numerics: args.content.allow_bad_numerics,
     };
     let mut executor = Executor::on(open(&device)?, &plan, &weights, &INTERRUPT)?;
+    let session = match debug.is_on() {
+        true => {
+            let about = About { hash, device: device.name.to_string(), seed, noise: &request.noise.files };
+            let session = Session::new(&plan, &weights, debug, &about)?;
+            executor.set_tap(Some(session.tap()))?;
+            Some(session)
+        }
+        false => None,
+    };
     let tags = if args.no_metadata { Vec::new() } else { tags(&prompt, seed, &hash) };
     let mut output = FileOutput::create(&args.output, &plan, tags)?;
-    run_pipeline(&mut executor, tokenizer, &request, report, &mut output)?;
+    match &session {
+        None => run_pipeline(&mut executor, tokenizer, &request, report, &mut output)?,
+        Some(session) => {
+            run_pipeline(&mut executor, tokenizer, &request, &mut session.observer(report), &mut output)?;
+            session.finish()?.iter().for_each(|note| report.note(note));
+        }
+    }
+    for (slot, path) in request.noise.files.iter().filter(|(_, path)| path.exists()) {
+        let noise = noise_files::pick(path, slot)?;
+        let stats = Stats::of(&noise.shape, &noise.values);
+        report.note(&format!("noise {slot} `{}`: {}", path.display(), noise_summary(&stats)));
+    }
     let written = output.writer.finish()?;
     report.finish(&written.path, json!({"frames": written.frames, "bytes": written.bytes, "seed": seed}));
     Ok(())
@@ -89,7 +116,12 @@ fn tokenizer(plan: &Plan, folders: &[PathBuf]) -> Result<Tokenizer> {
 }
 
 /// The plan to run and where its weights are. Nothing is compiled for LoRAs that do not fit.
-fn plan_and_folders(args: &RunArgs, images: &[ImageArg], loras: &Loras) -> Result<(PathBuf, Vec<PathBuf>)> {
+fn plan_and_folders(
+    args: &RunArgs,
+    images: &[ImageArg],
+    loras: &Loras,
+    mode: DebugMode,
+) -> Result<(PathBuf, Vec<PathBuf>)> {
     let Some(plan) = &args.plan else {
         if args.model.checkpoint_path.is_none() {
             bail!(
@@ -103,9 +135,16 @@ fn plan_and_folders(args: &RunArgs, images: &[ImageArg], loras: &Loras) -> Resul
         let files = ModelFiles::open(&args.model, shape.has_two_stages())?;
         job::refuse_quantization(&args.shape, files.model.name(), files.model.has_fp8())?;
         loras.fit(&LoraTargets::of(&files.model), definition(shape.pipeline).name)?;
-        let path = cached(&files, &shape)?;
+        let options = match mode {
+            DebugMode::Fused => Options::default(),
+            DebugMode::Exact => unfused(),
+        };
+        let path = cached(&files, &shape, &options)?;
         return Ok((path, [files.paths(), args.weights.clone()].concat()));
     };
+    if mode == DebugMode::Exact {
+        bail!("`--debug-mode exact` compiles the model without fusion; name model files instead of a plan");
+    }
     let mut folders = args.weights.clone();
     let named = [&args.model.checkpoint_path, &args.model.gemma_root, &args.model.spatial_upsampler_path];
     folders.extend(named.into_iter().flatten().cloned());

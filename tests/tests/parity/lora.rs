@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use ltxc::debug::parity::transformer::StreamCase;
 use ltxc_ir::eval::{Data, Tensor};
 use ltxc_ir::{DType, TensorType};
 use ltxc_models::Weights;
@@ -16,7 +17,7 @@ use ltxc_tests::fixtures::{self, TensorFile};
 use ltxc_tests::harness::{compiled_with, reference};
 use ltxc_tests::recorded::Recorded;
 
-use super::transformer::{Fixture, StreamCase};
+use super::transformer::Fixture;
 
 /// Relative L2 limit of velocities.
 const LIMIT: f64 = 1e-5;
@@ -113,7 +114,10 @@ fn check_weights(recorded: &mut Recorded, checkpoint: &TensorFile, prefix: &str,
 
 /// The inputs of the recorded velocities.
 fn inputs(fixture: &Fixture<'_>) -> [StreamCase; 2] {
-    Stream::BOTH.map(|s| fixture.stream("uniform", s).expect("`uniform` has both streams").at(SIGMA))
+    Stream::BOTH.map(|s| {
+        let case = fixture.stream("uniform", s).expect("`uniform` has both streams");
+        StreamCase { timesteps: vec![SIGMA; case.timesteps.len()], sigma: SIGMA, ..case }
+    })
 }
 
 /// Velocities of a compiled plan with slots of `rank`.

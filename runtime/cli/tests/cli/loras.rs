@@ -88,6 +88,42 @@ fn plans_with_room_for_adapters_run_them_live() {
     place.refused(&run("live.ltxplan", two), &["add up to 8, the plan has slots of 4", "--lora-rank 8"]);
 }
 
+/// A full model with the distilled adapter is a distilled one; here it is the same file under another name.
+#[test]
+fn a_dev_model_acts_distilled_with_its_adapter() {
+    let place = Place::new();
+    std::fs::copy(fixture("tiny-ltx2/ltx-2-tiny"), place.path("ltx-2-tiny-dev.safetensors")).unwrap();
+    let distilled = fixture("tiny-ltx2/distilled-lora-tiny");
+    let dev = |more: &[&str]| {
+        let mut args = run("ltx2", more);
+        let at = args.iter().position(|a| a == "--checkpoint-path").unwrap();
+        args[at + 1] = "ltx-2-tiny-dev.safetensors".into();
+        args
+    };
+    place.refused(&dev(&[]), &["is a dev model", "add `--distilled-lora`"]);
+    let expected = sound(&place, &run("ltx2", &["--lora", &distilled, "0.5"]));
+    assert!(sound(&place, &dev(&["--distilled-lora", &distilled, "0.5"])) == expected);
+    let strengths =
+        ["--distilled-lora-strength-stage-1", "0.5", "--distilled-lora-strength-stage-2", "0.5", "--distilled-lora"];
+    assert!(sound(&place, &dev(&[&strengths[..], &[&distilled]].concat())) == expected);
+    std::fs::remove_dir_all(place.path("cache")).unwrap();
+    std::fs::remove_file(place.path("a.wav")).unwrap();
+    let guided = ["--pipeline", "one-stage", "--distilled-lora", &distilled];
+    place
+        .refused(&dev(&guided), &["pipeline `one-stage` runs the full model as it is", "leave `--distilled-lora` out"]);
+
+    // A plan that was compiled for the adapter asks for it.
+    let mut compile = [vec!["compile".to_string()], files("ltx2")].concat();
+    let at = compile.iter().position(|a| a == "--checkpoint-path").unwrap();
+    compile[at + 1] = "ltx-2-tiny-dev.safetensors".into();
+    let flags = ["--device", "cpu", "--distilled-lora", &distilled, "-o", "a.ltxplan"];
+    place.ok(&with(compile, &[&SHAPE[..], &flags].concat()));
+    let weights = fixtures().display().to_string();
+    let run = ["run", "a.ltxplan", "--weights", ".", "--weights", &weights, "-p", "rain", "-o", "a.wav"];
+    place.refused(&run, &["pipeline `distilled` needs the distilled LoRA", "--distilled-lora"]);
+    place.ok(&[&run[..], &["--distilled-lora", &distilled]].concat());
+}
+
 /// The caches of a place stay empty: what does not fit is refused before anything is compiled.
 #[test]
 fn adapters_that_do_not_fit_are_refused_before_compiling() {
