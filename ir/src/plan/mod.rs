@@ -124,6 +124,16 @@ impl Target {
     }
 }
 
+/// The weight source of slots for low-rank adapters. It has no files: a run fills its tensors, with zeros if it has no
+/// adapter for them. Their keys are that of a weight without `.weight`, and [`SLOT_DOWN`] or [`SLOT_UP`].
+pub const ADAPTER_SLOTS: &str = "adapters";
+
+/// Slot of the factor next to the input, `[rank, inputs]`.
+pub const SLOT_DOWN: &str = ".lora_A.weight";
+
+/// Slot of the factor next to the output, `[outputs, rank]`, scaled.
+pub const SLOT_UP: &str = ".lora_B.weight";
+
 /// A named set of weight files, in which keys are looked up.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WeightSource {

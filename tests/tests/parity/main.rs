@@ -3,6 +3,7 @@
 mod audio;
 mod bf16;
 mod conditioning;
+mod lora;
 mod pipeline;
 mod sampling;
 mod text;

@@ -184,7 +184,15 @@ fn recorded_shape(recorded: &Recorded) -> ShapeArgs {
 /// A run with the plan's noise levels; noise that is not given is drawn.
 fn request<'a>(prompt: &'a str, images: &'a [Conditioning], given: BTreeMap<String, Vec<f32>>) -> Request<'a> {
     let noise = Noise { seed: 0, given, files: BTreeMap::new() };
-    Request { prompt, negative_prompt: "", images, stages: BTreeMap::new(), noise, allow_bad_numerics: false }
+    Request {
+        prompt,
+        negative_prompt: "",
+        images,
+        stages: BTreeMap::new(),
+        noise,
+        adapters: Default::default(),
+        allow_bad_numerics: false,
+    }
 }
 
 /// `64/32` pixels and `16/8` frames as a flag. The recorded object of release 1.2.0 names the tile of each axis; those
@@ -245,7 +253,10 @@ fn check_stage(recorded: &mut Recorded, result: &Outcome, plan: &Plan, stage: &s
     for step in 0.. {
         let name = |what: &str| format!("{stage}.step{step}.{modality}.{what}");
         if !recorded.has(&name("latent")) {
-            assert!(!result.tensors.contains_key(&name("latent")), "{stage} runs more steps than were recorded");
+            // Steps with two evaluations were recorded as calls.
+            let is_other = step == 0 && recorded.has(&format!("{stage}.call0.{modality}.latent"));
+            let is_end = !result.tensors.contains_key(&name("latent"));
+            assert!(is_other || is_end, "{stage} runs more steps than were recorded");
             break;
         }
         recorded.check(&name("latent"), &result.tensors[&name("latent")], RUN_LIMIT);
