@@ -115,7 +115,7 @@ pub fn measure(
         session::compile_for(&device.target, &subject.module, vec![file.identity(false)?], options)
     });
     let plans = plans.into_iter().collect::<Result<Vec<Plan>>>()?;
-    let opened = plans.iter().map(|plan| Ok(WeightFiles::open(plan, &[path.clone()], false)?));
+    let opened = plans.iter().map(|plan| Ok(WeightFiles::open(plan, std::slice::from_ref(&path), false)?));
     let opened = opened.collect::<Result<Vec<WeightFiles>>>()?;
     let mut row = ComponentRow {
         name: subject.name.into(),
