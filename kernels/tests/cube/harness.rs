@@ -1,147 +1,103 @@
-//! Runs kernel calls on a Vulkan device, in an arena as a backend does; otherwise the harness of the CPU.
+//! Runs kernel calls on a GPU: CUDA if there is a device, otherwise Vulkan; `LTXC_CUBE_DEVICE=vulkan` or `cuda` chooses.
 
+use std::panic::catch_unwind;
 use std::sync::OnceLock;
 
 use cubecl::prelude::*;
-use cubecl::wgpu::{AutoGraphicsApi, RuntimeOptions, WgpuDevice, WgpuRuntime, WgpuSetup, init_setup};
-use ltxc_ir::TensorType;
+use cubecl::wgpu::{AutoGraphicsApi, RuntimeOptions, WgpuDevice, WgpuRuntime, init_setup};
 use ltxc_ir::eval::Tensor;
-use ltxc_ir::ops::Unary;
-use ltxc_ir::plan::{Kernel, Work};
-use ltxc_kernels::cube::{self, CubeTensor, guard};
+use ltxc_ir::plan::Work;
+use ltxc_kernels::cube::guard;
+
+mod laid;
+mod runs;
 
 #[path = "../simple/harness.rs"]
 #[allow(dead_code)] // what runs on the CPU
 mod shared;
 
+use laid::Laid;
+pub use runs::{DIVISION_ROUNDINGS, SUM_ROUNDING, accuracy, power_roundings, run, run_onto, run_work};
 pub use shared::{Random, close, equal, in_dtype, reference, unit};
 
-/// Vulkan lets a division or a root be off by 2.5 units of the last place, 5 roundings, where the CPU rounds once.
-pub const DIVISION_ROUNDINGS: f64 = 5.0;
-
-/// Sums are f32: the error of one addition.
-pub const SUM_ROUNDING: f64 = 1.0 / (1 << 24) as f64;
-
-/// Units of the last place and absolute error of a function on f32.
-pub fn accuracy(op: Unary) -> (f64, f64) {
-    match op {
-        Unary::Neg | Unary::Abs => (0.0, 0.0),
-        // The last sum and product round by half a unit each, what is summed has an error of less than one.
-        Unary::Exp => (2.0, 0.0),
-        // The sum of two parts rounds once, the parts are smaller; near 1 the series has three roundings and a division.
-        Unary::Log => (5.0, 0.0),
-        Unary::Sqrt | Unary::Rsqrt => (2.5, 0.0),
-        // What is left of up to 1e5 after subtracting quarters, off by two roundings of π/4 and one of the result.
-        Unary::Sin | Unary::Cos => (0.0, 3e-7),
-        // A division (2.5) and a sum behind an exponential (2).
-        Unary::Tanh => (5.0, 0.0),
-        Unary::Erf => (3.0, 0.0),
-    }
+#[derive(Clone, Copy, PartialEq)]
+enum Device {
+    Cuda,
+    Vulkan,
 }
-
-/// Roundings of a power whose exponential has this argument: what that loses, and the exponential.
-pub fn power_roundings(argument: f64) -> f64 {
-    2.0 * accuracy(Unary::Exp).0 + argument.abs() * (2.0 * accuracy(Unary::Log).0 + 1.0)
-}
-
-pub type Client = ComputeClient<WgpuRuntime>;
 
 /// The device, or the end of this process where there is none.
-pub fn client() -> Client {
-    static SETUP: OnceLock<Option<WgpuSetup>> = OnceLock::new();
-    let setup = SETUP.get_or_init(|| {
-        let device = WgpuDevice::DefaultDevice;
-        let setup =
-            std::panic::catch_unwind(|| init_setup::<AutoGraphicsApi>(&device, RuntimeOptions::default())).ok()?;
-        guard::watch_wgpu(&setup);
-        Some(setup)
+fn device() -> Device {
+    static DEVICE: OnceLock<Option<Device>> = OnceLock::new();
+    let device = DEVICE.get_or_init(|| {
+        let chosen = std::env::var("LTXC_CUBE_DEVICE").unwrap_or_default();
+        let open: [(&str, fn() -> Option<Device>); 2] = [("cuda", open_cuda), ("vulkan", open_vulkan)];
+        open.into_iter().filter(|(name, _)| chosen.is_empty() || chosen == *name).find_map(|(_, open)| open())
     });
-    if setup.is_none() {
+    device.unwrap_or_else(|| {
         assert!(std::env::var_os("LTXC_REQUIRE_VULKAN").is_none_or(|v| v != "1"), "no Vulkan device");
-        eprintln!("skipped: no Vulkan device");
-        std::process::exit(0);
-    }
-    WgpuRuntime::client(&WgpuDevice::DefaultDevice)
+        assert!(std::env::var_os("LTXC_CUBE_DEVICE").is_none(), "there is no device of the kind `LTXC_CUBE_DEVICE`");
+        eprintln!("skipped: no GPU");
+        std::process::exit(0)
+    })
 }
 
-/// Multiple of all offsets in an arena.
-const ALIGNMENT: usize = 512;
-
-/// Memory for tensors, filled with bytes that are no zeros.
-#[derive(Default)]
-struct Arena {
-    bytes: Vec<u8>,
+fn open_vulkan() -> Option<Device> {
+    let setup =
+        catch_unwind(|| init_setup::<AutoGraphicsApi>(&WgpuDevice::DefaultDevice, RuntimeOptions::default())).ok()?;
+    guard::watch_wgpu(&setup);
+    Some(Device::Vulkan)
 }
 
-impl Arena {
-    /// Places bytes and returns their range.
-    fn push(&mut self, bytes: &[u8]) -> (u64, u64) {
-        let start = self.bytes.len();
-        self.bytes.extend(bytes);
-        self.bytes.resize((start + bytes.len().max(1)).next_multiple_of(ALIGNMENT), 0xa5);
-        (start as u64, (start + bytes.len()).next_multiple_of(4) as u64)
-    }
+#[cfg(feature = "cuda")]
+fn open_cuda() -> Option<Device> {
+    // CubeCL panics where something is missing.
+    cubecl::cuda::install::cuda_path()?;
+    catch_unwind(cuda).ok().map(|_| Device::Cuda)
+}
+
+#[cfg(not(feature = "cuda"))]
+fn open_cuda() -> Option<Device> {
+    None
+}
+
+#[cfg(feature = "cuda")]
+fn cuda() -> ComputeClient<cubecl::cuda::CudaRuntime> {
+    cubecl::cuda::CudaRuntime::client(&cubecl::cuda::CudaDevice { index: 0 })
 }
 
 /// The results of a call on memory that held `before`; `in_place` are the operands that they lie on.
 #[track_caller]
 pub fn call_all(work: &Work, args: &[Tensor], before: &[Tensor], in_place: &[Option<usize>]) -> Vec<Vec<u8>> {
-    let client = client();
-    let types: Vec<&TensorType> = args.iter().map(|a| &a.ty).collect();
-    let result_types: Vec<&TensorType> = before.iter().map(|b| &b.ty).collect();
-    let mut arena = Arena::default();
-    let mut ranges: Vec<(u64, u64)> = args.iter().map(|a| arena.push(&a.to_bytes())).collect();
-    for (before, in_place) in before.iter().zip(in_place) {
-        ranges.push(in_place.map_or_else(|| arena.push(&before.to_bytes()), |i| ranges[i]));
+    let laid = Laid::new(work, args, before, in_place);
+    match device() {
+        Device::Vulkan => call_on(&WgpuRuntime::client(&WgpuDevice::DefaultDevice), &laid),
+        #[cfg(feature = "cuda")]
+        Device::Cuda => call_on(&cuda(), &laid),
+        #[cfg(not(feature = "cuda"))]
+        Device::Cuda => unreachable!("`open_cuda` opens nothing"),
     }
-    let scratch_bytes = cube::work_workspace_bytes(work, &types, &result_types);
-    let scratch = arena.push(&vec![0xa5; scratch_bytes]);
-    let memory = client.create_from_slice(&arena.bytes);
-    let total = arena.bytes.len() as u64;
-    let part = |(start, end): (u64, u64)| memory.clone().offset_start(start).offset_end(total - end);
+}
 
-    let operands: Vec<CubeTensor<'_>> =
-        types.iter().zip(&ranges).map(|(&ty, &range)| CubeTensor { ty, handle: part(range) }).collect();
-    let results: Vec<CubeTensor<'_>> = (result_types.iter().zip(&ranges[args.len()..]))
-        .map(|(&ty, &range)| CubeTensor { ty, handle: part(range) })
-        .collect();
-    let scratch_ty = TensorType::new(ltxc_ir::DType::U8, [scratch_bytes]);
-    let workspace = CubeTensor { ty: &scratch_ty, handle: part(scratch) };
-    cube::launch_work(&client, work, &operands, &results, Some(&workspace)).unwrap();
-    guard::sync(&client).unwrap();
-    let read = |result: &CubeTensor<'_>| match result.ty.bytes() {
+#[track_caller]
+fn call_on<R: Runtime>(client: &ComputeClient<R>, laid: &Laid<'_>) -> Vec<Vec<u8>> {
+    let memory = client.create_from_slice(laid.bytes());
+    laid.launch(client, &memory);
+    guard::sync(client).unwrap();
+    let read = |bytes: std::ops::Range<u64>| match (bytes.end - bytes.start) as usize {
         0 => Vec::new(),
-        bytes => client.read_one(result.handle.clone()).unwrap()[..bytes].to_vec(),
+        n => client.read_one(laid.part(&memory, bytes)).unwrap()[..n].to_vec(),
     };
-    results.iter().map(read).collect()
+    laid.results().map(read).collect()
 }
 
-/// The result of a call that has one.
-#[track_caller]
-fn call(work: &Work, args: &[Tensor], before: &Tensor, in_place: Option<usize>) -> Vec<u8> {
-    call_all(work, args, std::slice::from_ref(before), &[in_place]).remove(0)
+/// Whether narrow floats are multiplied by matrix units.
+pub fn has_matrix_units() -> bool {
+    device() == Device::Cuda
 }
 
-/// Runs the call, and again in place wherever that is allowed; all must give the same bytes.
-#[track_caller]
-pub fn run_work(work: &Work, args: &[Tensor], before: &Tensor) -> Tensor {
-    let types: Vec<&TensorType> = args.iter().map(|a| &a.ty).collect();
-    work.check(&types, &[&before.ty]).unwrap();
-    let bytes = call(work, args, before, None);
-    for i in (0..args.len()).filter(|&i| work.may_overwrite(i, 0) && args[i].ty == before.ty) {
-        assert!(call(work, args, before, Some(i)) == bytes, "{work:?} {types:?}: in place of {i} differs");
-    }
-    Tensor::from_bytes(before.ty.clone(), &bytes)
-}
-
-/// Runs a kernel on memory that held `before`.
-#[track_caller]
-pub fn run_onto(kernel: &Kernel, args: &[Tensor], before: &Tensor) -> Tensor {
-    run_work(&kernel.clone().into(), args, before)
-}
-
-/// [`run_onto`] zeros.
-#[track_caller]
-pub fn run(kernel: &Kernel, args: &[Tensor], out: &TensorType) -> Tensor {
-    run_onto(kernel, args, &Tensor::zeros(out.clone()))
+/// Roundings of a product and its addition to a sum, in units of f32. Matrix units cut off what lies behind the last bit
+/// of the largest addend, which is twice as much as rounding.
+pub fn product_roundings() -> f64 {
+    if has_matrix_units() { 2.0 } else { 1.0 }
 }

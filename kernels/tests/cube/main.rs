@@ -1,10 +1,12 @@
-//! The CubeCL kernels on Vulkan against the reference evaluator, with the cases of every backend.
+//! The CubeCL kernels on a GPU against the reference evaluator, with the cases of every backend.
 //!
-//! Without a Vulkan device they are skipped, unless `LTXC_REQUIRE_VULKAN=1`.
+//! Without a GPU they are skipped, unless `LTXC_REQUIRE_VULKAN=1`.
 #![cfg(feature = "wgpu")]
 
 #[path = "../simple/attention.rs"]
 mod attention;
+#[path = "../simple/cases.rs"]
+mod cases;
 #[path = "../simple/conv.rs"]
 mod conv;
 #[path = "../simple/copy.rs"]
@@ -13,6 +15,8 @@ mod copy;
 mod map;
 #[path = "../simple/matmul.rs"]
 mod matmul;
+#[path = "../simple/matrix_units.rs"]
+mod matrix_units;
 #[path = "../simple/movement.rs"]
 mod movement;
 #[path = "../simple/rows.rs"]

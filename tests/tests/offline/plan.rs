@@ -157,7 +157,7 @@ fn check<G: Gpu>(client: &ComputeClient<Recorder<G>>, launch: &Launch, source: &
         }
     };
     limit("bytes of shared memory", source.shared_bytes as u64, limits.max_shared_memory_size as u64);
-    limit("buffers", launch.buffers as u64, u64::from(limits.max_bindings));
+    limit("buffers", launch.buffers.len() as u64, u64::from(limits.max_bindings));
     let units = source.cube_dim.iter().map(|&n| u64::from(n)).product();
     limit("units in a cube", units, u64::from(limits.max_units_per_cube));
     let (x, y, z) = limits.max_cube_dim;

@@ -1,0 +1,10 @@
+//! What Apple GPUs run, in the words of CUDA.
+
+type Device = crate::devices::Simdgroups;
+
+#[path = "../simple/cases.rs"]
+mod cases;
+#[path = "harness.rs"]
+mod harness;
+#[path = "../simple/matrix_units.rs"]
+mod matrix_units;
