@@ -19,7 +19,8 @@ warnings.filterwarnings("ignore")
 import torch
 
 # torchaudio compares CUDA versions when it is imported, also where there is no CUDA.
-torch.version.cuda = None
+if not torch.cuda.is_available():
+    torch.version.cuda = None
 
 
 def say(answer: dict) -> None:

@@ -13,9 +13,10 @@ use std::process::Command;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
+use ltxc_runtime::media::Colour;
 use ltxc_runtime::media::ffmpeg::Ffmpeg;
 use ltxc_runtime::media::h264::video_qp;
-use ltxc_runtime::media::round_trip::{compress_at_qp, from_i420_bt601, image_qp, mean_activity, to_i420_bt601};
+use ltxc_runtime::media::round_trip::{compress_at_qp, image_qp, mean_activity, to_i420_bt601};
 use ltxc_runtime::media::{I420, MediaWriter, OutputOptions, Rational, RgbImage, VideoFormat, load_image};
 
 use crate::block::Findings;
@@ -62,7 +63,7 @@ fn compare_images(ffmpeg: &Ffmpeg, pictures: &[(String, RgbImage)]) -> Result<(V
     let (mut pairs, mut cells) = (Vec::new(), Vec::new());
     for (name, source) in pictures {
         let picture = to_i420_bt601(source)?;
-        let converted = from_i420_bt601(&picture)?;
+        let converted = Colour::UNSPECIFIED.to_rgb(&picture)?;
         let by_qp = QPS.map(|qp| Ok(compress_at_qp(source, qp)?)).collect::<Result<Vec<_>>>()?;
         let quality: Vec<f64> = by_qp.iter().map(|(image, _)| psnr(converted.rgb(), image.rgb())).collect();
         for crf in IMAGE_CRFS {

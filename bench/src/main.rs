@@ -1,15 +1,23 @@
 //! `ltxc-bench`: runs the benchmarks, prints tables, and saves results.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand, ValueEnum};
+use ltxc::bench::ceilings::Ceilings;
 use ltxc_bench::block::{self, Findings};
 use ltxc_bench::machine::{Machine, today};
 use ltxc_bench::report::Report;
+use ltxc_bench::subjects::VideoSize;
+use ltxc_bench::suite::{self, Suite};
+use ltxc_bench::torch::Torch;
 use ltxc_bench::worker::Python;
-use ltxc_bench::{chart, compile, e2e, fusion, gemm, image_crf, memory, process, text, vae};
+use ltxc_bench::{chart, compile, e2e, fusion, gemm, image_crf, memory, page, process, subjects, text, vae};
+use ltxc_ir::DType;
 use ltxc_models::synth::{Preset, SynthModel, synth};
+use ltxc_runtime::backend::{DeviceName, find};
+use ltxc_runtime::files::write_atomically;
 
 /// Benchmarks of ltxc.
 #[derive(Debug, Parser)]
@@ -81,6 +89,8 @@ enum Benchmark {
         #[arg(long, num_args = 3, default_values_t = [3, 8, 12])]
         latent: Vec<usize>,
     },
+    /// Kernels and components of a model on a device: fused against composite against none, and share of its ceilings.
+    Suite(SuiteArgs),
     /// The matrix product, against the gemm crate and PyTorch.
     Gemm,
     /// Compiling full-size models.
@@ -111,6 +121,32 @@ enum Benchmark {
     },
     /// Draws the saved results of a date.
     Chart,
+}
+
+/// `ltxc-bench suite`.
+#[derive(Debug, clap::Args)]
+struct SuiteArgs {
+    /// Device: cpu, cuda:N, vulkan:N or metal.
+    #[arg(long)]
+    device: DeviceName,
+    /// Model whose structure is used.
+    #[arg(long, value_enum, default_value_t)]
+    preset: FullSize,
+    /// Height, width and frames of the video.
+    #[arg(long, default_value = "512x768x121")]
+    size: VideoSize,
+    /// Divides heads, channels and text for devices that cannot hold the published widths.
+    #[arg(long, default_value_t = 1)]
+    divisor: usize,
+    /// Compute activations in bf16.
+    #[arg(long)]
+    bf16: bool,
+    /// Seconds to spend.
+    #[arg(long, default_value_t = 300.0)]
+    seconds: f64,
+    /// Part of them for single kernels, 0 to 1.
+    #[arg(long, default_value_t = 0.5)]
+    kernels: f64,
 }
 
 /// Full-size models.
@@ -150,6 +186,9 @@ fn main() -> Result<()> {
     let scratch = cli.scratch.clone().unwrap_or_else(|| temporary.path().into());
     std::fs::create_dir_all(&scratch).with_context(|| format!("`{}`", scratch.display()))?;
 
+    if let Benchmark::Suite(args) = &cli.benchmark {
+        return run_suite(args, &cli, machine, date, python.as_ref(), &scratch);
+    }
     let (name, reference, mut findings) = measure(&cli, &scratch, python.as_ref(), threads)?;
     if python.is_none() && reference.contains("PyTorch") {
         findings.notes.push("the side of PyTorch was left out: no `--python` was given".into());
@@ -217,8 +256,89 @@ fn measure(
         Benchmark::Memory => ("memory".into(), "measured", memory::run(scratch, &process::ltxc_binary()?, threads)?),
         Benchmark::Text => ("text".into(), "1024 tokens", text::run(rounds, scratch)?),
         Benchmark::ImageCrf { images } => ("image-crf".into(), "libx264", image_crf::run(images, scratch)?),
-        Benchmark::Chart => anyhow::bail!("a chart is drawn from results, it is not measured"),
+        Benchmark::Suite(_) | Benchmark::Chart => anyhow::bail!("this benchmark writes its own report"),
     })
+}
+
+/// Runs the suite, and writes its table, numbers and page as they come.
+fn run_suite(
+    args: &SuiteArgs,
+    cli: &Cli,
+    machine: Machine,
+    date: String,
+    python: Option<&Python>,
+    scratch: &Path,
+) -> Result<()> {
+    let found = find(Some(args.device.backend()));
+    let device = found.named(&args.device)?;
+    let dtype = if args.bf16 { DType::BF16 } else { DType::F32 };
+    let settings = suite::Settings {
+        subjects: subjects::Settings {
+            preset: args.preset.preset(),
+            size: args.size,
+            divisor: args.divisor,
+            dtype,
+            weights: DType::BF16,
+        },
+        limit: Duration::from_secs_f64(args.seconds.clamp(0.0, 86400.0)),
+        kernel_part: args.kernels.clamp(0.0, 1.0),
+    };
+    let widths = match args.divisor {
+        1 => "published widths".to_string(),
+        n => format!("heads, channels and text divided by {n}"),
+    };
+    let mut suite = Suite {
+        date,
+        machine,
+        device: [device.name.to_string(), device.description.clone()],
+        command: command_line(std::env::args()),
+        what: format!(
+            "{} at {}, {widths}, activations in {dtype}, weights in bf16 (random)",
+            args.preset.preset().name(),
+            args.size
+        ),
+        ceilings: Ceilings::measure(device)?,
+        references: Vec::new(),
+        components: Vec::new(),
+        kernels: Vec::new(),
+        notes: Vec::new(),
+    };
+    let torch_device = match device.name {
+        DeviceName::Cuda(index) => format!("cuda:{}", index.unwrap_or(0)),
+        _ => "cpu".into(),
+    };
+    // Another library on another device is no comparison.
+    let python = python.filter(|_| matches!(device.name, DeviceName::Cpu | DeviceName::Cuda(_)));
+    let mut torch = match python.map(|p| Torch::start(p, &torch_device)).transpose() {
+        Ok(torch) => torch,
+        Err(e) => {
+            suite.notes.push(format!("without PyTorch: {e:#}"));
+            None
+        }
+    };
+    suite.notes.extend(torch.iter().map(|t| format!("other: {}", t.about())));
+    let name = format!(
+        "{}-suite-{}-{}{}",
+        suite.date,
+        device.name.to_string().replace(':', ""),
+        args.size,
+        if args.bf16 { "-bf16" } else { "" }
+    );
+    let mut save = |suite: &Suite| -> Result<()> {
+        let Some(folder) = &cli.save else { return Ok(()) };
+        std::fs::create_dir_all(folder).with_context(|| format!("`{}`", folder.display()))?;
+        let json = serde_json::to_string_pretty(suite)? + "\n";
+        for (extension, text) in [("json", json), ("md", suite.markdown()), ("html", page::html(suite))] {
+            let path = folder.join(format!("{name}.{extension}"));
+            write_atomically(&path, text.as_bytes())?;
+        }
+        Ok(())
+    };
+    save(&suite)?;
+    let suite = suite::run(&settings, device, suite, torch.as_mut(), scratch, &mut save)?;
+    println!("{}", suite.markdown());
+    anyhow::ensure!(suite.is_right(), "a fused kernel differs from its parts; the notes say which");
+    Ok(())
 }
 
 /// The command line with every path shortened to its last part: results name no folders of the machine.

@@ -4,6 +4,7 @@ use std::fmt::Write;
 use std::path::Path;
 
 use anyhow::{Context, Result};
+pub use ltxc::bench::figure;
 use serde::Serialize;
 
 use crate::machine::Machine;
@@ -175,20 +176,8 @@ fn cells(row: &Row) -> Vec<String> {
     ]
 }
 
-/// A number with three significant digits, or more where it has more before the point.
-pub fn figure(value: f64) -> String {
-    if !value.is_finite() || value == 0.0 {
-        return value.to_string();
-    }
-    let digits = value.abs().log10().floor();
-    if digits < -3.0 {
-        return format!("{value:.1e}");
-    }
-    let decimals = (2.0 - digits).max(0.0) as usize;
-    format!("{value:.decimals$}")
-}
-
-fn markdown_table(text: &mut String, columns: &[&str], rows: &[Vec<String>]) {
+/// Appends a table.
+pub(crate) fn markdown_table(text: &mut String, columns: &[&str], rows: &[Vec<String>]) {
     let width = |i: usize| {
         let cells = rows.iter().filter_map(|r| r.get(i)).map(|c| c.chars().count());
         cells.chain([columns[i].chars().count()]).max().unwrap_or(0)
@@ -204,7 +193,8 @@ fn markdown_table(text: &mut String, columns: &[&str], rows: &[Vec<String>]) {
     rows.iter().for_each(|row| put(&mut row.iter().map(String::as_str)));
 }
 
-fn line(text: &mut String, content: &str) {
+/// Appends a line.
+pub(crate) fn line(text: &mut String, content: &str) {
     // Writing to a string cannot fail.
     let _ = writeln!(text, "{content}");
 }
@@ -212,12 +202,6 @@ fn line(text: &mut String, content: &str) {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn figures_have_three_digits() {
-        let figures: Vec<String> = [0.0, 12345.6, 123.4, 12.34, 1.25, 0.98765, 0.0012, 1.0e-7].map(figure).into();
-        assert_eq!(figures, ["0", "12346", "123", "12.3", "1.25", "0.988", "0.00120", "1.0e-7"]);
-    }
 
     #[test]
     fn goals_are_checked() {

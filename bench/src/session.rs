@@ -3,11 +3,13 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::Result;
+use ltxc::bench::profile;
 use ltxc_compiler::{Options, PlanBuilder};
-use ltxc_ir::plan::{Pipeline, Plan, Program, Step, Target, WeightSource};
+use ltxc_ir::identity::FileIdentity;
+use ltxc_ir::plan::{Pipeline, Plan, Program, Target, WeightSource};
 use ltxc_ir::{Module, Rate};
 use ltxc_models::checkpoint::WeightFile;
 use ltxc_runtime::executor::Executor;
@@ -24,8 +26,16 @@ pub const SOURCE: &str = "model";
 /// # Errors
 /// A graph that cannot be compiled.
 pub fn compile(module: &Module, file: &WeightFile, options: Options) -> Result<Plan> {
-    let source = WeightSource { name: SOURCE.into(), files: vec![file.identity(false)?], renames: Vec::new() };
-    let mut builder = PlanBuilder::new("ltxc-bench", Target::cpu(), options, vec![source]);
+    compile_for(&Target::cpu(), module, vec![file.identity(false)?], options)
+}
+
+/// [`compile`] for any device, with weights in `files`.
+///
+/// # Errors
+/// A graph that cannot be compiled.
+pub fn compile_for(target: &Target, module: &Module, files: Vec<FileIdentity>, options: Options) -> Result<Plan> {
+    let source = WeightSource { name: SOURCE.into(), files, renames: Vec::new() };
+    let mut builder = PlanBuilder::new("ltxc-bench", target.clone(), options, vec![source]);
     for entry in &module.entries {
         builder.add("bench", entry, module, entry)?;
     }
@@ -96,12 +106,8 @@ impl<'p> Session<'p> {
             self.write(program)?;
             let mut calls = Vec::new();
             let sample = measure::sample(|| {
-                let mut last = Instant::now();
-                Ok(self.executor.run_observed(&program.name, &mut |_| {
-                    let now = Instant::now();
-                    calls.push(now - last);
-                    last = now;
-                })?)
+                calls = self.executor.run_timed(&program.name)?;
+                Ok(())
             })?;
             times.add(&program.name, &calls);
             sum.seconds += sample.seconds;
@@ -205,12 +211,15 @@ impl CallTimes {
         let mut calls = Vec::new();
         for (program, seconds) in &self.seconds {
             let Some(program) = plan.program(program) else { continue };
-            let mut named = Vec::new();
-            collect(plan, program.function, "", &mut named);
-            for (call, sum) in named.iter_mut().zip(seconds) {
-                call.seconds = sum / self.runs.max(1) as f64;
-            }
-            calls.append(&mut named);
+            let timed = profile::calls(plan, program).into_iter().zip(seconds).map(|(c, sum)| TimedCall {
+                types: c.types(),
+                name: c.name,
+                kernel: c.call.work.name().into(),
+                flops: c.call.flops,
+                bytes: c.call.bytes,
+                seconds: sum / self.runs.max(1) as f64,
+            });
+            calls.extend(timed);
         }
         calls
     }
@@ -231,26 +240,4 @@ struct TimedCall {
     flops: u64,
     bytes: u64,
     seconds: f64,
-}
-
-/// The kernel calls of a function in the order in which an executor counts them.
-fn collect(plan: &Plan, function: u32, path: &str, out: &mut Vec<TimedCall>) {
-    let join = |name: &str| [path, name].into_iter().filter(|s| !s.is_empty()).collect::<Vec<_>>().join(".");
-    for step in &plan.functions[function as usize].steps {
-        match step {
-            Step::Kernel(call) => {
-                let args: Vec<String> = call.args.iter().map(|a| a.ty.to_string()).collect();
-                let results: Vec<String> = call.results.iter().map(|r| r.ty.to_string()).collect();
-                out.push(TimedCall {
-                    name: join(&call.name),
-                    kernel: call.work.name().into(),
-                    types: format!("{} → {}", args.join(" "), results.join(" ")),
-                    flops: call.flops,
-                    bytes: call.bytes,
-                    seconds: 0.0,
-                });
-            }
-            Step::Call(call) => collect(plan, call.function, &join(&call.name), out),
-        }
-    }
 }

@@ -26,6 +26,17 @@ pub fn published_configs(preset: Preset) -> Result<(Value, Value)> {
     Ok((model, GemmaFolder::open(&files.gemma)?.config().clone()))
 }
 
+/// Configuration of the spatial upsampler of a published model.
+///
+/// # Errors
+/// If the temporary folder cannot be written.
+pub fn published_upsampler(preset: Preset) -> Result<Value> {
+    let folder = tempfile::tempdir()?;
+    let files = synth(preset, folder.path(), 0)?;
+    let path = files.upsamplers.first().context("the model has no upsampler")?;
+    Ok(Checkpoint::open_upsampler(path)?.config().clone())
+}
+
 /// Writes a checkpoint with `config` in its metadata and random weights, stored as f32 or bf16. Values are the same for
 /// both: every one is a bf16 number.
 ///

@@ -6,6 +6,7 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use ltxc_ir::DType;
 use ltxc_ir::plan::{Plan, Program, Slot, SlotPlace};
@@ -133,6 +134,35 @@ impl<'a> Executor<'a> {
             observe(number);
         }
         Ok(())
+    }
+
+    /// Like [`Executor::run`], and waits for the device after every kernel call. Returns how long each took, the wait included,
+    /// in the order in which [`Executor::run_observed`] counts them.
+    ///
+    /// # Errors
+    /// Those of [`Executor::run`], and what the device failed with.
+    pub fn run_timed(&mut self, program: &str) -> Result<Vec<Duration>, RunError> {
+        self.load(program)?;
+        self.backend.synchronize()?;
+        let mut times = Vec::with_capacity(self.loaded[program].len());
+        for &call in &self.loaded[program] {
+            if self.interrupt.load(Ordering::Relaxed) {
+                return Err(RunError::Interrupted);
+            }
+            let start = Instant::now();
+            self.backend.launch(call)?;
+            self.backend.synchronize()?;
+            times.push(start.elapsed());
+        }
+        Ok(times)
+    }
+
+    /// Waits until the device has done everything it was given.
+    ///
+    /// # Errors
+    /// What it failed with.
+    pub fn synchronize(&self) -> Result<(), RunError> {
+        self.backend.synchronize()
     }
 
     /// Writes an f32 or i32 input of a program.

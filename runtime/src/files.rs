@@ -1,9 +1,20 @@
-//! Files that are written whole or not at all.
+//! Files that are mapped, and files that are written whole or not at all.
 
-use std::io::Write;
+use std::fs::File;
+use std::io::{self, Write};
 use std::path::Path;
 
+use memmap2::Mmap;
+
 use crate::error::RunError;
+
+/// Maps a file for reading.
+pub(crate) fn map_file(path: &Path) -> io::Result<Mmap> {
+    let file = File::open(path)?;
+    // SAFETY: the map is only read. A file that is changed while it is mapped changes the numbers, as it would between
+    // two reads; one that is truncated ends the process, which no reader of mapped files can prevent.
+    unsafe { Mmap::map(&file) }
+}
 
 /// What stands at `path` if it is there and no ordinary file: renaming a new file over it would destroy it.
 pub(crate) fn not_a_file(path: &Path) -> Option<&'static str> {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use ltxc_ir::plan::summary::weight_bytes;
-use ltxc_ir::plan::{Plan, Step};
+use ltxc_ir::plan::{Pass, Plan, Step};
 use ltxc_ir::tiling::Axis;
 use ltxc_kernels::catalogue::workspace_bytes;
 use memmap2::MmapMut;
@@ -109,8 +109,6 @@ impl MemoryNeed {
         let video = &plan.pipeline.video;
         let pixels = u64::from(video.height) * u64::from(video.width);
         let contexts = contexts_bytes(plan);
-        let is_stage =
-            |group: &str| plan.pipeline.stages.iter().flat_map(|s| &s.classes).any(|class| class.program == group);
         let mut parts: BTreeMap<u32, PartNeed> = BTreeMap::new();
         for program in &plan.programs {
             let group = plan.groups.get(program.group as usize);
@@ -120,8 +118,8 @@ impl MemoryNeed {
                 state: group.map_or(0, |g| g.state_bytes),
                 packed: 0,
                 workspace: 0,
-                // The prompt's contexts stay for all stages, and each stage has a copy for its inputs.
-                host: group.map_or(0, |g| if is_stage(&g.name) { 2 * contexts } else { contexts }),
+                // The contexts of the prompts stay for all stages.
+                host: contexts,
             });
             let arena = program.arena_bytes.iter().fold(0u64, |sum, &bytes| sum.saturating_add(bytes));
             part.arena = part.arena.max(arena);
@@ -185,10 +183,14 @@ fn function_workspace(plan: &Plan, threads: usize) -> Vec<u64> {
     need
 }
 
-/// Bytes of the contexts that the text programs make.
+/// Bytes of the contexts that the text programs make of all prompts.
 fn contexts_bytes(plan: &Plan) -> u64 {
+    let mut programs = plan.pipeline.stages.iter().flat_map(|s| &s.classes).flat_map(|c| &c.programs);
+    let prompts = if programs.any(|p| p.passes.contains(&Pass::Negative)) { 2 } else { 1 };
     let connect = plan.program("connect");
-    connect.map_or(0, |p| p.outputs.iter().fold(0u64, |sum, slot| sum.saturating_add(slot.ty.bytes() as u64)))
+    let one =
+        connect.map_or(0, |p| p.outputs.iter().fold(0u64, |sum, slot| sum.saturating_add(slot.ty.bytes() as u64)));
+    one.saturating_mul(prompts)
 }
 
 /// The largest number of decoded frames that wait for the tiles that overlap them, in bytes.

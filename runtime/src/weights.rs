@@ -4,7 +4,6 @@
 //! right length, and compares header and sampled pages before it uses one.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use ltxc_ir::identity::{FileIdentity, Span};
@@ -14,6 +13,7 @@ use memmap2::{Advice, Mmap};
 use safetensors::SafeTensors;
 
 use crate::error::RunError;
+use crate::files::map_file;
 
 /// The weight files of a plan, mapped.
 pub struct WeightFiles {
@@ -155,7 +155,7 @@ fn find(
         if std::fs::metadata(path).map(|m| m.len()).ok() != Some(identity.bytes) {
             continue;
         }
-        let map = map_file(path)?;
+        let map = map_file(path).map_err(|e| RunError::io(path, e))?;
         let found = identity_of(path, &map)?;
         let found = if full && identity.full.is_some() { found.with_full_hash(&map) } else { found };
         match found.difference(identity) {
@@ -174,13 +174,6 @@ fn find(
         searched: folders.iter().map(|f| format!("`{}`", f.display())).collect(),
         remedy,
     })
-}
-
-fn map_file(path: &Path) -> Result<Mmap, RunError> {
-    let file = File::open(path).map_err(|e| RunError::io(path, e))?;
-    // SAFETY: the map is only read. A file that is changed while it is mapped changes the numbers, as it would between
-    // two reads; one that is truncated ends the process, which no reader of mapped files can prevent.
-    unsafe { Mmap::map(&file) }.map_err(|e| RunError::io(path, e))
 }
 
 fn identity_of(path: &Path, map: &Mmap) -> Result<FileIdentity, RunError> {

@@ -6,8 +6,10 @@ use ltxc_ir::plan::{Plan, container};
 use ltxc_ir::text;
 use ltxc_ir::verify::verify;
 use ltxc_models::checkpoint::{Header, Metadata};
-use ltxc_runtime::media::Rational;
+use ltxc_runtime::media::audio_input::decode_embedded;
+use ltxc_runtime::media::h264::Sps;
 use ltxc_runtime::media::mp4::{self, AudioTrack, Movie, SampleSizes, VideoSample, VideoTrack};
+use ltxc_runtime::media::{Clip, ClipRate, Rational, Window};
 use ltxc_runtime::memory::MemoryNeed;
 
 /// A plan file as it is, and as the content of a container whose hashes are right: hashes would keep every change from
@@ -124,6 +126,32 @@ pub fn mp4_mux(bytes: &[u8]) {
     let mut file = Vec::new();
     if let Ok(written) = mp4::mux(&movie, &mut file, |e| panic!("a vector takes all: {e}")) {
         assert_eq!(written, file.len() as u64);
+    }
+}
+
+/// A clip or recording of any origin: its tables, then its first pictures and its sound.
+pub fn media_input(bytes: &[u8]) {
+    let _ = Sps::parse(bytes);
+    let source = mp4::demux(bytes).ok().flatten().unwrap_or_default();
+    let track = source.video.and_then(Result::ok);
+    for sample in track.iter().flat_map(|track| &track.samples) {
+        assert!(bytes.get(sample.bytes.clone()).is_some(), "a picture lies outside");
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("input");
+    std::fs::write(&path, bytes).expect("written");
+    let _ = decode_embedded(&path, 0.1, 0.5);
+    // Pictures that the embedded decoder does not take would go to ffmpeg.
+    let sets = track.iter().flat_map(|track| &track.parameter_sets);
+    if sets.filter_map(|set| Sps::parse(set)).all(|sps| sps.unsupported.is_none())
+        && track.is_some()
+        && let Ok(clip) = Clip::open(&path)
+    {
+        let rate = match clip.info().rate {
+            ClipRate::Constant(rate) => rate,
+            _ => Rational::new(24, 1).expect("a rate"),
+        };
+        let _ = clip.read(Window { rate, start_seconds: 0.0, frames: 3 }, &mut |_| Ok(()));
     }
 }
 

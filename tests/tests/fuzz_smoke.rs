@@ -249,3 +249,11 @@ fn movies() {
         .collect();
     smoke("mp4_mux", &seeds, fuzz::mp4_mux);
 }
+
+#[test]
+fn clips_and_recordings() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../runtime/tests/clips");
+    let names = ["reordered.mp4", "portrait.mp4", "varying.mp4", "click.m4a", "click.mp3", "click.flac"];
+    let seeds: Vec<Vec<u8>> = names.iter().map(|n| std::fs::read(folder.join(n)).expect("a clip")).collect();
+    smoke("media_input", &seeds, fuzz::media_input);
+}

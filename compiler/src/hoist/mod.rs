@@ -132,13 +132,30 @@ impl Hoister<'_> {
         if !cuts.is_empty() {
             for part in split::parts(&body, &cuts, false) {
                 let name = self.fresh_name(&format!("{}.{}", function.name, part.level.rate().name()));
-                self.write(split::emit(&body, &part, &name));
+                let name = self.share(split::emit(&body, &part, &name));
                 split.parts.push(split::Called::new(&body, &part, name));
             }
         }
         let split = Rc::new(split);
         self.splits.insert(key, split.clone());
         Some(split)
+    }
+
+    /// Writes a function unless an equal one was written, and returns the name of the one that stands. Blocks that differ
+    /// in what they skip have slow parts in common.
+    fn share(&mut self, function: Function) -> String {
+        let is_same = |f: &&Function| {
+            f.params == function.params
+                && f.results == function.results
+                && f.nodes == function.nodes
+                && f.values == function.values
+        };
+        if let Some(same) = self.functions.iter().find(is_same) {
+            return same.name.clone();
+        }
+        let name = function.name.clone();
+        self.write(function);
+        name
     }
 
     /// Writes a function under its own name, and before it what it calls.

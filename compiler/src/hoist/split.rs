@@ -170,6 +170,7 @@ impl Hoister<'_> {
         let mut rebuild = Rebuild::new(function, &function.name);
         rebuild.params();
         let mut new_levels = levels.to_vec();
+        let mut calls = Calls::new();
         for node in &function.nodes {
             let args: Vec<Level> = node.args.iter().map(|&a| new_levels[rebuild.get(a).index()]).collect();
             let fastest = args.iter().copied().max().unwrap_or(Level::Constant);
@@ -181,7 +182,7 @@ impl Hoister<'_> {
             let split = if is_mixed(&args) { self.split(&call.function, &args) } else { None };
             match split {
                 Some(split) if !split.parts.is_empty() => {
-                    call_parts(&mut rebuild, &mut new_levels, node, call, &split);
+                    call_parts(&mut rebuild, &mut new_levels, &mut calls, node, call, &split);
                 }
                 _ => {
                     rebuild.node(node);
@@ -202,7 +203,18 @@ fn is_mixed(levels: &[Level]) -> bool {
     slow.next().is_some_and(|first| slow.any(|l| l != first))
 }
 
-fn call_parts(rebuild: &mut Rebuild<'_>, levels: &mut Vec<Level>, node: &Node, call: &Call, split: &Split) {
+/// Results of the calls of parts so far, by function, prefix of the weights and operands: what is asked twice, as by the
+/// passes of one step, is computed and kept once.
+type Calls = BTreeMap<(String, String, Vec<ValueId>), Vec<ValueId>>;
+
+fn call_parts(
+    rebuild: &mut Rebuild<'_>,
+    levels: &mut Vec<Level>,
+    calls: &mut Calls,
+    node: &Node,
+    call: &Call,
+    split: &Split,
+) {
     let mut kept: BTreeMap<ValueId, ValueId> = BTreeMap::new();
     for part in &split.parts {
         let args = part.args.iter().map(|source| match source {
@@ -210,16 +222,26 @@ fn call_parts(rebuild: &mut Rebuild<'_>, levels: &mut Vec<Level>, node: &Node, c
             Source::Kept(v) => kept[v],
         });
         let args: Vec<ValueId> = args.collect();
+        let key = (part.function.clone(), call.prefix.clone(), args.clone());
+        let standing = calls.get(&key).cloned();
         let mut results = Vec::with_capacity(part.results.len());
-        for r in &part.results {
-            let dot = if call.name.is_empty() { "" } else { "." };
-            let value = rebuild.out.add_value(r.ty.clone(), format!("{}{dot}{}", call.name, r.name));
-            levels.push(part.level);
+        for (i, r) in part.results.iter().enumerate() {
+            let value = standing.as_ref().map_or_else(
+                || {
+                    let dot = if call.name.is_empty() { "" } else { "." };
+                    levels.push(part.level);
+                    rebuild.out.add_value(r.ty.clone(), format!("{}{dot}{}", call.name, r.name))
+                },
+                |standing| standing[i],
+            );
             kept.insert(r.value, value);
             r.positions.iter().for_each(|&i| rebuild.set(node.results[i], value));
             results.push(value);
         }
-        let op = Op::Call(Call { function: part.function.clone(), ..call.clone() });
-        rebuild.out.nodes.push(Node { op, args, results });
+        if standing.is_none() {
+            calls.insert(key, results.clone());
+            let op = Op::Call(Call { function: part.function.clone(), ..call.clone() });
+            rebuild.out.nodes.push(Node { op, args, results });
+        }
     }
 }

@@ -1,12 +1,12 @@
 //! Checks the settings of a pipeline as if they were hostile, so that the driver can compute with them.
 //!
 //! - sizes, rates and counts are below bounds that keep all arithmetic on them far from overflow;
-//! - every stage has a grid and falling noise levels that end with 0;
+//! - every stage has falling noise levels that end with 0, and a grid if there is video;
 //! - the tiles of the decoder cover the grid of the last stage, in order and without a gap, and their pixels are the video.
 //!
 //! Settings without stages are those of a plan that only runs programs; they have no tiles either.
 
-use super::{Pipeline, Stage};
+use super::{Pipeline, Sampler, Stage};
 use crate::tiling::AxisTile;
 
 /// Largest side in pixels; a plan for more cannot be compiled.
@@ -36,16 +36,30 @@ pub(super) fn check(pipeline: &Pipeline) -> Result<(), String> {
     if let Some((what, found, most)) = bounded.into_iter().find(|(_, found, most)| found > most) {
         return Err(format!("{what} is {found}, expected at most {most}"));
     }
-    pipeline.stages.iter().try_for_each(|s| check_stage(s).map_err(|e| format!("stage `{}`: {e}", s.name)))?;
+    let has_video = video.channels > 0;
+    pipeline
+        .stages
+        .iter()
+        .try_for_each(|s| check_stage(s, has_video).map_err(|e| format!("stage `{}`: {e}", s.name)))?;
     let Some(last) = pipeline.stages.last() else {
         return if pipeline.decode.is_empty() { Ok(()) } else { Err("tiles without stages".into()) };
     };
     let (num, den) = video.frame_rate;
-    let counts = [video.height, video.width, video.frames, video.channels, audio.channels, audio.tokens, num, den];
-    if counts.contains(&0) || video.scale.iter().any(|&n| !(1..=MAX_WIDTH).contains(&n)) {
-        return Err("a size, rate or scale is 0 or out of range".into());
+    if [video.frames, num, den].contains(&0) || video.scale.iter().any(|&n| !(1..=MAX_WIDTH).contains(&n)) {
+        return Err("a length, rate or scale is 0 or out of range".into());
+    }
+    match (audio.tokens, audio.channels) {
+        (0, _) if !has_video => return Err("there is neither video nor sound".into()),
+        (1.., 0) => return Err("audio tokens have no width".into()),
+        (1.., _) if audio.stage as usize >= pipeline.stages.len() => {
+            return Err(format!("sound of stage {}, of {}", audio.stage, pipeline.stages.len()));
+        }
+        _ => {}
     }
     let tiles = &pipeline.decode;
+    if !has_video {
+        return if tiles.is_empty() { Ok(()) } else { Err("tiles without video".into()) };
+    }
     if tiles.factors != video.scale.map(|n| n as usize) {
         return Err(format!("tiles have {:?} pixels per latent, the video has {:?}", tiles.factors, video.scale));
     }
@@ -60,18 +74,26 @@ pub(super) fn check(pipeline: &Pipeline) -> Result<(), String> {
     Ok(())
 }
 
-fn check_stage(stage: &Stage) -> Result<(), String> {
+fn check_stage(stage: &Stage, has_video: bool) -> Result<(), String> {
     let tokens = stage.grid.iter().try_fold(1u64, |n, &d| n.checked_mul(u64::from(d)));
-    if !tokens.is_some_and(|n| (1..=MAX_TOKENS).contains(&n)) {
+    if has_video && !tokens.is_some_and(|n| (1..=MAX_TOKENS).contains(&n)) {
         return Err(format!("grid {:?} is empty or too large", stage.grid));
     }
-    if [stage.height, stage.width].iter().any(|n| !(1..=MAX_SIDE).contains(n)) {
+    if has_video && [stage.height, stage.width].iter().any(|n| !(1..=MAX_SIDE).contains(n)) {
         return Err(format!("size {}x{} is out of range", stage.height, stage.width));
     }
     let sigmas = &stage.sigmas;
     let falling = sigmas.windows(2).all(|w| w[0] > w[1]) && sigmas.iter().all(|s| (0.0..=1.0).contains(s));
     if sigmas.len() < 2 || !falling || sigmas.last() != Some(&0.0) {
         return Err("noise levels do not fall from at most 1 to 0".into());
+    }
+    let factors = match stage.sampler {
+        Sampler::Euler | Sampler::Res2s => [0.0; 2],
+        Sampler::GradientEstimation { gamma } => [gamma; 2],
+        Sampler::Ancestral { eta, noise } | Sampler::CfgPlusPlus { eta, noise } => [eta, noise],
+    };
+    if factors.iter().any(|v| !v.is_finite()) {
+        return Err("a factor of the sampler is not a number".into());
     }
     Ok(())
 }
@@ -133,6 +155,11 @@ mod tests {
     fn settings_that_would_stop_the_driver_are_refused() {
         refuses(|p| p.video.height = u32::MAX, "height is 4294967295");
         refuses(|p| p.video.frames = 0, "is 0");
+        refuses(|p| p.video.channels = 0, "tiles without video");
+        refuses(|p| (p.video.channels, p.audio.tokens) = (0, 0), "neither video nor sound");
+        refuses(|p| p.audio.channels = 0, "no width");
+        refuses(|p| p.audio.stage = 1, "stage 1, of 1");
+        refuses(|p| p.stages[0].sampler = Sampler::GradientEstimation { gamma: f64::NAN }, "not a number");
         refuses(|p| p.video.frames = 50, "not the size of the video");
         refuses(|p| p.video.frame_rate.1 = 0, "rate");
         refuses(|p| p.stages[0].sigmas.clear(), "noise levels");

@@ -1,6 +1,7 @@
-//! The CubeCL kernels on a GPU against the reference evaluator, with the cases of every backend.
+//! The CubeCL kernels on a device (Vulkan, or CUDA: see `harness`) against the reference evaluator, with the cases of every
+//! backend.
 //!
-//! Without a GPU they are skipped, unless `LTXC_REQUIRE_VULKAN=1`.
+//! Without a Vulkan device they are skipped, unless `LTXC_REQUIRE_VULKAN=1`.
 #![cfg(feature = "wgpu")]
 
 #[path = "../simple/attention.rs"]

@@ -17,11 +17,13 @@
 //! | `sigma` | `f32[1]` | noise level of the stream, 0 if frozen |
 //! | `positions` | `f32[axes, t, 2]` | start and end: seconds, then pixels |
 //! | `context` | `f32[1, s, c]` | text |
+//! | `negative_context` | `f32[1, s, c]` | text of passes with the negative prompt; only if there are any |
 //! | `self_mask` | `f32[t, t]` | strengths of self attention, `[0, 1]`; only if asked for |
 //! | `context_mask` | `f32[s]` | 1 for visible text tokens, else 0; only if asked for |
 //! | `keyframes_mask` | `f32[t]` | above 0 for keyframe tokens; only if asked for |
 //!
-//! Results: `video.velocity` and `audio.velocity`, `f32[1, t, c]`.
+//! Results: `video.velocity` and `audio.velocity`, `f32[1, t, c]`, of every pass; those of a pass with a name have it in
+//! front. Passes of one program share what is equal: a perturbed pass, for example, begins at the first block it changes.
 //!
 //! # Easy to get wrong
 //! - Heads see different bands of rotary frequencies ([`rope`]).
@@ -42,7 +44,7 @@ mod step;
 pub(crate) use config::ROPE_LAYOUTS;
 pub use config::{Stream, StreamConfig, TransformerConfig};
 use ltxc_ir::{Builder, DType, Module, ValueId};
-pub use spec::{BlockSet, Perturbation, StreamSpec, TransformerSpec};
+pub use spec::{BlockSet, Pass, Perturbation, StreamSpec, TransformerSpec};
 use step::Step;
 
 use crate::weights::check_compute_dtype;
@@ -54,7 +56,8 @@ pub const ENTRY: &str = "step";
 /// Where the transformer's keys stand in published files.
 pub const KEY_PREFIX: &str = "model.diffusion_model.";
 
-/// Writes the module of one program. `weights` is the view of a whole checkpoint, `dtype` that of the activations.
+/// Writes the module of a program that evaluates the model once. `weights` is the view of a whole checkpoint, `dtype`
+/// that of the activations.
 ///
 /// # Errors
 /// - [`ModelError::Config`]: a program that this model cannot have, or activations that are not f32, bf16 or f16.
@@ -65,26 +68,52 @@ pub fn build(
     spec: &TransformerSpec,
     dtype: DType,
 ) -> Result<Module, ModelError> {
-    spec.check(config)?;
+    build_passes(config, weights, spec, &[Pass { perturbation: spec.perturbation.clone(), ..Pass::default() }], dtype)
+}
+
+/// Writes the module of a program that evaluates the model once for each of `passes`, which say what each leaves out.
+///
+/// # Errors
+/// Those of [`build()`].
+pub fn build_passes(
+    config: &TransformerConfig,
+    weights: &Weights<'_>,
+    spec: &TransformerSpec,
+    passes: &[Pass],
+    dtype: DType,
+) -> Result<Module, ModelError> {
+    let of = |pass: &Pass| TransformerSpec { perturbation: pass.perturbation.clone(), ..spec.clone() };
+    let specs: Vec<TransformerSpec> = passes.iter().map(of).collect();
+    specs.iter().try_for_each(|spec| spec.check(config))?;
     check_compute_dtype(dtype)?;
     let weights = weights.below(KEY_PREFIX);
-    let skips: Vec<Skips> = (0..config.layers).map(|i| Skips::of_block(spec, i)).collect();
-
     let b = Builder::new(ENTRY);
-    let mut step = Step::prepare(&b, config, &weights, spec, dtype, &skips);
     let functions = Functions::default();
-    for (i, skips) in skips.iter().enumerate().filter(|(_, skips)| **skips != Skips::EVERYTHING) {
-        let inputs = step.block_inputs(*skips);
-        let (function, name) = (skips.function_name(), format!("blocks.{i}"));
-        let block = Block { function: &function, name: &name, prefix: format!("transformer_blocks.{i}.") };
-        let results = functions.call(&b, &weights, block, &inputs.arguments(), |b, weights, params| {
-            block::block(b, config, weights, &inputs.with(params), dtype)
-        });
-        for (stream, x) in inputs.updated().zip(results) {
-            step.update(stream, x);
+    let has_negative = passes.iter().any(|p| p.is_negative);
+    let params = Step::new(&b, config, &weights, dtype).params(spec, has_negative);
+    for (pass, spec) in passes.iter().zip(&specs) {
+        let skips: Vec<Skips> = (0..config.layers).map(|i| Skips::of_block(spec, i)).collect();
+        let write = || {
+            let step = Step::new(&b, config, &weights, dtype);
+            let mut step = step.prepare(spec, &params, pass.is_negative, &skips);
+            for (i, skips) in skips.iter().enumerate().filter(|(_, skips)| **skips != Skips::EVERYTHING) {
+                let inputs = step.block_inputs(*skips);
+                let (function, name) = (skips.function_name(), format!("blocks.{i}"));
+                let block = Block { function: &function, name: &name, prefix: format!("transformer_blocks.{i}.") };
+                let results = functions.call(&b, &weights, block, &inputs.arguments(), |b, weights, params| {
+                    block::block(b, config, weights, &inputs.with(params), dtype)
+                });
+                for (stream, x) in inputs.updated().zip(results) {
+                    step.update(stream, x);
+                }
+            }
+            step.finish(&pass.name);
+        };
+        match pass.name.as_str() {
+            "" => write(),
+            name => b.scope(name, write),
         }
     }
-    step.finish();
     weights.finish()?;
     Ok(functions.into_module(b.finish()?)?)
 }

@@ -89,6 +89,17 @@ pub struct Perturbation {
     pub skip_video_to_audio: BlockSet,
 }
 
+/// One evaluation of the model within a program.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Pass {
+    /// Put in front of the names of its results, with a dot; may be empty.
+    pub name: String,
+    /// Whether it attends to the negative prompt.
+    pub is_negative: bool,
+    /// What it leaves out.
+    pub perturbation: Perturbation,
+}
+
 /// One program of the transformer.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct TransformerSpec {
@@ -136,14 +147,23 @@ impl TransformerSpec {
                     .push(format!("{name} tokens are marked as keyframes, but this model has no embedding for that"));
             }
         }
-        let p = &self.perturbation;
-        for set in [&p.skip_video_self, &p.skip_audio_self, &p.skip_audio_to_video, &p.skip_video_to_audio] {
+        problems.extend(self.perturbation.problems(config));
+        ModelError::unless_empty("transformer program", problems)
+    }
+}
+
+impl Perturbation {
+    /// Blocks that the model does not have.
+    fn problems(&self, config: &TransformerConfig) -> Vec<String> {
+        let mut problems = Vec::new();
+        for set in [&self.skip_video_self, &self.skip_audio_self, &self.skip_audio_to_video, &self.skip_video_to_audio]
+        {
             if let BlockSet::Listed(blocks) = set {
                 let outside = blocks.iter().filter(|&&i| i >= config.layers);
                 problems
                     .extend(outside.map(|i| format!("block {i} is to be skipped, but there are {}", config.layers)));
             }
         }
-        ModelError::unless_empty("transformer program", problems)
+        problems
     }
 }

@@ -22,13 +22,14 @@ use crate::Weights;
 
 /// Parameters of one stream, in order.
 #[derive(Clone, Copy, Debug)]
-struct StreamParams {
+pub(super) struct StreamParams {
     latent: ValueId,
     timesteps: ValueId,
     rows: Option<ValueId>,
     sigma: ValueId,
     positions: ValueId,
     context: ValueId,
+    negative_context: Option<ValueId>,
     self_mask: Option<ValueId>,
     context_mask: Option<ValueId>,
     keyframes_mask: Option<ValueId>,
@@ -53,25 +54,37 @@ pub(super) struct Step<'a> {
 }
 
 impl<'a> Step<'a> {
-    /// Declares the parameters and prepares both streams for blocks that skip what `skips` lists.
+    /// Starts a function whose activations are `dtype`.
+    pub fn new(b: &'a Builder, config: &'a TransformerConfig, weights: &'a Weights<'a>, dtype: DType) -> Step<'a> {
+        Step { b, config, weights, dtype, video: None, audio: None }
+    }
+
+    /// Declares the parameters of both streams.
+    pub fn params(&self, spec: &TransformerSpec, has_negative: bool) -> [Option<StreamParams>; 2] {
+        Stream::BOTH.map(|stream| spec.stream(stream).map(|s| self.stream_params(stream, s, has_negative)))
+    }
+
+    /// Prepares both streams for blocks that skip what `skips` lists, with the prompt or the negative one.
     pub fn prepare(
-        b: &'a Builder,
-        config: &'a TransformerConfig,
-        weights: &'a Weights<'a>,
-        spec: &'a TransformerSpec,
-        dtype: DType,
+        mut self,
+        spec: &TransformerSpec,
+        params: &[Option<StreamParams>; 2],
+        is_negative: bool,
         skips: &[Skips],
     ) -> Step<'a> {
-        let mut step = Step { b, config, weights, dtype, video: None, audio: None };
-        let params = Stream::BOTH.map(|stream| spec.stream(stream).map(|s| step.params(stream, s)));
-        for (stream, own) in Stream::BOTH.into_iter().zip(&params) {
+        let (b, step) = (self.b, &mut self);
+        for (stream, own) in Stream::BOTH.into_iter().zip(params) {
             let sender = params[stream.other() as usize];
-            let (Some(own), Some(s)) = (own, spec.stream(stream)) else { continue };
+            let (Some(mut own), Some(s)) = (*own, spec.stream(stream)) else { continue };
+            if let (true, Some(negative)) = (is_negative, own.negative_context) {
+                own.context = negative;
+            }
+            let own = &own;
             let prepared =
                 b.scope("prep", || b.scope(stream.name(), || step.prepare_stream(stream, s, own, sender, skips)));
             *step.stream_mut(stream) = Some(prepared);
         }
-        step
+        self
     }
 
     /// What a block that skips `skips` is given.
@@ -101,12 +114,13 @@ impl<'a> Step<'a> {
         }
     }
 
-    /// Writes the output layers and declares the results.
-    pub fn finish(&self) {
+    /// Writes the output layers and declares the results, with the name of the pass in front.
+    pub fn finish(&self, pass: &str) {
+        let prefix = if pass.is_empty() { String::new() } else { format!("{pass}.") };
         for stream in Stream::BOTH {
             if let Some(prepared) = self.stream(stream) {
                 let velocity = self.output(stream, prepared);
-                self.b.result(&format!("{}.velocity", stream.name()), velocity);
+                self.b.result(&format!("{prefix}{}.velocity", stream.name()), velocity);
             }
         }
     }
@@ -125,18 +139,20 @@ impl<'a> Step<'a> {
         }
     }
 
-    fn params(&self, stream: Stream, spec: &StreamSpec) -> StreamParams {
+    fn stream_params(&self, stream: Stream, spec: &StreamSpec, has_negative: bool) -> StreamParams {
         let sizes = self.config.stream(stream);
         let (n, s) = (spec.tokens, spec.context_tokens);
         let param = |name: &str, ty, rate| self.b.param(&format!("{}.{name}", stream.name()), ty, rate);
         let f32s = |shape: &[usize]| TensorType::f32(shape);
+        let context = f32s(&[1, s, self.config.context_channels(stream)]);
         StreamParams {
             latent: param("latent", f32s(&[1, n, sizes.in_channels]), Rate::Step),
             timesteps: param("timesteps", f32s(&[spec.timestep_rows]), Rate::Evaluation),
             rows: (spec.timestep_rows > 1).then(|| param("rows", TensorType::i32([n]), Rate::Generation)),
             sigma: param("sigma", f32s(&[1]), Rate::Evaluation),
             positions: param("positions", f32s(&[sizes.max_positions.len(), n, 2]), Rate::Generation),
-            context: param("context", f32s(&[1, s, self.config.context_channels(stream)]), Rate::Generation),
+            context: param("context", context.clone(), Rate::Generation),
+            negative_context: has_negative.then(|| param("negative_context", context, Rate::Generation)),
             self_mask: spec.has_self_mask.then(|| param("self_mask", f32s(&[n, n]), Rate::Generation)),
             context_mask: spec.has_context_mask.then(|| param("context_mask", f32s(&[s]), Rate::Generation)),
             keyframes_mask: spec.has_keyframes_mask.then(|| param("keyframes_mask", f32s(&[n]), Rate::Generation)),

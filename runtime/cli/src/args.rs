@@ -42,6 +42,8 @@ pub enum Command {
     Inspect(InspectArgs),
     /// Write synthetic model files in the published format.
     Synth(SynthArgs),
+    /// Measure how long the parts of a plan take, and how close to the limits of the device.
+    Bench(BenchArgs),
     /// Make ./demo.mp4 with a tiny synthetic model.
     Demo(DemoArgs),
     /// Show devices, memory, caches and codecs of this machine.
@@ -91,12 +93,123 @@ pub struct ShapeArgs {
     /// Device: auto, cpu, cuda:N, vulkan:N or metal; compile for any one with cuda or vulkan alone
     #[arg(long, default_value = "auto")]
     pub device: DeviceChoice,
+    /// Make a silent video, without the part of the model that makes sound.
+    #[arg(long)]
+    pub no_audio: bool,
     /// Tiles of the video decoder: auto, off, or SIZExOVERLAP,FRAMESxOVERLAP in pixels and frames [default: auto]
     #[arg(long)]
     pub vae_tile: Option<String>,
     /// Arithmetic of activations; bf16 takes less memory, not less time on a CPU [default: f32]
     #[arg(long, value_enum)]
     pub dtype: Option<Precision>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub sampling: SamplingArgs,
+}
+
+/// Sampling and guidance. A plan is compiled for passes, skipped steps and blocks; scales can be changed in a run.
+#[derive(Debug, Clone, Default, PartialEq, Args)]
+#[command(next_help_heading = "Sampling and guidance (defaults are the model's; compile and run with the same)")]
+pub struct SamplingArgs {
+    /// Sampler of the first stage [default: the pipeline's]
+    #[arg(long, value_enum)]
+    pub sampler: Option<SamplerName>,
+    /// Extrapolation of gradient estimation, which this chooses as the sampler [default: 2]
+    #[arg(long)]
+    pub ge_gamma: Option<f64>,
+    /// Noise levels of the first stage [default: the pipeline's]
+    #[arg(long, value_enum)]
+    pub schedule: Option<ScheduleName>,
+    /// Scale of video against the negative prompt, 1 for none.
+    #[arg(long = "video-cfg-guidance-scale", value_name = "SCALE", aliases = ["cfg", "cfg-scale", "guidance-scale"])]
+    pub cfg: Option<f64>,
+    /// The same for sound.
+    #[arg(long = "audio-cfg-guidance-scale", value_name = "SCALE", alias = "cfg-audio")]
+    pub cfg_audio: Option<f64>,
+    /// How the difference from the negative prompt is used [default: plain]
+    #[arg(long, value_enum)]
+    pub cfg_rule: Option<RuleName>,
+    /// Scale of video against a pass without self attention in some blocks (STG), 0 for none.
+    #[arg(long = "video-stg-guidance-scale", value_name = "SCALE", aliases = ["stg", "stg-scale"])]
+    pub stg: Option<f64>,
+    /// The same for sound.
+    #[arg(long = "audio-stg-guidance-scale", value_name = "SCALE", alias = "stg-audio")]
+    pub stg_audio: Option<f64>,
+    /// Blocks in which that pass leaves out self attention of video.
+    #[arg(long = "video-stg-blocks", value_name = "BLOCKS", value_delimiter = ',', alias = "stg-blocks")]
+    pub stg_blocks: Option<Vec<u32>>,
+    /// Blocks in which it leaves out self attention of sound.
+    #[arg(long = "audio-stg-blocks", value_name = "BLOCKS", value_delimiter = ',', alias = "stg-blocks-audio")]
+    pub stg_blocks_audio: Option<Vec<u32>>,
+    /// Scale of video against a pass in which it does not hear the sound, 1 for none.
+    #[arg(long = "a2v-guidance-scale", value_name = "SCALE", alias = "modality")]
+    pub modality: Option<f64>,
+    /// Scale of sound against a pass in which it does not see the video.
+    #[arg(long = "v2a-guidance-scale", value_name = "SCALE", alias = "modality-audio")]
+    pub modality_audio: Option<f64>,
+    /// How far guided video returns to its contrast without guidance, 0 to 1.
+    #[arg(long = "video-rescale-scale", value_name = "SHARE", aliases = ["rescale", "guidance-rescale"])]
+    pub rescale: Option<f64>,
+    /// The same for sound.
+    #[arg(long = "audio-rescale-scale", value_name = "SHARE", alias = "rescale-audio")]
+    pub rescale_audio: Option<f64>,
+    /// Steps of video that reuse the prediction of each one that is computed.
+    #[arg(long, value_name = "STEPS")]
+    pub video_skip_step: Option<u32>,
+    /// The same for sound.
+    #[arg(long, value_name = "STEPS")]
+    pub audio_skip_step: Option<u32>,
+    /// Projected guidance: factor of the part along the prediction [default: 1]
+    #[arg(long, value_name = "FACTOR")]
+    pub apg_eta: Option<f64>,
+    /// Projected guidance: largest norm of the difference, 0 for any [default: 0, or 5 with momentum]
+    #[arg(long, value_name = "NORM")]
+    pub apg_norm_threshold: Option<f64>,
+    /// Projected guidance: share of earlier differences; not 0, the scale counts in full [default: 0]
+    #[arg(long, value_name = "SHARE")]
+    pub apg_momentum: Option<f64>,
+}
+
+/// Samplers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum SamplerName {
+    /// Euler.
+    Euler,
+    /// Ancestral Euler, with fresh noise in every step.
+    #[value(name = "euler-a")]
+    Ancestral,
+    /// Second order with fresh noise, two evaluations a step.
+    Res2s,
+    /// Euler along an extrapolated velocity.
+    #[value(name = "ge")]
+    GradientEstimation,
+    /// Ancestral Euler along the direction of the negative prompt.
+    #[value(name = "cfg-pp")]
+    CfgPlusPlus,
+}
+
+/// Schedules of noise levels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ScheduleName {
+    /// Even, shifted towards noise.
+    Ltx2,
+    /// Even, then falling faster.
+    LinearQuadratic,
+    /// Quantiles of a beta distribution.
+    Beta,
+    /// Those of distilled models.
+    Distilled,
+}
+
+/// Ways to use the difference from the negative prompt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum RuleName {
+    /// As it is.
+    Plain,
+    /// Against the nearest multiple of the negative prediction (CFG*).
+    Star,
+    /// Its part along the prediction is scaled (adaptive projected guidance).
+    Apg,
 }
 
 /// Dtypes that activations can be computed in.
@@ -139,12 +252,18 @@ impl FromStr for DeviceChoice {
 /// Pipelines that can be compiled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
 pub enum PipelineName {
-    /// Two stages: half size, latent upscaling, full size.
+    /// Distilled model, two stages: half size, latent upscaling, full size.
     #[default]
     Distilled,
-    /// One stage at full size.
+    /// Distilled, one stage at full size.
     #[value(alias = "text-to-video")]
     DistilledOneStage,
+    /// Full model, guided, one stage at full size.
+    #[value(alias = "ti2vid_one_stage")]
+    OneStage,
+    /// Full model, guided, sound alone.
+    #[value(name = "t2a", aliases = ["t2a_one_stage", "text-to-audio"])]
+    TextToAudio,
 }
 
 /// What the compiler does.
@@ -238,13 +357,16 @@ pub struct ContentArgs {
     /// What to show; `-` reads standard input, `@FILE` a file.
     #[arg(long, short)]
     pub prompt: String,
+    /// What not to show, for guided pipelines; `@FILE` reads a file [default: a text for every picture]
+    #[arg(long)]
+    pub negative_prompt: Option<String>,
     /// Seed of all noise, or `random`.
     #[arg(long, default_value = "10")]
     pub seed: String,
     /// Image to start from or pass through, repeatable: PATH, then FRAME, STRENGTH and CRF if they are not 0, 1 and the model's.
     #[arg(long, num_args = 1..=4, value_names = ["PATH", "FRAME", "STRENGTH", "CRF"], action = clap::ArgAction::Append)]
     pub image: Vec<String>,
-    /// Steps of the first stage, fewer than the model's own.
+    /// Steps of the first stage; of a distilled model fewer than its own.
     #[arg(long, alias = "steps")]
     pub num_inference_steps: Option<usize>,
     /// Noise levels of the first stage, from at most 1 down to 0.
@@ -312,6 +434,29 @@ pub struct SynthArgs {
     pub preset: Preset,
     /// Folder to write into.
     pub dir: PathBuf,
+}
+
+/// `ltxc bench`.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  ltxc bench x.ltxplan --weights models/ --only stage1")]
+pub struct BenchArgs {
+    /// Plan made by `ltxc compile`.
+    pub plan: PathBuf,
+    /// Folder with the weight files of the plan; may be repeated [default: the plan's]
+    #[arg(long, value_name = "DIR")]
+    pub weights: Vec<PathBuf>,
+    /// Device: auto, cpu, cuda:N, vulkan:N or metal
+    #[arg(long, default_value = "auto")]
+    pub device: DeviceChoice,
+    /// Tokens of the prompt.
+    #[arg(long, default_value_t = 64)]
+    pub tokens: usize,
+    /// Warm runs of each program; the median counts.
+    #[arg(long, default_value_t = 3)]
+    pub rounds: usize,
+    /// Measure one part only, for example stage1 or decode.
+    #[arg(long, value_name = "PART")]
+    pub only: Option<String>,
 }
 
 /// `ltxc demo`.

@@ -1,8 +1,9 @@
 //! From model files and a shape to the graphs of a pipeline: which programs there are, and what each is built from.
 //!
-//! # Programs of the distilled pipelines
+//! # Programs
 //! - `encode.<n>` and `connect`: text to contexts, a program per bucket of prompt lengths;
-//! - one group per stage and kind of conditioning, named by [`StageClass::program`];
+//! - one group per stage and kind of conditioning, named by [`StageClass::name`], with a program for every combination
+//!   of modalities that one step may update;
 //! - `encode_image.<stage>`, `upsample`, `decode.<f>x<h>x<w>`, `decode_audio`.
 
 use std::collections::BTreeSet;
@@ -10,20 +11,24 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use ltxc_ir::Module;
-use ltxc_ir::plan::{AudioSettings, ModelInfo, Pipeline, Stage, StageClass, TextSettings, VideoSettings, WeightSource};
+use ltxc_ir::plan::{
+    AudioSettings, Modality, ModelInfo, Pass, Pipeline, Stage, StageClass, StepProgram, StreamClass, TextSettings,
+    VideoSettings, WeightSource,
+};
 use ltxc_ir::tiling::TilePlan;
 use ltxc_models::audio::{AudioVaeConfig, VocoderConfig, decode_audio};
 use ltxc_models::checkpoint::{Checkpoint, GemmaFolder, Generation, hub};
 use ltxc_models::text::{self, TextConfig, TextWeights};
-use ltxc_models::transformer::{self, StreamSpec, TransformerConfig, TransformerSpec};
+use ltxc_models::transformer::{self, BlockSet, Perturbation, StreamSpec, TransformerConfig, TransformerSpec};
 use ltxc_models::upsampler::{UpsamplerConfig, upsample};
 use ltxc_models::video_vae::{self, VideoVaeConfig};
 use ltxc_models::{ModelError, TensorDirectory, Weights};
 use ltxc_runtime::pipeline::decode::program_name;
-use ltxc_runtime::pipeline::schedule::{DISTILLED_STAGE_1, DISTILLED_STAGE_2};
+use ltxc_runtime::pipeline::needed_passes;
 
 use crate::args::ModelArgs;
 use crate::job::Shape;
+use crate::pipelines::{Basis, StageDraft, definition, guidance};
 use crate::tensors;
 
 /// Names of the weight sources in graphs and plans.
@@ -175,16 +180,21 @@ pub fn assemble(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
     let connectors = &model.text.connectors;
     programs.add("text", "connect", text::connect(connectors, &model.weights, text::CONTEXT_TOKENS, dtype));
 
-    let (stages, factors) = (model.stages(shape), model.video_vae.factors());
+    let (stages, factors) = (model.stages(shape)?, model.video_vae.factors());
     for stage in &stages {
         for class in &stage.classes {
-            let spec = model.spec(shape, stage, class);
-            let module = transformer::build(&model.transformer, &model.weights, &spec, dtype);
-            programs.add(&class.program, &class.program, module);
+            for program in &class.programs {
+                let spec = model.spec(shape, stage, class, &program.updates);
+                let passes: Vec<_> = program.passes.iter().map(|&p| transformer_pass(stage, p)).collect();
+                let module = transformer::build_passes(&model.transformer, &model.weights, &spec, &passes, dtype);
+                programs.add(&class.name, &program.name, module);
+            }
         }
-        let pixels = [1, stage.height as usize, stage.width as usize];
-        let module = video_vae::encode(&model.video_vae, &model.weights, pixels, dtype);
-        programs.add("image", &format!("encode_image.{}", stage.name), module);
+        if shape.makes(Modality::Video) {
+            let pixels = [1, stage.height as usize, stage.width as usize];
+            let module = video_vae::encode(&model.video_vae, &model.weights, pixels, dtype);
+            programs.add("image", &format!("encode_image.{}", stage.name), module);
+        }
     }
     let last = stages.last().context("a pipeline has stages")?;
     if let (Some(upsampler), [first, ..]) = (&files.upsampler, &stages[..]) {
@@ -202,20 +212,50 @@ pub fn assemble(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
         programs.add("upsample", "upsample", upsample(&config, &weights, &model.weights, grid, dtype));
         asked.push((UPSAMPLER, weights));
     }
-    let grid = last.grid.map(|n| n as usize);
-    let tiles = TilePlan::decode(grid, factors, &shape.tile.tiling(grid, factors)?)?;
-    let sizes: BTreeSet<[usize; 3]> = tiles.tiles().map(|t| t.map(|axis| axis.len())).collect();
-    for [f, h, w] in sizes {
-        let module = video_vae::decode(&model.video_vae, &model.weights, [f, h, w], dtype);
-        programs.add("decode", &program_name(f, h, w), module);
+    let mut tiles = TilePlan::default();
+    if shape.makes(Modality::Video) {
+        let grid = last.grid.map(|n| n as usize);
+        tiles = TilePlan::decode(grid, factors, &shape.tile.tiling(grid, factors)?)?;
+        let sizes: BTreeSet<[usize; 3]> = tiles.tiles().map(|t| t.map(|axis| axis.len())).collect();
+        for [f, h, w] in sizes {
+            let module = video_vae::decode(&model.video_vae, &model.weights, [f, h, w], dtype);
+            programs.add("decode", &program_name(f, h, w), module);
+        }
     }
-    let tokens = model.audio_tokens(shape);
-    let module = decode_audio(&model.audio_vae, &model.vocoder, &model.weights, tokens, dtype);
-    programs.add("sound", "decode_audio", module);
+    if shape.makes(Modality::Audio) {
+        let tokens = model.audio_tokens(shape);
+        let module = decode_audio(&model.audio_vae, &model.vocoder, &model.weights, tokens, dtype);
+        programs.add("sound", "decode_audio", module);
+    }
 
-    tensors::check(files, &asked, programs.failure)?;
+    tensors::check(files, &asked, shape.modalities.len() == 2, programs.failure)?;
     let pipeline = model.pipeline(files, shape, stages, tiles)?;
     Ok(Assembly { programs: programs.built, pipeline })
+}
+
+/// What a pass of a stage leaves out, as the transformer is told.
+fn transformer_pass(stage: &Stage, pass: Pass) -> transformer::Pass {
+    let guidance = stage.guidance.clone().unwrap_or_default();
+    // A modality whose own scale is 0 is not perturbed.
+    let blocks = |m: Modality| match guidance.of(m) {
+        guider if guider.stg != 0.0 => guider.stg_blocks.iter().map(|&b| b as usize).collect(),
+        _ => BlockSet::default(),
+    };
+    let perturbation = match pass {
+        Pass::Conditioned | Pass::Negative => Perturbation::default(),
+        Pass::Perturbed => Perturbation {
+            skip_video_self: blocks(Modality::Video),
+            skip_audio_self: blocks(Modality::Audio),
+            ..Perturbation::default()
+        },
+        Pass::Isolated => Perturbation {
+            skip_audio_to_video: BlockSet::All,
+            skip_video_to_audio: BlockSet::All,
+            ..Perturbation::default()
+        },
+    };
+    let name = if pass == Pass::Conditioned { "" } else { pass.name() };
+    transformer::Pass { name: name.into(), is_negative: pass == Pass::Negative, perturbation }
 }
 
 /// Programs as they are built. One that fails does not keep others from being tried: all have something to report.
@@ -290,6 +330,7 @@ impl<'a> Components<'a> {
                 "`{name}`: the text connectors give {widths:?} channels (video, audio), the transformer takes {taken:?}"
             );
         }
+        definition(shape.pipeline).check_training(self.checkpoint)?;
         self.check_projection(files)?;
         shape.check(self.video_vae.factors())
     }
@@ -315,43 +356,58 @@ impl<'a> Components<'a> {
         Ok(())
     }
 
-    fn stages(&self, shape: &Shape) -> Vec<Stage> {
-        let stage = |name: &str, height: usize, width: usize, sigmas: &[f32], upsampled: bool| {
+    /// The stages of the pipeline for this model and shape.
+    fn stages(&self, shape: &Shape) -> Result<Vec<Stage>> {
+        let basis = Basis { generation: self.checkpoint.generation(), layers: self.transformer.layers };
+        let drafts = (definition(shape.pipeline).stages)(&basis);
+        let guided = drafts.iter().any(|d| d.guidance.is_some());
+        let count = drafts.len();
+        let stage = |(i, draft): (usize, StageDraft)| {
+            // Every stage before the last has half the size of the next.
+            let shrink = 1 << (count - 1 - i);
+            let (height, width) = (shape.height / shrink, shape.width / shrink);
             let [ft, fh, fw] = self.video_vae.factors();
             let grid = [(shape.frames - 1) / ft + 1, height / fh, width / fw].map(|n| n as u32);
-            let mut classes = Vec::new();
-            for keyframes in 0..=shape.max_keyframes as u32 {
-                for first_frame in [false, true] {
-                    let kind = match (first_frame, keyframes) {
-                        (false, 0) => String::new(),
-                        (true, 0) => ".first".into(),
-                        (false, n) => format!(".key{n}"),
-                        (true, n) => format!(".first.key{n}"),
-                    };
-                    let rows = 1 + keyframes + first_frame as u32;
-                    classes.push(StageClass { program: format!("{name}{kind}"), first_frame, keyframes, rows });
-                }
-            }
-            let (height, width, sigmas) = (height as u32, width as u32, sigmas.to_vec());
-            Stage { name: name.into(), height, width, grid, sigmas, upsampled, classes }
+            let has_video = shape.makes(Modality::Video);
+            let guidance = match draft.guidance.is_some() || !guided {
+                true => guidance(draft.guidance.as_ref(), &shape.sampling, &shape.modalities)?,
+                false => None,
+            };
+            let sampler = shape.sampling.sampler().filter(|_| i == 0).unwrap_or(draft.sampler);
+            let mut stage = Stage {
+                name: draft.name.into(),
+                height: if has_video { height as u32 } else { 0 },
+                width: if has_video { width as u32 } else { 0 },
+                grid: if has_video { grid } else { [0; 3] },
+                sigmas: draft.sigmas,
+                schedule: draft.schedule,
+                sampler,
+                guidance,
+                adapters: Vec::new(),
+                upsampled: draft.upsampled,
+                classes: Vec::new(),
+            };
+            stage.classes = classes(&stage, shape);
+            Ok(stage)
         };
-        let (h, w) = (shape.height, shape.width);
-        if shape.has_two_stages() {
-            let first = stage("stage1", h / 2, w / 2, &DISTILLED_STAGE_1, false);
-            vec![first, stage("stage2", h, w, &DISTILLED_STAGE_2, true)]
-        } else {
-            vec![stage("stage1", h, w, &DISTILLED_STAGE_1, false)]
-        }
+        drafts.into_iter().enumerate().map(stage).collect()
     }
 
-    fn spec(&self, shape: &Shape, stage: &Stage, class: &StageClass) -> TransformerSpec {
-        let [f, h, w] = stage.grid.map(|n| n as usize);
-        let video = StreamSpec {
-            timestep_rows: class.rows as usize,
-            ..StreamSpec::new(f * h * w + class.keyframes as usize * h * w, text::CONTEXT_TOKENS)
+    fn spec(&self, shape: &Shape, stage: &Stage, class: &StageClass, updates: &[Modality]) -> TransformerSpec {
+        let spec = |modality: Modality, tokens: usize| {
+            let stream = class.stream(modality)?;
+            Some(StreamSpec {
+                timestep_rows: stream.rows as usize,
+                has_self_mask: stream.attention,
+                is_enabled: updates.contains(&modality),
+                ..StreamSpec::new(tokens + stream.appended as usize, text::CONTEXT_TOKENS)
+            })
         };
-        let audio = StreamSpec::new(self.audio_tokens(shape), text::CONTEXT_TOKENS);
-        TransformerSpec { video: Some(video), audio: Some(audio), perturbation: Default::default() }
+        TransformerSpec {
+            video: spec(Modality::Video, stage.grid.iter().map(|&n| n as usize).product()),
+            audio: spec(Modality::Audio, self.audio_tokens(shape)),
+            perturbation: Perturbation::default(),
+        }
     }
 
     /// Number of audio latents for the length of the video, rounded half to even.
@@ -364,9 +420,10 @@ impl<'a> Components<'a> {
     fn pipeline(&self, files: &ModelFiles, shape: &Shape, stages: Vec<Stage>, decode: TilePlan) -> Result<Pipeline> {
         let tokenizer = files.gemma.tokenizer_json()?;
         let version = self.checkpoint.model_version().unwrap_or_default();
-        let name = if shape.has_two_stages() { "distilled" } else { "distilled-one-stage" };
+        let definition = definition(shape.pipeline);
+        let made = |modality: Modality, n: usize| if shape.makes(modality) { n as u32 } else { 0 };
         Ok(Pipeline {
-            name: name.into(),
+            name: definition.name.into(),
             model: ModelInfo {
                 generation: self.checkpoint.generation().name().into(),
                 version: version.into(),
@@ -380,14 +437,15 @@ impl<'a> Components<'a> {
                 width: shape.width as u32,
                 frames: shape.frames as u32,
                 frame_rate: (shape.frame_rate.num(), shape.frame_rate.den()),
-                channels: self.video_vae.latent_channels as u32,
+                channels: made(Modality::Video, self.video_vae.latent_channels),
                 scale: self.video_vae.factors().map(|n| n as u32),
                 max_keyframes: shape.max_keyframes as u32,
             },
             audio: AudioSettings {
-                tokens: self.audio_tokens(shape) as u32,
-                channels: self.audio_vae.token_channels() as u32,
+                tokens: made(Modality::Audio, self.audio_tokens(shape)),
+                channels: made(Modality::Audio, self.audio_vae.token_channels()),
                 rate_hz: self.vocoder.output_rate_hz as u32,
+                stage: definition.sound_stage as u32,
             },
             text: TextSettings {
                 buckets: BUCKETS.map(|n| n as u32).into(),
@@ -399,4 +457,50 @@ impl<'a> Components<'a> {
             decode,
         })
     }
+}
+
+/// The programs of a stage for each kind of conditioning that a run may bring.
+fn classes(stage: &Stage, shape: &Shape) -> Vec<StageClass> {
+    let [_, rows, columns] = stage.grid;
+    let audio = StreamClass { appended: 0, rows: 1, attention: false };
+    let class = |keyframes: u32, first_frame: bool| {
+        let kind = match (first_frame, keyframes) {
+            (false, 0) => String::new(),
+            (true, 0) => ".first".into(),
+            (false, n) => format!(".key{n}"),
+            (true, n) => format!(".first.key{n}"),
+        };
+        let video = StreamClass {
+            appended: keyframes * rows * columns,
+            // Every strength is a timestep of its own.
+            rows: 1 + keyframes + first_frame as u32,
+            attention: false,
+        };
+        let name = format!("{}{kind}", stage.name);
+        StageClass {
+            programs: step_programs(&name, stage, shape),
+            name,
+            video: shape.makes(Modality::Video).then_some(video),
+            audio: shape.makes(Modality::Audio).then_some(audio),
+        }
+    };
+    if !shape.makes(Modality::Video) {
+        return vec![class(0, false)];
+    }
+    let keyframes = 0..=shape.max_keyframes as u32;
+    keyframes.flat_map(|n| [false, true].map(|first_frame| class(n, first_frame))).collect()
+}
+
+/// A program that updates everything, and one for each modality that a step may skip.
+fn step_programs(class: &str, stage: &Stage, shape: &Shape) -> Vec<StepProgram> {
+    let passes = needed_passes(stage.guidance.as_ref(), stage.sampler);
+    let all = StepProgram { name: class.into(), passes: passes.clone(), updates: shape.modalities.clone() };
+    let skips = |m: &&Modality| stage.guidance.as_ref().is_some_and(|g| g.of(**m).skip_step > 0);
+    let without = |skipped: &Modality| StepProgram {
+        name: format!("{class}.without_{}", skipped.name()),
+        passes: passes.clone(),
+        updates: shape.modalities.iter().copied().filter(|m| m != skipped).collect(),
+    };
+    let rest = shape.modalities.iter().filter(skips).map(without).filter(|p| !p.updates.is_empty());
+    std::iter::once(all).chain(rest).collect()
 }

@@ -2,13 +2,14 @@
 
 use anyhow::{Context, Result, bail};
 use ltxc_ir::DType;
-use ltxc_ir::plan::{Plan, Target};
+use ltxc_ir::plan::{Modality, Plan, Target};
 use ltxc_ir::tiling::{AxisTiling, Tiling};
 use ltxc_runtime::RunError;
 use ltxc_runtime::backend::{Device, DeviceName, find};
 use ltxc_runtime::media::Rational;
 
-use crate::args::{ContentArgs, DeviceChoice, PipelineName, Precision, ShapeArgs};
+use crate::args::{ContentArgs, DeviceChoice, PipelineName, Precision, SamplingArgs, ShapeArgs};
+use crate::pipelines::definition;
 
 /// What a plan is compiled for.
 #[derive(Clone, Debug, PartialEq)]
@@ -31,6 +32,10 @@ pub struct Shape {
     pub target: Target,
     /// Dtype of activations.
     pub dtype: DType,
+    /// Modalities that are made, in order.
+    pub modalities: Vec<Modality>,
+    /// Sampling and guidance, where they are not the pipeline's own.
+    pub sampling: SamplingArgs,
 }
 
 /// The device that is meant, for a new plan or for `plan`.
@@ -118,9 +123,14 @@ impl Shape {
     /// Values that no model could run. What depends on the model is checked when its files are known.
     pub fn resolve(args: &ShapeArgs, keyframes: usize) -> Result<Shape> {
         let pipeline = args.pipeline.unwrap_or_default();
-        let (height, width) = match pipeline {
-            PipelineName::Distilled => (1024, 1536),
-            PipelineName::DistilledOneStage => (512, 768),
+        let (height, width) = definition(pipeline).size;
+        let modalities = match (definition(pipeline).has_video, args.no_audio) {
+            (true, true) => vec![Modality::Video],
+            (true, false) => Modality::BOTH.to_vec(),
+            (false, false) => vec![Modality::Audio],
+            (false, true) => {
+                bail!("pipeline `{}` makes sound alone; leave `--no-audio` out", definition(pipeline).name)
+            }
         };
         let size = |value: Option<u32>, default: usize, flag: &str| -> Result<usize> {
             let value = value.map_or(default, |v| v as usize);
@@ -147,12 +157,19 @@ impl Shape {
                 Precision::F32 => DType::F32,
                 Precision::Bf16 => DType::BF16,
             },
+            modalities,
+            sampling: args.sampling.clone(),
         })
     }
 
     /// Whether the pipeline has a second stage at twice the size.
     pub fn has_two_stages(&self) -> bool {
-        self.pipeline == PipelineName::Distilled
+        definition(self.pipeline).has_two_stages
+    }
+
+    /// Whether the pipeline makes this.
+    pub fn makes(&self, modality: Modality) -> bool {
+        self.modalities.contains(&modality)
     }
 
     /// Checks sizes against the scale factors of a model (time, height, width) and names the nearest valid ones.
@@ -162,7 +179,8 @@ impl Shape {
     pub fn check(&self, factors: [usize; 3]) -> Result<()> {
         let stages = if self.has_two_stages() { 2 } else { 1 };
         let name = if stages == 2 { "two-stage" } else { "one-stage" };
-        for (flag, value, factor) in [("--height", self.height, factors[1]), ("--width", self.width, factors[2])] {
+        let sides = [("--height", self.height, factors[1]), ("--width", self.width, factors[2])];
+        for (flag, value, factor) in sides.into_iter().filter(|_| self.makes(Modality::Video)) {
             let unit = factor * stages;
             if !value.is_multiple_of(unit) {
                 let below = value / unit * unit;
@@ -173,6 +191,9 @@ impl Shape {
             }
         }
         let k = factors[0];
+        if !self.makes(Modality::Video) {
+            return Ok(());
+        }
         if self.frames % k != 1 % k {
             let below = (self.frames - 1) / k * k + 1;
             bail!("`--num-frames {}` is not {k}k+1; the nearest are {below} and {}", self.frames, below + k);
@@ -242,10 +263,25 @@ pub fn images(values: &[String], occurrences: &[usize]) -> Result<Vec<ImageArg>>
 pub fn prompt(args: &ContentArgs) -> Result<String> {
     match args.prompt.as_str() {
         "-" => std::io::read_to_string(std::io::stdin()).context("prompt from standard input"),
-        text => match text.strip_prefix('@') {
-            Some(path) => std::fs::read_to_string(path).with_context(|| format!("prompt file `{path}`")),
-            None => Ok(text.into()),
-        },
+        text => from_file(text),
+    }
+}
+
+/// The negative prompt: given, read from a file (`@FILE`), or the default one.
+///
+/// # Errors
+/// A file that cannot be read.
+pub fn negative_prompt(args: &ContentArgs) -> Result<String> {
+    match &args.negative_prompt {
+        Some(text) => from_file(text),
+        None => Ok(include_str!("negative.txt").trim_end().into()),
+    }
+}
+
+fn from_file(text: &str) -> Result<String> {
+    match text.strip_prefix('@') {
+        Some(path) => std::fs::read_to_string(path).with_context(|| format!("prompt file `{path}`")),
+        None => Ok(text.into()),
     }
 }
 

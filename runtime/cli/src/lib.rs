@@ -2,11 +2,13 @@
 
 pub mod args;
 pub mod assemble;
+pub mod bench;
 pub mod compile;
 pub mod demo;
 pub mod doctor;
 pub mod inspect;
 pub mod job;
+pub mod pipelines;
 pub mod report;
 pub mod run;
 pub mod synth;

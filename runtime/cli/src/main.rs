@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use clap::{ArgMatches, CommandFactory, FromArgMatches};
 use ltxc::args::{Cli, Command, with_dashes};
 use ltxc::report::{Report, Style};
-use ltxc::{compile, demo, doctor, inspect, run, synth};
+use ltxc::{bench, compile, demo, doctor, inspect, run, synth};
 use ltxc_runtime::RunError;
 
 /// Exit code after Ctrl-C, as shells expect it.
@@ -49,6 +49,7 @@ fn execute(cli: &Cli, matches: &ArgMatches, report: &mut Report) -> anyhow::Resu
         Command::Run(args) => run::run(args, &image_occurrences(matches), report),
         Command::Inspect(args) => inspect::run(args, cli.json),
         Command::Synth(args) => synth::run(args, report),
+        Command::Bench(args) => bench::run(args, cli.json, report),
         Command::Demo(args) => demo::run(args, report),
         Command::Doctor => doctor::run(cli.json),
     }

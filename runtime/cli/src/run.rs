@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, Result, bail};
-use ltxc_ir::plan::Plan;
+use ltxc_ir::plan::{Modality, Plan};
 use ltxc_runtime::RunError;
 use ltxc_runtime::backend::{DeviceKind, open};
 use ltxc_runtime::executor::Executor;
@@ -13,8 +13,7 @@ use ltxc_runtime::media::{
     Audio, MediaWriter, OutputOptions, Rational, RoundTrip, VideoFormat, image_round_trip, load_image,
 };
 use ltxc_runtime::memory::{MemoryNeed, available, readable};
-use ltxc_runtime::pipeline::schedule::distilled_subset;
-use ltxc_runtime::pipeline::{Conditioning, Noise, Output, Request, run as run_pipeline};
+use ltxc_runtime::pipeline::{Conditioning, Noise, Output, Request, StageChoice, run as run_pipeline};
 use ltxc_runtime::tokenizer::Tokenizer;
 use ltxc_runtime::weights::{WeightFiles, find_tokenizer};
 use serde_json::json;
@@ -22,6 +21,7 @@ use serde_json::json;
 use crate::args::{ContentArgs, ImageCodec, RunArgs};
 use crate::compile::{cached, read};
 use crate::job::{self, ImageArg, Shape, pick};
+use crate::pipelines::{describe, stage_choice};
 use crate::report::Report;
 
 /// Set by Ctrl-C; the run stops at the next kernel and removes what it has begun to write.
@@ -49,13 +49,18 @@ pub fn run(args: &RunArgs, image_occurrences: &[usize], report: &mut Report) -> 
     }
 
     let seed = job::seed(&args.content.seed)?;
-    let prompt = job::prompt(&args.content)?;
+    let (prompt, negative) = (job::prompt(&args.content)?, job::negative_prompt(&args.content)?);
     report.note(&format!("seed {seed}, {} ({})", plan.pipeline.name, plan.pipeline.model.generation));
     let conditioning = images.iter().map(|i| load(i, &plan, args.content.image_codec)).collect::<Result<Vec<_>>>()?;
+    let stages = stage_choices(args, &plan)?;
+    for stage in &plan.pipeline.stages {
+        report.note(&describe(stage, stages.get(&stage.name), &plan.pipeline.modalities()));
+    }
     let request = Request {
         prompt: &prompt,
+        negative_prompt: &negative,
         images: &conditioning,
-        sigmas: sigmas(&args.content, &plan)?,
+        stages,
         noise: Noise { seed, given: BTreeMap::new(), files: noise_files(&args.content) },
         allow_bad_numerics: args.content.allow_bad_numerics,
     };
@@ -108,22 +113,16 @@ fn load(arg: &ImageArg, plan: &Plan, codec: ImageCodec) -> Result<Conditioning> 
     Ok(Conditioning { image, frame: arg.frame, strength: arg.strength })
 }
 
-fn sigmas(content: &ContentArgs, plan: &Plan) -> Result<BTreeMap<String, Vec<f32>>> {
-    let mut out = BTreeMap::new();
+/// What the flags change in the stages of a plan.
+fn stage_choices(args: &RunArgs, plan: &Plan) -> Result<BTreeMap<String, StageChoice>> {
+    let content = &args.content;
     let first = plan.pipeline.stages.first().context("the plan has no stages")?;
-    match (&content.sigmas, content.num_inference_steps) {
-        (Some(_), Some(_)) => {
-            bail!("`--sigmas` and `--num-inference-steps` both choose the noise levels; give one of them")
-        }
-        (Some(list), None) => drop(out.insert(first.name.clone(), list.clone())),
-        (None, Some(steps)) => {
-            let list = distilled_subset(&first.sigmas, steps).map_err(RunError::Input)?;
-            out.insert(first.name.clone(), list);
-        }
-        (None, None) => {}
-    }
+    let modalities = plan.pipeline.modalities();
+    let steps = content.num_inference_steps;
+    let choice = stage_choice(first, &modalities, &args.shape.sampling, steps, content.sigmas.as_deref())?;
+    let mut out = BTreeMap::from([(first.name.clone(), choice)]);
     if let Some(list) = &content.sigmas_stage2 {
-        out.insert("stage2".into(), list.clone());
+        out.insert("stage2".into(), StageChoice { sigmas: Some(list.clone()), ..StageChoice::default() });
     }
     Ok(out)
 }
@@ -154,12 +153,17 @@ struct FileOutput {
 impl FileOutput {
     fn create(path: &Path, plan: &Plan, tags: Vec<(String, String)>) -> Result<FileOutput> {
         let video = &plan.pipeline.video;
-        let has_video = path.extension().is_none_or(|e| e != "wav");
+        let made = plan.pipeline.modalities();
+        let is_sound = path.extension().is_some_and(|e| e.eq_ignore_ascii_case("wav"));
+        if is_sound && !made.contains(&Modality::Audio) {
+            bail!("`{}` is for sound, and the plan makes none; choose `.mp4` or a folder", path.display());
+        }
+        let has_video = made.contains(&Modality::Video) && !is_sound;
         let rate = Rational::new(video.frame_rate.0, video.frame_rate.1)?;
-        let format = VideoFormat::new(video.width as usize, video.height as usize, rate)?;
+        let format = || VideoFormat::new(video.width as usize, video.height as usize, rate);
         let mut options = OutputOptions::default();
         options.tags.extend(tags);
-        let writer = MediaWriter::create(path, has_video.then_some(format), options)?;
+        let writer = MediaWriter::create(path, has_video.then(format).transpose()?, options)?;
         Ok(FileOutput { writer, has_video })
     }
 }

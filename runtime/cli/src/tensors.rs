@@ -23,12 +23,18 @@ const UNUSED: [&str; 4] = [
 /// Fails if `asked` found problems; tells of tensors that nobody asked for.
 ///
 /// - `asked`: the name of every weight source, and the view that all its programs were built with.
+/// - `is_whole`: whether the programs are those of a whole model, so that tensors nobody asked for are worth a word.
 /// - `failure`: a program that could not be built for another reason.
 ///
 /// # Errors
 /// All tensors that are missing, have another shape or type, or are not known, with file, expectation and what was
 /// found; 20 at most are spelled out. Without such tensors: `failure`.
-pub fn check(files: &ModelFiles, asked: &[(&str, Weights<'_>)], failure: Option<ModelError>) -> Result<()> {
+pub fn check(
+    files: &ModelFiles,
+    asked: &[(&str, Weights<'_>)],
+    is_whole: bool,
+    failure: Option<ModelError>,
+) -> Result<()> {
     let mut lines = Vec::new();
     for (source, weights) in asked {
         lines.extend(weights.problems().into_iter().map(|p| {
@@ -38,7 +44,7 @@ pub fn check(files: &ModelFiles, asked: &[(&str, Weights<'_>)], failure: Option<
     }
     let unknown: Vec<String> = asked.iter().flat_map(|(source, weights)| unknown(files, source, weights)).collect();
     if lines.is_empty() {
-        if !unknown.is_empty() {
+        if is_whole && !unknown.is_empty() {
             let count = unknown.len();
             eprintln!("note: {count} tensors are not part of this model and are left alone{}", listed(&unknown));
         }

@@ -3,6 +3,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use super::Rational;
+
 /// What can go wrong between frames and files.
 ///
 /// Every variant is a situation a caller can act on; the text names the file, what was expected, what was found and
@@ -109,6 +111,46 @@ pub enum MediaError {
         /// What the decoder said.
         message: String,
     },
+    /// An input is damaged, or does not hold what is asked of it.
+    #[error("cannot use `{}`: {problem}", path.display())]
+    Input {
+        /// The file or folder.
+        path: PathBuf,
+        /// What is wrong, and what to do.
+        problem: String,
+    },
+    /// A clip does not run at the rate of the video that is made from it.
+    #[error(
+        "`{}` has {found} frames per second, this run has {wanted}; give `--frame-rate {found}`, or convert the clip, \
+         for example with `ffmpeg -i {} -r {wanted} converted.mp4`",
+        path.display(),
+        path.display()
+    )]
+    RateMismatch {
+        /// The clip.
+        path: PathBuf,
+        /// Its rate.
+        found: Rational,
+        /// The rate of the run.
+        wanted: Rational,
+    },
+    /// A file has no sound.
+    #[error("`{}` has no sound track; name a file that has one", path.display())]
+    NoSound {
+        /// The file.
+        path: PathBuf,
+    },
+    /// An input of a kind that only `ffmpeg` reads, and there is none.
+    #[error(
+        "`{}` needs ffmpeg, because {reason}; install ffmpeg, or convert the file to H.264 in MP4, or sound to WAV",
+        path.display()
+    )]
+    NeedsFfmpeg {
+        /// The file.
+        path: PathBuf,
+        /// What the embedded readers lack.
+        reason: String,
+    },
     /// The `ffmpeg` program could not be run.
     #[error("cannot run `{program}`; install ffmpeg or choose the embedded codec")]
     NoFfmpeg {
@@ -119,7 +161,7 @@ pub enum MediaError {
         source: io::Error,
     },
     /// The `ffmpeg` program ran and did not deliver.
-    #[error("`{program}` failed while {doing} ({status}): {message}; the embedded codec needs no ffmpeg")]
+    #[error("`{program}` failed while {doing} ({status}): {message}")]
     Ffmpeg {
         /// The program.
         program: String,
@@ -130,8 +172,8 @@ pub enum MediaError {
         /// Last lines of its error output.
         message: String,
     },
-    /// An MP4 file is not of the form that the writer makes.
-    #[error("not an mp4 file of ltxc: {problem} at byte {offset}")]
+    /// An MP4 file is damaged, or not of the form that its reader takes.
+    #[error("{problem} (at byte {offset} of the mp4 file)")]
     Mp4 {
         /// What is wrong.
         problem: String,
@@ -152,6 +194,10 @@ impl MediaError {
 
     pub(crate) fn limit(what: &'static str, got: impl ToString, limit: &'static str) -> Self {
         Self::Limit { what, got: got.to_string(), limit }
+    }
+
+    pub(crate) fn input(path: &Path, problem: String) -> Self {
+        Self::Input { path: path.to_path_buf(), problem }
     }
 
     pub(crate) fn codec(codec: &'static str, error: impl ToString) -> Self {

@@ -1,15 +1,28 @@
 //! The `ffmpeg` program, when there is one.
 //!
-//! Used only where libx264 itself is the specification: the compression of conditioning images. Data go through pipes;
-//! no temporary file is made.
+//! Used where libx264 itself is the specification, which is the compression of conditioning images, and for inputs of kinds
+//! that the embedded readers do not know. Data go through pipes; no temporary file is made.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::thread;
 
-use super::{MediaError, RgbImage};
+use serde_json::Value;
+
+use super::audio_input::Recording;
+use super::video_input::{ClipInfo, ClipRate};
+use super::{MediaError, Rational, RgbImage};
+
+/// Which rate pictures are read at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RateOf {
+    /// Every picture once.
+    Clip,
+    /// Pictures are held and left out so that they come at this rate.
+    Run(Rational),
+}
 
 /// A program that takes the arguments of `ffmpeg`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -72,17 +85,144 @@ impl Ffmpeg {
         Ok((RgbImage::new(image.width(), image.height(), rgb)?, stream.len()))
     }
 
+    /// Size, rate and length of the first video stream of a file.
+    ///
+    /// # Errors
+    /// [`MediaError::Input`] if ffmpeg cannot read the file or finds no pictures, [`MediaError::NoFfmpeg`] if the program
+    /// `ffprobe` is not beside it.
+    pub fn probe(&self, path: &Path) -> Result<ClipInfo, MediaError> {
+        let show = "stream=width,height,avg_frame_rate,r_frame_rate,nb_read_packets:stream_side_data=rotation";
+        let streams = self.ffprobe(path, &["-count_packets", "-select_streams", "v:0", "-show_entries", show])?;
+        let bad = |what: &str| MediaError::input(path, format!("ffmpeg reads it and finds {what}"));
+        let stream = streams.first().ok_or_else(|| bad("no pictures"))?;
+        let number = |name: &str| stream[name].as_u64().and_then(|n| usize::try_from(n).ok()).filter(|n| *n > 0);
+        let (width, height) = number("width").zip(number("height")).ok_or_else(|| bad("pictures without a size"))?;
+        let rate = |name: &str| stream[name].as_str().and_then(|text| text.parse::<Rational>().ok());
+        let rate = match (rate("r_frame_rate"), rate("avg_frame_rate")) {
+            // The first is a guess from the times, the second their mean, which may be off by the rounding of the times.
+            (Some(rate), Some(mean)) if (rate.to_f64() / mean.to_f64() - 1.0).abs() < 1e-3 => ClipRate::Constant(rate),
+            (Some(rate), None) => ClipRate::Constant(rate),
+            (_, mean) => ClipRate::Variable(mean.map_or(0.0, Rational::to_f64)),
+        };
+        let frames = stream["nb_read_packets"].as_str().and_then(|text| text.parse().ok()).unwrap_or(0);
+        let side_data = stream["side_data_list"].as_array().into_iter().flatten();
+        let degrees = side_data.filter_map(|data| data["rotation"].as_i64()).next().unwrap_or(0);
+        let (width, height) = if degrees.rem_euclid(180) == 90 { (height, width) } else { (width, height) };
+        Ok(ClipInfo { width, height, rate, frames })
+    }
+
+    /// Hands on at most `most` pictures of the first video stream of a file, upright, of the size that [`Ffmpeg::probe`] tells.
+    ///
+    /// # Errors
+    /// [`MediaError::Ffmpeg`] if ffmpeg fails, and what `sink` returns.
+    pub fn read_video(
+        &self,
+        path: &Path,
+        (width, height): (usize, usize),
+        rate: RateOf,
+        most: usize,
+        sink: &mut dyn FnMut(&RgbImage) -> Result<(), MediaError>,
+    ) -> Result<(), MediaError> {
+        let doing = "reading a clip";
+        let (most, rate) = match rate {
+            RateOf::Clip => (most.to_string(), vec!["-fps_mode".to_owned(), "passthrough".to_owned()]),
+            RateOf::Run(rate) => (most.to_string(), vec!["-vf".to_owned(), format!("fps={rate}")]),
+        };
+        let mut args = input_args(path);
+        args.extend(["-map", "0:v:0", "-frames:v", &most].map(OsString::from));
+        args.extend(rate.into_iter().map(OsString::from));
+        args.extend(["-pix_fmt", "rgb24", "-f", "rawvideo", "pipe:1"].map(OsString::from));
+        let mut child = Running(self.spawn(&self.program, &args, Stdio::null())?);
+        let (stdout, stderr) = (child.0.stdout.take(), child.0.stderr.take());
+        let message = thread::spawn(move || read_all(stderr));
+        let mut stdout = stdout.ok_or_else(|| self.failure(doing, "no output".to_owned(), String::new()))?;
+        let mut frame = vec![0; width * height * 3];
+        let mut result = Ok(());
+        loop {
+            let filled = fill(&mut stdout, &mut frame);
+            match filled {
+                Ok(0) => break,
+                Ok(n) if n == frame.len() => {
+                    result = RgbImage::new(width, height, frame.clone()).and_then(|image| sink(&image));
+                    if result.is_err() {
+                        break;
+                    }
+                }
+                Ok(n) => {
+                    result =
+                        Err(self.failure(doing, format!("{n} of {} bytes of a picture", frame.len()), String::new()));
+                    break;
+                }
+                Err(error) => {
+                    result = Err(self.failure(doing, error.to_string(), String::new()));
+                    break;
+                }
+            }
+        }
+        // A program whose output nobody reads would wait for ever.
+        drop(stdout);
+        let status = child.0.wait().map_err(|source| MediaError::NoFfmpeg { program: self.name(), source })?;
+        let message = join(message.join()).map(|bytes| last_lines(&bytes)).unwrap_or_default();
+        result?;
+        if status.success() { Ok(()) } else { Err(self.failure(doing, status.to_string(), message)) }
+    }
+
+    /// The sound of a file from `start_seconds` on for `seconds`; `None` if there is none.
+    ///
+    /// # Errors
+    /// Those of [`Ffmpeg::probe`] and [`MediaError::Ffmpeg`] if ffmpeg fails.
+    pub fn read_audio(&self, path: &Path, start_seconds: f64, seconds: f64) -> Result<Option<Recording>, MediaError> {
+        let streams =
+            self.ffprobe(path, &["-select_streams", "a:0", "-show_entries", "stream=channels,sample_rate"])?;
+        let Some(stream) = streams.first() else { return Ok(None) };
+        let channels = stream["channels"].as_u64().unwrap_or(0).clamp(1, 64) as usize;
+        let rate_hz = stream["sample_rate"].as_str().and_then(|text| text.parse::<u32>().ok()).unwrap_or(48_000);
+        let (first, count) = super::audio_input::window(rate_hz, start_seconds, seconds)?;
+        let cut = format!("aresample=async=1:first_pts=0,atrim=start_sample={first}:end_sample={}", first + count);
+        let (channels_text, rate_text) = (channels.to_string(), rate_hz.to_string());
+        let mut args = input_args(path);
+        let rest = ["-map", "0:a:0", "-af", &cut, "-ac", &channels_text, "-ar", &rate_text, "-f", "f32le", "pipe:1"];
+        args.extend(rest.map(OsString::from));
+        let bytes = self.run_os("reading sound", &args, &[])?;
+        let samples: Vec<f32> = bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+        let channel = |c: usize| samples.iter().skip(c).step_by(channels).copied().collect();
+        Ok(Some(Recording { rate_hz, channels: (0..channels).map(channel).collect() }))
+    }
+
+    /// The streams of a file as `ffprobe` tells them.
+    fn ffprobe(&self, path: &Path, ask: &[&str]) -> Result<Vec<Value>, MediaError> {
+        let beside = self.program.with_file_name(format!("ffprobe{}", std::env::consts::EXE_SUFFIX));
+        let program = Ffmpeg { program: if beside.is_file() { beside } else { PathBuf::from("ffprobe") } };
+        let mut args: Vec<OsString> = ["-v", "error", "-of", "json"].map(OsString::from).to_vec();
+        args.extend(ask.iter().map(OsString::from));
+        args.extend(input_args(path));
+        let child = program.spawn(&program.program, &args, Stdio::null())?;
+        let output =
+            child.wait_with_output().map_err(|source| MediaError::NoFfmpeg { program: program.name(), source })?;
+        if !output.status.success() {
+            let message = last_lines(&output.stderr);
+            return Err(MediaError::input(path, format!("ffmpeg cannot read it: {message}")));
+        }
+        let facts: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+        Ok(facts["streams"].as_array().cloned().unwrap_or_default())
+    }
+
+    fn spawn(&self, program: &Path, args: &[OsString], stdin: Stdio) -> Result<Child, MediaError> {
+        let quiet = ["-hide_banner", "-loglevel", "error"];
+        let mut command = Command::new(program);
+        command.args(quiet).args(args).stdin(stdin).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.spawn().map_err(|source| MediaError::NoFfmpeg { program: self.name(), source })
+    }
+
     /// Runs the program with `input` on its standard input and returns its standard output.
     fn run(&self, doing: &'static str, args: &[&str], input: &[u8]) -> Result<Vec<u8>, MediaError> {
-        let mut all: Vec<OsString> = ["-nostdin", "-hide_banner", "-loglevel", "error"].map(OsString::from).to_vec();
-        all.extend(args.iter().map(OsString::from));
-        let mut child = Command::new(&self.program)
-            .args(all)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .map_err(|source| MediaError::NoFfmpeg { program: self.name(), source })?;
+        let args: Vec<OsString> = args.iter().map(OsString::from).collect();
+        self.run_os(doing, &args, input)
+    }
+
+    fn run_os(&self, doing: &'static str, args: &[OsString], input: &[u8]) -> Result<Vec<u8>, MediaError> {
+        let args: Vec<OsString> = std::iter::once("-nostdin".into()).chain(args.iter().cloned()).collect();
+        let mut child = self.spawn(&self.program, &args, Stdio::piped())?;
         let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
 
         // All three pipes are served at once; a full one would stop the program for ever.
@@ -111,6 +251,38 @@ impl Ffmpeg {
     fn failure(&self, doing: &'static str, status: String, message: String) -> MediaError {
         MediaError::Ffmpeg { program: self.name(), doing, status, message }
     }
+}
+
+/// A program that ends with us.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // Fails if it has ended already, which is what is wanted.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// The arguments that name an input; a name that looks like an option or a protocol is still a file.
+fn input_args(path: &Path) -> Vec<OsString> {
+    let mut file = OsString::from("file:");
+    file.push(path);
+    vec![OsStr::new("-i").to_os_string(), file]
+}
+
+/// Reads until `buffer` is full or the input ends.
+fn fill(input: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
+    let mut filled = 0;
+    while filled < buffer.len() {
+        match input.read(&mut buffer[filled..]) {
+            Ok(0) => break,
+            Ok(n) => filled += n,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(filled)
 }
 
 fn read_all(pipe: Option<impl Read>) -> io::Result<Vec<u8>> {
@@ -160,7 +332,7 @@ mod tests {
     fn a_failing_program_is_quoted() {
         let error = run_script("echo 'Unknown encoder libx264' >&2; exit 3").expect_err("failed");
         let text = error.to_string();
-        assert!(text.contains("while testing (exit status: 3): Unknown encoder libx264;"), "{text}");
+        assert!(text.contains("while testing (exit status: 3): Unknown encoder libx264"), "{text}");
     }
 
     #[test]

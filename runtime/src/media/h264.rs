@@ -1,10 +1,14 @@
 //! H.264 in both directions with the embedded OpenH264.
 //!
+//! [`Decoder`] reads streams of any origin, as far as [`Sps`] finds nothing in them that the library lacks.
+//!
 //! The encoder runs at one constant QP: generated clips are short, and a quality target suits them better than a rate.
 //! Its frames come out in order, one sample for each picture. [`video_qp`] gives the counterpart of x264's `crf`.
 
+mod decoder;
+mod sps;
+
 use openh264::OpenH264API;
-use openh264::decoder::{DecoderConfig, Flush};
 use openh264::encoder::{
     Complexity, EncoderConfig, FrameRate, FrameType, IntraFramePeriod, QpRange, RateControlMode, UsageType, VuiConfig,
 };
@@ -12,6 +16,9 @@ use openh264::formats::{YUVSlices, YUVSource};
 
 use super::mp4::VideoSample;
 use super::{I420, MediaError, Rational};
+
+pub use decoder::Decoder;
+pub use sps::Sps;
 
 /// Largest picture of the encoder in either orientation, pixels.
 const MAX_SIDES: (usize, usize) = (3840, 2160);
@@ -182,24 +189,10 @@ pub fn check_size(width: usize, height: usize) -> Result<(), MediaError> {
 /// # Errors
 /// [`MediaError::Codec`] if the stream is damaged or holds no picture.
 pub fn decode_single(sps: &[u8], pps: &[u8], sample: &VideoSample) -> Result<I420, MediaError> {
-    const START: [u8; 4] = [0, 0, 0, 1];
-    let mut stream = [&START, sps, &START, pps].concat();
-    let mut rest = &sample.data[..];
-    while let Some((len, tail)) = rest.split_first_chunk::<4>() {
-        let len = u32::from_be_bytes(*len) as usize;
-        let nal = tail.get(..len).ok_or_else(|| decoder_error("a NAL unit is cut"))?;
-        stream.extend(START);
-        stream.extend(nal);
-        rest = &tail[len..];
-    }
-    let config = DecoderConfig::new().flush_after_decode(Flush::NoFlush);
-    let mut decoder =
-        openh264::decoder::Decoder::with_api_config(OpenH264API::from_source(), config).map_err(decoder_error)?;
-    if let Some(picture) = decoder.decode(&stream).map_err(decoder_error)? {
-        return copy_planes(&picture);
-    }
-    let waiting = decoder.flush_remaining().map_err(decoder_error)?;
-    copy_planes(waiting.first().ok_or_else(|| decoder_error("the stream holds no picture"))?)
+    let mut decoder = Decoder::new(&[sps.to_vec(), pps.to_vec()], 4)?;
+    decoder.push(&sample.data)?;
+    decoder.finish()?;
+    decoder.take_ready().ok_or_else(|| decoder_error("the stream holds no picture"))
 }
 
 fn copy_planes(source: &impl YUVSource) -> Result<I420, MediaError> {

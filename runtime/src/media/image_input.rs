@@ -60,6 +60,27 @@ impl RgbImage {
         &self.rgb
     }
 
+    /// Turned clockwise by so many quarters.
+    pub fn turned(self, quarter_turns: u8) -> Self {
+        let (width, height) = (self.width, self.height);
+        let (turned_width, turned_height) = if quarter_turns % 2 == 1 { (height, width) } else { (width, height) };
+        if quarter_turns.is_multiple_of(4) {
+            return self;
+        }
+        let mut rgb = Vec::with_capacity(self.rgb.len());
+        for y in 0..turned_height {
+            for x in 0..turned_width {
+                let (column, row) = match quarter_turns % 4 {
+                    1 => (y, height - 1 - x),
+                    2 => (width - 1 - x, height - 1 - y),
+                    _ => (width - 1 - y, x),
+                };
+                rgb.extend_from_slice(&self.rgb[3 * (row * width + column)..][..3]);
+            }
+        }
+        Self { width: turned_width, height: turned_height, rgb }
+    }
+
     /// Without the last row or column where their number is odd. Sides of 1 stay.
     pub fn crop_to_even(&self) -> Self {
         let even = |side: usize| if side == 1 { 1 } else { side / 2 * 2 };

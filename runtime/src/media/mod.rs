@@ -1,18 +1,21 @@
-//! Media at the edge: conditioning images in, video and audio files out.
+//! Media at the edge: images, clips and sound in, video and audio files out.
 //!
 //! | file | what |
 //! | --- | --- |
 //! | `frames` | RGB float frames, conversion to 8-bit RGB and BT.709 planes |
 //! | `h264` | H.264 encoder and decoder (embedded) |
 //! | `aac` | AAC-LC encoder (embedded) and the 16-bit conversion of audio |
-//! | `mp4` | MP4 writer and the reader of what it writes |
+//! | `mp4` | MP4 writer, the reader of what it writes, and a reader of foreign files |
 //! | `wav`, `png` | uncompressed outputs |
 //! | `output` | one writer for all of these: streaming, atomic, with progress |
 //! | `image_input` | conditioning images: load, compress, resize, normalise |
-//! | `round_trip`, `ffmpeg` | the H.264 compression that conditioning images go through |
+//! | `round_trip` | the H.264 compression that conditioning images go through |
+//! | `video_input`, `audio_input` | clips and recordings |
+//! | `colour` | Y'CbCr to RGB |
+//! | `ffmpeg` | the program, where it is installed |
 //!
-//! Nothing here needs another program. An `ffmpeg` on `PATH` is used for exactly one thing, the compression of
-//! conditioning images, because only libx264 reproduces it to the bit; see [`round_trip`].
+//! No output needs another program. An `ffmpeg` on `PATH` is used for two things: the compression of conditioning images,
+//! because only libx264 reproduces it to the bit (see [`round_trip`]), and inputs of kinds that nothing here reads.
 //!
 //! ```no_run
 //! use ltxc_runtime::media::{Audio, MediaWriter, OutputOptions, Rational, VideoFormat};
@@ -30,6 +33,8 @@
 //! ```
 
 pub mod aac;
+pub mod audio_input;
+mod colour;
 mod error;
 pub mod ffmpeg;
 pub mod frames;
@@ -40,11 +45,15 @@ pub mod output;
 mod partial;
 pub mod png;
 pub mod round_trip;
+pub mod video_input;
 pub mod wav;
 
 pub use aac::Audio;
+pub use audio_input::{Recording, load_audio};
+pub use colour::Colour;
 pub use error::MediaError;
 pub use frames::{Frames, I420, Rational, VideoFormat};
 pub use image_input::{RgbImage, load_conditioning_image, load_image, resize_and_crop};
 pub use output::{Kind, MediaWriter, OutputOptions, Written};
 pub use round_trip::{RoundTrip, image_round_trip};
+pub use video_input::{Clip, ClipInfo, ClipRate, Window};

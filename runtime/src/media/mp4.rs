@@ -13,9 +13,11 @@
 //! Frame rates are exact: a video tick is `1/(k·num)` s and a frame lasts `k·den` ticks.
 //!
 //! [`plan`] does all arithmetic, checked, from sizes alone; [`mux`] only adds the bytes. [`read`] parses what [`mux`]
-//! writes, strictly, and nothing else.
+//! writes, strictly, and nothing else; [`demux`] finds the pictures in files of any origin.
 
 mod boxes;
+mod cursor;
+mod demux;
 mod read;
 #[cfg(test)]
 mod tests;
@@ -25,6 +27,7 @@ use std::io::Write;
 use super::{MediaError, Rational};
 use boxes::BoxWriter;
 
+pub use demux::{H264Track, Sample, SoundEdit, Source, demux};
 pub use read::read;
 
 /// Samples of one AAC frame.

@@ -32,6 +32,7 @@
 //! - RGB → 4:2:0 averages chroma over two columns and filters it over four rows (1 3 3 1); 4:2:0 → RGB repeats chroma
 //!   and truncates each product, which darkens by one level on average.
 
+use super::colour::Colour;
 use super::ffmpeg::Ffmpeg;
 use super::h264::{self, Encoder, EncoderOptions, MIN_SIDE, QP_RANGE};
 use super::{I420, MediaError, Rational, RgbImage};
@@ -127,7 +128,7 @@ pub fn compress_at_qp(image: &RgbImage, qp: u8) -> Result<(RgbImage, usize), Med
             paste(&decoded, &mut result, left, top, width, height);
         }
     }
-    Ok((from_i420_bt601(&result)?, bytes))
+    Ok((Colour::UNSPECIFIED.to_rgb(&result)?, bytes))
 }
 
 /// Mean over macroblocks of how much more detail they hold than usual in video, in steps of QP.
@@ -239,35 +240,6 @@ pub fn to_i420_bt601(image: &RgbImage) -> Result<I420, MediaError> {
     Ok(picture)
 }
 
-/// RGB of a BT.601 limited-range 4:2:0 picture, as swscale makes it without its accurate options.
-///
-/// Off by at most 1 from swscale on x86 (in 0.6 % of the red values).
-///
-/// # Errors
-/// None for a valid picture.
-pub fn from_i420_bt601(picture: &I420) -> Result<RgbImage, MediaError> {
-    // 255/219, 1.402·255/224, -0.344·255/224, -0.714·255/224 and 1.772·255/224 in units of 2^-13.
-    const LUMA: i32 = 9539;
-    const RED_V: i32 = 13074;
-    const GREEN_U: i32 = -3209;
-    const GREEN_V: i32 = -6660;
-    const BLUE_U: i32 = 16525;
-    let width = picture.width();
-    let (y, u, v) = picture.planes();
-    let mut rgb = Vec::with_capacity(3 * y.len());
-    for (pixel, luma) in y.iter().enumerate() {
-        let chroma = pixel / width / 2 * (width / 2) + pixel % width / 2;
-        let scaled = |value: u8, zero: i32, factor: i32| ((i32::from(value) - zero) * 8 * factor) >> 16;
-        let luma = scaled(*luma, 16, LUMA);
-        let (u, v) = (u[chroma], v[chroma]);
-        let red = luma + scaled(v, 128, RED_V);
-        let green = luma + scaled(u, 128, GREEN_U) + scaled(v, 128, GREEN_V);
-        let blue = luma + scaled(u, 128, BLUE_U);
-        rgb.extend([red, green, blue].map(|value| value.clamp(0, 255) as u8));
-    }
-    RgbImage::new(width, picture.height(), rgb)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -295,7 +267,7 @@ mod tests {
         let picture = to_i420_bt601(&grey(255)).expect("converted");
         assert_eq!(picture.data(), [235, 235, 235, 235, 128, 128]);
         assert_eq!(to_i420_bt601(&grey(0)).expect("converted").data(), [16, 16, 16, 16, 128, 128]);
-        assert_eq!(from_i420_bt601(&picture).expect("converted").rgb(), [255; 12]);
+        assert_eq!(Colour::UNSPECIFIED.to_rgb(&picture).expect("converted").rgb(), [255; 12]);
         let red = RgbImage::new(2, 2, [255, 0, 0].repeat(4)).expect("an image");
         assert_eq!(to_i420_bt601(&red).expect("converted").data(), [81, 81, 81, 81, 90, 240]);
     }

@@ -1,139 +1,231 @@
-//! One denoising stage: state in, sampler steps, state out.
+//! The model of one stage: programs of the plan, asked for guided predictions.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 
-use ltxc_ir::Rate;
-use ltxc_ir::plan::{Program, Stage, StageClass};
+use ltxc_ir::plan::{Guidance, Guider, Modality, Pass, Program, Sampler, Stage, StageClass, StepProgram};
 
+use super::guidance::{ActiveGuider, Predictions};
+use super::noise::{Noise, SlotShape};
 use super::observe::{Event, Observer, numerical_problem};
-use super::schedule::euler_step;
+use super::per::Per;
+use super::sampler::{Model, Prediction};
 use super::state::State;
 use super::text::TextContext;
 use crate::error::RunError;
 use crate::executor::Executor;
 
-/// The denoising programs of one stage and class, with the inputs that do not change during the stage.
-pub struct Denoiser<'p> {
-    programs: Vec<&'p Program>,
+/// Text contexts of a stage.
+#[derive(Clone, Copy, Debug)]
+pub struct Contexts<'a> {
+    /// Of the prompt.
+    pub prompt: &'a TextContext,
+    /// Of the negative prompt, if guidance needs it.
+    pub negative: Option<&'a TextContext>,
+}
+
+/// The model of one stage.
+pub struct Denoiser<'d, 'p> {
+    executor: &'d mut Executor<'p>,
+    observer: &'d mut dyn Observer,
+    stage: &'p Stage,
     class: &'p StageClass,
-    floats: BTreeMap<String, Vec<f32>>,
-    ints: BTreeMap<String, Vec<i32>>,
+    contexts: Contexts<'d>,
+    noise: &'d Noise,
+    allow_bad_numerics: bool,
+    guiders: Per<ActiveGuider>,
+    /// What guidance and sampler need; the programs may compute more.
+    passes: Vec<Pass>,
+    /// Programs whose results for the generation are in the state.
+    prepared: BTreeSet<&'p str>,
+    /// Evaluations so far.
+    calls: usize,
 }
 
-/// The class of a stage that takes a first-frame image or not, and so many keyframes.
-///
-/// # Errors
-/// If the plan has no program for that.
-pub fn class_of(stage: &Stage, first_frame: bool, keyframes: usize) -> Result<&StageClass, RunError> {
-    let found = stage.classes.iter().find(|c| c.first_frame == first_frame && c.keyframes as usize == keyframes);
-    found.ok_or_else(|| {
-        let most = stage.classes.iter().map(|c| c.keyframes).max().unwrap_or(0);
-        RunError::Input(format!(
-            "the plan has room for one image at frame 0 and {most} elsewhere, {keyframes} elsewhere were given; \
-             compile it with `--max-keyframes {keyframes}`"
-        ))
-    })
+/// What a [`Denoiser`] needs besides the executor.
+pub struct Settings<'d, 'p> {
+    /// The stage.
+    pub stage: &'p Stage,
+    /// The programs for its conditioning.
+    pub class: &'p StageClass,
+    /// Guidance, if there is any.
+    pub guidance: Option<&'d Guidance>,
+    /// Sampler.
+    pub sampler: Sampler,
+    /// Text.
+    pub contexts: Contexts<'d>,
+    /// Source of noise.
+    pub noise: &'d Noise,
+    /// Go on with predictions that are NaN, infinite or constant.
+    pub allow_bad_numerics: bool,
 }
 
-impl<'p> Denoiser<'p> {
-    /// Prepares a stage: loads its programs and runs what is constant for the stage.
-    ///
-    /// # Errors
-    /// A program that cannot be loaded or run.
+/// The passes that guidance and sampler need.
+pub fn needed_passes(guidance: Option<&Guidance>, sampler: Sampler) -> Vec<Pass> {
+    let mut passes = guidance.map_or_else(|| vec![Pass::Conditioned], Guidance::passes);
+    if matches!(sampler, Sampler::CfgPlusPlus { .. }) {
+        passes.push(Pass::Negative);
+        passes.sort_unstable();
+        passes.dedup();
+    }
+    passes
+}
+
+/// The program of a class that updates exactly `updates` and runs at least `passes`, the cheapest one.
+pub fn program_of<'c>(class: &'c StageClass, passes: &[Pass], updates: &[Modality]) -> Option<&'c StepProgram> {
+    let fits = |p: &&StepProgram| p.updates == updates && passes.iter().all(|pass| p.passes.contains(pass));
+    class.programs.iter().filter(fits).min_by_key(|p| p.passes.len())
+}
+
+impl<'d, 'p> Denoiser<'d, 'p> {
+    /// The model of a stage.
     pub fn new(
-        executor: &mut Executor<'p>,
-        class: &'p StageClass,
-        video: &State,
-        audio: &State,
-        text: &TextContext,
-    ) -> Result<Denoiser<'p>, RunError> {
-        let plan = executor.plan();
-        let group = plan.groups.iter().position(|g| g.name == class.program);
-        let programs = plan.programs.iter().filter(|p| Some(p.group as usize) == group).collect();
-        let mut denoiser = Denoiser { programs, class, floats: BTreeMap::new(), ints: BTreeMap::new() };
-        for (modality, state, context) in [("video", video, &text.video), ("audio", audio, &text.audio)] {
-            denoiser.floats.insert(format!("{modality}.positions"), state.positions.clone());
-            denoiser.floats.insert(format!("{modality}.context"), context.clone());
-            denoiser.ints.insert(format!("{modality}.rows"), state.rows.clone());
+        executor: &'d mut Executor<'p>,
+        observer: &'d mut dyn Observer,
+        settings: Settings<'d, 'p>,
+    ) -> Denoiser<'d, 'p> {
+        let Settings { stage, class, guidance, sampler, contexts, noise, allow_bad_numerics } = settings;
+        let guider = |m: Modality| {
+            class.stream(m)?;
+            Some(ActiveGuider::new(guidance.map_or_else(Guider::default, |g| g.of(m).clone())))
+        };
+        Denoiser {
+            executor,
+            observer,
+            stage,
+            class,
+            contexts,
+            noise,
+            allow_bad_numerics,
+            guiders: Per::new(guider),
+            passes: needed_passes(guidance, sampler),
+            prepared: BTreeSet::new(),
+            calls: 0,
         }
-        denoiser.run(executor, Rate::Generation)?;
-        Ok(denoiser)
     }
 
-    /// Velocities of both modalities at noise level `sigma`.
-    ///
-    /// # Errors
-    /// A program that cannot run.
-    pub fn velocities(
+    /// Predictions of all passes for the modalities in `updates`.
+    fn evaluate(
         &mut self,
-        executor: &mut Executor<'p>,
-        video: &State,
-        audio: &State,
+        states: &Per<State>,
         sigma: f32,
-    ) -> Result<[Vec<f32>; 2], RunError> {
-        for (modality, state, rows) in [("video", video, self.class.rows as usize), ("audio", audio, 1)] {
-            self.floats.insert(format!("{modality}.timesteps"), state.timesteps(sigma, rows));
-            self.floats.insert(format!("{modality}.sigma"), vec![sigma]);
-            self.floats.insert(format!("{modality}.latent"), state.latent.clone());
+        updates: &[Modality],
+    ) -> Result<Per<Predictions>, RunError> {
+        let found = program_of(self.class, &self.passes, updates);
+        let step = found.ok_or_else(|| RunError::Internal(format!("no program of `{}` fits", self.class.name)))?;
+        let plan = self.executor.plan();
+        let part = |suffix: &str| plan.program(&format!("{}{suffix}", step.name));
+        if self.prepared.insert(&step.name)
+            && let Some(program) = part(".generation")
+        {
+            self.run(program, states, sigma)?;
         }
-        self.run(executor, Rate::Evaluation)?;
-        self.run(executor, Rate::Step)?;
-        let step = &self.class.program;
-        Ok([executor.read(step, "video.velocity")?.into_owned(), executor.read(step, "audio.velocity")?.into_owned()])
+        for program in [part(".evaluation"), part("")].into_iter().flatten() {
+            self.run(program, states, sigma)?;
+        }
+        let mut predictions: Per<Predictions> = Per::default();
+        for (modality, state) in states.iter().filter(|(m, _)| updates.contains(m)) {
+            let of = predictions.slot(modality).insert(Predictions::default());
+            for &pass in step.passes.iter().filter(|p| self.passes.contains(p)) {
+                let velocity = self.executor.read(&step.name, &pass.velocity(modality))?;
+                of.insert(pass, state.prediction(&velocity, state.sigma(sigma)));
+            }
+        }
+        Ok(predictions)
     }
 
-    /// Runs the programs of one rate. Slots in an arena do not outlive other programs, so all inputs are written anew.
-    fn run(&self, executor: &mut Executor<'p>, rate: Rate) -> Result<(), RunError> {
-        for program in self.programs.iter().filter(|p| p.rate == rate) {
-            for slot in &program.inputs {
-                if let Some(values) = self.floats.get(&slot.name) {
-                    executor.write(&program.name, &slot.name, values)?;
-                } else if let Some(values) = self.ints.get(&slot.name) {
-                    executor.write(&program.name, &slot.name, values)?;
+    /// Runs a program. Slots in an arena do not outlive other programs, so all inputs are written anew.
+    fn run(&mut self, program: &Program, states: &Per<State>, sigma: f32) -> Result<(), RunError> {
+        for slot in &program.inputs {
+            for (modality, state) in states.iter() {
+                if let Some(field) = slot.name.strip_prefix(modality.name()).and_then(|s| s.strip_prefix('.')) {
+                    self.write(program, modality, field, state, sigma)?;
                 }
             }
-            executor.run(&program.name)?;
         }
-        Ok(())
+        self.executor.run(&program.name)
+    }
+
+    /// Writes one parameter of the transformer. Other slots hold what slower programs left.
+    fn write(
+        &mut self,
+        program: &Program,
+        modality: Modality,
+        field: &str,
+        state: &State,
+        sigma: f32,
+    ) -> Result<(), RunError> {
+        let name = format!("{}.{field}", modality.name());
+        let mut floats = |values: &[f32]| self.executor.write(&program.name, &name, values);
+        let sigma = state.sigma(sigma);
+        match field {
+            "latent" => floats(&state.latent),
+            "positions" => floats(&state.positions),
+            "sigma" => floats(&[sigma]),
+            "timesteps" => {
+                let capacity = self.class.stream(modality).map_or(1, |s| s.rows as usize);
+                let rows = state.rows().0.into_iter().map(|m| m * sigma);
+                floats(&rows.chain(std::iter::repeat(sigma)).take(capacity).collect::<Vec<_>>())
+            }
+            "rows" => self.executor.write(&program.name, &name, &state.rows().1),
+            "self_mask" => floats(state.attention.as_deref().unwrap_or_default()),
+            "context" => floats(self.contexts.prompt.of(modality)),
+            "negative_context" => floats(self.contexts.negative.unwrap_or(self.contexts.prompt).of(modality)),
+            _ => Ok(()),
+        }
+    }
+
+    fn tell(&mut self, name: &str, values: &[f32]) {
+        let name = format!("{}.{name}", self.stage.name);
+        self.observer.event(Event::Tensor { name, values });
     }
 }
 
-/// Runs all Euler steps of a stage.
-///
-/// # Errors
-/// A program that cannot run, or [`RunError::BadNumerics`] unless they are allowed.
-#[allow(clippy::too_many_arguments)] // the two states are one thing; a struct for them would only be opened again
-pub fn sample<'p>(
-    executor: &mut Executor<'p>,
-    denoiser: &mut Denoiser<'p>,
-    stage: &str,
-    sigmas: &[f32],
-    video: &mut State,
-    audio: &mut State,
-    allow_bad_numerics: bool,
-    observer: &mut dyn Observer,
-) -> Result<(), RunError> {
-    observer.event(Event::Stage { name: stage, steps: sigmas.len() - 1 });
-    for (i, pair) in sigmas.windows(2).enumerate() {
-        let velocities = denoiser.velocities(executor, video, audio, pair[0])?;
-        for (modality, state, velocity) in
-            [("video", &mut *video, &velocities[0]), ("audio", &mut *audio, &velocities[1])]
-        {
-            let x0 = state.prediction(velocity, pair[0]);
-            let denoised = state.blended(&x0);
-            if let Some(problem) = numerical_problem(&denoised)
-                && !allow_bad_numerics
-            {
-                let what = format!("the {modality} latent");
-                return Err(RunError::BadNumerics { stage: stage.into(), step: i + 1, what, problem: problem.into() });
+impl Model for Denoiser<'_, '_> {
+    fn predict(&mut self, states: &Per<State>, sigma: f32, step: usize) -> Result<Per<Prediction>, RunError> {
+        let skipped = |m: Modality| self.guiders.get(m).is_some_and(|g| g.skips(step));
+        let updates: Vec<Modality> = states.iter().map(|(m, _)| m).filter(|&m| !skipped(m)).collect();
+        let mut predictions = match updates.is_empty() {
+            true => Per::default(),
+            false => self.evaluate(states, sigma, &updates)?,
+        };
+        let mut out: Per<Prediction> = Per::default();
+        for (modality, state) in states.iter() {
+            let Some(guider) = self.guiders.slot(modality) else { continue };
+            let passes = predictions.slot(modality).take();
+            let guided = match &passes {
+                Some(passes) => guider.guide(passes),
+                None => guider.last().unwrap_or(&state.latent).to_vec(),
+            };
+            let denoised = state.blended(&guided);
+            let call = format!("call{}", self.calls);
+            for (pass, x0) in passes.iter().flat_map(Predictions::iter) {
+                self.tell(&format!("{call}.{}.{}.x0", pass.name(), modality.name()), x0);
             }
-            euler_step(&mut state.latent, &denoised, pair[0], pair[1]);
-            let name = |what: &str| format!("{stage}.step{i}.{modality}.{what}");
-            observer.event(Event::Tensor { name: name("x0"), values: &x0 });
-            observer.event(Event::Tensor { name: name("denoised"), values: &denoised });
-            observer.event(Event::Tensor { name: name("latent"), values: &state.latent });
+            self.tell(&format!("{call}.{}.latent", modality.name()), &state.latent);
+            self.tell(&format!("{call}.{}.denoised", modality.name()), &denoised);
+            if let Some(problem) = numerical_problem(&denoised)
+                && !(state.frozen || self.allow_bad_numerics)
+            {
+                let what = format!("the {} latent", modality.name());
+                let stage = self.stage.name.clone();
+                return Err(RunError::BadNumerics { stage, step: step + 1, what, problem: problem.into() });
+            }
+            let negative = passes.and_then(|p| Some(state.blended(p.get(Pass::Negative)?)));
+            *out.slot(modality) = Some(Prediction { denoised, negative });
         }
-        observer.event(Event::Step { stage, index: i + 1 });
+        self.calls += 1;
+        Ok(out)
     }
-    Ok(())
+
+    fn noise(&mut self, kind: &str, step: usize, modality: Modality, count: usize) -> Result<Vec<f32>, RunError> {
+        let shape = SlotShape { spatial: vec![count], channels: 1, inner: 1 };
+        self.noise.draw(&format!("{}.{kind}.{step:03}.{}", self.stage.name, modality.name()), &shape)
+    }
+
+    fn stepped(&mut self, step: usize, states: &Per<State>) {
+        for (modality, state) in states.iter() {
+            self.tell(&format!("step{step}.{}.latent", modality.name()), &state.latent);
+        }
+        self.observer.event(Event::Step { stage: &self.stage.name, index: step + 1 });
+    }
 }

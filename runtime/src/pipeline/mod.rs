@@ -1,16 +1,36 @@
 //! The driver: ordinary Rust that knows latents and programs, not kernels.
 //!
-//! A pipeline is a composition of the same parts: encode text → prepare states → denoise → upsample → … → decode.
+//! Every pipeline is the same composition of parts, with what differs between them in the plan:
+//!
+//! | part | file |
+//! |---|---|
+//! | what a run asks for, and whether the plan has room for it | `request` |
+//! | encode text → stages → upsample → decode | `run`, `text`, `decode` |
+//! | states, and what conditioning does to them | `state`, `positions`, `conditioning`, `stage` |
+//! | noise levels, steps and fresh noise | `schedule`, `sampler`, `noise` |
+//! | programs of the transformer, and guidance between their passes | `denoise`, `guidance` |
 
+pub mod conditioning;
 pub mod decode;
 mod denoise;
-mod distilled;
+pub mod encode;
+pub mod guidance;
 mod noise;
 mod observe;
+mod per;
+pub mod positions;
+mod request;
+mod run;
+pub mod sampler;
 pub mod schedule;
+mod stage;
 pub mod state;
 mod text;
+mod tiles;
 
-pub use distilled::{Conditioning, Output, Request, run};
+pub use denoise::needed_passes;
 pub use noise::{Noise, SlotShape};
 pub use observe::{Event, Observer, Silent};
+pub use per::Per;
+pub use request::{Conditioning, Output, Request, StageChoice};
+pub use run::run;

@@ -1,18 +1,126 @@
-//! Noise levels and the Euler step.
+//! Noise levels: from at most 1 down to 0, one more than there are steps.
 //!
-//! Source: spec/pipelines §5.2, §6.2.
+//! Source: spec/pipelines §5.
+
+use ltxc_ir::plan::Schedule;
 
 /// Noise levels of a distilled model, first stage.
 pub const DISTILLED_STAGE_1: [f32; 9] = [1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875, 0.0];
 /// Noise levels of a distilled model, second stage.
 pub const DISTILLED_STAGE_2: [f32; 4] = [0.909375, 0.725, 0.421875, 0.0];
+/// Number of tokens that the shifted schedule assumes where none is given.
+pub const DEFAULT_TOKENS: u32 = 4096;
 
-/// One Euler step of the rectified flow, from `sigma` to `next`.
-pub fn euler_step(latent: &mut [f32], denoised: &[f32], sigma: f32, next: f32) {
-    for (x, &x0) in latent.iter_mut().zip(denoised) {
-        let velocity = (*x - x0) / sigma;
-        *x += velocity * (next - sigma);
+/// Most steps of a schedule.
+pub const MOST_STEPS: usize = 1000;
+
+/// Noise levels of `steps` steps. `own`: the levels that a distilled model knows.
+///
+/// # Errors
+/// A number of steps that the schedule does not have.
+pub fn noise_levels(schedule: Schedule, own: &[f32], steps: usize) -> Result<Vec<f32>, String> {
+    if schedule == Schedule::Distilled {
+        return distilled_subset(own, steps);
     }
+    if !(1..=MOST_STEPS).contains(&steps) {
+        return Err(format!("a schedule has 1 to {MOST_STEPS} steps, {steps} were asked for"));
+    }
+    let levels = match schedule {
+        Schedule::Shifted { tokens } => shifted(steps, tokens, Some(TERMINAL)),
+        Schedule::Beta => beta(steps),
+        _ => linear_quadratic(steps),
+    };
+    Ok(levels.into_iter().map(|s| s as f32).collect())
+}
+
+/// Level of the last step after stretching: ltx_core/components/schedulers.py, release 1.2.0, as all constants below.
+pub const TERMINAL: f64 = 0.1;
+
+/// Evenly spaced levels, shifted by the number of tokens, and stretched so that the last step starts at `terminal`.
+pub fn shifted(steps: usize, tokens: u32, terminal: Option<f64>) -> Vec<f64> {
+    const SHIFT: [(f64, f64); 2] = [(1024.0, 0.95), (4096.0, 2.05)];
+    let [(t0, base), (t1, max)] = SHIFT;
+    let slope = (max - base) / (t1 - t0);
+    let shift = (tokens as f64 * slope + (base - slope * t0)).exp();
+    let level = |i: usize| {
+        let u = 1.0 - i as f64 / steps as f64;
+        if i == steps { 0.0 } else { shift / (shift + (1.0 / u - 1.0)) }
+    };
+    let mut levels: Vec<f64> = (0..=steps).map(level).collect();
+    // One step alone starts at 1, which nothing can be stretched from.
+    if let (Some(terminal), true) = (terminal, levels[steps - 1] < 1.0) {
+        let ratio = (1.0 - levels[steps - 1]) / (1.0 - terminal);
+        levels[..steps].iter_mut().for_each(|s| *s = 1.0 - (1.0 - *s) / ratio);
+    }
+    levels
+}
+
+/// Evenly spaced down to a threshold for half of the steps, then along a parabola.
+pub fn linear_quadratic(steps: usize) -> Vec<f64> {
+    const THRESHOLD: f64 = 0.025;
+    let linear = steps / 2;
+    if linear == 0 {
+        return vec![1.0, 0.0];
+    }
+    let (l, s) = (linear as f64, steps as f64);
+    let quadratic = s - l;
+    let difference = l - THRESHOLD * s;
+    let a = difference / (l * quadratic * quadratic);
+    let b = THRESHOLD / l - 2.0 * difference / (quadratic * quadratic);
+    let c = a * l * l;
+    let level = |i: usize| {
+        let x = i as f64;
+        1.0 - if i < linear { x * THRESHOLD / l } else { a * x * x + b * x + c }
+    };
+    (0..steps).map(level).chain([0.0]).collect()
+}
+
+/// Quantiles of a beta distribution, looked up in a shifted table. Equal ones are left out, so there may be fewer.
+pub fn beta(steps: usize) -> Vec<f64> {
+    const TABLE: f64 = 10000.0;
+    const SHIFT: f64 = 2.37;
+    const SHAPE: f64 = 0.6;
+    let level = |index: f64| {
+        let t = (index + 1.0) / TABLE;
+        let shift = SHIFT.exp();
+        shift / (shift + (1.0 / t - 1.0))
+    };
+    let index = |i: usize| (beta_quantile(1.0 - i as f64 / steps as f64, SHAPE) * (TABLE - 1.0)).round_ties_even();
+    let mut indices: Vec<f64> = (0..steps).map(index).collect();
+    indices.dedup();
+    indices.into_iter().map(level).chain([0.0]).collect()
+}
+
+/// The value below which a beta distribution with both parameters `shape` lies with probability `p`, by bisection.
+fn beta_quantile(p: f64, shape: f64) -> f64 {
+    if p > 0.5 {
+        return 1.0 - beta_quantile(1.0 - p, shape);
+    }
+    // The distribution is symmetric about a half.
+    let half = half_beta_integral(0.5, shape);
+    let (mut low, mut high) = (0.0, 0.5);
+    while high - low > f64::EPSILON * high {
+        let middle = (low + high) / 2.0;
+        if middle <= low || middle >= high {
+            break;
+        }
+        if half_beta_integral(middle, shape) / half < 2.0 * p { low = middle } else { high = middle }
+    }
+    (low + high) / 2.0
+}
+
+/// `∫₀ˣ (t (1 − t))^(shape − 1) dt` for `x` up to a half, by the power series of the second factor.
+fn half_beta_integral(x: f64, shape: f64) -> f64 {
+    let (mut term, mut sum) = (x.powf(shape), 0.0);
+    for n in 0..200 {
+        let add = term / (shape + n as f64);
+        sum += add;
+        if add < sum * f64::EPSILON {
+            break;
+        }
+        term *= x * (n as f64 + 1.0 - shape) / (n as f64 + 1.0);
+    }
+    sum
 }
 
 /// Checks noise levels given by a user.
@@ -32,10 +140,14 @@ pub fn check_sigmas(sigmas: &[f32]) -> Result<(), String> {
 /// the last gap and the sum of squared gaps smallest.
 ///
 /// # Errors
-/// If the list does not have that many steps.
-pub fn distilled_subset(sigmas: &[f32], steps: usize) -> Result<Vec<f32>, String> {
+/// If the list does not have that many steps, or too many to look at every choice.
+fn distilled_subset(sigmas: &[f32], steps: usize) -> Result<Vec<f32>, String> {
+    const MOST_CHOICES: usize = 16; // levels between the ends; distilled lists have 7
     let available = sigmas.len() - 1;
-    if steps == 0 || steps > available {
+    if steps == available {
+        return Ok(sigmas.into());
+    }
+    if steps == 0 || steps > available || available > MOST_CHOICES {
         return Err(format!("a distilled model runs 1 to {available} steps here, {steps} were asked for"));
     }
     let inner = available - 1;
@@ -59,40 +171,48 @@ pub fn distilled_subset(sigmas: &[f32], steps: usize) -> Result<Vec<f32>, String
 mod tests {
     use super::*;
 
-    #[test]
-    fn distilled_list_is_linear_quadratic_with_8_steps() {
-        let (steps, threshold) = (8usize, 0.025f64);
-        let linear = steps / 2;
-        let q = (steps - linear) as f64;
-        let d = linear as f64 - threshold * steps as f64;
-        let a = d / (linear as f64 * q * q);
-        let b = threshold / linear as f64 - 2.0 * d / (q * q);
-        let c = a * (linear * linear) as f64;
-        for (i, &sigma) in DISTILLED_STAGE_1.iter().enumerate() {
-            let x = i as f64;
-            let y = match i {
-                _ if i < linear => x * threshold / linear as f64,
-                _ if i < steps => a * x * x + b * x + c,
-                _ => 1.0,
-            };
-            assert!((1.0 - y - sigma as f64).abs() < 1e-6, "{i}: {} {sigma}", 1.0 - y);
-        }
+    #[track_caller]
+    fn close(found: &[f64], expected: &[f64]) {
+        assert_eq!(found.len(), expected.len(), "{found:?}");
+        found.iter().zip(expected).for_each(|(a, b)| assert!((a - b).abs() < 1e-6, "{found:?}"));
     }
 
     #[test]
-    fn a_perfect_prediction_is_reached_at_sigma_0() {
-        let mut x = vec![3.0f32, -1.0];
-        for w in DISTILLED_STAGE_1.windows(2) {
-            euler_step(&mut x, &[0.5, 0.25], w[0], w[1]);
+    fn distilled_list_is_linear_quadratic_with_8_steps() {
+        close(&linear_quadratic(8), &DISTILLED_STAGE_1.map(f64::from));
+        close(&linear_quadratic(1), &[1.0, 0.0]);
+    }
+
+    /// Published levels of the high-quality pipeline at its own size, rounded to six digits.
+    #[test]
+    fn shifted_levels_are_the_published_ones() {
+        close(&shifted(4, 4096, Some(0.1)), &[1.0, 0.867083, 0.631569, 0.1, 0.0]);
+        let hq = [
+            1.0, 0.993491, 0.986015, 0.97734, 0.967151, 0.955015, 0.940314, 0.92214, 0.899096, 0.868923, 0.827707,
+            0.768028, 0.673897, 0.503378, 0.1, 0.0,
+        ];
+        close(&shifted(15, 8160, Some(0.1)), &hq);
+        close(&shifted(1, 4096, Some(0.1)), &[1.0, 0.0]);
+    }
+
+    #[test]
+    fn every_schedule_falls_from_1_to_0() {
+        for schedule in [Schedule::Shifted { tokens: 4096 }, Schedule::LinearQuadratic, Schedule::Beta] {
+            for steps in [1, 2, 3, 7, 40, MOST_STEPS] {
+                let levels = noise_levels(schedule, &[], steps).unwrap();
+                check_sigmas(&levels).unwrap();
+                assert!(levels.len() <= steps + 1 && levels[0] > 0.99, "{schedule:?} {steps}");
+            }
+            assert!(noise_levels(schedule, &[], 0).is_err());
         }
-        assert!((x[0] - 0.5).abs() < 1e-5 && (x[1] - 0.25).abs() < 1e-5, "{x:?}");
     }
 
     #[test]
     fn subset_keeps_both_ends() {
-        let s = distilled_subset(&DISTILLED_STAGE_1, 5).unwrap();
+        let subset = |steps| noise_levels(Schedule::Distilled, &DISTILLED_STAGE_1, steps);
+        let s = subset(5).unwrap();
         assert_eq!((s.len(), s[0], s[5]), (6, 1.0, 0.0));
-        assert_eq!(distilled_subset(&DISTILLED_STAGE_1, 8).unwrap(), DISTILLED_STAGE_1);
-        assert!(distilled_subset(&DISTILLED_STAGE_1, 9).is_err());
+        assert_eq!(subset(8).unwrap(), DISTILLED_STAGE_1);
+        assert!(subset(9).is_err() && subset(0).is_err());
     }
 }

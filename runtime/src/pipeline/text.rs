@@ -5,7 +5,7 @@
 
 use std::borrow::Cow;
 
-use ltxc_ir::plan::TextSettings;
+use ltxc_ir::plan::{Modality, TextSettings};
 
 use super::observe::{Event, Observer};
 use crate::error::RunError;
@@ -19,6 +19,16 @@ pub struct TextContext {
     pub video: Vec<f32>,
     /// For the audio stream.
     pub audio: Vec<f32>,
+}
+
+impl TextContext {
+    /// The context of one modality.
+    pub fn of(&self, modality: Modality) -> &[f32] {
+        match modality {
+            Modality::Video => &self.video,
+            Modality::Audio => &self.audio,
+        }
+    }
 }
 
 /// Encodes `prompt`.

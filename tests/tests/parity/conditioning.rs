@@ -1,27 +1,18 @@
-//! Sampling states, conditioning and schedules of the driver against recorded values.
+//! Sampling states and conditioning of the driver against recorded values.
 
 use std::collections::BTreeMap;
 
 use ltxc_ir::plan::VideoSettings;
-use ltxc_runtime::pipeline::schedule::{DISTILLED_STAGE_1, DISTILLED_STAGE_2};
-use ltxc_runtime::pipeline::state::{State, audio_positions, keyframe_positions, video_positions};
+use ltxc_runtime::pipeline::conditioning::Item;
+use ltxc_runtime::pipeline::positions::{
+    ReferenceScale, audio_positions, keyframe_positions, reference_positions, video_positions,
+};
+use ltxc_runtime::pipeline::state::State;
 use ltxc_tests::compare::Report;
 use ltxc_tests::fixtures::{TensorFile, required};
 
 /// Relative L2 limit of everything the driver computes itself.
 const LIMIT: f64 = 1e-6;
-
-#[test]
-fn distilled_noise_levels() {
-    let file = required("common/schedules");
-    let mut report = Report::default();
-    for (name, tensor) in file.iter().filter(|(name, _)| name.contains("distilled")) {
-        let own: &[f32] =
-            if tensor.to_f32().len() == DISTILLED_STAGE_1.len() { &DISTILLED_STAGE_1 } else { &DISTILLED_STAGE_2 };
-        report.check(name, own, &tensor.to_f32(), 0.0);
-    }
-    report.finish();
-}
 
 #[test]
 fn initial_states() {
@@ -30,7 +21,7 @@ fn initial_states() {
     case.compare(&mut report, "video.initial", &case.video());
     let audio = case.file.tensor("audio.initial.latent");
     let (tokens, channels) = (audio.ty.shape[1], audio.ty.shape[2]);
-    let state = State::new(channels, tokens, audio_positions(tokens as u32), Some(audio.to_f32()));
+    let state = State::new(channels, audio_positions(tokens as u32), 1, 0, Some(audio.to_f32()));
     case.compare(&mut report, "audio.initial", &state);
     report.finish();
 }
@@ -47,7 +38,8 @@ fn images_replace_or_append_tokens() {
 
     for (name, index) in [("image_replace", 0), ("image_replace_idx2", 2)] {
         let mut state = case.video();
-        state.replace(index * frame_tokens, &image, case.strength(name));
+        let (first, latent) = (index * frame_tokens, image.clone());
+        Item::Replace { first, latent, strength: case.strength(name) }.apply(&mut state);
         case.compare(&mut report, name, &state);
         case.compare_noised(&mut report, name, &mut state);
     }
@@ -60,13 +52,92 @@ fn images_replace_or_append_tokens() {
     ];
     for (name, latent, frames, at, one_frame) in appended {
         let mut state = case.video();
-        let latent = if frames == 1 { &image[..] } else { latent };
+        let latent = if frames == 1 { image.clone() } else { latent.to_vec() };
         let positions = keyframe_positions([frames, h, w], at, one_frame, &case.settings);
-        state.append(latent, &positions, case.strength(name));
+        Item::Append { latent, positions, strength: case.strength(name), attention: None }.apply(&mut state);
         case.compare(&mut report, name, &state);
         case.compare_noised(&mut report, name, &mut state);
     }
     report.finish();
+}
+
+#[test]
+fn references_append_tokens_that_attend_with_a_strength() {
+    let case = Case::read();
+    let mut report = Report::default();
+    let reference = |name: &str, scale: ReferenceScale, attention: Option<Vec<f32>>| {
+        let (latent, grid) = (case.tokens("in.reference"), case.grid_of("in.reference"));
+        let positions = reference_positions(grid, scale, &case.settings);
+        Item::Append { latent, positions, strength: case.strength(name), attention }
+    };
+    let coarse = |space: u32, time: u32| ReferenceScale { space, time };
+    let mask = case.file.tensor("in.reference_mask").to_f32();
+
+    for (name, scale) in [("reference_x2", coarse(2, 1)), ("reference_temporal4", coarse(2, 4))] {
+        let mut state = case.video();
+        reference(name, scale, None).apply(&mut state);
+        case.compare(&mut report, name, &state);
+    }
+    let mut state = case.video();
+    let name = "reference_strength";
+    let strength = case.attention_from(name, state.tokens());
+    reference(name, coarse(2, 1), Some(vec![strength])).apply(&mut state);
+    case.compare(&mut report, name, &state);
+
+    let mut state = case.video();
+    let name = "reference_mask_then_keyframe";
+    reference(name, coarse(2, 1), Some(mask)).apply(&mut state);
+    let [_, h, w] = case.grid;
+    let positions = keyframe_positions([1, h, w], 16, true, &case.settings);
+    let (latent, strength) = (case.tokens("in.image"), case.strength(name));
+    Item::Append { latent, positions, strength, attention: None }.apply(&mut state);
+    case.compare(&mut report, name, &state);
+
+    let mut state = case.video();
+    let name = "two_references";
+    let strength = |row: usize| Some(vec![case.attention_from(name, row)]);
+    let first = state.tokens();
+    reference(name, coarse(2, 1), strength(first)).apply(&mut state);
+    let positions = reference_positions(case.grid_of("in.image"), coarse(1, 1), &case.settings);
+    let (latent, attention) = (case.tokens("in.image"), strength(state.tokens()));
+    Item::Append { latent, positions, strength: case.strength(name), attention }.apply(&mut state);
+    case.compare(&mut report, name, &state);
+    report.finish();
+}
+
+#[test]
+fn retakes_generate_a_region_in_time() {
+    let case = Case::read();
+    let mut report = Report::default();
+    let tokens = case.file.tensor("audio.initial.latent").ty.shape[1] as u32;
+    for name in ["retake_a", "retake_b"] {
+        let region: Vec<f64> =
+            case.file.meta()[name].as_array().expect("a region").iter().filter_map(|v| v.as_f64()).collect();
+        let item = Item::Region { start: region[0], end: region[1] };
+        let audio = State::new(1, audio_positions(tokens), 1, 0, None);
+        for (modality, mut state) in [("video", case.video()), ("audio", audio)] {
+            item.apply(&mut state);
+            let key = format!("{name}.{modality}_mask");
+            report.check(&key, &state.mask, &case.file.tensor(&key).to_f32(), 0.0);
+        }
+    }
+    report.finish();
+}
+
+/// There is no recording of a mask; where it is 1 an image replaces, where it is 0 nothing changes, and between it mixes.
+#[test]
+fn masks_blend_what_is_kept() {
+    let case = Case::read();
+    let (before, mut state) = (case.video(), case.video());
+    let given: Vec<f32> = before.clean.iter().map(|v| v + 1.0).collect();
+    let mask: Vec<f32> = (0..state.tokens()).map(|i| [0.0, 0.25, 1.0][i % 3]).collect();
+    Item::Inpaint { latent: given, mask: mask.clone(), strength: 0.5 }.apply(&mut state);
+    for (i, m) in mask.iter().enumerate() {
+        assert!((state.mask[i] - (1.0 - m + 0.5 * m)).abs() < 1e-6);
+        let moved = state.clean[i * case.channels] - before.clean[i * case.channels];
+        assert!((moved - m).abs() < 1e-5, "{i}: {moved}");
+    }
+    assert_eq!(state.latent, before.latent);
 }
 
 /// The recorded conditioning file.
@@ -93,9 +164,10 @@ impl Case {
 
     /// The initial video state.
     fn video(&self) -> State {
-        let tokens = self.grid.iter().product::<u32>() as usize;
+        let [_, h, w] = self.grid;
+        let positions = video_positions(self.grid, &self.settings);
         let initial = self.file.tensor("video.initial.latent").to_f32();
-        State::new(self.channels, tokens, video_positions(self.grid, &self.settings), Some(initial))
+        State::new(self.channels, positions, 3, (h * w) as usize, Some(initial))
     }
 
     /// A recorded `[1, c, f, h, w]` latent in token form.
@@ -112,16 +184,37 @@ impl Case {
         1.0 - mask.iter().copied().fold(1.0, f32::min) as f64
     }
 
+    /// Frames, rows and columns of a recorded latent.
+    fn grid_of(&self, name: &str) -> [u32; 3] {
+        let shape = &self.file.tensor(name).ty.shape;
+        [2, 3, 4].map(|a| shape[a] as u32)
+    }
+
+    /// How strongly the token `row` of a case attends to the first one.
+    fn attention_from(&self, name: &str, row: usize) -> f32 {
+        let tensor = self.file.tensor(&format!("{name}.attention_mask"));
+        tensor.to_f32()[row * tensor.ty.shape[2]]
+    }
+
     fn compare(&self, report: &mut Report, name: &str, state: &State) {
         let own: BTreeMap<&str, &[f32]> = BTreeMap::from([
             ("latent", &state.latent[..]),
             ("clean_latent", &state.clean),
             ("denoise_mask", &state.mask),
             ("positions", &state.positions),
+            ("keyframes_mask", &state.keyframes),
+            ("attention_mask", state.attention.as_deref().unwrap_or_default()),
         ]);
         for (what, values) in own {
             let name = format!("{name}.{what}");
-            report.check(&name, values, &self.file.tensor(&name).to_f32(), LIMIT);
+            let expected = self.file.find(&name).map(|t| t.to_f32()).unwrap_or_default();
+            if expected.is_empty() {
+                // Sound has no keyframes, and most cases no strengths of attention.
+                let is_absent = values.is_empty() || (what == "keyframes_mask" && values.iter().all(|v| *v == 0.0));
+                report.note(is_absent, format!("{name}: nothing was recorded"));
+                continue;
+            }
+            report.check(&name, values, &expected, LIMIT);
         }
     }
 

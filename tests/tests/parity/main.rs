@@ -4,6 +4,7 @@ mod audio;
 mod bf16;
 mod conditioning;
 mod pipeline;
+mod sampling;
 mod text;
 mod transformer;
 mod upsampler;

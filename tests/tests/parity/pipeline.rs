@@ -1,4 +1,6 @@
-//! Whole runs of the distilled pipeline against the published pipeline class, from its recorded noise.
+//! Whole runs of pipelines against the published pipeline class, from its recorded noise.
+
+mod guided;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -46,14 +48,20 @@ fn distilled_run_of_ltx23() {
 
 #[test]
 fn distilled_runs_on_a_gpu() {
-    let Some(device) = vulkan() else { return };
+    let Some(device) = gpu() else { return };
     for (family, name) in [("ltx2", "distilled"), ("ltx2", "distilled_i2v_tiled"), ("ltx23", "distilled")] {
         check_run_on(&Files { device: device.clone(), ..Files::of(family) }, family, name);
     }
 }
 
-/// The first Vulkan device, in tests a program on the processor as a rule. `None` if there is none, and that is allowed.
-fn vulkan() -> Option<Device> {
+/// The device that `LTXC_TEST_DEVICE` names, or the first Vulkan device, in tests a program on the processor as a rule. `None`
+/// if there is none, and that is allowed.
+fn gpu() -> Option<Device> {
+    if let Ok(name) = std::env::var("LTXC_TEST_DEVICE") {
+        let name: DeviceName = name.parse().unwrap_or_else(|e| panic!("LTXC_TEST_DEVICE: {e}"));
+        let found = find(Some(name.backend()));
+        return Some(found.named(&name).unwrap_or_else(|e| panic!("LTXC_TEST_DEVICE: {e}")).clone());
+    }
     let found = find(Some("wgpu"));
     let device = found.named(&DeviceName::Vulkan(None)).ok().cloned();
     if device.is_none() {
@@ -146,6 +154,15 @@ fn check_run_on(model: &Files, family: &str, name: &str) {
             check_stage(&mut recorded, &result, &plan, stage, modality);
         }
     }
+    // One pass a step.
+    for (call, modality) in (0..).flat_map(|i| ["video", "audio"].map(|m| (i, m))) {
+        let name = format!("x0_call{call}.{modality}");
+        if !recorded.has(&name) {
+            break;
+        }
+        let own = format!("stage1.call{call}.cond.{modality}.x0");
+        recorded.check(&name, &result.tensors[&own], RUN_LIMIT);
+    }
     check_outputs(&mut recorded, &result, &plan);
     recorded.finish();
 }
@@ -159,8 +176,7 @@ fn recorded_shape(recorded: &Recorded) -> ShapeArgs {
         width: Some(number("width")),
         num_frames: Some(number("num_frames")),
         frame_rate: Some(params["frame_rate"].to_string()),
-        // The one recorded tiling; the other runs fit into one tile either way.
-        vae_tile: recorded.meta().get("tiling").map(|t| tile_flag(t.as_str().expect("text"), params)),
+        vae_tile: tile_flag(recorded.meta()["tiling"].as_str().unwrap_or_default(), params),
         ..ShapeArgs::default()
     }
 }
@@ -168,15 +184,16 @@ fn recorded_shape(recorded: &Recorded) -> ShapeArgs {
 /// A run with the plan's noise levels; noise that is not given is drawn.
 fn request<'a>(prompt: &'a str, images: &'a [Conditioning], given: BTreeMap<String, Vec<f32>>) -> Request<'a> {
     let noise = Noise { seed: 0, given, files: BTreeMap::new() };
-    Request { prompt, images, sigmas: BTreeMap::new(), noise, allow_bad_numerics: false }
+    Request { prompt, negative_prompt: "", images, stages: BTreeMap::new(), noise, allow_bad_numerics: false }
 }
 
-/// `64/32` pixels and `16/8` frames as a flag. The recorded object of release 1.2.0 names the tile of each axis.
-fn tile_flag(text: &str, params: &Value) -> String {
+/// `64/32` pixels and `16/8` frames as a flag. The recorded object of release 1.2.0 names the tile of each axis; those
+/// runs fit into one tile either way.
+fn tile_flag(text: &str, params: &Value) -> Option<String> {
     let spelled = params["tiling"].as_str().unwrap_or(text);
     let numbers: Vec<&str> = spelled.split(|c: char| !c.is_ascii_digit()).filter(|s| !s.is_empty()).collect();
-    let [space, space_overlap, time, time_overlap] = numbers[..] else { panic!("unexpected tiling `{spelled}`") };
-    format!("{space}x{space_overlap},{time}x{time_overlap}")
+    let [space, space_overlap, time, time_overlap] = numbers[..] else { return None };
+    Some(format!("{space}x{space_overlap},{time}x{time_overlap}"))
 }
 
 fn images(params: &Value) -> Vec<Conditioning> {
@@ -231,13 +248,9 @@ fn check_stage(recorded: &mut Recorded, result: &Outcome, plan: &Plan, stage: &s
             assert!(!result.tensors.contains_key(&name("latent")), "{stage} runs more steps than were recorded");
             break;
         }
-        for what in ["denoised", "latent"] {
-            recorded.check(&name(what), &result.tensors[&name(what)], RUN_LIMIT);
-        }
-        let call = format!("x0_call{step}.{modality}");
-        if stage == "stage1" && recorded.has(&call) {
-            recorded.check(&call, &result.tensors[&name("x0")], RUN_LIMIT);
-        }
+        recorded.check(&name("latent"), &result.tensors[&name("latent")], RUN_LIMIT);
+        let own = format!("{stage}.call{step}.{modality}.denoised");
+        recorded.check(&name("denoised"), &result.tensors[&own], RUN_LIMIT);
     }
 }
 

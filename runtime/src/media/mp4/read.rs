@@ -6,6 +6,7 @@
 use std::ops::Range;
 
 use super::boxes::KNOWN_TAGS;
+use super::cursor::{Cursor, list};
 use super::{AudioTrack, Movie, VideoSample, VideoTrack};
 use crate::media::{MediaError, Rational};
 
@@ -14,7 +15,7 @@ use crate::media::{MediaError, Rational};
 /// # Errors
 /// [`MediaError::Mp4`] if `bytes` is anything else.
 pub fn read(bytes: &[u8]) -> Result<Movie, MediaError> {
-    let mut file = Cursor { bytes, at: 0, end: bytes.len() };
+    let mut file = Cursor::new(bytes);
     file.child(b"ftyp")?;
     let mut moov = file.child(b"moov")?;
     let data = file.child(b"mdat")?;
@@ -30,96 +31,6 @@ pub fn read(bytes: &[u8]) -> Result<Movie, MediaError> {
         }
     }
     Ok(movie)
-}
-
-/// A range of the file being read.
-#[derive(Clone)]
-struct Cursor<'a> {
-    bytes: &'a [u8],
-    at: usize,
-    end: usize,
-}
-
-impl<'a> Cursor<'a> {
-    fn error(&self, problem: impl ToString) -> MediaError {
-        MediaError::Mp4 { problem: problem.to_string(), offset: self.at as u64 }
-    }
-
-    fn take(&mut self, len: usize) -> Result<&'a [u8], MediaError> {
-        if len > self.end - self.at {
-            return Err(self.error(format!("{len} bytes expected, {} left", self.end - self.at)));
-        }
-        let taken = &self.bytes[self.at..self.at + len];
-        self.at += len;
-        Ok(taken)
-    }
-
-    fn array<const N: usize>(&mut self) -> Result<[u8; N], MediaError> {
-        Ok(self.take(N)?.try_into().expect("took N bytes"))
-    }
-
-    fn u8(&mut self) -> Result<u8, MediaError> {
-        Ok(self.array::<1>()?[0])
-    }
-
-    fn u16(&mut self) -> Result<u16, MediaError> {
-        Ok(u16::from_be_bytes(self.array()?))
-    }
-
-    fn u32(&mut self) -> Result<u32, MediaError> {
-        Ok(u32::from_be_bytes(self.array()?))
-    }
-
-    fn u64(&mut self) -> Result<u64, MediaError> {
-        Ok(u64::from_be_bytes(self.array()?))
-    }
-
-    fn rest(&mut self) -> &'a [u8] {
-        let rest = &self.bytes[self.at..self.end];
-        self.at = self.end;
-        rest
-    }
-
-    fn finish(&self) -> Result<(), MediaError> {
-        if self.at == self.end { Ok(()) } else { Err(self.error("unexpected bytes")) }
-    }
-
-    fn expect<T: PartialEq + std::fmt::Debug>(&self, what: &str, got: T, want: T) -> Result<(), MediaError> {
-        if got == want { Ok(()) } else { Err(self.error(format!("{what} is {got:?}, {want:?} expected"))) }
-    }
-
-    /// The next box, or `None` at the end.
-    fn next(&mut self) -> Result<Option<([u8; 4], Self)>, MediaError> {
-        if self.at == self.end {
-            return Ok(None);
-        }
-        let start = self.at;
-        let short = self.u32()?;
-        let name: [u8; 4] = self.array()?;
-        let len = if short == 1 { self.u64()? } else { u64::from(short) };
-        let header = self.at - start;
-        let body = usize::try_from(len).ok().and_then(|len| len.checked_sub(header));
-        let body = body.ok_or_else(|| self.error("impossible box length"))?;
-        let at = self.at;
-        self.take(body)?;
-        Ok(Some((name, Self { bytes: self.bytes, at, end: at + body })))
-    }
-
-    /// The next box, which must be `name`.
-    fn child(&mut self, name: &[u8; 4]) -> Result<Self, MediaError> {
-        match self.next()? {
-            Some((got, body)) if &got == name => Ok(body),
-            _ => Err(self.error(format!("box `{}` expected", name.escape_ascii()))),
-        }
-    }
-
-    /// The next box, which must be `name` with the given version; positioned after its flags.
-    fn full(&mut self, name: &[u8; 4], version: u8) -> Result<Self, MediaError> {
-        let mut body = self.child(name)?;
-        let got = body.u32()?;
-        body.expect("version", got >> 24, version.into())?;
-        Ok(body)
-    }
 }
 
 fn track(trak: &mut Cursor<'_>, file: &[u8], data: Range<usize>, movie: &mut Movie) -> Result<(), MediaError> {
@@ -291,21 +202,6 @@ impl<'a> SampleTable<'a> {
         stbl.expect("number of samples in chunks", samples.len(), sizes.len())?;
         Ok(Self { runs, ticks, sync, samples })
     }
-}
-
-/// A counted list that fills the rest of its box.
-fn list<'a, T>(
-    body: &mut Cursor<'a>,
-    entry: impl Fn(&mut Cursor<'a>) -> Result<T, MediaError>,
-) -> Result<Vec<T>, MediaError> {
-    let len = body.u32()?;
-    // Not reserved ahead: the count is not trusted, the bytes behind it are.
-    let mut entries = Vec::new();
-    for _ in 0..len {
-        entries.push(entry(body)?);
-    }
-    body.finish()?;
-    Ok(entries)
 }
 
 fn tags(udta: &mut Cursor<'_>) -> Result<Vec<(String, String)>, MediaError> {

@@ -8,24 +8,9 @@ use std::sync::OnceLock;
 
 use ltxc_models::synth::{Preset, synth};
 
-/// The binary of the profile that this test was built with, brought up to date.
+/// The binary, built with this test.
 pub fn ltxc() -> &'static Path {
-    static BINARY: OnceLock<PathBuf> = OnceLock::new();
-    BINARY.get_or_init(|| {
-        // `target/<folder of the profile>/deps/cli-…`
-        let test = std::env::current_exe().unwrap();
-        let folder = test.parent().and_then(Path::parent).unwrap();
-        let profile = match folder.file_name().and_then(OsStr::to_str) {
-            Some("debug") => "test",
-            Some(name) => name,
-            None => panic!("{} is no target folder", folder.display()),
-        };
-        let mut build = Command::new(env!("CARGO"));
-        build.args(["build", "--quiet", "-p", "ltxc", "--profile", profile, "--target-dir"]);
-        build.arg(folder.parent().unwrap()).current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."));
-        assert!(build.status().unwrap().success(), "the binary must build");
-        folder.join(format!("ltxc{}", std::env::consts::EXE_SUFFIX))
-    })
+    Path::new(env!("CARGO_BIN_EXE_ltxc"))
 }
 
 /// Model files and plans that all tests share; nothing changes them.

@@ -3,6 +3,8 @@
 mod bad_arguments;
 mod bad_files;
 mod bad_plans;
+mod bench;
 mod binary;
 mod devices;
 mod everyday;
+mod pipelines;

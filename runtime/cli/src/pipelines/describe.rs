@@ -1,0 +1,51 @@
+//! What a run is about to do, in words: steps, sampler and guidance of a stage, whoever chose them.
+
+use ltxc_ir::plan::{CfgRule, Guidance, Guider, Modality, Sampler, Stage};
+use ltxc_runtime::pipeline::StageChoice;
+
+/// One line about a stage.
+pub fn describe(stage: &Stage, choice: Option<&StageChoice>, modalities: &[Modality]) -> String {
+    let sigmas = choice.and_then(|c| c.sigmas.as_ref()).unwrap_or(&stage.sigmas);
+    let sampler = choice.and_then(|c| c.sampler).unwrap_or(stage.sampler);
+    let guidance = choice.and_then(|c| c.guidance.as_ref()).or(stage.guidance.as_ref());
+    let mut text = format!("{}: {} steps, {}", stage.name, sigmas.len().saturating_sub(1), sampler_name(sampler));
+    match guidance {
+        None => text += ", no guidance",
+        Some(guidance) => modalities.iter().for_each(|&m| text += &format!("; {}", guided(guidance, m))),
+    }
+    text
+}
+
+fn sampler_name(sampler: Sampler) -> String {
+    match sampler {
+        Sampler::Euler => "Euler".into(),
+        Sampler::Ancestral { eta, .. } => format!("ancestral Euler (eta {eta})"),
+        Sampler::Res2s => "res_2s".into(),
+        Sampler::GradientEstimation { gamma } => format!("gradient estimation (gamma {gamma})"),
+        Sampler::CfgPlusPlus { eta, .. } => format!("CFG++ (eta {eta})"),
+    }
+}
+
+fn guided(guidance: &Guidance, modality: Modality) -> String {
+    let Guider { cfg, rule, stg, stg_blocks, modality: other, rescale, skip_step } = guidance.of(modality);
+    let rule = match rule {
+        CfgRule::Plain => "",
+        CfgRule::Star => "*",
+        CfgRule::Projected { .. } => " projected",
+        CfgRule::Momentum { .. } => " projected with momentum",
+    };
+    let mut text = format!("{} CFG{rule} {cfg}", modality.name());
+    if *stg != 0.0 {
+        text += &format!(", STG {stg} in blocks {stg_blocks:?}");
+    }
+    if *other != 1.0 {
+        text += &format!(", modality {other}");
+    }
+    if *rescale != 0.0 {
+        text += &format!(", rescale {rescale}");
+    }
+    if *skip_step > 0 {
+        text += &format!(", {skip_step} steps skipped after each");
+    }
+    text
+}

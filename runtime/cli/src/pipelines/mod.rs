@@ -1,0 +1,117 @@
+//! The pipelines: what each is made of. One file per family, one [`Definition`] per pipeline.
+//!
+//! A definition says which stages there are and what they start from, with the defaults of the model's generation. It
+//! becomes the settings of a plan; the driver runs those, whatever the pipeline.
+//!
+//! Source: spec/pipelines §1, §9.
+
+mod describe;
+mod distilled;
+mod one_stage;
+mod sampling;
+
+use std::path::Path;
+
+use anyhow::{Result, bail};
+use ltxc_ir::plan::{Guidance, Sampler, Schedule};
+use ltxc_models::checkpoint::{Checkpoint, Generation};
+
+use crate::args::PipelineName;
+pub use describe::describe;
+pub use sampling::{guidance, stage_choice};
+
+/// What a pipeline is.
+pub struct Definition {
+    /// Name on the command line and in plans.
+    pub name: &'static str,
+    /// How its checkpoint was trained.
+    pub training: Training,
+    /// Default height and width of the result.
+    pub size: (usize, usize),
+    /// Whether it makes a picture.
+    pub has_video: bool,
+    /// Whether a first stage at half the size is upsampled for a second one.
+    pub has_two_stages: bool,
+    /// Its stages, in order.
+    pub stages: fn(&Basis) -> Vec<StageDraft>,
+    /// The stage whose sound is written.
+    pub sound_stage: usize,
+}
+
+/// How a checkpoint was trained.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Training {
+    /// To few, fixed noise levels, without guidance.
+    Distilled,
+    /// To any noise level, to be guided; published as `dev`.
+    Full,
+}
+
+/// What defaults depend on.
+pub struct Basis {
+    /// Generation of the model.
+    pub generation: Generation,
+    /// Number of transformer blocks.
+    pub layers: usize,
+}
+
+/// A stage of a definition.
+pub struct StageDraft {
+    /// Name, for example `stage1`.
+    pub name: &'static str,
+    /// Default noise levels.
+    pub sigmas: Vec<f32>,
+    /// Where other numbers of steps get theirs from.
+    pub schedule: Schedule,
+    /// Default sampler.
+    pub sampler: Sampler,
+    /// Default guidance.
+    pub guidance: Option<Guidance>,
+    /// Whether it starts from the upsampled latent of the stage before.
+    pub upsampled: bool,
+}
+
+/// The definition of a pipeline.
+pub fn definition(name: PipelineName) -> &'static Definition {
+    match name {
+        PipelineName::Distilled => &distilled::TWO_STAGES,
+        PipelineName::DistilledOneStage => &distilled::ONE_STAGE,
+        PipelineName::OneStage => &one_stage::VIDEO,
+        PipelineName::TextToAudio => &one_stage::SOUND,
+    }
+}
+
+impl Definition {
+    /// Refuses a checkpoint that was trained for other pipelines, as far as its name tells: nothing else does.
+    ///
+    /// # Errors
+    /// Which kind of checkpoint is needed, and which pipelines this one can run.
+    pub fn check_training(&self, checkpoint: &Checkpoint) -> Result<()> {
+        let (name, file) = (self.name, checkpoint.name());
+        match (self.training, training_of(checkpoint)) {
+            (Training::Full, Some(Training::Distilled)) => bail!(
+                "`{file}` is a distilled model, which guidance (CFG) only spoils; pipeline `{name}` guides: name the dev \
+                 checkpoint, or `--pipeline distilled`"
+            ),
+            (Training::Distilled, Some(Training::Full)) => bail!(
+                "`{file}` is a dev model, which needs more steps and guidance than pipeline `{name}` has; name the distilled \
+                 checkpoint, or `--pipeline one-stage`"
+            ),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// How a checkpoint was trained, if its file is called as it was published.
+fn training_of(checkpoint: &Checkpoint) -> Option<Training> {
+    let paths = checkpoint.paths();
+    let named = [Path::new(checkpoint.name())].into_iter().chain(paths.iter().map(|p| p.as_path()));
+    named.filter_map(|path| path.file_name()?.to_str()).find_map(|name| {
+        let has = |word: &str| name.split(['-', '_', '.']).any(|part| part.eq_ignore_ascii_case(word));
+        match (has("distilled"), has("dev")) {
+            (true, _) => Some(Training::Distilled),
+            (_, true) => Some(Training::Full),
+            _ => None,
+        }
+    })
+}

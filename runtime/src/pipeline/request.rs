@@ -1,0 +1,222 @@
+//! What a run may choose without compiling again, and whether the plan has room for it.
+
+use std::collections::BTreeMap;
+
+use ltxc_ir::plan::{Guidance, Modality, Pipeline, Sampler, Stage, StageClass, StreamClass};
+
+use super::denoise::{needed_passes, program_of};
+use super::noise::Noise;
+use super::per::Per;
+use super::schedule::check_sigmas;
+use crate::error::RunError;
+use crate::media::RgbImage;
+
+/// What a run may choose.
+pub struct Request<'a> {
+    /// What to show.
+    pub prompt: &'a str,
+    /// What not to show; only guided pipelines read it.
+    pub negative_prompt: &'a str,
+    /// Images to start from or to pass through, in the order they were given.
+    pub images: &'a [Conditioning],
+    /// What differs from the plan, by stage name.
+    pub stages: BTreeMap<String, StageChoice>,
+    /// Where noise comes from.
+    pub noise: Noise,
+    /// Go on with latents that are NaN, infinite or constant.
+    pub allow_bad_numerics: bool,
+}
+
+/// What a run chooses for one stage; `None` leaves it as the plan says.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct StageChoice {
+    /// Noise levels.
+    pub sigmas: Option<Vec<f32>>,
+    /// Sampler.
+    pub sampler: Option<Sampler>,
+    /// Guidance of a stage that is guided.
+    pub guidance: Option<Guidance>,
+}
+
+/// An image that the video must show.
+#[derive(Clone, Debug)]
+pub struct Conditioning {
+    /// The image at its own size, after its H.264 round trip.
+    pub image: RgbImage,
+    /// Pixel frame at which it stands.
+    pub frame: u32,
+    /// 1 keeps it as it is, 0 ignores it. In f64, because `1 − strength` is rounded to f32 once.
+    pub strength: f64,
+}
+
+/// Receives what a run produces, in this order: all frames, then the sound.
+pub trait Output {
+    /// RGB frames `[n, height, width, 3]` in `[0, 1]`.
+    ///
+    /// # Errors
+    /// What stops the run.
+    fn frames(&mut self, rgb: &[f32]) -> Result<(), RunError>;
+
+    /// The whole sound track, `[samples, 2]` in `[-1, 1]` at `rate_hz`.
+    ///
+    /// # Errors
+    /// What stops the run.
+    fn sound(&mut self, samples: &[f32], rate_hz: u32) -> Result<(), RunError>;
+}
+
+/// A stage as a run wants it: the plan's, with the run's choices.
+pub(super) struct ChosenStage<'a, 'p> {
+    pub stage: &'p Stage,
+    pub class: &'p StageClass,
+    pub sigmas: &'a [f32],
+    pub sampler: Sampler,
+    pub guidance: Option<&'a Guidance>,
+}
+
+impl<'a> Request<'a> {
+    /// Checks the request against what the plan was compiled for, and returns every stage as it will run.
+    ///
+    /// # Errors
+    /// [`RunError::Input`] with what the plan has no room for.
+    pub(super) fn choose<'s, 'p: 's>(&'s self, pipeline: &'p Pipeline) -> Result<Vec<ChosenStage<'s, 'p>>, RunError> {
+        self.check_images(pipeline)?;
+        let named = self.stages.keys().map(|stage| (stage.as_str(), "settings"));
+        let noise = self.noise.files.keys().map(|slot| (slot.split('.').next().unwrap_or_default(), "a noise file"));
+        for (stage, what) in named.chain(noise) {
+            if !pipeline.stages.iter().any(|s| s.name == stage) {
+                let name = &pipeline.name;
+                return Err(RunError::Input(format!("{what} for `{stage}`, which pipeline `{name}` does not have")));
+            }
+        }
+        pipeline.stages.iter().map(|stage| self.choose_stage(pipeline, stage)).collect()
+    }
+
+    fn check_images(&self, pipeline: &Pipeline) -> Result<(), RunError> {
+        if pipeline.video.channels == 0 && !self.images.is_empty() {
+            return Err(RunError::Input(format!("pipeline `{}` makes no video, so it takes no images", pipeline.name)));
+        }
+        for (i, image) in self.images.iter().enumerate() {
+            let (n, frame, frames) = (i + 1, image.frame, pipeline.video.frames);
+            if frame >= frames {
+                let last = frames.saturating_sub(1);
+                return Err(RunError::Input(format!(
+                    "image {n} stands at frame {frame}, the last frame is {last}; give a frame of the clip"
+                )));
+            }
+            if !(0.0..=1.0).contains(&image.strength) {
+                return Err(RunError::Input(format!("image {n} has strength {}, it must be 0 to 1", image.strength)));
+            }
+        }
+        if self.images.iter().filter(|i| i.frame == 0).count() > 1 {
+            return Err(RunError::Input("two images stand at frame 0; give one of them another frame".into()));
+        }
+        Ok(())
+    }
+
+    fn choose_stage<'s, 'p: 's>(
+        &'s self,
+        pipeline: &'p Pipeline,
+        stage: &'p Stage,
+    ) -> Result<ChosenStage<'s, 'p>, RunError> {
+        let class = self.class(pipeline, stage)?;
+        let choice = self.stages.get(&stage.name);
+        let sigmas = choice.and_then(|c| c.sigmas.as_deref()).unwrap_or(&stage.sigmas);
+        check_sigmas(sigmas).map_err(RunError::Input)?;
+        let sampler = choice.and_then(|c| c.sampler).unwrap_or(stage.sampler);
+        let guidance = choice.and_then(|c| c.guidance.as_ref()).or(stage.guidance.as_ref());
+        let chosen = ChosenStage { stage, class, sigmas, sampler, guidance };
+        chosen.check()?;
+        Ok(chosen)
+    }
+
+    /// The programs of a stage for the conditioning of this request.
+    fn class<'p>(&self, pipeline: &Pipeline, stage: &'p Stage) -> Result<&'p StageClass, RunError> {
+        let needs = self.needs(pipeline, stage);
+        let fits = |class: &&StageClass| {
+            Modality::BOTH.into_iter().all(|m| match (needs.get(m), class.stream(m)) {
+                (None, None) => true,
+                (Some(need), Some(has)) => {
+                    need.appended == has.appended && need.attention == has.attention && need.rows <= has.rows
+                }
+                _ => false,
+            })
+        };
+        let rows = |class: &&StageClass| class.video.map_or(0, |v| v.rows) + class.audio.map_or(0, |a| a.rows);
+        stage.classes.iter().filter(fits).min_by_key(rows).ok_or_else(|| {
+            let most = pipeline.video.max_keyframes;
+            let keyframes = self.images.iter().filter(|i| i.frame > 0).count();
+            RunError::Input(format!(
+                "the plan has room for one image at frame 0 and {most} elsewhere, {keyframes} elsewhere were given; \
+                 compile it with `--max-keyframes {keyframes}`"
+            ))
+        })
+    }
+
+    /// What the states of a stage will look like.
+    fn needs(&self, pipeline: &Pipeline, stage: &Stage) -> Per<StreamClass> {
+        let [_, rows, columns] = stage.grid;
+        let keyframes = self.images.iter().filter(|i| i.frame > 0).count() as u32;
+        let video = StreamClass {
+            appended: keyframes.saturating_mul(rows).saturating_mul(columns),
+            // Every strength is a timestep of its own.
+            rows: self.images.len() as u32 + 1,
+            attention: false,
+        };
+        let audio = StreamClass { appended: 0, rows: 1, attention: false };
+        let made = pipeline.modalities();
+        Per::new(|modality| {
+            let need = if modality == Modality::Video { video } else { audio };
+            made.contains(&modality).then_some(need)
+        })
+    }
+}
+
+impl ChosenStage<'_, '_> {
+    /// Checks that there are programs for everything that guidance and sampler may ask.
+    fn check(&self) -> Result<(), RunError> {
+        let name = &self.stage.name;
+        let refused = |problem: String| Err(RunError::Input(format!("stage `{name}`: {problem}")));
+        let modalities = || Modality::BOTH.into_iter().filter(|&m| self.class.stream(m).is_some());
+        if let Some(guidance) = self.guidance {
+            let Some(planned) = &self.stage.guidance else {
+                return refused("the plan runs it without guidance".into());
+            };
+            for m in modalities() {
+                let (own, plan) = (guidance.of(m), planned.of(m));
+                let values = [own.cfg, own.stg, own.modality, own.rescale];
+                if values.iter().any(|v| !v.is_finite()) {
+                    return refused(format!("{} guidance has a scale that is not a number", m.name()));
+                }
+                if own.stg_blocks != plan.stg_blocks || (own.stg != 0.0) != (plan.stg != 0.0) {
+                    return refused(format!(
+                        "the plan leaves out self attention of {} in blocks {:?} at scale {}; other blocks, or switching \
+                         this on or off, take another plan: give the same flags to `ltxc compile`",
+                        m.name(),
+                        plan.stg_blocks,
+                        plan.stg
+                    ));
+                }
+            }
+        }
+        let passes = needed_passes(self.guidance, self.sampler);
+        let all: Vec<Modality> = modalities().collect();
+        if program_of(self.class, &passes, &all).is_none() {
+            let names: Vec<&str> = passes.iter().map(|p| p.name()).collect();
+            return refused(format!(
+                "the plan has no program for the passes {}; give the same guidance and sampler to `ltxc compile`",
+                names.join(", ")
+            ));
+        }
+        let skips = |m: &Modality| self.guidance.is_some_and(|g| g.of(*m).skip_step > 0);
+        for skipped in all.iter().filter(|m| skips(m)) {
+            let rest: Vec<Modality> = all.iter().copied().filter(|m| m != skipped).collect();
+            if !rest.is_empty() && program_of(self.class, &passes, &rest).is_none() {
+                let flag = skipped.name();
+                return refused(format!(
+                    "the plan has no program that skips {flag}; give `--{flag}-skip-step` to `ltxc compile`"
+                ));
+            }
+        }
+        Ok(())
+    }
+}

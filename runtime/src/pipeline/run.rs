@@ -1,0 +1,144 @@
+//! A run, whatever the pipeline: encode text → stages → decode. What differs between pipelines stands in the plan.
+
+use ltxc_ir::plan::{Pass, Pipeline, Stage};
+
+use super::decode::decode_video;
+use super::denoise::{Contexts, needed_passes};
+use super::observe::{Event, Observer, numerical_problem};
+use super::per::Per;
+use super::request::{Output, Request};
+use super::stage::{Start, run_stage};
+use super::text::encode_prompt;
+use crate::error::RunError;
+use crate::executor::Executor;
+use crate::tokenizer::Tokenizer;
+
+/// Runs the pipeline of the executor's plan.
+///
+/// # Errors
+/// A request that the plan has no room for, bad numerics, an interruption, or what `output` returns.
+pub fn run(
+    executor: &mut Executor<'_>,
+    tokenizer: Tokenizer,
+    request: &Request<'_>,
+    observer: &mut dyn Observer,
+    output: &mut dyn Output,
+) -> Result<(), RunError> {
+    let pipeline = &executor.plan().pipeline;
+    let stages = request.choose(pipeline)?;
+    let needs_negative = stages.iter().any(|s| needed_passes(s.guidance, s.sampler).contains(&Pass::Negative));
+    let prompts = [request.prompt, request.negative_prompt];
+    let prompts = &prompts[..if needs_negative { 2 } else { 1 }];
+    observer.event(Event::Stage { name: "text", steps: prompts.len() });
+    let mut texts = Vec::new();
+    for (i, prompt) in prompts.iter().enumerate() {
+        texts.push(encode_prompt(executor, &pipeline.text, &tokenizer, prompt, observer)?);
+        observer.event(Event::Step { stage: "text", index: i + 1 });
+    }
+    drop(tokenizer);
+    // The text encoder is the largest component besides the transformer; neither should wait for the other in memory.
+    executor.unload_all()?;
+    let contexts = Contexts { prompt: &texts[0], negative: texts.get(1) };
+
+    let mut latents: Per<Vec<f32>> = Per::default();
+    let mut sound = None;
+    for (i, chosen) in stages.iter().enumerate() {
+        let starts = starts(executor, pipeline, chosen.stage, chosen.sigmas[0], latents)?;
+        latents = run_stage(executor, observer, request, chosen, contexts, starts)?;
+        executor.unload_all()?;
+        if i == pipeline.audio.stage as usize {
+            sound = latents.audio.clone();
+        }
+    }
+    if let Some(latent) = latents.video {
+        observer.event(Event::Tensor { name: "final.video_latent".into(), values: &latent });
+        write_video(executor, pipeline, request, &latent, observer, output)?;
+    }
+    if let Some(latent) = sound {
+        observer.event(Event::Tensor { name: "final.audio_latent".into(), values: &latent });
+        write_sound(executor, pipeline, request, &latent, observer, output)?;
+    }
+    Ok(())
+}
+
+/// What a stage starts from, given the latents of the one before. A stage that starts from a latent mixes noise into
+/// it, up to its first noise level.
+fn starts(
+    executor: &mut Executor<'_>,
+    pipeline: &Pipeline,
+    stage: &Stage,
+    sigma: f32,
+    mut latents: Per<Vec<f32>>,
+) -> Result<Per<Start>, RunError> {
+    if stage.upsampled
+        && let Some(latent) = latents.video.take()
+    {
+        latents.video = Some(upsample(executor, &latent)?);
+    }
+    let made = pipeline.modalities();
+    Ok(Per::new(|modality| {
+        let latent = latents.slot(modality).take();
+        let noise_scale = if latent.is_some() { sigma } else { 1.0 };
+        made.contains(&modality).then_some(Start { latent, noise_scale })
+    }))
+}
+
+fn upsample(executor: &mut Executor<'_>, latent: &[f32]) -> Result<Vec<f32>, RunError> {
+    executor.write("upsample", "latent", latent)?;
+    executor.run("upsample")?;
+    let upsampled = executor.read("upsample", "latent")?.into_owned();
+    executor.unload_all()?;
+    Ok(upsampled)
+}
+
+fn write_video(
+    executor: &mut Executor<'_>,
+    pipeline: &Pipeline,
+    request: &Request<'_>,
+    latent: &[f32],
+    observer: &mut dyn Observer,
+    output: &mut dyn Output,
+) -> Result<(), RunError> {
+    let frame_len = pipeline.video.height as usize * pipeline.video.width as usize * 3;
+    let (mut chunk, mut rgb) = (0, Vec::with_capacity(frame_len));
+    let mut sink = |frames: &[f32]| {
+        chunk += 1;
+        check_numerics(request, "decode", chunk, "decoded video", frames)?;
+        for frame in frames.chunks(frame_len) {
+            rgb.clear();
+            rgb.extend(frame.iter().map(|v| ((v + 1.0) * 0.5).clamp(0.0, 1.0)));
+            output.frames(&rgb)?;
+        }
+        Ok(())
+    };
+    decode_video(executor, pipeline, latent, &request.noise, observer, &mut sink)?;
+    executor.unload_all()
+}
+
+fn write_sound(
+    executor: &mut Executor<'_>,
+    pipeline: &Pipeline,
+    request: &Request<'_>,
+    latent: &[f32],
+    observer: &mut dyn Observer,
+    output: &mut dyn Output,
+) -> Result<(), RunError> {
+    observer.event(Event::Stage { name: "sound", steps: 1 });
+    executor.write("decode_audio", "latent", latent)?;
+    executor.run("decode_audio")?;
+    let waveform = executor.read("decode_audio", "waveform")?;
+    check_numerics(request, "sound", 1, "decoded sound", &waveform)?;
+    observer.event(Event::Tensor { name: "final.waveform".into(), values: &waveform });
+    observer.event(Event::Step { stage: "sound", index: 1 });
+    output.sound(&waveform, pipeline.audio.rate_hz)
+}
+
+fn check_numerics(request: &Request<'_>, stage: &str, step: usize, what: &str, values: &[f32]) -> Result<(), RunError> {
+    match numerical_problem(values) {
+        Some(problem) if !request.allow_bad_numerics => {
+            let (stage, what, problem) = (stage.into(), what.into(), problem.into());
+            Err(RunError::BadNumerics { stage, step, what, problem })
+        }
+        _ => Ok(()),
+    }
+}
