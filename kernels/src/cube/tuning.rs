@@ -159,9 +159,9 @@ struct Heads {
     tile: AttentionTile,
 }
 
-const HEADS: [Heads; 6] = [
+const HEADS: [Heads; 5] = [
     // Tensor cores. Two rows of fragments use every fragment of keys and values twice; sums of 256 dims leave room for one.
-    Heads { edge: 16, most_dims: 64, tile: heads(4, 2, 64, false) },
+    // Blocks of 64 keys spill registers at 64 dims.
     Heads { edge: 16, most_dims: 128, tile: heads(4, 2, 32, false) },
     Heads { edge: 16, most_dims: 256, tile: heads(4, 1, 32, false) },
     // Simdgroup matrices, with 32 KB of shared memory.

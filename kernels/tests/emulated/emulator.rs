@@ -9,12 +9,13 @@ use std::process::Command;
 use crate::recorder::{Launch, Source};
 
 /// Replaces the headers of CUDA.
-const SHIM: [(&str, &str); 5] = [
+const SHIM: [(&str, &str); 6] = [
     ("cuda_runtime.h", include_str!("shim/cuda_runtime.h")),
     ("cuda_fp16.h", include_str!("shim/cuda_fp16.h")),
     ("cuda_bf16.h", include_str!("shim/cuda_bf16.h")),
     ("mma.h", include_str!("shim/mma.h")),
     ("emulator.h", include_str!("shim/emulator.h")),
+    ("emulator.cpp", include_str!("shim/emulator.cpp")),
 ];
 
 /// Runs a launch whose buffers lie in `memory`.
@@ -67,38 +68,45 @@ pub fn run(launch: &Launch, memory: &mut [u8]) -> Result<(), String> {
     Ok(())
 }
 
-/// The program that runs a kernel; it is kept between runs of the tests.
+/// The program that runs a kernel.
 fn compile(source: &Source) -> Result<PathBuf, String> {
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("emulated");
+    let emulator = built("emulator", SHIM[5].1, &["-O2", "-c"])?;
     let text = format!(
         "{}\n#include \"emulator.h\"\nint main(int n, char **v) {{ return emulator::run({}, n, v); }}\n",
         source.text, source.name
     );
+    let object = emulator.to_string_lossy();
+    // Kernels reinterpret memory, and sums are not to be contracted. Warnings about generated text are no news.
+    built(&source.name, &text, &["-O1", "-fno-strict-aliasing", "-ffp-contract=off", "-w", &object])
+}
+
+/// What the C++ compiler makes of a file; it is kept between runs of the tests.
+fn built(name: &str, text: &str, options: &[&str]) -> Result<PathBuf, String> {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("emulated");
     let mut hasher = DefaultHasher::new();
-    (SHIM, &text).hash(&mut hasher);
-    let stem = folder.join(format!("{}-{:016x}", source.name, hasher.finish()));
-    let program = stem.with_extension("run");
-    if program.exists() {
-        return Ok(program);
+    (SHIM, text, options).hash(&mut hasher);
+    let stem = folder.join(format!("{name}-{:016x}", hasher.finish()));
+    let result = stem.with_extension("o");
+    if result.exists() {
+        return Ok(result);
     }
     let problem = |e: std::io::Error| format!("{}: {e}", folder.display());
     std::fs::create_dir_all(&folder).map_err(problem)?;
-    // Other tests may want the same kernel at the same time: everything appears whole.
+    // Other tests may want the same at the same time: everything appears whole.
     let own = tempfile::tempdir_in(&folder).map_err(problem)?;
     for (name, text) in SHIM {
         std::fs::write(own.path().join(name), text).map_err(problem)?;
     }
-    let (file, made) = (stem.with_extension("cpp"), own.path().join("program"));
+    let (file, made) = (stem.with_extension("cpp"), own.path().join("made"));
     std::fs::write(&file, text).map_err(problem)?;
     let compiler = std::env::var_os("CXX").unwrap_or_else(|| "c++".into());
-    // Kernels reinterpret memory, and sums are not to be contracted. A few warnings about generated text are no news.
-    let options = ["-std=c++17", "-O2", "-fno-strict-aliasing", "-ffp-contract=off", "-w", "-I"];
-    let done = Command::new(compiler).args(options).arg(own.path()).arg(&file).arg("-o").arg(&made).output();
-    let done = done.map_err(|e| format!("the C++ compiler does not start: {e}"))?;
+    let mut command = Command::new(compiler);
+    command.args(["-std=c++17", "-I"]).arg(own.path()).arg(&file).args(options).arg("-o").arg(&made);
+    let done = command.output().map_err(|e| format!("the C++ compiler does not start: {e}"))?;
     if !done.status.success() {
         let words: String = String::from_utf8_lossy(&done.stderr).chars().take(3000).collect();
         return Err(format!("{} does not compile:\n{words}", file.display()));
     }
-    std::fs::rename(&made, &program).map_err(problem)?;
-    Ok(program)
+    std::fs::rename(&made, &result).map_err(problem)?;
+    Ok(result)
 }

@@ -17,7 +17,7 @@ mod runs;
 mod shared;
 
 use laid::Laid;
-pub use runs::run;
+pub use runs::{run, run_work};
 pub use shared::{Random, close, reference, unit};
 
 use super::Device;

@@ -12,3 +12,5 @@ mod known;
 mod matrix_units;
 #[path = "on_units.rs"]
 mod on_units;
+#[path = "tails.rs"]
+mod tails;

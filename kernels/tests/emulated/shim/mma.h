@@ -4,6 +4,13 @@
 
 #include "cuda_bf16.h"
 
+// What takes most of the time is worth vectors.
+#if defined(__GNUC__) && !defined(__clang__)
+#define EMULATOR_FAST __attribute__((optimize("O3")))
+#else
+#define EMULATOR_FAST
+#endif
+
 namespace nvcuda {
 namespace wmma {
 
@@ -63,7 +70,7 @@ template <class F, class T> void fill_fragment(F &f, T value) {
 }
 
 template <int M, int N, int K, class T, class S, class La, class Lb>
-void mma_sync(fragment<accumulator, M, N, K, S> &d, const fragment<matrix_a, M, N, K, T, La> &a,
+EMULATOR_FAST void mma_sync(fragment<accumulator, M, N, K, S> &d, const fragment<matrix_a, M, N, K, T, La> &a,
               const fragment<matrix_b, M, N, K, T, Lb> &b, const fragment<accumulator, M, N, K, S> &c) {
     float right[K * N];
     for (int i = 0; i < K * N; i++)
