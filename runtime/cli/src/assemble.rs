@@ -32,7 +32,7 @@ use crate::pipelines::{Basis, StageDraft, definition, guidance};
 use crate::tensors;
 
 /// Names of the weight sources in graphs and plans.
-const MODEL: &str = "model";
+pub(crate) const MODEL: &str = "model";
 pub(crate) const GEMMA: &str = "gemma";
 pub(crate) const UPSAMPLER: &str = "upsampler";
 

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, Result, bail};
+use ltxc_compiler::Options;
 use ltxc_ir::plan::{Modality, Plan};
 use ltxc_runtime::RunError;
 use ltxc_runtime::backend::{DeviceKind, open};
@@ -13,13 +14,18 @@ use ltxc_runtime::media::{
     Audio, MediaWriter, OutputOptions, Rational, RoundTrip, VideoFormat, image_round_trip, load_image,
 };
 use ltxc_runtime::memory::{MemoryNeed, available, readable};
+use ltxc_runtime::noise_files;
 use ltxc_runtime::pipeline::{Conditioning, Noise, Output, Request, StageChoice, run as run_pipeline};
+use ltxc_runtime::stats::Stats;
 use ltxc_runtime::tokenizer::Tokenizer;
 use ltxc_runtime::weights::{WeightFiles, find_tokenizer};
 use serde_json::json;
 
 use crate::args::{ContentArgs, ImageCodec, RunArgs};
-use crate::compile::{cached, read};
+use crate::compile::{cached, read, unfused};
+use crate::debug::flags::{DebugMode, DebugOptions};
+use crate::debug::noise::summary as noise_summary;
+use crate::debug::session::{About, Session};
 use crate::job::{self, ImageArg, Shape, pick};
 use crate::pipelines::{describe, stage_choice};
 use crate::report::Report;
@@ -33,7 +39,8 @@ pub static INTERRUPT: AtomicBool = AtomicBool::new(false);
 /// Anything that stops the run; no output is left then.
 pub fn run(args: &RunArgs, image_occurrences: &[usize], report: &mut Report) -> Result<()> {
     let images = job::images(&args.content.image, image_occurrences)?;
-    let (plan_path, folders) = plan_and_folders(args, &images)?;
+    let debug = DebugOptions::resolve(&args.debug, &|name| std::env::var(name).ok())?;
+    let (plan_path, folders) = plan_and_folders(args, &images, debug.mode)?;
     let (plan, hash) = read(&plan_path)?;
     let device = pick(&args.shape.device, Some(&plan))?;
     let weights = WeightFiles::open(&plan, &folders, args.model.verify)?;
@@ -65,9 +72,29 @@ pub fn run(args: &RunArgs, image_occurrences: &[usize], report: &mut Report) -> 
         allow_bad_numerics: args.content.allow_bad_numerics,
     };
     let mut executor = Executor::on(open(&device)?, &plan, &weights, &INTERRUPT)?;
+    let session = match debug.is_on() {
+        true => {
+            let about = About { hash, device: device.name.to_string(), seed, noise: &request.noise.files };
+            let session = Session::new(&plan, &weights, debug, &about)?;
+            executor.set_tap(Some(session.tap()))?;
+            Some(session)
+        }
+        false => None,
+    };
     let tags = if args.no_metadata { Vec::new() } else { tags(&prompt, seed, &hash) };
     let mut output = FileOutput::create(&args.output, &plan, tags)?;
-    run_pipeline(&mut executor, tokenizer, &request, report, &mut output)?;
+    match &session {
+        None => run_pipeline(&mut executor, tokenizer, &request, report, &mut output)?,
+        Some(session) => {
+            run_pipeline(&mut executor, tokenizer, &request, &mut session.observer(report), &mut output)?;
+            session.finish()?.iter().for_each(|note| report.note(note));
+        }
+    }
+    for (slot, path) in request.noise.files.iter().filter(|(_, path)| path.exists()) {
+        let noise = noise_files::pick(path, slot)?;
+        let stats = Stats::of(&noise.shape, &noise.values);
+        report.note(&format!("noise {slot} `{}`: {}", path.display(), noise_summary(&stats)));
+    }
     let written = output.writer.finish()?;
     report.finish(&written.path, json!({"frames": written.frames, "bytes": written.bytes, "seed": seed}));
     Ok(())
@@ -79,7 +106,7 @@ fn tokenizer(plan: &Plan, folders: &[PathBuf]) -> Result<Tokenizer> {
 }
 
 /// The plan to run and where its weights are.
-fn plan_and_folders(args: &RunArgs, images: &[ImageArg]) -> Result<(PathBuf, Vec<PathBuf>)> {
+fn plan_and_folders(args: &RunArgs, images: &[ImageArg], mode: DebugMode) -> Result<(PathBuf, Vec<PathBuf>)> {
     let Some(plan) = &args.plan else {
         if args.model.checkpoint_path.is_none() {
             bail!(
@@ -89,9 +116,16 @@ fn plan_and_folders(args: &RunArgs, images: &[ImageArg]) -> Result<(PathBuf, Vec
         let keyframes = images.iter().filter(|i| i.frame > 0).count();
         let target = pick(&args.shape.device, None)?.target;
         let shape = Shape { target, ..Shape::resolve(&args.shape, keyframes)? };
-        let (path, files) = cached(&args.model, &shape)?;
+        let options = match mode {
+            DebugMode::Fused => Options::default(),
+            DebugMode::Exact => unfused(),
+        };
+        let (path, files) = cached(&args.model, &shape, &options)?;
         return Ok((path, [files.paths(), args.weights.clone()].concat()));
     };
+    if mode == DebugMode::Exact {
+        bail!("`--debug-mode exact` compiles the model without fusion; name model files instead of a plan");
+    }
     let mut folders = args.weights.clone();
     let named = [&args.model.checkpoint_path, &args.model.gemma_root, &args.model.spatial_upsampler_path];
     folders.extend(named.into_iter().flatten().cloned());
