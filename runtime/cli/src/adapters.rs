@@ -8,7 +8,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail};
 use ltxc_ir::plan::summary::tensors;
 use ltxc_ir::plan::{ADAPTER_SLOTS, Pipeline, Plan, StageAdapter};
-use ltxc_models::checkpoint::{Generation, layout};
+use ltxc_models::checkpoint::{Checkpoint, Generation, layout};
 use ltxc_models::lora::{LoraFile, LoraFit, LoraTargets, Place};
 use ltxc_runtime::adapters::{Adapter, AdapterMode, AdapterSet, Factor, StageAdapters, Stored};
 use ltxc_runtime::weights::WeightFiles;
@@ -63,6 +63,17 @@ impl Loras {
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
         self.list.is_empty()
+    }
+
+    /// As [`Loras::fit`] for a checkpoint, before anything is compiled for it.
+    ///
+    /// # Errors
+    /// As for [`Loras::fit`].
+    pub fn check(&self, checkpoint: &Checkpoint, pipeline: &str) -> Result<()> {
+        if self.is_empty() {
+            return Ok(());
+        }
+        self.fit(&LoraTargets::of(checkpoint), pipeline).map(drop)
     }
 
     /// Checks that all of them fit a model and a pipeline. Returns what they change.

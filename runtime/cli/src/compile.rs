@@ -8,7 +8,6 @@ use ltxc_ir::Module;
 use ltxc_ir::plan::summary::function_costs;
 use ltxc_ir::plan::{ADAPTER_SLOTS, Plan, WeightSource, container};
 use ltxc_kernels::fusion::summaries;
-use ltxc_models::lora::LoraTargets;
 use ltxc_runtime::files::write_atomically;
 use ltxc_runtime::memory::{MemoryNeed, readable};
 use serde_json::json;
@@ -76,7 +75,7 @@ pub fn run(args: &CompileArgs, lora_occurrences: &[usize], report: &mut Report) 
     let files = ModelFiles::open(&args.model, shape.has_two_stages())?;
     job::refuse_quantization(&args.shape, files.model.name(), files.model.has_fp8())?;
     let loras = Loras::open(&args.adapters, lora_occurrences)?;
-    loras.fit(&LoraTargets::of(&files.model), definition(shape.pipeline).name)?;
+    loras.check(&files.model, definition(shape.pipeline).name)?;
     let print = |program: &str, pass: &'static str, module: &Module| {
         if args.compiler.print_after.iter().any(|p| p == pass) {
             println!("; program {program} after {pass}\n{module}");

@@ -7,7 +7,6 @@ use std::sync::atomic::AtomicBool;
 use anyhow::{Context, Result, bail};
 use ltxc_compiler::Options;
 use ltxc_ir::plan::{Modality, Plan};
-use ltxc_models::lora::LoraTargets;
 use ltxc_runtime::RunError;
 use ltxc_runtime::backend::{DeviceKind, open};
 use ltxc_runtime::executor::Executor;
@@ -134,7 +133,7 @@ fn plan_and_folders(
         let shape = Shape { target, has_distilled_adapter, ..Shape::resolve(&args.shape, keyframes)? };
         let files = ModelFiles::open(&args.model, shape.has_two_stages())?;
         job::refuse_quantization(&args.shape, files.model.name(), files.model.has_fp8())?;
-        loras.fit(&LoraTargets::of(&files.model), definition(shape.pipeline).name)?;
+        loras.check(&files.model, definition(shape.pipeline).name)?;
         let options = match mode {
             DebugMode::Fused => Options::default(),
             DebugMode::Exact => unfused(),
