@@ -156,6 +156,7 @@ impl Shape {
             dtype: match args.dtype.unwrap_or_default() {
                 Precision::F32 => DType::F32,
                 Precision::Bf16 => DType::BF16,
+                Precision::F16 => DType::F16,
             },
             modalities,
             sampling: args.sampling.clone(),
