@@ -10,12 +10,12 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use ltxc_ir::Module;
 use ltxc_ir::plan::{
     AudioSettings, Modality, ModelInfo, Pass, Pipeline, Stage, StageAdapter, StageClass, StepProgram, StreamClass,
     TextSettings, VideoSettings, WeightSource,
 };
 use ltxc_ir::tiling::TilePlan;
+use ltxc_ir::{DType, Module};
 use ltxc_models::audio::{AudioVaeConfig, VocoderConfig, decode_audio};
 use ltxc_models::checkpoint::{Checkpoint, GemmaFolder, Generation, hub};
 use ltxc_models::text::{self, TextConfig, TextWeights};
@@ -174,8 +174,10 @@ pub fn assemble(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
         projection: model.weights.clone(),
         transformer: model.weights.clone(),
     };
+    // Gemma 3 adds up states beyond 65504, the largest number of f16.
+    let states = if dtype == DType::F16 { DType::F32 } else { dtype };
     for bucket in BUCKETS {
-        programs.add("text", &format!("encode.{bucket}"), text::encode(&model.text, &text_weights, bucket, dtype));
+        programs.add("text", &format!("encode.{bucket}"), text::encode(&model.text, &text_weights, bucket, states));
     }
     let connectors = &model.text.connectors;
     programs.add("text", "connect", text::connect(connectors, &model.weights, text::CONTEXT_TOKENS, dtype));

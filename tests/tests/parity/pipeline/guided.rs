@@ -62,7 +62,7 @@ fn sampling(params: &Value) -> SamplingArgs {
 
 #[test]
 fn guided_runs_on_a_gpu() {
-    let Some(device) = vulkan() else { return };
+    let Some(device) = gpu() else { return };
     let model = Files { device, ..Files::of("ltx23") };
     check_guided_on(&model, "ltx23", "one_stage_i2v_skip", PipelineName::OneStage);
 }
