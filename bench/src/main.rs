@@ -178,6 +178,9 @@ impl FullSize {
 }
 
 fn main() -> Result<()> {
+    // Mesa sorts Vulkan devices by asking the display, and complains to standard error where there is none.
+    // SAFETY: there is no other thread yet.
+    unsafe { std::env::set_var("NODEVICE_SELECT", "1") };
     let cli = Cli::parse();
     let machine = Machine::this();
     let threads = cli.threads.unwrap_or(machine.cores);

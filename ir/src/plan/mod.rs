@@ -88,6 +88,17 @@ impl Target {
     /// Alignment that satisfies every device: CUDA allocations have it, Vulkan and Metal ask for 256 or less.
     pub const DEVICE_ALIGNMENT: u64 = 512;
 
+    /// Most elements of an operand or result: kernels of devices count them in 32 bits, with room for what the last cube
+    /// counts beyond the end.
+    pub fn max_tensor_elements(&self) -> u64 {
+        if self.backend == "cpu" { 1 << 46 } else { (1 << 32) - (1 << 16) }
+    }
+
+    /// Whether a tensor may be an operand or a result of a kernel call.
+    pub fn holds(&self, ty: &TensorType) -> bool {
+        ty.bytes() as u64 <= self.max_tensor_bytes && ty.elements() as u64 <= self.max_tensor_elements()
+    }
+
     /// The native CPU backend.
     pub fn cpu() -> Target {
         Target {

@@ -114,7 +114,7 @@ pub struct ShapeArgs {
     /// Other tools quantise weights when they load them; here weights are used as they are stored.
     #[arg(long, value_name = "MODE", hide = true, alias = "quant")]
     pub quantization: Option<String>,
-    /// Arithmetic of activations; bf16 takes less memory, not less time on a CPU [default: f32]
+    /// Arithmetic of activations; bf16 and f16 take less memory, not less time on a CPU [default: f32]
     #[arg(long, value_enum)]
     pub dtype: Option<Precision>,
     #[command(flatten)]
@@ -274,6 +274,8 @@ pub enum Precision {
     F32,
     /// 16 bits with 8 bits of precision, as the reference runs on a GPU. Sums are f32 all the same.
     Bf16,
+    /// 16 bits with 11 bits of precision and numbers up to 65504. The text encoder, whose states are larger, stays f32.
+    F16,
 }
 
 /// What to run on, or to compile for.
@@ -315,6 +317,12 @@ pub enum PipelineName {
     /// Full model, guided, one stage at full size.
     #[value(alias = "ti2vid_one_stage")]
     OneStage,
+    /// Full model with its distilled LoRA, two stages: guided at half size, latent upscaling, full size.
+    #[value(alias = "ti2vid_two_stages")]
+    TwoStage,
+    /// The same with a sampler of second order and more pixels, for the best quality.
+    #[value(name = "hq", aliases = ["two-stage-hq", "ti2vid_two_stages_hq"])]
+    HighQuality,
     /// Full model, guided, sound alone.
     #[value(name = "t2a", aliases = ["t2a_one_stage", "text-to-audio"])]
     TextToAudio,

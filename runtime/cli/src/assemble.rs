@@ -10,12 +10,12 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use ltxc_ir::Module;
 use ltxc_ir::plan::{
     AudioSettings, Modality, ModelInfo, Pass, Pipeline, Stage, StageAdapter, StageClass, StepProgram, StreamClass,
     TextSettings, VideoSettings, WeightSource,
 };
 use ltxc_ir::tiling::TilePlan;
+use ltxc_ir::{DType, Module};
 use ltxc_models::audio::{AudioVaeConfig, VocoderConfig, decode_audio};
 use ltxc_models::checkpoint::{Checkpoint, GemmaFolder, Generation, hub};
 use ltxc_models::text::{self, TextConfig, TextWeights};
@@ -174,8 +174,10 @@ pub fn assemble(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
         projection: model.weights.clone(),
         transformer: model.weights.clone(),
     };
+    // Gemma 3 adds up states beyond 65504, the largest number of f16.
+    let states = if dtype == DType::F16 { DType::F32 } else { dtype };
     for bucket in BUCKETS {
-        programs.add("text", &format!("encode.{bucket}"), text::encode(&model.text, &text_weights, bucket, dtype));
+        programs.add("text", &format!("encode.{bucket}"), text::encode(&model.text, &text_weights, bucket, states));
     }
     let connectors = &model.text.connectors;
     programs.add("text", "connect", text::connect(connectors, &model.weights, text::CONTEXT_TOKENS, dtype));
@@ -374,9 +376,17 @@ impl<'a> Components<'a> {
 
     /// The stages of the pipeline for this model and shape.
     fn stages(&self, shape: &Shape) -> Result<Vec<Stage>> {
+        let [ft, fh, fw] = self.video_vae.factors();
+        // Every stage before the last has half the size of the next.
+        let grid = |shrink: usize| {
+            let (height, width) = (shape.height / shrink, shape.width / shrink);
+            [(shape.frames - 1) / ft + 1, height / fh, width / fw].map(|n| n as u32)
+        };
+        let first = grid(if shape.has_two_stages() { 2 } else { 1 });
         let basis = Basis {
             generation: self.checkpoint.generation(),
             layers: self.transformer.layers,
+            first_tokens: first.iter().fold(1u32, |n, &d| n.saturating_mul(d)),
             has_distilled_adapter: shape.has_distilled_adapter,
         };
         let drafts = (definition(shape.pipeline).stages)(&basis);
@@ -388,11 +398,8 @@ impl<'a> Components<'a> {
         let guided = drafts.iter().any(|d| d.guidance.is_some());
         let count = drafts.len();
         let stage = |(i, draft): (usize, StageDraft)| {
-            // Every stage before the last has half the size of the next.
             let shrink = 1 << (count - 1 - i);
             let (height, width) = (shape.height / shrink, shape.width / shrink);
-            let [ft, fh, fw] = self.video_vae.factors();
-            let grid = [(shape.frames - 1) / ft + 1, height / fh, width / fw].map(|n| n as u32);
             let has_video = shape.makes(Modality::Video);
             let guidance = match draft.guidance.is_some() || !guided {
                 true => guidance(draft.guidance.as_ref(), &shape.sampling, &shape.modalities)?,
@@ -403,7 +410,7 @@ impl<'a> Components<'a> {
                 name: draft.name.into(),
                 height: if has_video { height as u32 } else { 0 },
                 width: if has_video { width as u32 } else { 0 },
-                grid: if has_video { grid } else { [0; 3] },
+                grid: if has_video { grid(shrink) } else { [0; 3] },
                 sigmas: draft.sigmas,
                 schedule: draft.schedule,
                 sampler,

@@ -160,6 +160,7 @@ impl Shape {
             dtype: match args.dtype.unwrap_or_default() {
                 Precision::F32 => DType::F32,
                 Precision::Bf16 => DType::BF16,
+                Precision::F16 => DType::F16,
             },
             adapter_rank: adapter_rank(args.lora_rank.unwrap_or(0))?,
             has_distilled_adapter: false,

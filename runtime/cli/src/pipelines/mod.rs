@@ -9,6 +9,7 @@ mod describe;
 mod distilled;
 mod one_stage;
 mod sampling;
+mod two_stage;
 
 use std::path::Path;
 
@@ -53,6 +54,8 @@ pub struct Basis {
     pub generation: Generation,
     /// Number of transformer blocks.
     pub layers: usize,
+    /// Number of video tokens of the first stage.
+    pub first_tokens: u32,
     /// Whether a distilled adapter is given.
     pub has_distilled_adapter: bool,
 }
@@ -81,6 +84,8 @@ pub fn definition(name: PipelineName) -> &'static Definition {
         PipelineName::Distilled => &distilled::TWO_STAGES,
         PipelineName::DistilledOneStage => &distilled::ONE_STAGE,
         PipelineName::OneStage => &one_stage::VIDEO,
+        PipelineName::TwoStage => &two_stage::TWO_STAGES,
+        PipelineName::HighQuality => &two_stage::HIGH_QUALITY,
         PipelineName::TextToAudio => &one_stage::SOUND,
     }
 }
