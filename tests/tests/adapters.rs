@@ -176,9 +176,7 @@ fn switching_live_adapters_writes_slots_and_no_weight() {
     assert!(bound > 0 && slot_bytes > 0);
     for (set, expected) in sets.iter().zip(&fresh) {
         counts.written.set(0);
-        let t0 = std::time::Instant::now();
         executor.set_adapters(set.clone()).unwrap();
-        println!("TIMING switch {:?} {} bytes {} layers", t0.elapsed(), slot_bytes, tensors.len());
         assert_eq!(counts.written.replace(0), slot_bytes);
         assert!(velocities(&mut executor) == *expected, "switching leaves something behind");
     }
