@@ -6,7 +6,8 @@ use std::sync::atomic::Ordering;
 use clap::{ArgMatches, CommandFactory, FromArgMatches};
 use ltxc::args::{Cli, Command, with_dashes};
 use ltxc::report::{Report, Style};
-use ltxc::{bench, compile, demo, doctor, inspect, run, synth};
+use ltxc::run::Occurrences;
+use ltxc::{bench, compile, demo, doctor, inspect, jobs, run, synth};
 use ltxc_runtime::RunError;
 
 /// Exit code after Ctrl-C, as shells expect it.
@@ -46,17 +47,14 @@ fn main() -> ExitCode {
 fn execute(cli: &Cli, matches: &ArgMatches, report: &mut Report) -> anyhow::Result<()> {
     match &cli.command {
         Command::Compile(args) => compile::run(args, report),
-        Command::Run(args) => run::run(args, &image_occurrences(matches), report),
+        Command::Run(args) => match (&args.content.jobs, matches.subcommand_matches("run")) {
+            (Some(file), Some(line)) => jobs::run(args, file, line, report),
+            (_, line) => run::run(args, &line.map(Occurrences::of).unwrap_or_default(), report),
+        },
         Command::Inspect(args) => inspect::run(args, cli.json),
         Command::Synth(args) => synth::run(args, report),
         Command::Bench(args) => bench::run(args, cli.json, report),
         Command::Demo(args) => demo::run(args, report),
         Command::Doctor => doctor::run(cli.json),
     }
-}
-
-/// Number of values of each `--image` of `ltxc run`.
-fn image_occurrences(matches: &ArgMatches) -> Vec<usize> {
-    let of = matches.subcommand_matches("run").and_then(|m| m.get_occurrences::<String>("image"));
-    of.map(|occurrences| occurrences.map(Iterator::count).collect()).unwrap_or_default()
 }

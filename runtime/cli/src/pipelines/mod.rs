@@ -5,9 +5,12 @@
 //!
 //! Source: spec/pipelines §1, §9.
 
+mod conditioned;
 mod describe;
 mod distilled;
+mod inputs;
 mod one_stage;
+mod retake;
 mod sampling;
 
 use std::path::Path;
@@ -18,6 +21,7 @@ use ltxc_models::checkpoint::{Checkpoint, Generation};
 
 use crate::args::PipelineName;
 pub use describe::describe;
+pub use inputs::inputs;
 pub use sampling::{guidance, stage_choice};
 
 /// What a pipeline is.
@@ -36,6 +40,26 @@ pub struct Definition {
     pub stages: fn(&Basis) -> Vec<StageDraft>,
     /// The stage whose sound is written.
     pub sound_stage: usize,
+    /// What a run brings besides text and images.
+    pub brings: Brings,
+}
+
+/// Media that a pipeline takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Brings {
+    /// Whether images at frame 0 are appended like all others.
+    pub appends_first_image: bool,
+    /// Videos that guide the first stage.
+    pub references: bool,
+    /// A clip of which a part is made anew.
+    pub clip: bool,
+    /// A recording that is kept.
+    pub sound: bool,
+}
+
+impl Brings {
+    /// Text and images are all.
+    pub const NOTHING: Brings = Brings { appends_first_image: false, references: false, clip: false, sound: false };
 }
 
 /// How a checkpoint was trained.
@@ -78,6 +102,12 @@ pub fn definition(name: PipelineName) -> &'static Definition {
         PipelineName::DistilledOneStage => &distilled::ONE_STAGE,
         PipelineName::OneStage => &one_stage::VIDEO,
         PipelineName::TextToAudio => &one_stage::SOUND,
+        PipelineName::Keyframes => &conditioned::KEYFRAMES,
+        PipelineName::AudioToVideo => &conditioned::AUDIO_TO_VIDEO,
+        PipelineName::IcLora => &conditioned::IC_LORA,
+        PipelineName::IcLoraOneStage => &conditioned::IC_LORA_ONE_STAGE,
+        PipelineName::Retake => &retake::DISTILLED,
+        PipelineName::RetakeGuided => &retake::GUIDED,
     }
 }
 
