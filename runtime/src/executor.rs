@@ -13,6 +13,8 @@ use ltxc_ir::plan::{Plan, Program, Slot, SlotPlace};
 
 use crate::backend::{Backend, Binding, BufferId, CallId, Cpu, Frame, Region};
 use crate::error::RunError;
+use crate::stats::Stats;
+use crate::tap::{Role, Sites, Tap, Value, sites};
 use crate::weights::WeightFiles;
 
 /// Runs the programs of one plan.
@@ -21,9 +23,17 @@ pub struct Executor<'a> {
     backend: Box<dyn Backend<'a> + 'a>,
     binding: Binding<'a>,
     memory: PlanMemory,
-    /// The calls of each loaded program.
-    loaded: BTreeMap<String, Vec<CallId>>,
+    loaded: BTreeMap<String, Loaded>,
+    /// Looks at values, if anyone does.
+    tap: Option<Box<dyn Tap + 'a>>,
     interrupt: &'a AtomicBool,
+}
+
+/// A program that is bound.
+struct Loaded {
+    calls: Vec<CallId>,
+    /// Values that the tap wants, and its calls; nothing without a tap.
+    sites: Sites,
 }
 
 /// Where values of programs live.
@@ -69,12 +79,21 @@ impl<'a> Executor<'a> {
         backend.check(plan)?;
         let memory = PlanMemory::new(plan, &mut *backend)?;
         let binding = Binding::new(plan, weights);
-        Ok(Executor { plan, backend, binding, memory, loaded: BTreeMap::new(), interrupt })
+        Ok(Executor { plan, backend, binding, memory, loaded: BTreeMap::new(), tap: None, interrupt })
     }
 
     /// The plan that is run.
     pub fn plan(&self) -> &'a Plan {
         self.plan
+    }
+
+    /// Lets `tap` look at the values of all programs that run from now on, or nobody. What was loaded is bound anew.
+    ///
+    /// # Errors
+    /// If the memory cannot be reserved anew.
+    pub fn set_tap(&mut self, tap: Option<Box<dyn Tap + 'a>>) -> Result<(), RunError> {
+        self.tap = tap;
+        self.unload_all()
     }
 
     /// Binds `program`, if that has not been done: finds its weights and runs their recipes.
@@ -85,18 +104,61 @@ impl<'a> Executor<'a> {
         if self.loaded.contains_key(program) {
             return Ok(());
         }
+        let started = Instant::now();
         let program = self.program(program)?;
+        let frame = self.frame(program);
+        let mut calls = Vec::new();
+        self.binding.bind(&mut *self.backend, program.function, &frame, "", &mut calls)?;
+        let mut looked_at = Sites::default();
+        if let Some(tap) = &mut self.tap {
+            looked_at = sites(self.plan, program, &frame);
+            looked_at.values.retain(|value| tap.wants(program, value));
+            tap.loaded(program, started.elapsed());
+        }
+        self.loaded.insert(program.name.clone(), Loaded { calls, sites: looked_at });
+        Ok(())
+    }
+
+    /// Where everything of a program lies.
+    fn frame(&self, program: &Program) -> Frame {
         let slots = |slots: &[Slot]| slots.iter().map(|s| self.memory.slot(s)).collect::<Vec<_>>();
         let arenas = self.memory.arenas.iter().zip(&program.frame);
-        let frame = Frame {
+        Frame {
             arenas: arenas.map(|(&buffer, &offset)| Region { buffer, offset }).collect(),
             params: slots(&program.inputs),
             results: slots(&program.outputs),
+        }
+    }
+
+    /// Runs `program`, which ran last, once more on the same inputs, and names the first value that is NaN or infinite.
+    /// A call that writes over what it reads changes nothing, because no call writes inputs of the program.
+    ///
+    /// # Errors
+    /// Those of [`Executor::run`].
+    pub fn first_bad(&mut self, program: &str) -> Result<Option<String>, RunError> {
+        self.load(program)?;
+        let program = self.program(program)?;
+        let sites = sites(self.plan, program, &self.frame(program));
+        let mut values = sites.values.iter().peekable();
+        let mut bad = None;
+        let mut look = |backend: &dyn Backend<'a>, value: &Value| -> Result<(), RunError> {
+            let stats = Stats::of_bytes(&value.ty, &backend.read(value.region(), value.ty.bytes() as u64)?);
+            if stats.is_bad() && bad.is_none() {
+                let (name, n, first) = (&value.name, stats.nan + stats.infinite, stats.first_bad.unwrap_or(0));
+                bad = Some(format!("`{name}` with {n} of {} values, from {first} on", stats.ty.elements()));
+            }
+            Ok(())
         };
-        let mut calls = Vec::new();
-        self.binding.bind(&mut *self.backend, program.function, &frame, "", &mut calls)?;
-        self.loaded.insert(program.name.clone(), calls);
-        Ok(())
+        while let Some(value) = values.next_if(|v| v.role == Role::Input) {
+            look(&*self.backend, value)?;
+        }
+        for (number, &call) in self.loaded[&program.name].calls.iter().enumerate() {
+            self.backend.launch(call)?;
+            while let Some(value) = values.next_if(|v| v.call == number) {
+                look(&*self.backend, value)?;
+            }
+        }
+        Ok(bad)
     }
 
     /// Forgets all loaded programs, packed weights and values, and gives their memory back.
@@ -116,7 +178,46 @@ impl<'a> Executor<'a> {
     /// # Errors
     /// As for [`Executor::load`], and [`RunError::Interrupted`]. What a device reports late fails the next read.
     pub fn run(&mut self, program: &str) -> Result<(), RunError> {
-        self.run_observed(program, &mut |_| {})
+        if self.tap.is_none() {
+            return self.run_observed(program, &mut |_| {});
+        }
+        self.load(program)?;
+        // Taken out while it looks, because it looks at what the executor holds.
+        let Some(mut tap) = self.tap.take() else { return Ok(()) };
+        let result = self.run_tapped(program, &mut *tap);
+        self.tap = Some(tap);
+        result
+    }
+
+    /// Runs a loaded program call by call, and shows `tap` the values that it wants.
+    fn run_tapped(&mut self, program: &str, tap: &mut dyn Tap) -> Result<(), RunError> {
+        let program = self.program(program)?;
+        let Loaded { calls, sites } = &self.loaded[&program.name];
+        let backend = &mut self.backend;
+        tap.begin(program);
+        let mut values = sites.values.iter().peekable();
+        while let Some(value) = values.next_if(|v| v.role == Role::Input) {
+            tap.value(program, value, &backend.read(value.region(), value.ty.bytes() as u64)?)?;
+        }
+        for (number, &call) in calls.iter().enumerate() {
+            if self.interrupt.load(Ordering::Relaxed) {
+                return Err(RunError::Interrupted);
+            }
+            let started = Instant::now();
+            backend.launch(call)?;
+            if tap.times_calls() {
+                backend.synchronize()?;
+                tap.called(program, &sites.calls[number], started.elapsed());
+            }
+            while let Some(value) = values.next_if(|v| v.call == number) {
+                tap.value(program, value, &backend.read(value.region(), value.ty.bytes() as u64)?)?;
+            }
+        }
+        // Results of a program without calls.
+        for value in values {
+            tap.value(program, value, &backend.read(value.region(), value.ty.bytes() as u64)?)?;
+        }
+        tap.end(program)
     }
 
     /// Like [`Executor::run`], and calls `observe` after every kernel call with its number: calls are counted in the
@@ -126,7 +227,7 @@ impl<'a> Executor<'a> {
     /// Those of [`Executor::run`].
     pub fn run_observed(&mut self, program: &str, observe: &mut dyn FnMut(usize)) -> Result<(), RunError> {
         self.load(program)?;
-        for (number, &call) in self.loaded[program].iter().enumerate() {
+        for (number, &call) in self.loaded[program].calls.iter().enumerate() {
             if self.interrupt.load(Ordering::Relaxed) {
                 return Err(RunError::Interrupted);
             }
@@ -144,8 +245,8 @@ impl<'a> Executor<'a> {
     pub fn run_timed(&mut self, program: &str) -> Result<Vec<Duration>, RunError> {
         self.load(program)?;
         self.backend.synchronize()?;
-        let mut times = Vec::with_capacity(self.loaded[program].len());
-        for &call in &self.loaded[program] {
+        let mut times = Vec::with_capacity(self.loaded[program].calls.len());
+        for &call in &self.loaded[program].calls {
             if self.interrupt.load(Ordering::Relaxed) {
                 return Err(RunError::Interrupted);
             }

@@ -9,8 +9,11 @@ pub mod executor;
 pub mod files;
 pub mod media;
 pub mod memory;
+pub mod noise_files;
 pub mod pipeline;
 pub mod random;
+pub mod stats;
+pub mod tap;
 pub mod tokenizer;
 pub mod weights;
 

@@ -1,17 +1,6 @@
 //! Comparison of tensors with recorded ones.
 
-/// Relative L2 distance `‖a − b‖ / ‖b‖`, in f64. Infinite if lengths differ or a value is not finite.
-pub fn relative_l2(found: &[f32], expected: &[f32]) -> f64 {
-    if found.len() != expected.len() || found.iter().any(|v| !v.is_finite()) {
-        return f64::INFINITY;
-    }
-    let (mut diff, mut norm) = (0f64, 0f64);
-    for (&a, &b) in found.iter().zip(expected) {
-        diff += (a as f64 - b as f64).powi(2);
-        norm += (b as f64).powi(2);
-    }
-    if diff == 0.0 { 0.0 } else { (diff / norm.max(1e-60)).sqrt() }
-}
+pub use ltxc::debug::recording::relative_l2;
 
 /// Collects comparisons of one file, so that a failure shows all of them.
 #[derive(Default)]

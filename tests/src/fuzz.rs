@@ -11,6 +11,7 @@ use ltxc_runtime::media::h264::Sps;
 use ltxc_runtime::media::mp4::{self, AudioTrack, Movie, SampleSizes, VideoSample, VideoTrack};
 use ltxc_runtime::media::{Clip, ClipRate, Rational, Window};
 use ltxc_runtime::memory::MemoryNeed;
+use ltxc_runtime::noise_files::{Container, pt_around};
 
 /// A plan file as it is, and as the content of a container whose hashes are right: hashes would keep every change from
 /// the decoder, but not from someone who makes a file on purpose.
@@ -126,6 +127,19 @@ pub fn mp4_mux(bytes: &[u8]) {
     let mut file = Vec::new();
     if let Ok(written) = mp4::mux(&movie, &mut file, |e| panic!("a vector takes all: {e}")) {
         assert_eq!(written, file.len() as u64);
+    }
+}
+
+/// A file of noise of every kind; for `.pt` also the pickle in an archive whose checksums are right.
+pub fn noise_file(bytes: &[u8]) {
+    let archive = pt_around(bytes, &[0; 16]).expect("a small archive can be made");
+    for container in [Container::Safetensors, Container::Npy, Container::Npz, Container::Pt] {
+        for file in [bytes, &archive] {
+            for tensor in container.decode(file).into_iter().flatten() {
+                let elements: usize = tensor.shape.iter().product();
+                assert_eq!(tensor.values.len(), elements, "values do not fill {:?}", tensor.shape);
+            }
+        }
     }
 }
 

@@ -5,10 +5,13 @@
 
 use std::collections::BTreeSet;
 
+use ltxc::debug::recording::{Form, thinned};
 use ltxc_ir::eval::Tensor;
 
 use crate::compare::Report;
 use crate::fixtures::{TensorFile, required};
+
+pub use ltxc::debug::recording::statistics;
 
 /// Largest difference of bytes, and largest share of bytes that may differ.
 pub type ByteLimit = (i64, f64);
@@ -21,19 +24,6 @@ pub struct Recorded {
     report: Report,
     context: String,
     seen: BTreeSet<String>,
-}
-
-/// How a tensor was recorded.
-struct Form {
-    /// Extents, where they are known.
-    shape: Option<Vec<usize>>,
-    /// Key of the values.
-    key: String,
-    /// Every `step`-th value was recorded.
-    step: usize,
-    values: Vec<f32>,
-    /// Key and values of the statistics, if not every value was recorded.
-    statistics: Option<(String, Vec<f32>)>,
 }
 
 impl Recorded {
@@ -95,10 +85,7 @@ impl Recorded {
         self.report.check(&self.line(&form.key), &thinned(found, form.step), &form.values, limit);
         if let Some((key, expected)) = &form.statistics {
             assert_eq!(expected.len(), 6, "{key} holds other statistics");
-            for (i, (found, &expected)) in statistics(found).into_iter().zip(expected).enumerate() {
-                // A mean or an extreme near zero is measured against the spread of the values.
-                let scale = f64::from(expected_spread(&form).max(expected.abs()));
-                let error = (found - f64::from(expected)).abs() / scale.max(1e-30);
+            for (i, error) in form.statistics_errors(found).into_iter().enumerate() {
                 let line = self.line(&format!("{key}[{i}]: {error:.2e} (limit {limit:.0e})"));
                 self.report.note(error <= limit, line);
             }
@@ -224,52 +211,14 @@ impl Recorded {
     /// How `name` was recorded; its tensors count as compared.
     #[track_caller]
     fn form(&mut self, name: &str, found: &[f32]) -> Form {
-        if let Some(tensor) = self.file.find(name) {
-            self.seen.insert(name.into());
-            let shape = Some(tensor.ty.shape.clone());
-            return Form { shape, key: name.into(), step: 1, values: tensor.to_f32(), statistics: None };
+        let form = Form::of(&self.file, &self.meta, name, found.len());
+        let form = form.unwrap_or_else(|| panic!("{}: no tensor `{name}`", self.file.path.display()));
+        self.seen.insert(form.key.clone());
+        if let Some((key, _)) = &form.statistics {
+            let expected = form.elements().unwrap_or(found.len());
+            self.report.note(found.len() == expected, format!("{name}: {} values of {expected}", found.len()));
+            self.seen.insert(key.clone());
         }
-        let (key, stats) = (format!("{name}.sample"), format!("{name}.stats"));
-        let values = self.file.tensor(&key).to_f32();
-        let meta = &self.meta["sampled"][name];
-        let size = |v: &serde_json::Value| v.as_u64().map(|n| n as usize);
-        let shape: Option<Vec<usize>> = meta["shape"].as_array().and_then(|s| s.iter().map(size).collect());
-        let expected = shape.as_ref().map_or(found.len(), |s| s.iter().product());
-        self.report.note(found.len() == expected, format!("{name}: {} values of {expected}", found.len()));
-        let step = size(&meta["stride"]).unwrap_or_else(|| sample_step(found.len(), values.len()));
-        let statistics = Some((stats.clone(), self.file.tensor(&stats).to_f32()));
-        self.seen.extend([key.clone(), stats]);
-        Form { shape, key, step, values, statistics }
+        form
     }
-}
-
-fn expected_spread(form: &Form) -> f32 {
-    // The second statistic is the standard deviation.
-    form.statistics.as_ref().and_then(|(_, s)| s.get(1)).map_or(0.0, |s| s.abs())
-}
-
-fn thinned(values: &[f32], step: usize) -> Vec<f32> {
-    values.iter().copied().step_by(step).collect()
-}
-
-/// The distance of samples where none was written down: the generator takes steps that neither 2 nor 3 divides.
-fn sample_step(len: usize, samples: usize) -> usize {
-    let fits = |step: &usize| len.div_ceil(*step) == samples && !step.is_multiple_of(2) && !step.is_multiple_of(3);
-    (1..=len).find(fits).unwrap_or(1)
-}
-
-/// Mean, standard deviation (unbiased), minimum, maximum, L2 norm, sum of magnitudes.
-pub fn statistics(values: &[f32]) -> [f64; 6] {
-    let n = values.len() as f64;
-    let wide = || values.iter().map(|&v| v as f64);
-    let mean = wide().sum::<f64>() / n;
-    let variance = wide().map(|v| (v - mean).powi(2)).sum::<f64>() / (n - 1.0).max(1.0);
-    [
-        mean,
-        variance.sqrt(),
-        wide().fold(f64::INFINITY, f64::min),
-        wide().fold(f64::NEG_INFINITY, f64::max),
-        wide().map(|v| v * v).sum::<f64>().sqrt(),
-        wide().map(f64::abs).sum(),
-    ]
 }

@@ -8,6 +8,7 @@ use ltxc_compiler::{Options, PlanBuilder};
 use ltxc_ir::plan::{Pipeline, Stage, Target, WeightSource, container};
 use ltxc_ir::text::parse;
 use ltxc_ir::tiling::{TilePlan, Tiling};
+use ltxc_runtime::noise_files::{Container, Stored, pt_around};
 use ltxc_tests::fuzz;
 
 /// The largest single allocation that an input of a few kilobytes may cause: the decoder's limit for plans.
@@ -248,6 +249,21 @@ fn movies() {
         })
         .collect();
     smoke("mp4_mux", &seeds, fuzz::mp4_mux);
+}
+
+#[test]
+fn noise_files() {
+    let tensor = Stored::f32("noise", &[1, 2, 2], vec![0.5, -1.0, 2.0, 3.0]);
+    let all = [Container::Safetensors, Container::Npy, Container::Npz, Container::Pt];
+    let mut seeds: Vec<Vec<u8>> = all.iter().map(|c| c.encode(&tensor).unwrap()).collect();
+    assert!(all.iter().zip(&seeds).all(|(c, s)| c.decode(s).is_ok()));
+    // The pickle alone, which the target seals: changes get past the checksums.
+    let file = &seeds[3];
+    let start = file.windows(4).position(|w| w == b"\x80\x02}X").expect("a pickle");
+    let end = start + file[start..].windows(2).position(|w| w == b"s.").expect("its end") + 2;
+    seeds.push(file[start..end].to_vec());
+    assert!(Container::Pt.decode(&pt_around(&seeds[4], &[0; 16]).unwrap()).is_ok());
+    smoke("noise_file", &seeds, fuzz::noise_file);
 }
 
 #[test]

@@ -145,8 +145,9 @@ impl Outlined<'_> {
         let mut rebuild = Rebuild::new(self.function, &self.function.name);
         rebuild.params();
         self.before.iter().for_each(|&i| rebuild.node(&self.function.nodes[i]));
-        // The last value is what the group is for.
-        let value_name = self.results.last().map(|&r| self.function.name_of(r).to_string()).unwrap_or_default();
+        let names: Vec<&str> = self.results.iter().map(|&r| self.function.name_of(r)).collect();
+        // Results without any name need no separators.
+        let value_name = if names.iter().all(|n| n.is_empty()) { String::new() } else { names.join("|") };
         let node = Node {
             op: Op::Call(Call { function: name, prefix: String::new(), name: value_name }),
             args: self.args,

@@ -107,8 +107,6 @@ struct Buffer {
     parent: Option<(usize, u64)>,
     /// The result of the function that it is.
     result: Option<u32>,
-    /// The step that writes it, where that is one.
-    writer: Option<usize>,
 }
 
 struct DraftStep {
@@ -238,14 +236,20 @@ impl<'a> Drafter<'a> {
         Ok(())
     }
 
-    /// Lets the step that wrote all of a view have the name of the value, if it has none of its own.
+    /// Lets the step that wrote all of a view have the name of the value, if it has none of its own and is the only result.
     fn name_writer(&mut self, view: &View, name: &str) {
-        if let Base::Buffer(b) = view.base
-            && let Some(step) = self.draft.buffers[b].writer
-            && view.ty.elements() == self.draft.buffers[b].ty.elements()
-            && self.draft.steps[step].name.is_empty()
-        {
-            self.draft.steps[step].name = name.into();
+        let (Base::Buffer(b), false) = (view.base, name.is_empty()) else { return };
+        let elements = self.draft.buffers[b].ty.elements();
+        if !view.is_contiguous() || view.ty.elements() != elements {
+            return;
+        }
+        // What several copies write one after the other is there after the last one; all of them have the name.
+        let writes = |s: &DraftStep| match &s.results[..] {
+            [result] => result.base == Base::Buffer(b) && result.ty.elements() == elements,
+            _ => false,
+        };
+        for step in self.draft.steps.iter_mut().filter(|s| s.name.is_empty() && writes(s)) {
+            step.name = name.into();
         }
     }
 
@@ -299,7 +303,7 @@ impl<'a> Drafter<'a> {
     }
 
     fn buffer(&mut self, ty: TensorType) -> usize {
-        self.draft.buffers.push(Buffer { ty, parent: None, result: None, writer: None });
+        self.draft.buffers.push(Buffer { ty, parent: None, result: None });
         self.draft.buffers.len() - 1
     }
 
@@ -308,7 +312,6 @@ impl<'a> Drafter<'a> {
         let buffer = self.buffer(ty.clone());
         // A kernel that writes nothing need not run.
         if ty.elements() > 0 {
-            self.draft.buffers[buffer].writer = Some(self.draft.steps.len());
             let results = vec![DraftOperand { base: Base::Buffer(buffer), offset_bytes: 0, ty: ty.clone() }];
             self.draft.steps.push(DraftStep { action: Action::Work(kernel.into()), args, results, name: name.into() });
         }

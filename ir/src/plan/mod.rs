@@ -337,7 +337,8 @@ pub struct KernelCall {
     pub args: Vec<Operand>,
     /// What it writes.
     pub results: Vec<Operand>,
-    /// Name path of the value it computes, relative to the calls around it; may be empty.
+    /// Name path of the value it computes, relative to the calls around it; may be empty. A call with several results
+    /// has all their names, with `|` between them.
     pub name: String,
     /// Floating point operations.
     pub flops: u64,

@@ -11,6 +11,9 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use ltxc_models::synth::Preset;
 use ltxc_runtime::backend::DeviceName;
 
+use crate::debug::command::DebugCommand;
+use crate::debug::flags::DebugFlags;
+
 /// Compile LTX-2 models ahead of time and run them.
 #[derive(Debug, Parser)]
 #[command(
@@ -48,6 +51,9 @@ pub enum Command {
     Demo(DemoArgs),
     /// Show devices, memory, caches and codecs of this machine.
     Doctor,
+    /// Find the first tensor that is wrong.
+    #[command(subcommand)]
+    Debug(Box<DebugCommand>),
 }
 
 /// Model files.
@@ -378,6 +384,9 @@ pub struct RunArgs {
     /// Leave prompt and seed out of the output's metadata.
     #[arg(long)]
     pub no_metadata: bool,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub debug: DebugFlags,
 }
 
 /// What a run may choose freely.
@@ -487,6 +496,15 @@ pub struct InspectArgs {
     /// Print the IR text: kernel calls of a plan, ops of model files.
     #[arg(long)]
     pub graph: bool,
+    /// Write a page that draws the plan: steps, memory over time, and the roofline of every kernel.
+    #[arg(long, value_name = "FILE", requires = "plan")]
+    pub html: Option<PathBuf>,
+    /// Ceiling of the roofline in GFLOP/s.
+    #[arg(long, value_name = "N", default_value_t = 500.0, requires = "html")]
+    pub peak_gflops: f64,
+    /// Memory bandwidth of the roofline in GB/s.
+    #[arg(long, value_name = "N", default_value_t = 40.0, requires = "html")]
+    pub peak_gbytes: f64,
 }
 
 /// `ltxc synth`.

@@ -33,7 +33,7 @@ use crate::pipelines::{Basis, StageDraft, definition, guidance, inputs};
 use crate::tensors;
 
 /// Names of the weight sources in graphs and plans.
-const MODEL: &str = "model";
+pub(crate) const MODEL: &str = "model";
 pub(crate) const GEMMA: &str = "gemma";
 pub(crate) const UPSAMPLER: &str = "upsampler";
 

@@ -38,13 +38,20 @@ pub fn compile(
     Ok(builder.finish(assembly.pipeline)?)
 }
 
-fn options(args: &CompilerArgs) -> Options {
+/// What the flags of the compiler mean.
+pub fn options(args: &CompilerArgs) -> Options {
     let fuse = match args.fuse.unwrap_or_default() {
         FuseLevel::None => Fuse::None,
         FuseLevel::Composite => Fuse::Composite,
         FuseLevel::Full => Fuse::Full,
     };
     Options { fuse, disabled: args.disable.clone(), ..Options::default() }
+}
+
+/// Options under which every named value of a graph has memory of its own: nothing is fused, packed or rearranged.
+pub fn unfused() -> Options {
+    let disabled = ["fuse-residual", "pack-projections"].map(String::from).into();
+    Options { fuse: Fuse::Composite, disabled, ..Options::default() }
 }
 
 /// Name and version of this program, as plans and outputs record it.
@@ -92,17 +99,17 @@ pub fn run(args: &CompileArgs, report: &mut Report) -> Result<()> {
 ///
 /// # Errors
 /// As for [`compile()`], and a cache that cannot be written.
-pub fn cached(model: &ModelArgs, shape: &Shape) -> Result<(PathBuf, ModelFiles)> {
+pub fn cached(model: &ModelArgs, shape: &Shape, options: &Options) -> Result<(PathBuf, ModelFiles)> {
     let files = ModelFiles::open(model, shape.has_two_stages())?;
     let mut key = blake3::Hasher::new();
     key.update(version().as_bytes());
-    key.update(format!("{shape:?}").as_bytes());
+    key.update(format!("{shape:?} {options:?}").as_bytes());
     for source in files.sources()? {
         key.update(format!("{source:?}").as_bytes());
     }
     let path = cache_folder()?.join(format!("{}.ltxplan", &key.finalize().to_hex()[..24]));
     if !path.exists() || read(&path).is_err() {
-        let plan = compile(&files, shape, Options::default(), &mut |_, _, _| {})?;
+        let plan = compile(&files, shape, options.clone(), &mut |_, _, _| {})?;
         write_atomically(&path, &container::encode(&plan)?)?;
     }
     Ok((path, files))

@@ -31,6 +31,7 @@ pub fn run(args: &DemoArgs, report: &mut Report) -> Result<()> {
         content: ContentArgs { prompt: Some(PROMPT.into()), seed: SEED.to_string(), ..ContentArgs::default() },
         output: args.output.clone(),
         no_metadata: false,
+        debug: Default::default(),
     };
     crate::run::run(&run, &Occurrences::default(), report)?;
     report.note("with real weights:\n  ltxc run --checkpoint-path ltx-2-19b-distilled.safetensors --gemma-root gemma-3-12b \\\n    \

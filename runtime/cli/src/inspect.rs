@@ -1,15 +1,17 @@
 //! `ltxc inspect`: what is in a plan, or the graph of model files.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use ltxc_ir::plan::summary::{function_costs, weight_bytes};
 use ltxc_ir::plan::{Plan, container};
 use ltxc_kernels::fusion::{Summary, summaries};
+use ltxc_runtime::files::write_atomically;
 use ltxc_runtime::memory::{MemoryNeed, readable};
 use serde_json::{Value, json};
 
 use crate::args::InspectArgs;
 use crate::assemble::{ModelFiles, assemble};
 use crate::compile::read;
+use crate::inspect_html::{self, Limits};
 use crate::job::Shape;
 
 /// `ltxc inspect`.
@@ -28,6 +30,15 @@ pub fn run(args: &InspectArgs, json: bool) -> Result<()> {
     let (plan, hash) = read(path)?;
     if args.graph {
         print!("{plan}");
+        return Ok(());
+    }
+    if let Some(page) = &args.html {
+        let limits = Limits { gflops: args.peak_gflops, gbytes: args.peak_gbytes };
+        if !(limits.gflops > 0.0 && limits.gbytes > 0.0) {
+            bail!("`--peak-gflops` and `--peak-gbytes` must be above 0");
+        }
+        write_atomically(page, inspect_html::page(&plan, &hex(&hash), limits).as_bytes())?;
+        println!("{}", page.display());
         return Ok(());
     }
     let facts = facts(&plan, &hash, std::fs::metadata(path)?.len());

@@ -13,8 +13,9 @@ use ltxc_runtime::RunError;
 use serde_json::{Map, Value};
 
 use crate::args::{ContentArgs, RunArgs, SamplingArgs};
+use crate::debug::flags::DebugOptions;
 use crate::report::Report;
-use crate::run::{Choice, Occurrences, Session, appended_images};
+use crate::run::{Choice, Occurrences, Runner, appended_images};
 
 /// What a job may choose.
 #[derive(Debug, Parser)]
@@ -60,9 +61,13 @@ pub fn run(args: &RunArgs, path: &Path, command_line: &ArgMatches, report: &mut 
     for job in jobs(&folder, &[0; 32])? {
         images = images.max(appended_images(args.shape.pipeline, &job.args.content, &job.occurrences)?);
     }
-    let session = Session::open(args, images, report)?;
-    let jobs = jobs(&folder, session.plan_hash())?;
-    let mut executor = session.executor()?;
+    let debug = DebugOptions::resolve(&args.debug, &|name| std::env::var(name).ok())?;
+    if debug.is_on() {
+        bail!("flags for debugging look at one run; give them without `--jobs`");
+    }
+    let runner = Runner::open(args, images, debug.mode, report)?;
+    let jobs = jobs(&folder, runner.plan_hash())?;
+    let mut executor = runner.executor()?;
     let total = jobs.len();
     let mut failed = 0;
     for (i, job) in jobs.iter().enumerate() {
@@ -77,7 +82,7 @@ pub fn run(args: &RunArgs, path: &Path, command_line: &ArgMatches, report: &mut 
             output: &job.output,
             has_metadata: !args.no_metadata,
         };
-        match session.run(&mut executor, &choice, report) {
+        match runner.run(&mut executor, &choice, debug.clone(), report) {
             Ok(made) => report.job(i + 1, total, "done", &made.path, None),
             Err(e) if matches!(e.downcast_ref::<RunError>(), Some(RunError::Interrupted)) => return Err(e),
             Err(e) => {

@@ -7,7 +7,7 @@ use clap::{ArgMatches, CommandFactory, FromArgMatches};
 use ltxc::args::{Cli, Command, with_dashes};
 use ltxc::report::{Report, Style};
 use ltxc::run::Occurrences;
-use ltxc::{bench, compile, demo, doctor, inspect, jobs, run, synth};
+use ltxc::{bench, compile, debug, demo, doctor, inspect, jobs, run, synth};
 use ltxc_runtime::RunError;
 
 /// Exit code after Ctrl-C, as shells expect it.
@@ -32,7 +32,8 @@ fn main() -> ExitCode {
         report.note(&format!("note: Ctrl-C will not clean up: {e}"));
     }
     match execute(&cli, &matches, &mut report) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
         Err(e) if matches!(e.downcast_ref::<RunError>(), Some(RunError::Interrupted)) => {
             eprintln!("interrupted; nothing was written");
             ExitCode::from(INTERRUPTED)
@@ -44,8 +45,10 @@ fn main() -> ExitCode {
     }
 }
 
-fn execute(cli: &Cli, matches: &ArgMatches, report: &mut Report) -> anyhow::Result<()> {
-    match &cli.command {
+/// Runs a command. Returns whether all is well: a command that looks for faults may find some.
+fn execute(cli: &Cli, matches: &ArgMatches, report: &mut Report) -> anyhow::Result<bool> {
+    let done = match &cli.command {
+        Command::Debug(command) => return debug::command::run(command, cli.json),
         Command::Compile(args) => compile::run(args, report),
         Command::Run(args) => match (&args.content.jobs, matches.subcommand_matches("run")) {
             (Some(file), Some(line)) => jobs::run(args, file, line, report),
@@ -56,5 +59,6 @@ fn execute(cli: &Cli, matches: &ArgMatches, report: &mut Report) -> anyhow::Resu
         Command::Bench(args) => bench::run(args, cli.json, report),
         Command::Demo(args) => demo::run(args, report),
         Command::Doctor => doctor::run(cli.json),
-    }
+    };
+    done.map(|()| true)
 }

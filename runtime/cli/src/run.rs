@@ -6,6 +6,7 @@ use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, Result, bail};
 use clap::ArgMatches;
+use ltxc_compiler::Options;
 use ltxc_ir::plan::{Modality, Plan};
 use ltxc_runtime::RunError;
 use ltxc_runtime::audio_frontend::resample;
@@ -15,13 +16,18 @@ use ltxc_runtime::media::{
     Audio, MediaWriter, OutputOptions, Rational, RoundTrip, VideoFormat, Written, image_round_trip, load_image,
 };
 use ltxc_runtime::memory::{MemoryNeed, available, readable};
+use ltxc_runtime::noise_files;
 use ltxc_runtime::pipeline::{Conditioning, Noise, Output, Request, StageChoice, run as run_pipeline};
+use ltxc_runtime::stats::Stats;
 use ltxc_runtime::tokenizer::Tokenizer;
 use ltxc_runtime::weights::{WeightFiles, find_tokenizer};
 use serde_json::json;
 
 use crate::args::{ContentArgs, ImageCodec, PipelineName, RunArgs, SamplingArgs};
-use crate::compile::{cached, read};
+use crate::compile::{cached, read, unfused};
+use crate::debug::flags::{DebugMode, DebugOptions};
+use crate::debug::noise::summary as noise_summary;
+use crate::debug::session::{About, Session};
 use crate::inputs;
 use crate::job::{self, ImageArg, Shape, pick};
 use crate::pipelines::{definition, describe, stage_choice};
@@ -36,7 +42,8 @@ pub static INTERRUPT: AtomicBool = AtomicBool::new(false);
 /// Anything that stops the run; no output is left then.
 pub fn run(args: &RunArgs, occurrences: &Occurrences, report: &mut Report) -> Result<()> {
     let images = appended_images(args.shape.pipeline, &args.content, occurrences)?;
-    let session = Session::open(args, images, report)?;
+    let debug = DebugOptions::resolve(&args.debug, &|name| std::env::var(name).ok())?;
+    let runner = Runner::open(args, images, debug.mode, report)?;
     let choice = Choice {
         content: &args.content,
         sampling: &args.shape.sampling,
@@ -44,7 +51,7 @@ pub fn run(args: &RunArgs, occurrences: &Occurrences, report: &mut Report) -> Re
         output: &args.output,
         has_metadata: !args.no_metadata,
     };
-    let written = session.run(&mut session.executor()?, &choice, report)?;
+    let written = runner.run(&mut runner.executor()?, &choice, debug, report)?;
     report.finish(&written.path, json!({"frames": written.frames, "bytes": written.bytes, "seed": written.seed}));
     Ok(())
 }
@@ -84,7 +91,7 @@ pub fn appended_images(
 }
 
 /// A plan with its weights and device, to run as often as there are prompts.
-pub struct Session {
+pub struct Runner {
     plan: Plan,
     hash: [u8; 32],
     device: Device,
@@ -118,13 +125,13 @@ pub struct Made {
     pub seed: u64,
 }
 
-impl Session {
+impl Runner {
     /// Opens a plan, or compiles one with room for so many appended images, and finds its weights.
     ///
     /// # Errors
     /// A plan or weights that do not fit, or too little memory.
-    pub fn open(args: &RunArgs, images: usize, report: &mut Report) -> Result<Session> {
-        let (plan_path, folders) = plan_and_folders(args, images)?;
+    pub fn open(args: &RunArgs, images: usize, mode: DebugMode, report: &mut Report) -> Result<Runner> {
+        let (plan_path, folders) = plan_and_folders(args, images, mode)?;
         let (plan, hash) = read(&plan_path)?;
         let device = pick(&args.shape.device, Some(&plan))?;
         let weights = WeightFiles::open(&plan, &folders, args.model.verify)?;
@@ -139,7 +146,7 @@ impl Session {
             _ => report.note(&format!("device {}: {}", device.name, device.description)),
         }
         let tokenizer = tokenizer.parent().unwrap_or(Path::new(".")).to_path_buf();
-        Ok(Session { plan, hash, device, weights, tokenizer })
+        Ok(Runner { plan, hash, device, weights, tokenizer })
     }
 
     /// Hash of the plan.
@@ -155,11 +162,17 @@ impl Session {
         Ok(Executor::on(open(&self.device)?, &self.plan, &self.weights, &INTERRUPT)?)
     }
 
-    /// Runs once.
+    /// Runs once, and collects what `debug` asks for.
     ///
     /// # Errors
     /// Anything that stops the run; no output is left then.
-    pub fn run(&self, executor: &mut Executor<'_>, choice: &Choice<'_>, report: &mut Report) -> Result<Made> {
+    pub fn run<'r>(
+        &'r self,
+        executor: &mut Executor<'r>,
+        choice: &Choice<'_>,
+        debug: DebugOptions,
+        report: &mut Report,
+    ) -> Result<Made> {
         let (plan, content) = (&self.plan, choice.content);
         let seed = job::seed(&content.seed)?;
         let (prompt, negative) = (job::prompt(content)?, job::negative_prompt(content)?);
@@ -184,14 +197,29 @@ impl Session {
         let tags = if choice.has_metadata { tags(&prompt, seed, &self.hash) } else { Vec::new() };
         let mut output = FileOutput::create(choice.output, plan, tags)?;
         let tokenizer = Tokenizer::from_folder(&self.tokenizer)?;
-        run_pipeline(executor, tokenizer, &request, report, &mut output)?;
+        match debug.is_on() {
+            false => run_pipeline(executor, tokenizer, &request, report, &mut output)?,
+            true => {
+                let device = self.device.name.to_string();
+                let about = About { hash: self.hash, device, seed, noise: &request.noise.files };
+                let session = Session::new(plan, &self.weights, debug, &about)?;
+                executor.set_tap(Some(session.tap()))?;
+                run_pipeline(executor, tokenizer, &request, &mut session.observer(report), &mut output)?;
+                session.finish()?.iter().for_each(|note| report.note(note));
+            }
+        }
+        for (slot, path) in request.noise.files.iter().filter(|(_, path)| path.exists()) {
+            let noise = noise_files::pick(path, slot)?;
+            let stats = Stats::of(&noise.shape, &noise.values);
+            report.note(&format!("noise {slot} `{}`: {}", path.display(), noise_summary(&stats)));
+        }
         let Written { path, frames, bytes, .. } = output.writer.finish()?;
         Ok(Made { path, frames, bytes, seed })
     }
 }
 
 /// The plan to run and where its weights are.
-fn plan_and_folders(args: &RunArgs, images: usize) -> Result<(PathBuf, Vec<PathBuf>)> {
+fn plan_and_folders(args: &RunArgs, images: usize, mode: DebugMode) -> Result<(PathBuf, Vec<PathBuf>)> {
     let Some(plan) = &args.plan else {
         if args.model.checkpoint_path.is_none() {
             bail!(
@@ -205,9 +233,16 @@ fn plan_and_folders(args: &RunArgs, images: usize) -> Result<(PathBuf, Vec<PathB
             None => args.shape.clone(),
         };
         let shape = Shape { target, ..Shape::resolve(&shape, images)? };
-        let (path, files) = cached(&args.model, &shape)?;
+        let options = match mode {
+            DebugMode::Fused => Options::default(),
+            DebugMode::Exact => unfused(),
+        };
+        let (path, files) = cached(&args.model, &shape, &options)?;
         return Ok((path, [files.paths(), args.weights.clone()].concat()));
     };
+    if mode == DebugMode::Exact {
+        bail!("`--debug-mode exact` compiles the model without fusion; name model files instead of a plan");
+    }
     let mut folders = args.weights.clone();
     let named = [&args.model.checkpoint_path, &args.model.gemma_root, &args.model.spatial_upsampler_path];
     folders.extend(named.into_iter().flatten().cloned());

@@ -12,7 +12,7 @@ use crate::assemble::{GEMMA, ModelFiles, UPSAMPLER};
 const MOST: usize = 20;
 
 /// What published files have and nothing here reads, by the beginnings of keys.
-const UNUSED: [&str; 4] = [
+pub(crate) const UNUSED: [&str; 4] = [
     "audio_vae.encoder.",
     "vae.per_channel_statistics.",
     "vocoder.mel_stft.stft_fn.inverse_basis",

@@ -151,7 +151,8 @@ impl<'a> Binding<'a> {
     }
 }
 
-fn callee_frame(call: &FunctionCall, caller: &Frame, place: &dyn Fn(&Operand) -> Region) -> Frame {
+/// The frame of a callee, seen from its caller.
+pub(crate) fn callee_frame(call: &FunctionCall, caller: &Frame, place: &dyn Fn(&Operand) -> Region) -> Frame {
     Frame {
         arenas: caller.arenas.iter().zip(&call.frame).map(|(start, &offset)| start.at(offset)).collect(),
         params: call.args.iter().map(place).collect(),

@@ -35,7 +35,7 @@ use ltxc_ir::plan::{Plan, Work};
 pub use cpu::Cpu;
 pub use devices::{Device, DeviceKind, DeviceName, Found, find, open};
 
-pub(crate) use binding::{Binding, Frame};
+pub(crate) use binding::{Binding, Frame, callee_frame};
 
 use crate::error::RunError;
 use crate::memory::Memory;

@@ -37,6 +37,8 @@ pub struct Denoiser<'d, 'p> {
     passes: Vec<Pass>,
     /// Programs whose results for the generation are in the state.
     prepared: BTreeSet<&'p str>,
+    /// The program that ran last.
+    latest: Option<&'p str>,
     /// Evaluations so far.
     calls: usize,
 }
@@ -99,6 +101,7 @@ impl<'d, 'p> Denoiser<'d, 'p> {
             guiders: Per::new(guider),
             passes: needed_passes(guidance, sampler),
             prepared: BTreeSet::new(),
+            latest: None,
             calls: 0,
         }
     }
@@ -122,6 +125,7 @@ impl<'d, 'p> Denoiser<'d, 'p> {
         for program in [part(".evaluation"), part("")].into_iter().flatten() {
             self.run(program, states, sigma)?;
         }
+        self.latest = Some(&step.name);
         let mut predictions: Per<Predictions> = Per::default();
         for (modality, state) in states.iter().filter(|(m, _)| updates.contains(m)) {
             let of = predictions.slot(modality).insert(Predictions::default());
@@ -206,7 +210,12 @@ impl Model for Denoiser<'_, '_> {
             if let Some(problem) = numerical_problem(&denoised)
                 && !(state.frozen || self.allow_bad_numerics)
             {
-                let what = format!("the {} latent", modality.name());
+                let first = match self.latest {
+                    Some(program) => self.executor.first_bad(program)?,
+                    None => None,
+                };
+                let first = first.map(|f| format!(", first of all {f},")).unwrap_or_default();
+                let what = format!("the {} latent{first}", modality.name());
                 let stage = self.stage.name.clone();
                 return Err(RunError::BadNumerics { stage, step: step + 1, what, problem: problem.into() });
             }

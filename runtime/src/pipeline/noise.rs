@@ -8,10 +8,8 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use safetensors::tensor::TensorView;
-use safetensors::{Dtype, SafeTensors};
-
 use crate::error::RunError;
+use crate::noise_files::{self, Container, Stored};
 use crate::random::NormalStream;
 
 /// Source of all noise of a run.
@@ -38,16 +36,19 @@ pub struct SlotShape {
 }
 
 impl SlotShape {
-    fn tokens(&self) -> usize {
+    /// Number of tokens.
+    pub fn tokens(&self) -> usize {
         self.spatial.iter().product()
     }
 
-    fn len(&self) -> usize {
+    /// Number of values.
+    #[allow(clippy::len_without_is_empty)] // a slot without values is no slot
+    pub fn len(&self) -> usize {
         self.tokens() * self.channels
     }
 
     /// The native shape: `(1, c, f, h, w)` or `(1, c, t, mel)`.
-    fn native(&self) -> Vec<usize> {
+    pub fn native(&self) -> Vec<usize> {
         let mut shape = vec![1, self.channels / self.inner];
         shape.extend(&self.spatial);
         if self.inner > 1 {
@@ -57,7 +58,7 @@ impl SlotShape {
     }
 
     /// Token form from the native layout.
-    fn to_tokens(&self, native: &[f32]) -> Vec<f32> {
+    pub fn to_tokens(&self, native: &[f32]) -> Vec<f32> {
         let (n, outer) = (self.tokens(), self.channels / self.inner);
         let mut out = vec![0.0; native.len()];
         for c in 0..outer {
@@ -71,7 +72,7 @@ impl SlotShape {
     }
 
     /// The native layout from token form.
-    fn to_native(&self, tokens: &[f32]) -> Vec<f32> {
+    pub fn to_native(&self, tokens: &[f32]) -> Vec<f32> {
         let (n, outer) = (self.tokens(), self.channels / self.inner);
         let mut out = vec![0.0; tokens.len()];
         for c in 0..outer {
@@ -107,39 +108,34 @@ impl Noise {
             return Ok(NormalStream::new(self.seed, slot).draw(shape.len()));
         };
         if path.exists() {
-            return read(path, shape);
+            return read(path, slot, shape);
         }
         let values = NormalStream::new(self.seed, slot).draw(shape.len());
-        write(path, shape, &values)?;
+        write(path, slot, shape, &values)?;
         Ok(values)
     }
 }
 
-/// Reads a noise file: one f32 tensor `noise`, native layout or tokens.
-fn read(path: &Path, shape: &SlotShape) -> Result<Vec<f32>, RunError> {
-    let bytes = std::fs::read(path).map_err(|e| RunError::io(path, e))?;
-    let bad = |problem: String| RunError::Input(format!("noise file `{}`: {problem}", path.display()));
-    let file = SafeTensors::deserialize(&bytes).map_err(|e| bad(e.to_string()))?;
-    let view = file.tensor("noise").map_err(|_| bad("there is no tensor `noise` in it".into()))?;
-    let values: Vec<f32> = match view.dtype() {
-        Dtype::F32 => view.data().as_chunks::<4>().0.iter().map(|&c| f32::from_le_bytes(c)).collect(),
-        Dtype::BF16 => view.data().as_chunks::<2>().0.iter().map(|&c| half::bf16::from_le_bytes(c).to_f32()).collect(),
-        other => return Err(bad(format!("`noise` is {other:?}, expected F32 or BF16"))),
-    };
+/// The noise of a slot from a file, in token form.
+fn read(path: &Path, slot: &str, shape: &SlotShape) -> Result<Vec<f32>, RunError> {
+    let tensor = noise_files::pick(path, slot)?;
     let tokens = [1, shape.tokens(), shape.channels];
-    if view.shape() == shape.native() {
-        Ok(shape.to_tokens(&values))
-    } else if view.shape() == tokens {
-        Ok(values)
+    if tensor.shape == shape.native() {
+        Ok(shape.to_tokens(&tensor.values))
+    } else if tensor.shape == tokens {
+        Ok(tensor.values)
     } else {
-        Err(bad(format!("`noise` is {:?}, this run needs {:?} or tokens {tokens:?}", view.shape(), shape.native())))
+        Err(RunError::Input(format!(
+            "noise file `{}`: `{}` is {:?}, this run needs {:?} or tokens {tokens:?}",
+            path.display(),
+            tensor.name,
+            tensor.shape,
+            shape.native()
+        )))
     }
 }
 
-fn write(path: &Path, shape: &SlotShape, tokens: &[f32]) -> Result<(), RunError> {
-    let native = shape.to_native(tokens);
-    let bytes: &[u8] = bytemuck::cast_slice(&native);
-    let view = TensorView::new(Dtype::F32, shape.native(), bytes).map_err(|e| RunError::Internal(e.to_string()))?;
-    let encoded = safetensors::serialize([("noise", view)], None).map_err(|e| RunError::Internal(e.to_string()))?;
-    crate::files::write_atomically(path, &encoded)
+fn write(path: &Path, slot: &str, shape: &SlotShape, tokens: &[f32]) -> Result<(), RunError> {
+    let key = noise_files::key_for(Container::of(path)?, slot);
+    noise_files::write(path, &Stored::f32(key, &shape.native(), shape.to_native(tokens)))
 }

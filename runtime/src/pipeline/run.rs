@@ -5,7 +5,7 @@ use ltxc_ir::plan::{Pass, Pipeline, Stage};
 use super::decode::decode_video;
 use super::denoise::{Contexts, needed_passes};
 use super::media::Encoded;
-use super::observe::{Event, Observer, numerical_problem};
+use super::observe::{Event, Observer, frames_problem, numerical_problem};
 use super::per::Per;
 use super::request::{Output, Request};
 use super::stage::{Start, run_stage};
@@ -116,7 +116,7 @@ fn write_video(
     let (mut chunk, mut rgb) = (0, Vec::with_capacity(frame_len));
     let mut sink = |frames: &[f32]| {
         chunk += 1;
-        check_numerics(request, "decode", chunk, "decoded video", frames)?;
+        check_numerics(request, "decode", chunk, "decoded video", frames_problem(frames))?;
         for frame in frames.chunks(frame_len) {
             rgb.clear();
             rgb.extend(frame.iter().map(|v| ((v + 1.0) * 0.5).clamp(0.0, 1.0)));
@@ -140,7 +140,7 @@ fn write_sound(
     executor.write("decode_audio", "latent", latent)?;
     executor.run("decode_audio")?;
     let waveform = executor.read("decode_audio", "waveform")?;
-    check_numerics(request, "sound", 1, "decoded sound", &waveform)?;
+    check_numerics(request, "sound", 1, "decoded sound", numerical_problem(&waveform))?;
     observer.event(Event::Tensor { name: "final.waveform".into(), values: &waveform });
     observer.event(Event::Step { stage: "sound", index: 1 });
     output.sound(&waveform, pipeline.audio.rate_hz)
@@ -158,8 +158,14 @@ fn write_recording(
     output.sound(&samples, recording.rate_hz)
 }
 
-fn check_numerics(request: &Request<'_>, stage: &str, step: usize, what: &str, values: &[f32]) -> Result<(), RunError> {
-    match numerical_problem(values) {
+fn check_numerics(
+    request: &Request<'_>,
+    stage: &str,
+    step: usize,
+    what: &str,
+    problem: Option<&str>,
+) -> Result<(), RunError> {
+    match problem {
         Some(problem) if !request.allow_bad_numerics => {
             let (stage, what, problem) = (stage.into(), what.into(), problem.into());
             Err(RunError::BadNumerics { stage, step, what, problem })

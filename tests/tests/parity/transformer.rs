@@ -4,13 +4,12 @@
 
 use std::collections::BTreeMap;
 
+use ltxc::debug::parity::transformer::{StreamCase, case_config, perturbation, stream_case};
 use ltxc_ir::eval::{Evaluator, Tensor};
 use ltxc_ir::{Builder, DType, Module, Rate, TensorType};
 use ltxc_models::Weights;
 use ltxc_models::transformer::rope::{RopeTable, frequencies, rotation};
-use ltxc_models::transformer::{
-    BlockSet, ENTRY, Perturbation, Stream, StreamSpec, TransformerConfig, TransformerSpec, build,
-};
+use ltxc_models::transformer::{BlockSet, ENTRY, Perturbation, Stream, TransformerConfig, TransformerSpec, build};
 use ltxc_tests::compare::Report;
 use ltxc_tests::fixtures::{self, TensorFile};
 use ltxc_tests::harness::{Run, evaluate};
@@ -82,63 +81,6 @@ fn check(model: &str, checkpoint: &str) {
     recorded.finish();
 }
 
-/// The inputs of one stream of one case.
-pub struct StreamCase {
-    latent: Tensor,
-    /// One per token.
-    timesteps: Vec<f32>,
-    sigma: f32,
-    positions: Tensor,
-    context: Tensor,
-    self_mask: Option<Tensor>,
-    context_mask: Option<Tensor>,
-    keyframes_mask: Option<Vec<f32>>,
-    is_enabled: bool,
-}
-
-impl StreamCase {
-    /// Distinct timesteps in the order of their first token, and the row of every token.
-    fn rows(&self) -> (Vec<f32>, Vec<i32>) {
-        let mut distinct: Vec<f32> = Vec::new();
-        let rows = self.timesteps.iter().map(|t| {
-            distinct.iter().position(|d| d.to_bits() == t.to_bits()).unwrap_or_else(|| {
-                distinct.push(*t);
-                distinct.len() - 1
-            }) as i32
-        });
-        let rows = rows.collect();
-        (distinct, rows)
-    }
-
-    pub fn spec(&self) -> StreamSpec {
-        StreamSpec {
-            timestep_rows: self.rows().0.len(),
-            has_self_mask: self.self_mask.is_some(),
-            has_context_mask: self.context_mask.is_some(),
-            has_keyframes_mask: self.keyframes_mask.is_some(),
-            is_enabled: self.is_enabled,
-            ..StreamSpec::new(self.timesteps.len(), self.context.ty.shape[1])
-        }
-    }
-
-    /// Arguments in the order of the parameters.
-    pub fn arguments(&self) -> Vec<Tensor> {
-        let (distinct, rows) = self.rows();
-        let n = rows.len();
-        let mut args = vec![self.latent.clone(), Tensor::f32(&[distinct.len()], &distinct)];
-        if distinct.len() > 1 {
-            args.push(Tensor::i32(&[n], &rows));
-        }
-        args.push(Tensor::f32(&[1], &[self.sigma]));
-        args.push(without_batch(&self.positions));
-        args.push(self.context.clone());
-        args.extend(self.self_mask.as_ref().map(without_batch));
-        args.extend(self.context_mask.as_ref().map(|m| Tensor::f32(&m.ty.shape[1..], &m.to_f32())));
-        args.extend(self.keyframes_mask.as_ref().map(|m| Tensor::f32(&[n], m)));
-        args
-    }
-}
-
 fn without_batch(x: &Tensor) -> Tensor {
     Tensor::f32(&x.ty.shape[1..], &x.to_f32())
 }
@@ -169,59 +111,16 @@ impl<'a> Fixture<'a> {
     }
 
     pub fn config(&self, case: &str) -> TransformerConfig {
-        let mut config = self.config.clone();
-        if case == "interleaved" {
-            let keys = config.as_object_mut().expect("a config is an object");
-            keys.insert("rope_type".into(), "interleaved".into());
-            keys.remove("frequencies_precision");
-        }
-        TransformerConfig::from_json(&config).unwrap_or_else(|e| panic!("{e}"))
+        case_config(&self.config, case).unwrap_or_else(|e| panic!("{e:#}"))
     }
 
     /// The inputs of `stream` in `case`; `None` if it takes no part.
     pub fn stream(&self, case: &str, stream: Stream) -> Option<StreamCase> {
-        let (file, name) = (self.recorded, stream.name());
-        // These are `uniform` without inputs of their own, and were recorded without keyframe marks.
-        let is_marked = !["prep", "interleaved", "bf16", "no_keyframes_mask"].contains(&case);
-        let case = if file.find(&format!("{case}.sigma")).is_some() { case } else { "uniform" };
-        let own = |key: &str| file.find(&format!("{case}.{key}")).or_else(|| file.find(&format!("{case}.state.{key}")));
-        let timesteps = own(&format!("{name}.timesteps"))?.to_f32();
-        let is_video = stream == Stream::Video;
-        let shared = |key: &str| file.tensor(&format!("in.{name}.{key}")).clone();
-        let video_input = |key: &str| own(key).filter(|_| is_video).cloned().unwrap_or_else(|| shared(key));
-        let sigma = own(&format!("sigma_{name}")).or_else(|| own("sigma")).expect("a case has a noise level");
-        let marked = own("keyframes_mask").or_else(|| file.find("in.video.keyframes_mask"));
-        let keyframes_mask = marked.filter(|_| is_video && is_marked).map(|mask| {
-            // Appended tokens are not marked.
-            let mut mask = mask.to_f32();
-            mask.resize(timesteps.len(), 0.0);
-            mask
-        });
-        Some(StreamCase {
-            latent: video_input("latent"),
-            sigma: sigma.to_f32()[0],
-            positions: video_input("positions"),
-            context: shared("context"),
-            self_mask: own("attention_mask").filter(|_| is_video).cloned(),
-            context_mask: own("context_mask").cloned(),
-            keyframes_mask,
-            is_enabled: case != format!("{name}_disabled"),
-            timesteps,
-        })
+        stream_case(self.recorded, case, stream).unwrap_or_else(|e| panic!("{e:#}"))
     }
 
     fn perturbation(&self, case: &str) -> Perturbation {
-        let last = self.config(case).layers - 1;
-        let only = |i: usize| BlockSet::from_iter([i]);
-        let none = Perturbation::default();
-        match case {
-            "stg" => Perturbation { skip_video_self: only(last), skip_audio_self: only(last), ..none },
-            "stg_video0" => Perturbation { skip_video_self: only(0), ..none },
-            "isolated" => {
-                Perturbation { skip_audio_to_video: BlockSet::All, skip_video_to_audio: BlockSet::All, ..none }
-            }
-            _ => none,
-        }
+        perturbation(&self.config(case), case)
     }
 
     fn run(

@@ -1,0 +1,34 @@
+//! Finding the first tensor that is wrong: logs of a run, and the commands of `ltxc debug`.
+//!
+//! | file | what |
+//! | --- | --- |
+//! | `flags`, `session` | what a run can log, and the one place where logs hook into a run |
+//! | `names` | names of values as people and other tools know them |
+//! | `sums`, `log` | lines of sums, and where they go |
+//! | `profile` | times of programs and kernels |
+//! | `entries`, `compare` | logs as numbers under keys, and two of them side by side |
+//! | `recording`, `parity` | recorded tensors of the reference, and how ours compare with them |
+//! | `modules`, `pipeline` | one graph, or a whole run, for its values instead of its picture |
+//! | `bisect` | the first op that differs between two settings |
+//! | `noise`, `weights`, `text`, `vae`, `denoising`, `video_stats` | one part of a model or run each |
+
+pub mod bisect;
+pub mod command;
+pub mod compare;
+pub mod denoising;
+pub mod entries;
+pub mod flags;
+pub mod log;
+pub mod modules;
+pub mod names;
+pub mod noise;
+pub mod parity;
+pub mod pipeline;
+pub mod profile;
+pub mod recording;
+pub mod session;
+pub mod sums;
+pub mod text;
+pub mod vae;
+pub mod video_stats;
+pub mod weights;

@@ -1,0 +1,114 @@
+//! Running a whole pipeline for its tensors instead of its picture.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use ltxc_compiler::Options;
+use ltxc_ir::plan::Plan;
+use ltxc_runtime::RunError;
+use ltxc_runtime::backend::{Device, open};
+use ltxc_runtime::executor::Executor;
+use ltxc_runtime::pipeline::{Conditioning, Event, Media, Noise, Observer, Output, Request, run};
+use ltxc_runtime::tap::Tap;
+use ltxc_runtime::tokenizer::Tokenizer;
+use ltxc_runtime::weights::{WeightFiles, find_tokenizer};
+
+use crate::assemble::ModelFiles;
+use crate::compile::compile;
+use crate::job::Shape;
+use crate::run::INTERRUPT;
+
+/// What is run.
+pub struct Pipeline<'a> {
+    /// The plan.
+    pub plan: &'a Plan,
+    /// Files and folders with its weights and tokenizer.
+    pub paths: Vec<PathBuf>,
+    /// What runs it.
+    pub device: &'a Device,
+    /// Prompt.
+    pub prompt: &'a str,
+    /// What not to show, for guided pipelines.
+    pub negative_prompt: &'a str,
+    /// Images.
+    pub images: &'a [Conditioning],
+    /// Noise.
+    pub noise: Noise,
+}
+
+/// What a run gave.
+#[derive(Debug, Default)]
+pub struct Tensors {
+    /// Tensors of the driver by name; frames as decoded are `final.frames`.
+    pub tensors: BTreeMap<String, Vec<f32>>,
+    /// Their names in the order in which they came.
+    pub order: Vec<String>,
+    /// Frames as they are written, in `[0, 1]`.
+    pub frames: Vec<f32>,
+    /// Sound, `[samples, 2]`.
+    pub sound: Vec<f32>,
+}
+
+/// Compiles a plan for a device.
+///
+/// # Errors
+/// A model that does not fit the pipeline, or sizes that it cannot run.
+pub fn plan_for(files: &ModelFiles, shape: &Shape, device: &Device, options: Options) -> Result<Plan> {
+    let shape = Shape { target: device.target.clone(), ..shape.clone() };
+    compile(files, &shape, options, &mut |_, _, _| {})
+}
+
+impl Pipeline<'_> {
+    /// Runs it. Numbers that are not finite do not end it: finding them is what debugging is for.
+    ///
+    /// # Errors
+    /// Weights that are missing, or a device that cannot run the plan.
+    pub fn run(self, tap: Option<Box<dyn Tap + '_>>) -> Result<Tensors> {
+        let weights = WeightFiles::open(self.plan, &self.paths, false)?;
+        let tokenizer = find_tokenizer(&self.plan.pipeline.text, &self.paths)?;
+        let tokenizer = Tokenizer::from_folder(tokenizer.parent().unwrap_or(Path::new(".")))?;
+        let mut executor = Executor::on(open(self.device)?, self.plan, &weights, &INTERRUPT)?;
+        executor.set_tap(tap)?;
+        let request = Request {
+            prompt: self.prompt,
+            negative_prompt: self.negative_prompt,
+            images: self.images,
+            media: Media::default(),
+            stages: BTreeMap::new(),
+            noise: self.noise,
+            allow_bad_numerics: true,
+        };
+        let (mut observer, mut output) = (Collected::default(), Collected::default());
+        run(&mut executor, tokenizer, &request, &mut observer, &mut output)?;
+        let Tensors { tensors, order, .. } = observer.0;
+        Ok(Tensors { tensors, order, ..output.0 })
+    }
+}
+
+#[derive(Default)]
+struct Collected(Tensors);
+
+impl Observer for Collected {
+    fn event(&mut self, event: Event<'_>) {
+        if let Event::Tensor { name, values } = event {
+            if !self.0.tensors.contains_key(&name) {
+                self.0.order.push(name.clone());
+            }
+            // Frames come in chunks.
+            self.0.tensors.entry(name).or_default().extend_from_slice(values);
+        }
+    }
+}
+
+impl Output for Collected {
+    fn frames(&mut self, rgb: &[f32]) -> Result<(), RunError> {
+        self.0.frames.extend_from_slice(rgb);
+        Ok(())
+    }
+
+    fn sound(&mut self, samples: &[f32], _: u32) -> Result<(), RunError> {
+        self.0.sound.extend_from_slice(samples);
+        Ok(())
+    }
+}

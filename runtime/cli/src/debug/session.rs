@@ -1,0 +1,658 @@
+//! What is collected while a pipeline runs, and written as it comes: the one place where logs hook into a run.
+//!
+//! A session listens in two places: to the events of the driver (stages, steps, latents), and through a [`Tap`] to values
+//! of programs. Both write into the same state, behind a cell, because the run holds both.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::time::Duration;
+
+use anyhow::Result;
+use ltxc_ir::plan::{Plan, Program};
+use ltxc_ir::{DType, Rate, TensorType};
+use ltxc_runtime::RunError;
+use ltxc_runtime::files::write_atomically;
+use ltxc_runtime::pipeline::{Event, Observer};
+use ltxc_runtime::stats::{Stats, decoded, sum_f32};
+use ltxc_runtime::tap::{CallInfo, Role, Tap, Value};
+use ltxc_runtime::weights::WeightFiles;
+use safetensors::Dtype;
+use safetensors::tensor::TensorView;
+
+use super::flags::{DebugMode, DebugOptions, LogFormat, LogPrefix, ModuleFormat};
+use super::log::{Field, Line, Sink};
+use super::names::{Modules, PASSES, component, full_name, pass_of};
+use super::profile::Profile;
+use super::sums::{
+    Collected, DETAIL, MODULE_TRACE_NAMES, MODULE_TRACE_STATS, StageSums, Values, detail_line, model_lines,
+    module_line, trace_record, traced,
+};
+
+/// Collects and writes what [`DebugOptions`] ask for. Share it with [`Session::tap`] and [`Session::observer`].
+#[derive(Clone)]
+pub struct Session<'p> {
+    state: Rc<RefCell<State<'p>>>,
+}
+
+struct State<'p> {
+    plan: &'p Plan,
+    options: DebugOptions,
+    modules: Modules,
+    /// Sums of the patchify weights, for logs of the transformer.
+    patchify: Option<[f32; 4]>,
+    stage_sums: Option<Sink>,
+    model_sums: Option<Sink>,
+    model_detail: Option<Sink>,
+    gemma: Option<Sink>,
+    module_sums: Option<Sink>,
+    trace: Option<Sink>,
+    taps: Option<Sink>,
+    profile: Option<Profile>,
+    /// Name of the stage that runs, its number of steps, and how many of them are done.
+    stage: String,
+    steps: usize,
+    done: usize,
+    /// How often the transformer has run in this step.
+    evaluations: usize,
+    sums: BTreeMap<String, StageSums>,
+    values: Values,
+    /// How many real tokens the prompt has.
+    valid: usize,
+    /// The last layer's state, which is none of the hidden states if nothing but the final norm follows; and the sum of all.
+    pending: Option<(usize, Stats)>,
+    stack: f64,
+    captured: Vec<(String, TensorType, Vec<u8>)>,
+    /// How often each name was captured.
+    names: BTreeMap<String, usize>,
+    /// What is known of values that others read, for reports of the first bad one.
+    seen: BTreeMap<String, Stats>,
+    /// The first line that could not be written.
+    failure: Option<RunError>,
+}
+
+/// What a log needs to know of the run that it is about.
+pub struct About<'a> {
+    /// Hash of the plan.
+    pub hash: [u8; 32],
+    /// Name of the device.
+    pub device: String,
+    /// Seed of the run.
+    pub seed: u64,
+    /// Files of noise, by slot.
+    pub noise: &'a BTreeMap<String, PathBuf>,
+}
+
+impl<'p> Session<'p> {
+    /// Opens all logs.
+    ///
+    /// # Errors
+    /// A file that cannot be written.
+    pub fn new(
+        plan: &'p Plan,
+        weights: &WeightFiles,
+        options: DebugOptions,
+        about: &About<'_>,
+    ) -> Result<Session<'p>, RunError> {
+        let header = header(plan, &options, about);
+        let open = |wanted: &Option<Option<PathBuf>>| -> Result<Option<Sink>, RunError> {
+            let Some(path) = wanted else { return Ok(None) };
+            Sink::open(path.as_deref(), options.format, options.prefix, options.append, &header).map(Some)
+        };
+        let open_json =
+            |path: Option<&Path>| Sink::open(path, LogFormat::Jsonl, options.prefix, options.append, &header);
+        let module_sums = match (&options.module_sums, options.module_format) {
+            (Some(path), ModuleFormat::FastvideoTrace) => Some(open_json(path.as_deref())?),
+            (wanted, _) => open(wanted)?,
+        };
+        let prints_taps = !options.tap.include.is_empty() && options.tap_path.is_none();
+        let state = State {
+            plan,
+            modules: Modules::of(plan),
+            patchify: options.model_sums.is_some().then(|| patchify_sums(plan, weights)).flatten(),
+            stage_sums: open(&options.stage_sums)?,
+            model_sums: open(&options.model_sums)?,
+            model_detail: open(&options.model_detail)?,
+            gemma: open(&options.gemma)?,
+            module_sums,
+            trace: options.trace.as_ref().map(|t| open_json(t.output.as_deref())).transpose()?,
+            taps: open(&prints_taps.then_some(None))?,
+            profile: options.profile.is_some().then(Profile::default),
+            stage: String::new(),
+            steps: 0,
+            done: 0,
+            evaluations: 0,
+            sums: BTreeMap::new(),
+            values: Values::new(),
+            valid: 0,
+            pending: None,
+            stack: 0.0,
+            captured: Vec::new(),
+            names: BTreeMap::new(),
+            seen: BTreeMap::new(),
+            failure: None,
+            options,
+        };
+        Ok(Session { state: Rc::new(RefCell::new(state)) })
+    }
+
+    /// The session as a tap of an executor.
+    pub fn tap(&self) -> Box<dyn Tap + 'p> {
+        Box::new(SessionTap(self.clone()))
+    }
+
+    /// An observer that tells the session of everything, and then `next`.
+    pub fn observer<'o>(&'o self, next: &'o mut dyn Observer) -> Watched<'o, 'p> {
+        Watched { session: self, next }
+    }
+
+    /// Writes what is written in the end, and returns what to tell the user about it.
+    ///
+    /// # Errors
+    /// The first line or file that could not be written.
+    pub fn finish(&self) -> Result<Vec<String>, RunError> {
+        let mut state = self.state.borrow_mut();
+        let state = &mut *state;
+        // Parts of a run that no other part follows.
+        for stage in state.sums.keys().cloned().collect::<Vec<_>>() {
+            state.flush(&stage);
+        }
+        if let Some(failure) = state.failure.take() {
+            return Err(failure);
+        }
+        let (sums, detail, gemma) = (&mut state.model_sums, &mut state.model_detail, &mut state.gemma);
+        let sinks = [&mut state.stage_sums, sums, detail, gemma, &mut state.module_sums, &mut state.trace];
+        sinks.into_iter().flatten().try_for_each(Sink::finish)?;
+        let mut notes = Vec::new();
+        if let Some(path) = &state.options.tap_path {
+            write_captured(path, &state.captured)?;
+            notes.push(format!("{} captured values in `{}`", state.captured.len(), path.display()));
+        }
+        if state.captured.is_empty() && state.options.tap_path.is_some() {
+            let hint = match state.options.mode {
+                DebugMode::Fused => "; values inside fused kernels need `--debug-mode exact`",
+                DebugMode::Exact => "",
+            };
+            notes.push(format!("no value has a name like `{}`{hint}", state.options.tap.include.join("`, `")));
+        }
+        if let (Some(path), Some(profile)) = (&state.options.profile, &state.profile) {
+            write_atomically(path, profile.to_json().to_string().as_bytes())?;
+            notes.push(format!("profile in `{}`; open it at https://ui.perfetto.dev", path.display()));
+        }
+        Ok(notes)
+    }
+}
+
+fn header(plan: &Plan, options: &DebugOptions, about: &About<'_>) -> String {
+    let hash: String = about.hash.iter().take(8).map(|b| format!("{b:02x}")).collect();
+    let mode = match options.mode {
+        DebugMode::Fused => "fused",
+        DebugMode::Exact => "exact",
+    };
+    let noise: Vec<String> = (about.noise.iter())
+        .map(|(slot, path)| {
+            let content = std::fs::read(path).map(|b| blake3::hash(&b).to_hex()[..16].to_string());
+            format!(" noise.{slot}={}", content.unwrap_or_else(|_| "new".into()))
+        })
+        .collect();
+    format!(
+        "{} plan={hash} device={} dtype={} seed={} mode={mode} attention=plain{}",
+        plan.compiler,
+        about.device,
+        plan.pipeline.dtype,
+        about.seed,
+        noise.concat()
+    )
+}
+
+/// Sums of weights and biases of both patchify projections.
+fn patchify_sums(plan: &Plan, weights: &WeightFiles) -> Option<[f32; 4]> {
+    let tensors = || plan.functions.iter().flat_map(|f| &f.weights).flat_map(|w| w.origin.tensors());
+    let sum = |name: &str| {
+        let tensor = tensors().find(|t| t.key.ends_with(&format!("diffusion_model.{name}")))?;
+        let bytes = weights.tensor(tensor, &tensor.key).ok()?;
+        Some(sum_f32(&decoded(&tensor.ty, bytes)))
+    };
+    Some([
+        sum("patchify_proj.weight")?,
+        sum("patchify_proj.bias")?,
+        sum("audio_patchify_proj.weight")?,
+        sum("audio_patchify_proj.bias")?,
+    ])
+}
+
+/// Passes events on to the session and to another observer.
+pub struct Watched<'o, 'p> {
+    session: &'o Session<'p>,
+    next: &'o mut dyn Observer,
+}
+
+impl Observer for Watched<'_, '_> {
+    fn event(&mut self, event: Event<'_>) {
+        self.session.state.borrow_mut().event(&event);
+        self.next.event(event);
+    }
+}
+
+struct SessionTap<'p>(Session<'p>);
+
+impl Tap for SessionTap<'_> {
+    fn wants(&mut self, program: &Program, value: &Value) -> bool {
+        self.0.state.borrow().wants(program, value)
+    }
+
+    fn begin(&mut self, program: &Program) {
+        let mut state = self.0.state.borrow_mut();
+        if let Some(profile) = &mut state.profile {
+            profile.begin(program);
+        }
+    }
+
+    fn value(&mut self, program: &Program, value: &Value, bytes: &[u8]) -> Result<(), RunError> {
+        self.0.state.borrow_mut().value(program, value, bytes)
+    }
+
+    fn end(&mut self, program: &Program) -> Result<(), RunError> {
+        self.0.state.borrow_mut().end(program)
+    }
+
+    fn times_calls(&self) -> bool {
+        self.0.state.borrow().profile.is_some()
+    }
+
+    fn called(&mut self, program: &Program, call: &CallInfo, elapsed: Duration) {
+        if let Some(profile) = &mut self.0.state.borrow_mut().profile {
+            profile.called(program, call, elapsed);
+        }
+    }
+
+    fn loaded(&mut self, program: &Program, elapsed: Duration) {
+        let mut state = self.0.state.borrow_mut();
+        let plan = state.plan;
+        if let Some(profile) = &mut state.profile {
+            profile.loaded(plan, program, elapsed);
+        }
+    }
+}
+
+/// What is done with one value.
+struct Interest {
+    component: &'static str,
+    full: String,
+    /// Path of the module that it is the output of.
+    module: Option<String>,
+    captures: bool,
+    sums_module: bool,
+    traces: bool,
+    details: bool,
+    /// Whether it belongs to the lines of sums of stages, models and text.
+    collects: bool,
+}
+
+impl Interest {
+    fn is_any(&self) -> bool {
+        self.captures || self.sums_module || self.traces || self.details || self.collects
+    }
+}
+
+impl State<'_> {
+    fn wants(&self, program: &Program, value: &Value) -> bool {
+        self.options.check_nan || self.interest(program, value).is_any()
+    }
+
+    fn interest(&self, program: &Program, value: &Value) -> Interest {
+        let component = component(self.plan, program);
+        let full = full_name(component, &value.name);
+        let is_inner = value.role == Role::Inner && value.is_named();
+        let module = is_inner.then(|| self.modules.path(component, &value.name)).flatten();
+        let has = |parts: &[String]| parts.iter().any(|part| full.contains(part.as_str()));
+        let is_chosen = (self.options.module_include.is_empty() || has(&self.options.module_include))
+            && !has(&self.options.module_exclude);
+        Interest {
+            captures: self.options.tap.matches(&full),
+            sums_module: self.module_sums.is_some() && module.is_some() && is_chosen,
+            traces: self.trace.is_some() && module.is_some(),
+            details: self.model_detail.is_some() && component == "transformer" && is_inner && is_detail(&value.name),
+            collects: self.collects(component, value),
+            component,
+            full,
+            module,
+        }
+    }
+
+    fn collects(&self, component: &str, value: &Value) -> bool {
+        let name = value.name.as_str();
+        match component {
+            "connectors" => value.role == Role::Output && (self.stage_sums.is_some() || self.model_sums.is_some()),
+            "text_encoder" => {
+                let is_state = self.gemma.is_some() && hidden_state(name).is_some();
+                let is_feature = self.model_sums.is_some() && ["features_video", "features_audio"].contains(&name);
+                let is_valid = value.role == Role::Input && name == "valid";
+                is_state || is_feature || (is_valid && (self.gemma.is_some() || self.model_sums.is_some()))
+            }
+            "transformer" if self.model_sums.is_some() => {
+                let name = pass_of(name).1;
+                let is_block = name.strip_prefix("blocks.").and_then(|rest| rest.split_once('.'));
+                let is_block = is_block.is_some_and(|(_, last)| ["video", "audio"].contains(&last));
+                value.role == Role::Input || (value.role == Role::Inner && (is_block || name.starts_with("prep.")))
+            }
+            _ => false,
+        }
+    }
+
+    /// The step that runs, from 0, in stages that have steps of the model.
+    fn step(&self) -> Option<usize> {
+        self.plan.pipeline.stages.iter().any(|s| s.name == self.stage).then_some(self.done)
+    }
+
+    fn value(&mut self, program: &Program, value: &Value, bytes: &[u8]) -> Result<(), RunError> {
+        let interest = self.interest(program, value);
+        let values = decoded(&value.ty, bytes);
+        let stats = Stats::of_typed(value.ty.clone(), &values);
+        let step = self.step();
+        if self.options.check_nan {
+            self.check(&interest.full, value, &stats)?;
+        }
+        if interest.captures {
+            self.capture(&interest.full, value, bytes, &stats)?;
+        }
+        if let Some(module) = &interest.module {
+            if interest.sums_module
+                && let Some(sink) = &mut self.module_sums
+            {
+                match self.options.module_format {
+                    ModuleFormat::Ltxc => sink.line(&module_line(interest.component, module, &stats), step, None)?,
+                    ModuleFormat::FastvideoTrace => {
+                        let name = super::names::trace_name(MODULE_TRACE_NAMES, interest.component, module);
+                        sink.object(&trace_record(&name, step, &stats, &MODULE_TRACE_STATS.map(String::from)))?;
+                    }
+                }
+            }
+            if interest.traces
+                && let (Some(sink), Some(trace)) = (&mut self.trace, &self.options.trace)
+                && let Some(name) = traced(trace, interest.component, module, step)
+            {
+                sink.object(&trace_record(&name, step, &stats, &trace.stats))?;
+            }
+        }
+        if interest.details
+            && let (Some(sink), Some(line)) = (&mut self.model_detail, detail_line(&value.name, &stats))
+        {
+            sink.line(&line, step, Some(pass_of(&value.name).0))?;
+        }
+        if interest.collects {
+            self.collect(interest.component, value, stats, values)?;
+        }
+        Ok(())
+    }
+
+    /// Stops at the first value that is not finite.
+    fn check(&mut self, full: &str, value: &Value, stats: &Stats) -> Result<(), RunError> {
+        if !stats.is_bad() {
+            self.seen.insert(value.name.clone(), stats.clone());
+            return Ok(());
+        }
+        let first = stats.first_bad.unwrap_or(0);
+        let inputs: Vec<String> = (value.reads.iter())
+            .filter_map(|name| Some((name, self.seen.get(name)?)))
+            .map(|(name, s)| format!("`{name}` mean {:.4} std {:.4} [{:.4}, {:.4}]", s.mean, s.std, s.min, s.max))
+            .collect();
+        let from = if inputs.is_empty() { String::new() } else { format!(" (computed from {})", inputs.join(", ")) };
+        Err(RunError::BadNumerics {
+            stage: if self.stage.is_empty() { "start".into() } else { self.stage.clone() },
+            step: self.done + 1,
+            what: format!("`{full}`, the first such value{from},"),
+            problem: format!(
+                "NaN in {} and infinite in {} of {} values, first at {first}",
+                stats.nan,
+                stats.infinite,
+                stats.ty.elements()
+            ),
+        })
+    }
+
+    fn capture(&mut self, full: &str, value: &Value, bytes: &[u8], stats: &Stats) -> Result<(), RunError> {
+        let at = match self.step() {
+            Some(step) => format!("{full}@{}.step{step}", self.stage),
+            None => full.to_string(),
+        };
+        if let Some(sink) = &mut self.taps {
+            let line = Line::new(format!("tap={at}"))
+                .sum("sum", stats)
+                .number("abs_mean", stats.abs_mean)
+                .number("std", stats.std)
+                .field("shape", Field::Shape(stats.ty.shape.clone()));
+            return sink.line(&line, None, None);
+        }
+        let count = self.names.entry(at.clone()).or_insert(0);
+        *count += 1;
+        let name = if *count > 1 { format!("{at}#{count}") } else { at };
+        self.captured.push((name, value.ty.clone(), bytes.to_vec()));
+        Ok(())
+    }
+
+    fn collect(&mut self, component: &str, value: &Value, stats: Stats, values: Vec<f32>) -> Result<(), RunError> {
+        match component {
+            "connectors" => {
+                let (field, key) = match value.name.as_str() {
+                    "video_context" => ("prompt_embeds", "gemma_video_encoding"),
+                    _ => ("ltx2_audio_prompt_embeds", "gemma_audio_encoding"),
+                };
+                // The second prompt of a guided run is the negative one.
+                let field = match (self.done > 0, field) {
+                    (false, field) => field,
+                    (true, "prompt_embeds") => "negative_prompt_embeds",
+                    (true, _) => "ltx2_audio_negative_embeds",
+                };
+                let stage = self.sums.entry("LTX2TextEncodingStage".into()).or_default();
+                stage.add(field, f64::from(stats.sum));
+                if let Some(sink) = &mut self.model_sums {
+                    let shape = Field::Shape(stats.ty.shape.clone());
+                    sink.line(&Line::new(key).sum("sum", &stats).field("shape", shape), None, None)?;
+                }
+            }
+            "text_encoder" if value.role == Role::Input => {
+                self.valid = values.iter().filter(|&&v| v > 0.0).count();
+            }
+            "text_encoder" => {
+                // Only the rows of real tokens mean something; they are the last ones.
+                let rows = value.ty.shape.iter().rev().nth(1).copied().unwrap_or(1).max(1);
+                let width = values.len() / rows;
+                let real = &values[(rows - self.valid.min(rows)) * width..];
+                let stats = Stats::of(&[1, self.valid.min(rows), width], real);
+                let shape = Field::Shape(stats.ty.shape.clone());
+                match hidden_state(&value.name) {
+                    Some(i) => {
+                        self.write_pending(Some(i))?;
+                        self.pending = Some((i, stats));
+                    }
+                    None => {
+                        if let Some(sink) = &mut self.model_sums {
+                            let line = Line::new("gemma_feature").sum("sum", &stats).field("shape", shape);
+                            sink.line(&line, None, None)?;
+                        }
+                    }
+                }
+            }
+            _ => drop(self.values.insert(value.name.clone(), Collected { stats, values })),
+        }
+        Ok(())
+    }
+
+    /// Writes the line of the last hidden state, unless it is replaced by another one of the same number.
+    fn write_pending(&mut self, next: Option<usize>) -> Result<(), RunError> {
+        let Some((i, stats)) = self.pending.take() else { return Ok(()) };
+        let Some(sink) = self.gemma.as_mut().filter(|_| next != Some(i)) else { return Ok(()) };
+        self.stack += f64::from(stats.sum);
+        sink.line(&Line::new(format!("gemma_hidden_state_{i}")).sum("sum", &stats), None, None)
+    }
+
+    fn end(&mut self, program: &Program) -> Result<(), RunError> {
+        if let Some(profile) = &mut self.profile {
+            profile.end(program);
+        }
+        if component(self.plan, program) == "text_encoder" && self.gemma.is_some() {
+            self.write_pending(None)?;
+            let line = Line::new("gemma_hidden_states_stack").number("sum", std::mem::take(&mut self.stack));
+            if let Some(sink) = &mut self.gemma {
+                sink.line(&line, None, None)?;
+            }
+        }
+        if component(self.plan, program) != "transformer" || program.rate != Rate::Step {
+            return Ok(());
+        }
+        let step = self.step();
+        // Samplers that evaluate the model more than once a step do so under the same names.
+        let again = if self.evaluations > 0 { format!("{}", self.evaluations + 1) } else { String::new() };
+        self.evaluations += 1;
+        let has = |prefix: &str| prefix.is_empty() || self.values.keys().any(|k| k.starts_with(prefix));
+        if let Some(sink) = &mut self.model_sums {
+            for (prefix, name) in PASSES.into_iter().filter(|(prefix, _)| has(prefix)) {
+                let pass = format!("{name}{again}");
+                sink.comment(&format!("step={} pass={pass}", step.unwrap_or(0)))?;
+                for line in model_lines(&self.values, prefix, self.patchify) {
+                    sink.line(&line, step, Some(&pass))?;
+                }
+            }
+        }
+        if let Some(sink) = &mut self.model_detail {
+            sink.comment(&format!("end of step={}{again}", step.unwrap_or(0)))?;
+        }
+        Ok(())
+    }
+
+    fn event(&mut self, event: &Event<'_>) {
+        match event {
+            Event::Stage { name, steps } => {
+                self.stage_begins(name);
+                (self.stage, self.steps, self.done, self.evaluations) = (name.to_string(), *steps, 0, 0);
+                self.values.clear();
+            }
+            Event::Step { index, .. } => {
+                (self.done, self.evaluations) = (*index, 0);
+                self.step_ended();
+            }
+            Event::Tensor { name, values } => self.tensor(name, values),
+            Event::Note(_) => {}
+        }
+    }
+
+    fn tensor(&mut self, name: &str, values: &[f32]) {
+        if self.stage_sums.is_none() {
+            return;
+        }
+        let sum = || f64::from(sum_f32(values));
+        let parts: Vec<&str> = name.split('.').collect();
+        let side = |modality: &str, main: &str, audio: &str| {
+            if modality == "video" { main.to_string() } else { audio.to_string() }
+        };
+        match parts[..] {
+            ["final", "frames"] => {
+                let shown: Vec<f32> = values.iter().map(|v| ((v + 1.0) * 0.5).clamp(0.0, 1.0)).collect();
+                self.sums.entry("DecodingStage".into()).or_default().add("output", f64::from(sum_f32(&shown)));
+            }
+            ["final", "waveform"] => {
+                self.sums.entry("LTX2AudioDecodingStage".into()).or_default().add("audio", sum());
+            }
+            [_, modality, "initial_latent"] => {
+                let field = side(modality, "latents", "ltx2_audio_latents");
+                self.sums.entry("LTX2UpsampleStage".into()).or_default().add(&field, sum());
+            }
+            [_, modality, what @ ("noised" | "clean_latent" | "denoise_mask")] => {
+                let field = match what {
+                    "noised" => side(modality, "latents", "ltx2_audio_latents"),
+                    what => format!("ltx2_{modality}_{what}"),
+                };
+                self.sums.entry("LTX2LatentPreparationStage".into()).or_default().add(&field, sum());
+            }
+            [_, step, modality, "latent"] if step.starts_with("step") => {
+                let field = side(modality, "latents", "ltx2_audio_latents");
+                let sums = self.sums.entry("LTX2DenoisingStage".into()).or_default();
+                if modality == "video" {
+                    *sums = StageSums::default();
+                }
+                sums.add(&field, sum());
+            }
+            _ => {}
+        }
+    }
+
+    /// What was collected before a stage belongs to what is before it.
+    fn stage_begins(&mut self, name: &str) {
+        self.flush("LTX2TextEncodingStage");
+        if self.plan.pipeline.stages.iter().any(|s| s.name == name) {
+            self.flush("LTX2UpsampleStage");
+            let is_first = self.plan.pipeline.stages.first().is_some_and(|s| s.name == name);
+            match is_first || self.options.prefix == LogPrefix::Ltxc {
+                true => self.flush("LTX2LatentPreparationStage"),
+                // FastVideo prepares the latents of a second stage as a part of upsampling.
+                false => drop(self.sums.remove("LTX2LatentPreparationStage")),
+            }
+        }
+        if name == "sound" {
+            self.flush("DecodingStage");
+        }
+    }
+
+    fn step_ended(&mut self) {
+        if self.done < self.steps {
+            return;
+        }
+        if self.step().is_some() {
+            self.flush("LTX2DenoisingStage");
+        }
+        match self.stage.as_str() {
+            "text" => self.flush("LTX2TextEncodingStage"),
+            "sound" => self.flush("LTX2AudioDecodingStage"),
+            _ => {}
+        }
+    }
+
+    fn flush(&mut self, stage: &str) {
+        let Some(sums) = self.sums.remove(stage) else { return };
+        if let (Some(sink), Some(line)) = (&mut self.stage_sums, sums.line(stage))
+            && let Err(e) = sink.line(&line, None, None)
+        {
+            self.failure.get_or_insert(e);
+        }
+    }
+}
+
+fn is_detail(path: &str) -> bool {
+    let path = pass_of(path).1;
+    let last = path.strip_prefix("blocks.").and_then(|rest| rest.split_once('.')).map(|(_, name)| name);
+    last.is_some_and(|name| DETAIL.contains(&name)) || ["proj_out", "audio_proj_out"].contains(&path)
+}
+
+/// The number of a hidden state of the text encoder: 0 are the scaled embeddings, the last one is behind the final norm.
+fn hidden_state(path: &str) -> Option<usize> {
+    let layer = path.strip_prefix("layers.").and_then(|n| n.parse::<usize>().ok()).map(|n| n + 1);
+    layer.or_else(|| path.strip_prefix("hidden_states.").and_then(|n| n.parse().ok()))
+}
+
+fn write_captured(path: &Path, captured: &[(String, TensorType, Vec<u8>)]) -> Result<(), RunError> {
+    let internal = |e: safetensors::SafeTensorError| RunError::Internal(e.to_string());
+    let views = captured.iter().map(|(name, ty, bytes)| {
+        let view = TensorView::new(stored_dtype(ty.dtype), ty.shape.clone(), bytes).map_err(internal)?;
+        Ok((name.as_str(), view))
+    });
+    let views = views.collect::<Result<Vec<_>, RunError>>()?;
+    write_atomically(path, &safetensors::serialize(views, None).map_err(internal)?)
+}
+
+/// The inverse of [`ltxc_runtime::weights::dtype_of`].
+fn stored_dtype(dtype: DType) -> Dtype {
+    match dtype {
+        DType::F32 => Dtype::F32,
+        DType::BF16 => Dtype::BF16,
+        DType::F16 => Dtype::F16,
+        DType::F8E4M3 => Dtype::F8_E4M3,
+        DType::F8E5M2 => Dtype::F8_E5M2,
+        DType::I8 => Dtype::I8,
+        DType::U8 => Dtype::U8,
+        DType::I32 => Dtype::I32,
+        DType::U32 => Dtype::U32,
+        DType::Bool => Dtype::BOOL,
+    }
+}

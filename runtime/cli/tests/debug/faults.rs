@@ -1,0 +1,377 @@
+//! Faults that ports of the model are known to have, planted in copies of small models, and the commands that name them.
+
+use std::path::{Path, PathBuf};
+
+use crate::root;
+use safetensors::SafeTensors;
+use serde_json::Value;
+
+use crate::binary::{Place, SHAPE, tiny, with};
+
+/// A copy of a model file in which `change` has changed the bytes of one tensor.
+fn with_tensor(place: &Place, source: &Path, key: &str, change: impl FnOnce(&mut [u8])) -> PathBuf {
+    let mut bytes = std::fs::read(source).unwrap();
+    let (header, metadata) = SafeTensors::read_metadata(&bytes).unwrap();
+    let (start, end) = metadata.info(key).unwrap_or_else(|| panic!("no `{key}`")).data_offsets;
+    change(&mut bytes[8 + header + start..8 + header + end]);
+    place.write("faulty.safetensors", &bytes)
+}
+
+/// A copy of a model file in which `change` has changed the configuration.
+fn with_config(place: &Place, source: &Path, change: impl FnOnce(&mut Value)) -> PathBuf {
+    let bytes = std::fs::read(source).unwrap();
+    let (header, metadata) = SafeTensors::read_metadata(&bytes).unwrap();
+    let mut all: Value = serde_json::from_slice(&bytes[8..8 + header]).unwrap();
+    let mut config: Value = serde_json::from_str(&metadata.metadata().as_ref().unwrap()["config"]).unwrap();
+    change(&mut config);
+    all["__metadata__"]["config"] = Value::String(config.to_string());
+    let mut text = all.to_string().into_bytes();
+    text.resize(text.len().next_multiple_of(8), b' ');
+    let file = [&(text.len() as u64).to_le_bytes()[..], &text, &bytes[8 + header..]].concat();
+    place.write("faulty.safetensors", &file)
+}
+
+fn swap_rows(bytes: &mut [u8], rows: usize, a: usize, b: usize) {
+    let row = bytes.len() / rows;
+    let (first, second) = bytes.split_at_mut(b * row);
+    first[a * row..(a + 1) * row].swap_with_slice(&mut second[..row]);
+}
+
+/// A NaN in bf16 or f32: the upper bytes of the first value.
+fn plant_nan(bytes: &mut [u8]) {
+    bytes[..4].copy_from_slice(&[0xc0, 0x7f, 0xc0, 0x7f]);
+}
+
+const BLOCK_1: &str = "model.diffusion_model.transformer_blocks.1.";
+
+/// What `debug parity` says about a model of the fixtures whose checkpoint is `checkpoint`.
+fn parity(place: &Place, checkpoint: &Path, only: &str) -> Value {
+    let of = |name: &str| root().join(name).display().to_string();
+    let done = place.run(&[
+        "debug",
+        "parity",
+        "--json",
+        "--only",
+        only,
+        "--reference",
+        &root().display().to_string(),
+        "--checkpoint-path",
+        &checkpoint.display().to_string(),
+        "--gemma-root",
+        &of("tiny-gemma3"),
+        "--spatial-upsampler-path",
+        &of("tiny-ltx2/spatial-upscaler-x2-tiny.safetensors"),
+    ]);
+    let facts: Value = serde_json::from_str(&done.stdout).unwrap_or_else(|e| panic!("{e}: {}", done.stderr));
+    let component = facts["components"][0].clone();
+    assert_eq!(done.code, Some(if component["ok"] == true { 0 } else { 1 }));
+    component
+}
+
+fn ltx2() -> PathBuf {
+    root().join("tiny-ltx2/ltx-2-tiny.safetensors")
+}
+
+#[test]
+fn swapped_rows_of_shift_and_scale_are_found_in_their_block() {
+    let place = Place::new();
+    let key = format!("{BLOCK_1}scale_shift_table");
+    let faulty = with_tensor(&place, &ltx2(), &key, |bytes| swap_rows(bytes, 6, 0, 1));
+    let found = parity(&place, &faulty, "transformer");
+    assert!(found["first_bad"].as_str().unwrap().ends_with(".block1"), "{found}");
+    assert_eq!(parity(&place, &ltx2(), "transformer")["ok"], true);
+}
+
+#[test]
+fn interleaved_rotation_is_found_in_the_first_block() {
+    let place = Place::new();
+    let faulty = with_config(&place, &ltx2(), |c| c["transformer"]["rope_type"] = "interleaved".into());
+    let found = parity(&place, &faulty, "transformer");
+    assert!(
+        found["first_bad"].as_str().unwrap().contains("rope")
+            || found["first_bad"].as_str().unwrap().ends_with(".block0"),
+        "{found}"
+    );
+}
+
+#[test]
+fn a_dropped_embedding_scale_is_found_in_the_first_state() {
+    let place = Place::new();
+    let gemma = place.path("gemma");
+    std::fs::create_dir(&gemma).unwrap();
+    for entry in std::fs::read_dir(root().join("tiny-gemma3")).unwrap().flatten() {
+        std::fs::copy(entry.path(), gemma.join(entry.file_name())).unwrap();
+    }
+    // Embeddings of half the size are what a wrong factor gives.
+    let source = gemma.join("model.safetensors");
+    let key = "language_model.model.embed_tokens.weight";
+    let faulty = with_tensor(&place, &source, key, |bytes| {
+        for pair in bytes.as_chunks_mut::<2>().0 {
+            let value = half::bf16::from_le_bytes(*pair);
+            *pair = half::bf16::from_f32(value.to_f32() * 0.5).to_le_bytes();
+        }
+    });
+    std::fs::copy(faulty, &source).unwrap();
+    let of = |gemma: &Path| {
+        let done = place.run(&[
+            "debug",
+            "parity",
+            "--json",
+            "--only",
+            "text",
+            "--reference",
+            &root().display().to_string(),
+            "--checkpoint-path",
+            &ltx2().display().to_string(),
+            "--gemma-root",
+            &gemma.display().to_string(),
+        ]);
+        let facts: Value = serde_json::from_str(&done.stdout).unwrap_or_else(|e| panic!("{e}: {}", done.stderr));
+        facts["components"][0].clone()
+    };
+    assert!(of(&gemma)["first_bad"].as_str().unwrap().ends_with("hidden.0"));
+    assert_eq!(of(&root().join("tiny-gemma3"))["ok"], true);
+}
+
+#[test]
+fn an_upsampler_between_wrong_statistics_is_found() {
+    let place = Place::new();
+    let key = "vae.per_channel_statistics.std-of-means";
+    let faulty = with_tensor(&place, &ltx2(), key, |bytes| {
+        // All deviations are 1: nothing is un-normalised.
+        let width = if bytes.len().is_multiple_of(4) { bytes.len() } else { 0 };
+        bytes[..width].as_chunks_mut::<2>().0.iter_mut().for_each(|v| *v = half::bf16::ONE.to_le_bytes());
+    });
+    assert_eq!(parity(&place, &faulty, "upsampler")["ok"], false);
+    assert_eq!(parity(&place, &ltx2(), "upsampler")["ok"], true);
+}
+
+#[test]
+fn the_first_nan_is_named_with_its_layer() {
+    let place = Place::new();
+    let key = format!("{BLOCK_1}attn1.to_k.weight");
+    let faulty = with_tensor(&place, &tiny().checkpoint, &key, plant_nan);
+    let nan = |checkpoint: &Path| {
+        let args = [
+            &["debug".to_string(), "nan".into()],
+            &tiny().model_args_with(checkpoint, &tiny().gemma)[..],
+            &SHAPE.map(String::from),
+        ];
+        place.run(&with(args.concat(), &["--json"]))
+    };
+    let done = nan(&faulty);
+    let facts: Value = serde_json::from_str(&done.stdout).unwrap_or_else(|e| panic!("{e}: {}", done.stderr));
+    let value = facts["value"].as_str().unwrap();
+    assert!(
+        done.code == Some(1) && value.starts_with("transformer.blocks.1.") && value.contains("attn1.to_k"),
+        "{facts}"
+    );
+    assert!(facts["nan"].as_u64() > Some(0) && !facts["reads"].as_array().unwrap().is_empty(), "{facts}");
+    assert_eq!(nan(&tiny().checkpoint).code, Some(0));
+
+    // A run stops, too, and says where; with the flag it names the first value.
+    let run = |checkpoint: &Path, more: &[&str]| {
+        let args =
+            [&["run".to_string()], &tiny().model_args_with(checkpoint, &tiny().gemma)[..], &SHAPE.map(String::from)]
+                .concat();
+        place.run(&with(args, &[&["-p", "x", "-o", "a.wav"], more].concat()))
+    };
+    crate::binary::sentence(&run(&faulty, &[]), &["stage1, step 1", "NaN", "first of all `blocks.1."]);
+    crate::binary::sentence(&run(&faulty, &["--check-nan"]), &["stage1, step 1", "transformer.blocks.1.", "first at"]);
+    assert_eq!(run(&faulty, &["--allow-bad-numerics"]).code, Some(0));
+    assert_eq!(run(&tiny().checkpoint, &["--check-nan"]).code, Some(0));
+}
+
+#[test]
+fn bisecting_names_the_first_op_that_differs() {
+    let place = Place::new();
+    let key = format!("{BLOCK_1}attn2.to_v.weight");
+    let faulty = with_tensor(&place, &tiny().checkpoint, &key, |bytes| bytes.fill(0));
+    let bisect = |b: &str| {
+        let args =
+            [&["debug".to_string(), "bisect".into()], &tiny().model_args()[..], &SHAPE.map(String::from)].concat();
+        place.run(&with(args, &["--a", "fuse=exact", "--b", b]))
+    };
+    let done = bisect(&format!("fuse=exact,checkpoint={}", faulty.display()));
+    assert_eq!(done.code, Some(1), "{}", done.stderr);
+    assert!(done.stdout.contains("first bad op: transformer.blocks.1.attn2.to_v"), "{}", done.stdout);
+    assert!(
+        done.stdout.contains("in the plan of the second setting") && done.stdout.contains("\"attn2.to_v\""),
+        "{}",
+        done.stdout
+    );
+    let done = bisect("fuse=full");
+    assert_eq!(done.code, Some(0), "{}{}", done.stdout, done.stderr);
+}
+
+#[test]
+fn a_wrong_gate_multiplier_shows_in_the_first_block() {
+    let place = Place::new();
+    let faulty = with_config(&place, &tiny().checkpoint, |c| {
+        c["transformer"]["av_ca_timestep_scale_multiplier"] = 1.into();
+    });
+    let run = |checkpoint: &Path, log: &str| {
+        let args =
+            [&["run".to_string()], &tiny().model_args_with(checkpoint, &tiny().gemma)[..], &SHAPE.map(String::from)]
+                .concat();
+        place.ok(&with(args, &["-p", "x", "-o", "a.wav", "--debug-model-sums-path", log]));
+    };
+    run(&tiny().checkpoint, "right.log");
+    run(&faulty, "wrong.log");
+    let done =
+        place.run(&["debug", "compare", "wrong.log", "right.log", "--json", "--tol-rel", "1e-4", "--tol-abs", "1e-4"]);
+    let facts: Value = serde_json::from_str(&done.stdout).unwrap();
+    assert!(facts["first"]["key"].as_str().unwrap().starts_with("block=0."), "{}", facts["first"]);
+    place.ok(&["debug", "compare", "right.log", "right.log"]);
+}
+
+#[test]
+fn model_files_are_audited() {
+    let place = Place::new();
+    let weights = |more: &[&str]| place.run(&[&["debug", "weights"], more].concat());
+    let good = ltx2().display().to_string();
+    let done = weights(&[&good]);
+    assert_eq!(done.code, Some(0), "{}{}", done.stdout, done.stderr);
+    assert!(done.stdout.contains("LTX-2, because") && done.stdout.contains("transformer"), "{}", done.stdout);
+    let done = weights(&[&good, "--stats", "--key", "patchify_proj", "--adaln", "0", "--attn", "1"]);
+    for word in ["patchify_proj.weight", "checksum=", "blake3=", "self attention shift", "to_q.weight"] {
+        assert!(done.stdout.contains(word), "no `{word}` in\n{}", done.stdout);
+    }
+    assert!(!done.stdout.contains("audio_vae.decoder.conv_in.conv.weight sum"));
+    let faulty = with_tensor(&place, &ltx2(), &format!("{BLOCK_1}ff.net.2.weight"), plant_nan).display().to_string();
+    assert_eq!(weights(&[&faulty, "--stats", "--key", "ff.net.2"]).code, Some(1));
+    let done = weights(&[&faulty, "--against", &good]);
+    assert_eq!(done.code, Some(1));
+    assert!(
+        done.stdout.contains("blocks.1.ff.net.2.weight") && done.stdout.contains("NOT the same model"),
+        "{}",
+        done.stdout
+    );
+    assert_eq!(weights(&[&good, "--against", &good]).code, Some(0));
+}
+
+#[test]
+fn prompts_are_told_apart_and_states_are_in_order() {
+    let place = Place::new();
+    let text = |command: &str, more: &[&str]| {
+        let args = [&["debug".to_string(), "text".into(), command.into()], &tiny().model_args()[..]].concat();
+        place.run(&with(args, more))
+    };
+    let done = text("diff", &["-p", "a cat sleeps", "--prompt2", "a rocket starts", "--json"]);
+    let facts: Value = serde_json::from_str(&done.stdout).unwrap_or_else(|e| panic!("{e}: {}", done.stderr));
+    let first = &facts["stages"][0];
+    assert_eq!(first["stage"], "hidden 0");
+    assert!(first["pearson"].as_f64() < Some(0.999), "{facts}");
+    let done = text("stats", &["-p", "a cat sleeps"]);
+    assert_eq!(done.code, Some(0), "{}{}", done.stdout, done.stderr);
+    assert!(done.stdout.contains("ok  embeddings are scaled"), "{}", done.stdout);
+}
+
+#[test]
+fn positions_that_were_rounded_or_counted_otherwise_are_told() {
+    use ltxc_runtime::pipeline::positions::{audio_positions, video_positions};
+    use safetensors::tensor::TensorView;
+    let place = Place::new();
+    let settings = ltxc_ir::plan::VideoSettings {
+        height: 64,
+        width: 96,
+        frames: 17,
+        frame_rate: (24, 1),
+        channels: 128,
+        scale: [8, 32, 32],
+        max_keyframes: 0,
+    };
+    let (video, audio) = (video_positions([3, 2, 3], &settings), audio_positions(18));
+    let write = |name: &str, video: &[f32], audio: &[f32]| {
+        let bytes = |v: &[f32]| v.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
+        let (v, a) = (bytes(video), bytes(audio));
+        let views = [
+            ("video.positions", TensorView::new(safetensors::Dtype::F32, vec![3, 18, 2], &v).unwrap()),
+            ("audio.positions", TensorView::new(safetensors::Dtype::F32, vec![1, audio.len() / 2, 2], &a).unwrap()),
+        ];
+        place.write(name, &safetensors::serialize(views, None).unwrap());
+    };
+    let compare = |name: &str| place.run(&["debug", "positions", "--grid", "3,2,3", "--compare", name]);
+    write("good.safetensors", &video, &audio);
+    assert_eq!(compare("good.safetensors").code, Some(0));
+    let rounded: Vec<f32> = video.iter().map(|v| half::bf16::from_f32(*v).to_f32()).collect();
+    write("rounded.safetensors", &rounded, &audio);
+    let done = compare("rounded.safetensors");
+    assert!(done.code == Some(1) && done.stdout.contains("bf16"), "{}", done.stdout);
+    write("more.safetensors", &video, &audio_positions(19));
+    let done = compare("more.safetensors");
+    assert!(done.code == Some(1) && done.stdout.contains("another number of tokens"), "{}", done.stdout);
+}
+
+#[test]
+fn decoders_are_traced_and_steps_agree() {
+    let place = Place::new();
+    let of = |command: &[&str]| {
+        [&["debug"], command].concat().iter().map(|s| s.to_string()).chain(tiny().model_args()).collect::<Vec<_>>()
+    };
+    let done = place.run(&with(of(&["vae", "trace"]), &["--latent", "zero", "--json"]));
+    let blocks: Vec<Value> = done.stdout.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    assert!(blocks.len() > 3 && blocks[0]["block"] == "conv_in", "{}", done.stderr);
+    // A decoder whose first convolution is a thousand times too large.
+    let key = "vae.decoder.conv_in.conv.weight";
+    let faulty = with_tensor(&place, &tiny().checkpoint, key, |bytes| {
+        for pair in bytes.as_chunks_mut::<2>().0 {
+            let value = half::bf16::from_le_bytes(*pair).to_f32() * 1e4;
+            *pair = half::bf16::from_f32(value).to_le_bytes();
+        }
+    });
+    let args: Vec<String> = ["debug", "vae", "trace", "--json"]
+        .map(String::from)
+        .into_iter()
+        .chain(tiny().model_args_with(&faulty, &tiny().gemma))
+        .collect();
+    let done = place.run(&args);
+    let first: Value = serde_json::from_str(done.stdout.lines().next().unwrap()).unwrap();
+    assert_eq!((done.code, first["warning"].as_str()), (Some(1), Some("exploding")));
+    place.ok(&of(&["vae", "norm"]));
+    place.ok(&of(&["vae", "decode", "--latent", "zero"]));
+    let steps = place.run(&with([of(&["loop"]), SHAPE.map(String::from).into()].concat(), &["--json"]));
+    let steps: Vec<Value> =
+        steps.stdout.lines().map(|l| serde_json::from_str(l).unwrap_or_else(|e| panic!("{e}: {l}"))).collect();
+    assert_eq!(steps.len(), 2 * 11);
+    for step in &steps {
+        assert!(step["euler"].as_f64() < Some(1e-3) && step["x0_from_v"].as_f64() < Some(1e-3), "{step}");
+    }
+}
+
+#[test]
+fn a_finished_clip_is_told_from_noise_and_one_colour() {
+    use ltxc_runtime::media::png;
+    let place = Place::new();
+    let write = |folder: &str, pixel: &dyn Fn(usize, usize, usize) -> u8| {
+        std::fs::create_dir_all(place.path(folder)).unwrap();
+        for f in 0..3usize {
+            let rgb: Vec<u8> = (0..64 * 64).flat_map(|p| [pixel(f, p / 64, p % 64); 3]).collect();
+            let mut file =
+                std::fs::File::create(place.path(&format!("{folder}/{}", png::frame_name(f as u64)))).unwrap();
+            png::write(64, 64, &rgb, &mut file).unwrap();
+        }
+        place.run(&["debug", "video-stats", folder, "--json"])
+    };
+    let flags = |done: &crate::binary::Done| -> Vec<String> {
+        let facts: Value = serde_json::from_str(&done.stdout).unwrap_or_else(|e| panic!("{e}: {}", done.stderr));
+        facts["flags"].as_array().unwrap().iter().map(|f| f["flag"].as_str().unwrap().to_string()).collect()
+    };
+    let wave =
+        write("wave", &|f, y, x| ((x as f64 * 0.1 + y as f64 * 0.2 + f as f64 * 0.4).sin() * 100.0 + 128.0) as u8);
+    assert_eq!((wave.code, flags(&wave)), (Some(0), vec![]));
+    let noise = write("noise", &|f, y, x| {
+        let n = ((f * 4096 + y * 64 + x) as u64).wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        ((n ^ n >> 29).wrapping_mul(0xbf58_476d_1ce4_e5b9) >> 56) as u8
+    });
+    assert_eq!((noise.code, flags(&noise)), (Some(1), vec!["noise".to_string()]));
+    let grey = write("grey", &|_, _, _| 128);
+    assert_eq!(flags(&grey), ["collapsed", "frozen"]);
+    place.refused(&["debug", "video-stats", "nowhere"], &["nowhere"]);
+    // A finished file, whose pictures mean nothing.
+    place.ok(&with(tiny().run_args(), &["-p", "x", "-o", "a.mp4"]));
+    let done = place.run(&["debug", "video-stats", "a.mp4", "--json"]);
+    let facts: Value = serde_json::from_str(&done.stdout).unwrap_or_else(|e| panic!("{e}: {}", done.stderr));
+    assert_eq!((facts["frames"].as_u64(), facts["width"].as_u64()), (Some(9), Some(64)));
+    assert!(facts["sound_rms"].as_f64() > Some(0.0), "{facts}");
+}

@@ -1,0 +1,50 @@
+//! `ltxc debug parity` against the recordings of the repository.
+
+use crate::root;
+use serde_json::Value;
+
+use crate::binary::Place;
+
+#[test]
+fn everything_that_was_recorded_agrees() {
+    let place = Place::new();
+    let reference = root().display().to_string();
+    let done = place.run(&["debug", "parity", "--reference", &reference, "--json"]);
+    let models: Vec<Value> = done.stdout.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    assert_eq!(models.len(), 2, "{}", done.stderr);
+    for model in &models {
+        for component in model["components"].as_array().unwrap() {
+            assert_eq!(component["ok"], true, "{component}");
+            assert!(component["tensors"].as_u64() > Some(0));
+        }
+        let names: Vec<&str> =
+            model["components"].as_array().unwrap().iter().filter_map(|c| c["component"].as_str()).collect();
+        assert_eq!(names, ["text", "transformer", "upsampler", "video_vae", "audio_vae", "vocoder", "runs"]);
+        // Layers inside are compared, not only results.
+        let tensors: Vec<&str> =
+            model["tensors"].as_array().unwrap().iter().filter_map(|t| t["tensor"].as_str()).collect();
+        for name in [
+            "pos.hidden.0",
+            "uniform.block0.video",
+            "enc.conv_in",
+            "dec.up1",
+            "dec.mid.block_1",
+            "ups0",
+            "stage1.step0.video.denoised",
+        ] {
+            assert!(tensors.contains(&name), "`{name}` was not compared");
+        }
+    }
+    assert_eq!(done.code, Some(0));
+}
+
+#[test]
+fn what_cannot_be_compared_is_told() {
+    let place = Place::new();
+    place.refused(&["debug", "parity", "--reference", "nowhere"], &["nowhere", "no folder"]);
+    let reference = root().display().to_string();
+    place.refused(
+        &["debug", "parity", "--reference", &reference, "--only", "everything"],
+        &["everything", "expected text"],
+    );
+}
