@@ -97,19 +97,19 @@ pub struct ShapeArgs {
     #[arg(long)]
     pub max_keyframes: Option<u32>,
     /// Leave out the second stage of pipeline ic-lora; the video has half the size given.
-    #[arg(long)]
+    #[arg(hide = true, long)]
     pub skip_stage_2: bool,
     /// Reference videos of a run [default: 1]
-    #[arg(long, value_name = "N")]
+    #[arg(hide = true, long, value_name = "N")]
     pub reference_count: Option<u32>,
     /// How many times smaller than the first stage reference videos are; the LoRA says it [default: 1]
-    #[arg(long, value_name = "N")]
+    #[arg(hide = true, long, value_name = "N")]
     pub reference_downscale: Option<u32>,
     /// Of how many frames reference videos have one; the LoRA says it [default: 1]
-    #[arg(long, value_name = "N")]
+    #[arg(hide = true, long, value_name = "N")]
     pub reference_stride: Option<u32>,
     /// Let a run say how strongly reference videos act, everywhere or with a mask.
-    #[arg(long)]
+    #[arg(hide = true, long)]
     pub reference_attention: bool,
     /// Device: auto, cpu, cuda:N, vulkan:N or metal; compile for any one with cuda or vulkan alone
     #[arg(long, default_value = "auto")]
@@ -282,16 +282,17 @@ pub enum PipelineName {
     /// Full model, guided, one stage at full size.
     #[value(alias = "ti2vid_one_stage")]
     OneStage,
-    /// Full model, guided, two stages: every image is a keyframe.
-    #[value(aliases = ["keyframe", "keyframe-interpolation", "keyframe_interpolation"])]
+    /// Full model, guided, two stages: every image is a keyframe. Its second stage needs a LoRA.
+    #[value(skip)]
     Keyframes,
-    /// Full model, guided, two stages: a video for a recording.
-    #[value(name = "a2v", aliases = ["a2vid_two_stage", "audio-to-video"])]
+    /// Full model, guided, two stages: a video for a recording. Its second stage needs a LoRA.
+    #[value(skip)]
     AudioToVideo,
     /// Distilled, two stages, the first one guided by reference videos through a LoRA.
-    #[value(alias = "ic_lora")]
+    #[value(skip)]
     IcLora,
     /// The first stage of that alone, at the size given.
+    #[value(skip)]
     IcLoraOneStage,
     /// Distilled, a part of a clip is made anew.
     Retake,
@@ -409,22 +410,22 @@ pub struct ContentArgs {
     #[arg(long, num_args = 1..=4, value_names = ["PATH", "FRAME", "STRENGTH", "CRF"], action = clap::ArgAction::Append)]
     pub image: Vec<String>,
     /// Reference video, repeatable: PATH, then STRENGTH if it is not 1.
-    #[arg(long, num_args = 1..=2, value_names = ["PATH", "STRENGTH"], action = clap::ArgAction::Append)]
+    #[arg(hide = true, long, num_args = 1..=2, value_names = ["PATH", "STRENGTH"], action = clap::ArgAction::Append)]
     pub video_conditioning: Vec<String>,
     /// How strongly reference videos act, 0 to 1, in plans compiled with --reference-attention.
-    #[arg(long, value_name = "STRENGTH", alias = "conditioning-strength")]
+    #[arg(hide = true, long, value_name = "STRENGTH", alias = "conditioning-strength")]
     pub conditioning_attention_strength: Option<f32>,
     /// Video whose brightness says where they act.
-    #[arg(long, value_name = "PATH")]
+    #[arg(hide = true, long, value_name = "PATH")]
     pub conditioning_attention_mask: Option<PathBuf>,
     /// Recording that the video is made for: WAV, FLAC, MP3, AAC, the sound of a video, or what ffmpeg reads.
-    #[arg(long, value_name = "PATH", alias = "audio")]
+    #[arg(hide = true, long, value_name = "PATH", alias = "audio")]
     pub audio_path: Option<PathBuf>,
     /// Where it starts, in seconds [default: 0]
-    #[arg(long, value_name = "SECONDS", alias = "audio-start")]
+    #[arg(hide = true, long, value_name = "SECONDS", alias = "audio-start")]
     pub audio_start_time: Option<f64>,
     /// How much of it is used at most, in seconds [default: the length of the video]
-    #[arg(long, value_name = "SECONDS")]
+    #[arg(hide = true, long, value_name = "SECONDS")]
     pub audio_max_duration: Option<f64>,
     /// Clip of which a part is made anew: H.264 in MP4 or MOV, a folder of images, or what ffmpeg reads.
     #[arg(long, value_name = "PATH")]

@@ -231,6 +231,12 @@ fn recorded_noise(recorded: &Recorded, plan: &Plan) -> BTreeMap<String, Vec<f32>
 }
 
 fn check_stage(recorded: &mut Recorded, result: &Outcome, plan: &Plan, stage: &str, modality: &str) {
+    check_state(recorded, result, plan, stage, modality);
+    check_steps(recorded, result, stage, modality);
+}
+
+/// What a stage starts from.
+fn check_state(recorded: &mut Recorded, result: &Outcome, plan: &Plan, stage: &str, modality: &str) {
     let own = |what: &str| &result.tensors[&format!("{stage}.{modality}.{what}")];
     // Images pass through the encoder, a first stage through the whole model, before they are here.
     let limit = if stage == "stage1" { 1e-5 } else { RUN_LIMIT };
@@ -251,6 +257,9 @@ fn check_stage(recorded: &mut Recorded, result: &Outcome, plan: &Plan, stage: &s
         };
         recorded.check(&initial, &found, RUN_LIMIT);
     }
+}
+
+fn check_steps(recorded: &mut Recorded, result: &Outcome, stage: &str, modality: &str) {
     for step in 0.. {
         let name = |what: &str| format!("{stage}.step{step}.{modality}.{what}");
         if !recorded.has(&name("latent")) {
