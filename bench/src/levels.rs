@@ -85,6 +85,16 @@ pub fn plan(subject: &Subject, target: &Target, fuse: Fuse) -> Result<Plan> {
     session::compile_for(target, &subject.module, Vec::new(), Options { fuse, ..Options::default() })
 }
 
+/// Part of a device's ceilings that a whole component reaches at least, where nothing is known yet.
+const EXPECTED_SHARE: f64 = 0.4;
+
+/// About how long it takes to measure a component with this plan once: every level runs twice.
+pub fn expected_seconds(plan: &Plan, ceilings: &Ceilings) -> f64 {
+    let calls = plan.programs.iter().flat_map(|p| profile::calls(plan, p)).map(|c| c.call);
+    let least: f64 = calls.map(|c| ceilings.seconds(c.flops, c.bytes, profile::dtype(c))).sum();
+    2.0 * LEVELS.len() as f64 * least / EXPECTED_SHARE
+}
+
 /// Measures a component until the rounds or the time are over. `folder` takes its weights.
 ///
 /// # Errors

@@ -12,6 +12,8 @@
 pub mod block;
 pub mod chart;
 pub mod compile;
+#[cfg(feature = "cubek")]
+pub mod cubek;
 pub mod e2e;
 pub mod fusion;
 pub mod gemm;

@@ -306,7 +306,9 @@ impl State<'_> {
         let full = full_name(component, &value.name);
         let is_inner = value.role == Role::Inner && value.is_named();
         let module = is_inner.then(|| self.modules.path(component, &value.name)).flatten();
-        let has = |parts: &[String]| parts.iter().any(|part| full.contains(part.as_str()));
+        // Names of modules as their lines have them.
+        let shown = module.as_ref().map(|module| full_name(component, module)).unwrap_or_default();
+        let has = |parts: &[String]| parts.iter().any(|part| shown.contains(part.as_str()));
         let is_chosen = (self.options.module_include.is_empty() || has(&self.options.module_include))
             && !has(&self.options.module_exclude);
         Interest {
