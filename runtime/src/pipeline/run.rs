@@ -92,7 +92,7 @@ fn starts(
     Ok(Per::new(|modality| {
         let latent = latents.slot(modality).take();
         let noise_scale = if latent.is_some() { sigma } else { 1.0 };
-        made.contains(&modality).then_some(Start { latent, noise_scale })
+        made.contains(&modality).then_some(Start { latent, noise_scale, ..Start::default() })
     }))
 }
 
