@@ -256,6 +256,8 @@ fn table<R: Runtime>(
             format!("{difference:.1e}"),
         ]);
     }
+    // A run that is cut off leaves what it had on standard error.
+    cells.iter().for_each(|row| eprintln!("{}", row.join("  ")));
     let row = best
         .map(|(seconds, name)| Row::compared(format!("{what}, against {name}"), "ms", ours * 1e3, seconds * 1e3, None));
     Ok((row, cells))

@@ -24,6 +24,7 @@ pub mod machine;
 pub mod measure;
 pub mod memory;
 pub mod page;
+pub mod parts;
 pub mod process;
 pub mod report;
 pub mod session;

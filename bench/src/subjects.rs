@@ -247,7 +247,7 @@ struct Directory(BTreeMap<String, TensorType>);
 
 impl Directory {
     fn new(tensors: &[TensorSpec], dtype: DType) -> Directory {
-        let ty = |t: &TensorSpec| TensorType::new(dtype, t.shape.iter().map(|&d| d as usize).collect::<Vec<_>>());
+        let ty = |t: &TensorSpec| TensorType::new(dtype, t.shape.clone());
         Directory(tensors.iter().map(|t| (t.key.clone(), ty(t))).collect())
     }
 }

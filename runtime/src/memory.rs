@@ -2,13 +2,15 @@
 
 use std::collections::BTreeMap;
 
-use ltxc_ir::plan::summary::weight_bytes;
-use ltxc_ir::plan::{Pass, Plan, Step};
+use ltxc_ir::plan::summary::{mapped_bytes, weight_bytes};
+use ltxc_ir::plan::{Pass, Plan, Program, Step};
 use ltxc_ir::tiling::Axis;
 use ltxc_kernels::catalogue::workspace_bytes;
 use memmap2::MmapMut;
 
+use crate::adapters::StageAdapters;
 use crate::error::RunError;
+use crate::weights::WeightFiles;
 
 /// Zeroed memory, page-aligned. Pages take no memory until they are written.
 pub struct Memory {
@@ -134,6 +136,32 @@ impl MemoryNeed {
             }
         }
         MemoryNeed { parts: parts.into_values().collect() }
+    }
+
+    /// The same run with `adapters` on the files of `weights`: tensors that something is merged into are copies, and so are
+    /// those that are stored in fp8.
+    pub fn with(mut self, plan: &Plan, weights: &WeightFiles, adapters: &StageAdapters) -> MemoryNeed {
+        let merge_bytes: Vec<u64> =
+            self.parts.iter().map(|part| adapters.of_group(plan, &part.name).merge_bytes()).collect();
+        self = self.with_copies(plan, &|group, source, key| {
+            weights.is_copied(source, key) || adapters.of_group(plan, group).changes(source, key)
+        });
+        for (part, bytes) in self.parts.iter_mut().zip(merge_bytes) {
+            part.workspace = part.workspace.max(bytes);
+        }
+        self
+    }
+
+    /// The same run where programs of a group have copies of tensors that could else be read in place: those of which
+    /// `is_copied` says so, given group, source and key.
+    pub fn with_copies(mut self, plan: &Plan, is_copied: &dyn Fn(&str, &str, &str) -> bool) -> MemoryNeed {
+        for part in &mut self.parts {
+            let is_of_part = |p: &&Program| plan.groups.get(p.group as usize).is_some_and(|g| g.name == part.name);
+            let programs = plan.programs.iter().filter(is_of_part);
+            let copies = programs.map(|p| mapped_bytes(plan, p, &|source, key| is_copied(&part.name, source, key)));
+            part.packed = part.packed.saturating_add(copies.max().unwrap_or(0));
+        }
+        self
     }
 
     /// The most that is needed at any time.

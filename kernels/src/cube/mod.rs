@@ -9,6 +9,7 @@
 //! | `guard` | failures that CubeCL does not report |
 //! | `call`, `index` | launching; positions and strides |
 //! | `storage`, `math`, `steps` | dtypes, elementary functions and chains of them inside kernels |
+//! | `matrix_units`, `tuning` | tensor cores and simdgroup matrices: which there are, and how work is cut for them |
 //! | `work`, `schedule`, `compose`, `program` | fused calls: what runs in one launch, and as which program |
 //! | the others | kernels |
 
@@ -26,6 +27,9 @@ mod index;
 mod map;
 mod math;
 mod matmul;
+mod matrix_attention;
+mod matrix_gemm;
+mod matrix_units;
 mod movement;
 mod norm;
 mod patches;
@@ -37,6 +41,7 @@ mod schedule;
 mod steps;
 mod storage;
 mod tile;
+mod tuning;
 mod work;
 
 use cubecl::prelude::*;

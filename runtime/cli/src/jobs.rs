@@ -65,7 +65,8 @@ pub fn run(args: &RunArgs, path: &Path, command_line: &ArgMatches, report: &mut 
     if debug.is_on() {
         bail!("flags for debugging look at one run; give them without `--jobs`");
     }
-    let runner = Runner::open(args, images, debug.mode, report)?;
+    let loras = Occurrences::of(command_line).lora;
+    let runner = Runner::open(args, images, &loras, debug.mode, report)?;
     let jobs = jobs(&folder, runner.plan_hash())?;
     let mut executor = runner.executor()?;
     let total = jobs.len();

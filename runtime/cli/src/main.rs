@@ -4,10 +4,10 @@ use std::process::ExitCode;
 use std::sync::atomic::Ordering;
 
 use clap::{ArgMatches, CommandFactory, FromArgMatches};
-use ltxc::args::{Cli, Command, with_dashes};
+use ltxc::args::{Cli, Command, LoraCommand, with_dashes};
 use ltxc::report::{Report, Style};
 use ltxc::run::Occurrences;
-use ltxc::{bench, compile, debug, demo, doctor, inspect, jobs, run, synth};
+use ltxc::{bench, compile, debug, demo, doctor, inspect, jobs, lora, run, synth};
 use ltxc_runtime::RunError;
 
 /// Exit code after Ctrl-C, as shells expect it.
@@ -49,12 +49,16 @@ fn main() -> ExitCode {
 fn execute(cli: &Cli, matches: &ArgMatches, report: &mut Report) -> anyhow::Result<bool> {
     let done = match &cli.command {
         Command::Debug(command) => return debug::command::run(command, cli.json),
-        Command::Compile(args) => compile::run(args, report),
+        Command::Compile(args) => {
+            let line = matches.subcommand_matches("compile");
+            compile::run(args, &line.map(Occurrences::of).unwrap_or_default().lora, report)
+        }
         Command::Run(args) => match (&args.content.jobs, matches.subcommand_matches("run")) {
             (Some(file), Some(line)) => jobs::run(args, file, line, report),
             (_, line) => run::run(args, &line.map(Occurrences::of).unwrap_or_default(), report),
         },
         Command::Inspect(args) => inspect::run(args, cli.json),
+        Command::Lora(LoraCommand::Inspect(args)) => lora::inspect(args, cli.json),
         Command::Synth(args) => synth::run(args, report),
         Command::Bench(args) => bench::run(args, cli.json, report),
         Command::Demo(args) => demo::run(args, report),

@@ -9,6 +9,7 @@ use clap::ArgMatches;
 use ltxc_compiler::Options;
 use ltxc_ir::plan::{Modality, Plan};
 use ltxc_runtime::RunError;
+use ltxc_runtime::adapters::StageAdapters;
 use ltxc_runtime::audio_frontend::resample;
 use ltxc_runtime::backend::{Device, DeviceKind, open};
 use ltxc_runtime::executor::Executor;
@@ -23,7 +24,9 @@ use ltxc_runtime::tokenizer::Tokenizer;
 use ltxc_runtime::weights::{WeightFiles, find_tokenizer};
 use serde_json::json;
 
+use crate::adapters::{self, Loras};
 use crate::args::{ContentArgs, ImageCodec, PipelineName, RunArgs, SamplingArgs};
+use crate::assemble::ModelFiles;
 use crate::compile::{cached, read, unfused};
 use crate::debug::flags::{DebugMode, DebugOptions};
 use crate::debug::noise::summary as noise_summary;
@@ -43,7 +46,7 @@ pub static INTERRUPT: AtomicBool = AtomicBool::new(false);
 pub fn run(args: &RunArgs, occurrences: &Occurrences, report: &mut Report) -> Result<()> {
     let images = appended_images(args.shape.pipeline, &args.content, occurrences)?;
     let debug = DebugOptions::resolve(&args.debug, &|name| std::env::var(name).ok())?;
-    let runner = Runner::open(args, images, debug.mode, report)?;
+    let runner = Runner::open(args, images, &occurrences.lora, debug.mode, report)?;
     let choice = Choice {
         content: &args.content,
         sampling: &args.shape.sampling,
@@ -63,16 +66,19 @@ pub struct Occurrences {
     pub image: Vec<usize>,
     /// Of `--video-conditioning`.
     pub reference: Vec<usize>,
+    /// Of `--lora`.
+    pub lora: Vec<usize>,
 }
 
 impl Occurrences {
     /// Those of a parsed command.
     pub fn of(matches: &ArgMatches) -> Occurrences {
+        // Not every command has all of them.
         let count = |flag: &str| {
-            let found = matches.get_occurrences::<String>(flag);
+            let found = matches.try_get_occurrences::<String>(flag).ok().flatten();
             found.map(|occurrences| occurrences.map(Iterator::count).collect()).unwrap_or_default()
         };
-        Occurrences { image: count("image"), reference: count("video_conditioning") }
+        Occurrences { image: count("image"), reference: count("video_conditioning"), lora: count("lora") }
     }
 }
 
@@ -97,6 +103,7 @@ pub struct Runner {
     device: Device,
     weights: WeightFiles,
     tokenizer: PathBuf,
+    adapters: StageAdapters,
 }
 
 /// What one run chooses.
@@ -126,19 +133,32 @@ pub struct Made {
 }
 
 impl Runner {
-    /// Opens a plan, or compiles one with room for so many appended images, and finds its weights.
+    /// Opens a plan, or compiles one with room for so many appended images, and finds its weights. `lora_occurrences` says
+    /// how many values each `--lora` had.
     ///
     /// # Errors
-    /// A plan or weights that do not fit, or too little memory.
-    pub fn open(args: &RunArgs, images: usize, mode: DebugMode, report: &mut Report) -> Result<Runner> {
-        let (plan_path, folders) = plan_and_folders(args, images, mode)?;
+    /// A plan, weights or LoRAs that do not fit, or too little memory.
+    pub fn open(
+        args: &RunArgs,
+        images: usize,
+        lora_occurrences: &[usize],
+        mode: DebugMode,
+        report: &mut Report,
+    ) -> Result<Runner> {
+        let loras = Loras::open(&args.adapters, lora_occurrences)?;
+        let (plan_path, folders) = plan_and_folders(args, images, &loras, mode)?;
         let (plan, hash) = read(&plan_path)?;
         let device = pick(&args.shape.device, Some(&plan))?;
         let weights = WeightFiles::open(&plan, &folders, args.model.verify)?;
+        let fits = match loras.is_empty() {
+            true => Vec::new(),
+            false => loras.fit(&adapters::targets(&plan, &weights)?, &plan.pipeline.name)?,
+        };
+        let adapters = loras.stages(fits, &plan.pipeline, adapters::mode(args.lora_mode, &plan), report)?;
         let tokenizer = find_tokenizer(&plan.pipeline.text, &folders)?;
         match device.kind {
             DeviceKind::Cpu => {
-                let need = MemoryNeed::of(&plan, rayon::current_num_threads());
+                let need = MemoryNeed::of(&plan, rayon::current_num_threads()).with(&plan, &weights, &adapters);
                 report.note(&format!("memory: {} at most, besides mapped weights", readable(need.peak())));
                 need.check(available())?;
             }
@@ -146,7 +166,7 @@ impl Runner {
             _ => report.note(&format!("device {}: {}", device.name, device.description)),
         }
         let tokenizer = tokenizer.parent().unwrap_or(Path::new(".")).to_path_buf();
-        Ok(Runner { plan, hash, device, weights, tokenizer })
+        Ok(Runner { plan, hash, device, weights, tokenizer, adapters })
     }
 
     /// Hash of the plan.
@@ -192,6 +212,7 @@ impl Runner {
             media: inputs::load(content, &references, plan)?,
             stages,
             noise: Noise { seed, given: BTreeMap::new(), files: noise_files(content) },
+            adapters: self.adapters.clone(),
             allow_bad_numerics: content.allow_bad_numerics,
         };
         let tags = if choice.has_metadata { tags(&prompt, seed, &self.hash) } else { Vec::new() };
@@ -218,8 +239,8 @@ impl Runner {
     }
 }
 
-/// The plan to run and where its weights are.
-fn plan_and_folders(args: &RunArgs, images: usize, mode: DebugMode) -> Result<(PathBuf, Vec<PathBuf>)> {
+/// The plan to run and where its weights are. Nothing is compiled for LoRAs that do not fit.
+fn plan_and_folders(args: &RunArgs, images: usize, loras: &Loras, mode: DebugMode) -> Result<(PathBuf, Vec<PathBuf>)> {
     let Some(plan) = &args.plan else {
         if args.model.checkpoint_path.is_none() {
             bail!(
@@ -232,12 +253,16 @@ fn plan_and_folders(args: &RunArgs, images: usize, mode: DebugMode) -> Result<(P
             Some(clip) => inputs::shape_of_clip(&args.shape, clip)?,
             None => args.shape.clone(),
         };
-        let shape = Shape { target, ..Shape::resolve(&shape, images)? };
+        let has_distilled_adapter = !args.adapters.distilled_lora.is_empty();
+        let shape = Shape { target, has_distilled_adapter, ..Shape::resolve(&shape, images)? };
+        let files = ModelFiles::open(&args.model, shape.has_two_stages())?;
+        job::refuse_quantization(&args.shape, files.model.name(), files.model.has_fp8())?;
+        loras.check(&files.model, definition(shape.pipeline).name)?;
         let options = match mode {
             DebugMode::Fused => Options::default(),
             DebugMode::Exact => unfused(),
         };
-        let (path, files) = cached(&args.model, &shape, &options)?;
+        let path = cached(&files, &shape, &options)?;
         return Ok((path, [files.paths(), args.weights.clone()].concat()));
     };
     if mode == DebugMode::Exact {

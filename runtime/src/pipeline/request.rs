@@ -9,6 +9,7 @@ use super::media::Media;
 use super::noise::Noise;
 use super::per::Per;
 use super::schedule::check_sigmas;
+use crate::adapters::StageAdapters;
 use crate::error::RunError;
 use crate::media::RgbImage;
 
@@ -26,6 +27,8 @@ pub struct Request<'a> {
     pub stages: BTreeMap<String, StageChoice>,
     /// Where noise comes from.
     pub noise: Noise,
+    /// Adapters of every stage.
+    pub adapters: StageAdapters,
     /// Go on with latents that are NaN, infinite or constant.
     pub allow_bad_numerics: bool,
 }

@@ -77,6 +77,7 @@ impl Pipeline<'_> {
             media: Media::default(),
             stages: BTreeMap::new(),
             noise: self.noise,
+            adapters: Default::default(),
             allow_bad_numerics: true,
         };
         let (mut observer, mut output) = (Collected::default(), Collected::default());

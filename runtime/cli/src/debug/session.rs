@@ -211,8 +211,8 @@ fn patchify_sums(plan: &Plan, weights: &WeightFiles) -> Option<[f32; 4]> {
     let tensors = || plan.functions.iter().flat_map(|f| &f.weights).flat_map(|w| w.origin.tensors());
     let sum = |name: &str| {
         let tensor = tensors().find(|t| t.key.ends_with(&format!("diffusion_model.{name}")))?;
-        let bytes = weights.tensor(tensor, &tensor.key).ok()?;
-        Some(sum_f32(&decoded(&tensor.ty, bytes)))
+        let weight = weights.tensor(tensor, &tensor.key).ok()?;
+        Some(sum_f32(&decoded(&tensor.ty, weight.bytes())))
     };
     Some([
         sum("patchify_proj.weight")?,

@@ -9,4 +9,6 @@ mod devices;
 mod everyday;
 mod inputs;
 mod jobs;
+mod loras;
+mod misused_files;
 mod pipelines;
