@@ -129,10 +129,13 @@ pub enum AdapterMode {
     Live,
 }
 
+/// An adapter and its strength.
+type Member = (Arc<Adapter>, f32);
+
 /// Adapters with their strengths, in the order in which they are added.
 #[derive(Clone, Default)]
 pub struct AdapterSet {
-    members: Vec<(Arc<Adapter>, f32)>,
+    members: Vec<Member>,
     is_live: bool,
 }
 
@@ -193,7 +196,7 @@ impl Term<'_> {
 impl PartialEq for AdapterSet {
     /// Whether both would do the same.
     fn eq(&self, other: &AdapterSet) -> bool {
-        let same = |(a, b): (&(Arc<Adapter>, f32), &(Arc<Adapter>, f32))| Arc::ptr_eq(&a.0, &b.0) && a.1 == b.1;
+        let same = |(a, b): (&Member, &Member)| Arc::ptr_eq(&a.0, &b.0) && a.1 == b.1;
         let is_like = self.is_empty() || self.is_live == other.is_live;
         is_like && self.members.len() == other.members.len() && self.members.iter().zip(&other.members).all(same)
     }
