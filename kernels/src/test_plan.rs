@@ -14,6 +14,7 @@ pub(crate) fn empty() -> Plan {
         audio: Default::default(),
         text: Default::default(),
         stages: vec![],
+        inputs: Default::default(),
         decode: TilePlan { axes: Default::default(), factors: [1; 3] },
     };
     Plan {

@@ -47,6 +47,8 @@ pub enum RunError {
     #[error(transparent)]
     Tokenizer(#[from] crate::tokenizer::TokenizerError),
     #[error(transparent)]
+    Sound(#[from] crate::audio_frontend::FrontendError),
+    #[error(transparent)]
     Media(#[from] crate::media::MediaError),
     #[error("internal error: {0}; please report it with the plan's `ltxc inspect`")]
     Internal(String),

@@ -110,7 +110,8 @@ impl MemoryNeed {
         let workspace: Vec<u64> = function_workspace(plan, threads);
         let video = &plan.pipeline.video;
         let pixels = u64::from(video.height) * u64::from(video.width);
-        let contexts = contexts_bytes(plan);
+        // The contexts of the prompts and what the run brings stay for all stages.
+        let contexts = contexts_bytes(plan).saturating_add(media_bytes(plan));
         let mut parts: BTreeMap<u32, PartNeed> = BTreeMap::new();
         for program in &plan.programs {
             let group = plan.groups.get(program.group as usize);
@@ -120,7 +121,6 @@ impl MemoryNeed {
                 state: group.map_or(0, |g| g.state_bytes),
                 packed: 0,
                 workspace: 0,
-                // The contexts of the prompts stay for all stages.
                 host: contexts,
             });
             let arena = program.arena_bytes.iter().fold(0u64, |sum, &bytes| sum.saturating_add(bytes));
@@ -219,6 +219,18 @@ fn contexts_bytes(plan: &Plan) -> u64 {
     let one =
         connect.map_or(0, |p| p.outputs.iter().fold(0u64, |sum, slot| sum.saturating_add(slot.ty.bytes() as u64)));
     one.saturating_mul(prompts)
+}
+
+/// Bytes of the frames that a run brings.
+fn media_bytes(plan: &Plan) -> u64 {
+    let (inputs, video) = (&plan.pipeline.inputs, &plan.pipeline.video);
+    let frames = |count: u32, height: u32, width: u32| {
+        [count, height, width].iter().fold(3 * 4, |n: u64, &d| n.saturating_mul(u64::from(d)))
+    };
+    let clip = inputs.clip.as_ref().map_or(0, |_| frames(video.frames, video.height, video.width));
+    let references = inputs.references.as_ref();
+    let references = references.map_or(0, |r| frames(r.frames, r.height, r.width).saturating_mul(u64::from(r.count)));
+    clip.saturating_add(references)
 }
 
 /// The largest number of decoded frames that wait for the tiles that overlap them, in bytes.

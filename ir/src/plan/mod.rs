@@ -13,6 +13,7 @@
 
 pub mod container;
 pub mod fused;
+mod inputs;
 mod kernel;
 mod pipeline;
 mod settings;
@@ -23,6 +24,7 @@ pub mod verify;
 use serde::{Deserialize, Serialize};
 
 pub use fused::{Access, Form, Fused, Part, PartArg, Source, Work};
+pub use inputs::*;
 pub use kernel::{Copy, Function as MapFunction, InPlace, Kernel, Map, MapStep};
 pub use pipeline::*;
 

@@ -5,6 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::Inputs;
 use crate::tiling::TilePlan;
 use crate::types::DType;
 
@@ -25,6 +26,8 @@ pub struct Pipeline {
     pub text: TextSettings,
     /// Denoising stages, in order.
     pub stages: Vec<Stage>,
+    /// What a run brings besides text and images.
+    pub inputs: Inputs,
     /// Tiles of the video decoder, in latents; each size of tile is decoded by the program `decode.<f>x<h>x<w>`.
     pub decode: TilePlan,
 }

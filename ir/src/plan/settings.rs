@@ -2,12 +2,13 @@
 //!
 //! - sizes, rates and counts are below bounds that keep all arithmetic on them far from overflow;
 //! - every stage has falling noise levels that end with 0, and a grid if there is video;
-//! - the tiles of the decoder cover the grid of the last stage, in order and without a gap, and their pixels are the video.
+//! - the tiles of the decoder cover the grid of the last stage, in order and without a gap, and their pixels are the video;
+//! - inputs have sizes in range, and tiles that cover them.
 //!
 //! Settings without stages are those of a plan that only runs programs; they have no tiles either.
 
-use super::{Pipeline, Sampler, Stage};
-use crate::tiling::AxisTile;
+use super::{Pipeline, ReferenceInput, Sampler, Stage};
+use crate::tiling::{AxisTile, TilePlan};
 
 /// Largest side in pixels; a plan for more cannot be compiled.
 const MAX_SIDE: u32 = 1 << 16;
@@ -15,6 +16,9 @@ const MAX_SIDE: u32 = 1 << 16;
 const MAX_FRAMES: u32 = 1 << 20;
 /// Largest width of a token, pixels per latent, and number of keyframes.
 const MAX_WIDTH: u32 = 1 << 16;
+/// Largest number of reference videos, and of pixels or frames that one of theirs stands for.
+const MAX_REFERENCES: u32 = 64;
+const MAX_SCALE: u32 = 64;
 /// Largest number of tokens of a stage or of the sound track.
 const MAX_TOKENS: u64 = 1 << 26;
 
@@ -56,6 +60,7 @@ pub(super) fn check(pipeline: &Pipeline) -> Result<(), String> {
         }
         _ => {}
     }
+    check_inputs(pipeline)?;
     let tiles = &pipeline.decode;
     if !has_video {
         return if tiles.is_empty() { Ok(()) } else { Err("tiles without video".into()) };
@@ -96,6 +101,44 @@ fn check_stage(stage: &Stage, has_video: bool) -> Result<(), String> {
         return Err("a factor of the sampler is not a number".into());
     }
     Ok(())
+}
+
+/// Checks what a run brings.
+fn check_inputs(pipeline: &Pipeline) -> Result<(), String> {
+    let (video, inputs) = (&pipeline.video, &pipeline.inputs);
+    let scale = video.scale.map(|n| n as usize);
+    if (inputs.references.is_some() || inputs.clip.is_some()) && video.channels == 0 {
+        return Err("a clip is taken where no video is made".into());
+    }
+    if let Some(references) = &inputs.references {
+        let ReferenceInput { count, frames, height, width, space_scale, time_scale, .. } = *references;
+        let in_range = |n: u32, most: u32| (1..=most).contains(&n);
+        let scales = [space_scale, time_scale].iter().all(|&n| in_range(n, MAX_SCALE));
+        let sides = in_range(height, MAX_SIDE) && in_range(width, MAX_SIDE) && in_range(frames, MAX_FRAMES);
+        if !scales || !sides || !in_range(count, MAX_REFERENCES) {
+            return Err(format!("{count} references of {frames} frames of {height}x{width} are out of range"));
+        }
+        let grid = [frames.div_ceil(video.scale[0]), height / video.scale[1], width / video.scale[2]];
+        check_encoder_tiles(&references.tiles, scale, grid)?;
+    }
+    if let (Some(clip), Some(first)) = (&inputs.clip, pipeline.stages.first()) {
+        check_encoder_tiles(&clip.tiles, scale, first.grid)?;
+    }
+    if let Some(sound) = &inputs.sound {
+        let frames = u64::from(sound.mel_frames);
+        let latents = frames.saturating_sub(1).checked_div(u64::from(sound.time_factor));
+        if pipeline.audio.tokens == 0 || latents.is_none_or(|n| n + 1 != u64::from(pipeline.audio.tokens)) {
+            return Err(format!("a recording of {frames} mel frames is not {} audio tokens", pipeline.audio.tokens));
+        }
+    }
+    Ok(())
+}
+
+fn check_encoder_tiles(tiles: &TilePlan, factors: [usize; 3], grid: [u32; 3]) -> Result<(), String> {
+    if tiles.factors != factors {
+        return Err(format!("tiles of an input have {:?} pixels per latent, the video has {factors:?}", tiles.factors));
+    }
+    tiles.axes.iter().zip(grid).try_for_each(|(axis, extent)| check_tiles(axis, extent as usize))
 }
 
 /// Checks that `tiles` cover `0..extent` in order.

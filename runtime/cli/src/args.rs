@@ -99,6 +99,21 @@ pub struct ShapeArgs {
     /// Images behind frame 0 that a run may give [default: 0, or what --image needs]
     #[arg(long)]
     pub max_keyframes: Option<u32>,
+    /// Leave out the second stage of pipeline ic-lora; the video has half the size given.
+    #[arg(hide = true, long)]
+    pub skip_stage_2: bool,
+    /// Reference videos of a run [default: 1]
+    #[arg(hide = true, long, value_name = "N")]
+    pub reference_count: Option<u32>,
+    /// How many times smaller than the first stage reference videos are; the LoRA says it [default: 1]
+    #[arg(hide = true, long, value_name = "N")]
+    pub reference_downscale: Option<u32>,
+    /// Of how many frames reference videos have one; the LoRA says it [default: 1]
+    #[arg(hide = true, long, value_name = "N")]
+    pub reference_stride: Option<u32>,
+    /// Let a run say how strongly reference videos act, everywhere or with a mask.
+    #[arg(hide = true, long)]
+    pub reference_attention: bool,
     /// Device: auto, cpu, cuda:N, vulkan:N or metal; compile for any one with cuda or vulkan alone
     #[arg(long, default_value = "auto")]
     pub device: DeviceChoice,
@@ -323,6 +338,22 @@ pub enum PipelineName {
     /// The same with a sampler of second order and more pixels, for the best quality.
     #[value(name = "hq", aliases = ["two-stage-hq", "ti2vid_two_stages_hq"])]
     HighQuality,
+    /// Full model, guided, two stages: every image is a keyframe. Its second stage needs a LoRA.
+    #[value(skip)]
+    Keyframes,
+    /// Full model, guided, two stages: a video for a recording. Its second stage needs a LoRA.
+    #[value(skip)]
+    AudioToVideo,
+    /// Distilled, two stages, the first one guided by reference videos through a LoRA.
+    #[value(skip)]
+    IcLora,
+    /// The first stage of that alone, at the size given.
+    #[value(skip)]
+    IcLoraOneStage,
+    /// Distilled, a part of a clip is made anew.
+    Retake,
+    /// Full model, guided, a part of a clip is made anew.
+    RetakeGuided,
     /// Full model, guided, sound alone.
     #[value(name = "t2a", aliases = ["t2a_one_stage", "text-to-audio"])]
     TextToAudio,
@@ -429,8 +460,11 @@ pub struct RunArgs {
 #[command(next_help_heading = "Content")]
 pub struct ContentArgs {
     /// What to show; `-` reads standard input, `@FILE` a file.
-    #[arg(long, short)]
-    pub prompt: String,
+    #[arg(long, short, required_unless_present = "jobs")]
+    pub prompt: Option<String>,
+    /// Many runs: tables `[[job]]` (.toml) or a JSON object per line (.jsonl), with the names of flags as keys.
+    #[arg(long, value_name = "FILE")]
+    pub jobs: Option<PathBuf>,
     /// What not to show, for guided pipelines; `@FILE` reads a file [default: a text for every picture]
     #[arg(long)]
     pub negative_prompt: Option<String>,
@@ -440,6 +474,39 @@ pub struct ContentArgs {
     /// Image to start from or pass through, repeatable: PATH, then FRAME, STRENGTH and CRF if they are not 0, 1 and the model's.
     #[arg(long, num_args = 1..=4, value_names = ["PATH", "FRAME", "STRENGTH", "CRF"], action = clap::ArgAction::Append)]
     pub image: Vec<String>,
+    /// Reference video, repeatable: PATH, then STRENGTH if it is not 1.
+    #[arg(hide = true, long, num_args = 1..=2, value_names = ["PATH", "STRENGTH"], action = clap::ArgAction::Append)]
+    pub video_conditioning: Vec<String>,
+    /// How strongly reference videos act, 0 to 1, in plans compiled with --reference-attention.
+    #[arg(hide = true, long, value_name = "STRENGTH", alias = "conditioning-strength")]
+    pub conditioning_attention_strength: Option<f32>,
+    /// Video whose brightness says where they act.
+    #[arg(hide = true, long, value_name = "PATH")]
+    pub conditioning_attention_mask: Option<PathBuf>,
+    /// Recording that the video is made for: WAV, FLAC, MP3, AAC, the sound of a video, or what ffmpeg reads.
+    #[arg(hide = true, long, value_name = "PATH", alias = "audio")]
+    pub audio_path: Option<PathBuf>,
+    /// Where it starts, in seconds [default: 0]
+    #[arg(hide = true, long, value_name = "SECONDS", alias = "audio-start")]
+    pub audio_start_time: Option<f64>,
+    /// How much of it is used at most, in seconds [default: the length of the video]
+    #[arg(hide = true, long, value_name = "SECONDS")]
+    pub audio_max_duration: Option<f64>,
+    /// Clip of which a part is made anew: H.264 in MP4 or MOV, a folder of images, or what ffmpeg reads.
+    #[arg(long, value_name = "PATH")]
+    pub video_path: Option<PathBuf>,
+    /// Where that part begins, in seconds [default: 0]
+    #[arg(long, value_name = "SECONDS")]
+    pub start_time: Option<f64>,
+    /// Where it ends, in seconds [default: with the clip]
+    #[arg(long, value_name = "SECONDS")]
+    pub end_time: Option<f64>,
+    /// Make only the sound of that part anew.
+    #[arg(long)]
+    pub keep_video: bool,
+    /// Make only the picture of that part anew.
+    #[arg(long)]
+    pub keep_audio: bool,
     /// Steps of the first stage; of a distilled model fewer than its own.
     #[arg(long, alias = "steps")]
     pub num_inference_steps: Option<usize>,

@@ -11,12 +11,12 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use ltxc_ir::plan::{
-    AudioSettings, Modality, ModelInfo, Pass, Pipeline, Stage, StageAdapter, StageClass, StepProgram, StreamClass,
-    TextSettings, VideoSettings, WeightSource,
+    AudioSettings, Inputs, Modality, ModelInfo, Pass, Pipeline, Stage, StageAdapter, StageClass, StepProgram,
+    StreamClass, TextSettings, VideoSettings, WeightSource,
 };
 use ltxc_ir::tiling::TilePlan;
 use ltxc_ir::{DType, Module};
-use ltxc_models::audio::{AudioVaeConfig, VocoderConfig, decode_audio};
+use ltxc_models::audio::{self, AudioVaeConfig, VocoderConfig, decode_audio};
 use ltxc_models::checkpoint::{Checkpoint, GemmaFolder, Generation, hub};
 use ltxc_models::text::{self, TextConfig, TextWeights};
 use ltxc_models::transformer::{self, BlockSet, Perturbation, StreamSpec, TransformerConfig, TransformerSpec};
@@ -24,11 +24,12 @@ use ltxc_models::upsampler::{Enlarge, UpsamplerConfig, upsample};
 use ltxc_models::video_vae::{self, VideoVaeConfig};
 use ltxc_models::{ModelError, TensorDirectory, Weights};
 use ltxc_runtime::pipeline::decode::program_name;
+use ltxc_runtime::pipeline::encode;
 use ltxc_runtime::pipeline::needed_passes;
 
 use crate::args::ModelArgs;
 use crate::job::Shape;
-use crate::pipelines::{Basis, StageDraft, definition, guidance};
+use crate::pipelines::{Basis, StageDraft, definition, guidance, inputs};
 use crate::tensors;
 
 /// Names of the weight sources in graphs and plans.
@@ -182,7 +183,13 @@ pub fn assemble(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
     let connectors = &model.text.connectors;
     programs.add("text", "connect", text::connect(connectors, &model.weights, text::CONTEXT_TOKENS, dtype));
 
-    let (stages, factors) = (model.stages(shape)?, model.video_vae.factors());
+    let (mut stages, factors) = (model.stages(shape)?, model.video_vae.factors());
+    let tokens = model.audio_tokens(shape);
+    let first = stages.first().context("a pipeline has stages")?;
+    let inputs = inputs(shape, first, &model.video_vae, &model.audio_vae, tokens)?;
+    for (i, stage) in stages.iter_mut().enumerate() {
+        stage.classes = classes(stage, i == 0, shape, &inputs);
+    }
     for stage in &stages {
         for class in &stage.classes {
             for program in &class.programs {
@@ -197,6 +204,18 @@ pub fn assemble(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
             let module = video_vae::encode(&model.video_vae, &model.weights, pixels, dtype);
             programs.add("image", &format!("encode_image.{}", stage.name), module);
         }
+    }
+    let clips = inputs.references.iter().map(|r| &r.tiles).chain(inputs.clip.iter().map(|c| &c.tiles));
+    let sizes: BTreeSet<[usize; 3]> =
+        clips.flat_map(|tiles| tiles.tiles().map(move |t| tiles.pixels(t).map(|axis| axis.len()))).collect();
+    for pixels @ [f, h, w] in sizes {
+        let module = video_vae::encode(&model.video_vae, &model.weights, pixels, dtype);
+        programs.add("inputs", &encode::program_name(f, h, w), module);
+    }
+    if let Some(sound) = &inputs.sound {
+        let frames = sound.mel_frames as usize;
+        let module = audio::encode(&model.audio_vae, &model.weights, frames, dtype);
+        programs.add("inputs", "encode_audio", module);
     }
     let last = stages.last().context("a pipeline has stages")?;
     if let (Some(upsampler), [first, ..]) = (&files.upsampler, &stages[..]) {
@@ -240,14 +259,14 @@ pub fn assemble(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
             programs.add("decode", &program_name(f, h, w), module);
         }
     }
-    if shape.makes(Modality::Audio) {
-        let tokens = model.audio_tokens(shape);
+    let keeps_sound = inputs.sound.is_some_and(|sound| sound.is_kept);
+    if shape.makes(Modality::Audio) && !keeps_sound {
         let module = decode_audio(&model.audio_vae, &model.vocoder, &model.weights, tokens, dtype);
         programs.add("sound", "decode_audio", module);
     }
 
-    tensors::check(files, &asked, shape.modalities.len() == 2, programs.failure)?;
-    let pipeline = model.pipeline(files, shape, stages, tiles)?;
+    tensors::check(files, &asked, shape.modalities.len() == 2 && !keeps_sound, programs.failure)?;
+    let pipeline = model.pipeline(files, shape, stages, inputs, tiles)?;
     Ok(Assembly { programs: programs.built, pipeline })
 }
 
@@ -406,7 +425,7 @@ impl<'a> Components<'a> {
                 false => None,
             };
             let sampler = shape.sampling.sampler().filter(|_| i == 0).unwrap_or(draft.sampler);
-            let mut stage = Stage {
+            Ok(Stage {
                 name: draft.name.into(),
                 height: if has_video { height as u32 } else { 0 },
                 width: if has_video { width as u32 } else { 0 },
@@ -418,9 +437,7 @@ impl<'a> Components<'a> {
                 adapters: draft.adapters,
                 upsampled: draft.upsampled,
                 classes: Vec::new(),
-            };
-            stage.classes = classes(&stage, shape);
-            Ok(stage)
+            })
         };
         drafts.into_iter().enumerate().map(stage).collect()
     }
@@ -449,7 +466,14 @@ impl<'a> Components<'a> {
         ((seconds * num as f64 / den as f64).round_ties_even() as usize).max(1)
     }
 
-    fn pipeline(&self, files: &ModelFiles, shape: &Shape, stages: Vec<Stage>, decode: TilePlan) -> Result<Pipeline> {
+    fn pipeline(
+        &self,
+        files: &ModelFiles,
+        shape: &Shape,
+        stages: Vec<Stage>,
+        inputs: Inputs,
+        decode: TilePlan,
+    ) -> Result<Pipeline> {
         let tokenizer = files.gemma.tokenizer_json()?;
         let version = self.checkpoint.model_version().unwrap_or_default();
         let definition = definition(shape.pipeline);
@@ -486,15 +510,18 @@ impl<'a> Components<'a> {
                 tokenizer: (tokenizer.len() as u64, *blake3::hash(&tokenizer).as_bytes()),
             },
             stages,
+            inputs,
             decode,
         })
     }
 }
 
 /// The programs of a stage for each kind of conditioning that a run may bring.
-fn classes(stage: &Stage, shape: &Shape) -> Vec<StageClass> {
+fn classes(stage: &Stage, is_first: bool, shape: &Shape, inputs: &Inputs) -> Vec<StageClass> {
     let [_, rows, columns] = stage.grid;
-    let audio = StreamClass { appended: 0, rows: 1, attention: false };
+    let references = inputs.references.as_ref().filter(|_| is_first);
+    // What is kept of a clip has the timestep 0.
+    let kept = u32::from(is_first && inputs.clip.is_some());
     let class = |keyframes: u32, first_frame: bool| {
         let kind = match (first_frame, keyframes) {
             (false, 0) => String::new(),
@@ -503,11 +530,12 @@ fn classes(stage: &Stage, shape: &Shape) -> Vec<StageClass> {
             (true, n) => format!(".first.key{n}"),
         };
         let video = StreamClass {
-            appended: keyframes * rows * columns,
+            appended: keyframes * rows * columns + references.map_or(0, |r| r.count * r.tokens()),
             // Every strength is a timestep of its own.
-            rows: 1 + keyframes + first_frame as u32,
-            attention: false,
+            rows: 1 + keyframes + first_frame as u32 + references.map_or(0, |r| r.count) + kept,
+            attention: references.is_some_and(|r| r.has_attention),
         };
+        let audio = StreamClass { appended: 0, rows: 1 + kept, attention: false };
         let name = format!("{}{kind}", stage.name);
         StageClass {
             programs: step_programs(&name, stage, shape),
@@ -516,11 +544,15 @@ fn classes(stage: &Stage, shape: &Shape) -> Vec<StageClass> {
             audio: shape.makes(Modality::Audio).then_some(audio),
         }
     };
-    if !shape.makes(Modality::Video) {
+    if !shape.makes(Modality::Video) || inputs.clip.is_some() {
         return vec![class(0, false)];
     }
+    let replaces = if inputs.appends_first_image { &[false][..] } else { &[false, true] };
     let keyframes = 0..=shape.max_keyframes as u32;
-    keyframes.flat_map(|n| [false, true].map(|first_frame| class(n, first_frame))).collect()
+    keyframes
+        .flat_map(|n| replaces.iter().map(move |&first_frame| (n, first_frame)))
+        .map(|(n, f)| class(n, f))
+        .collect()
 }
 
 /// A program that updates everything, and one for each modality that a step may skip.

@@ -40,6 +40,21 @@ pub struct Shape {
     pub modalities: Vec<Modality>,
     /// Sampling and guidance, where they are not the pipeline's own.
     pub sampling: SamplingArgs,
+    /// Reference videos, for pipelines that take some.
+    pub references: References,
+}
+
+/// Reference videos that a plan has room for.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct References {
+    /// Number of videos.
+    pub count: usize,
+    /// How many times smaller than the first stage they are.
+    pub downscale: usize,
+    /// Of how many frames they have one.
+    pub stride: usize,
+    /// Whether a run says how strongly they act.
+    pub has_attention: bool,
 }
 
 /// The device that is meant, for a new plan or for `plan`.
@@ -117,6 +132,9 @@ impl VaeTile {
 /// Most pixels of a side and most frames: far beyond every model, small enough for all arithmetic.
 const MOST: usize = 1 << 16;
 
+/// Most reference videos, and how much coarser they may be.
+const MOST_REFERENCES: u32 = 64;
+
 /// Most keyframes a plan can be compiled for; each number of them has a program of its own.
 const MOST_KEYFRAMES: u32 = 64;
 
@@ -126,8 +144,15 @@ impl Shape {
     /// # Errors
     /// Values that no model could run. What depends on the model is checked when its files are known.
     pub fn resolve(args: &ShapeArgs, keyframes: usize) -> Result<Shape> {
-        let pipeline = args.pipeline.unwrap_or_default();
-        let (height, width) = definition(pipeline).size;
+        let named = args.pipeline.unwrap_or_default();
+        let (height, width) = definition(named).size;
+        let (pipeline, shrink) = match (named, args.skip_stage_2) {
+            (PipelineName::IcLora, true) => (PipelineName::IcLoraOneStage, 2),
+            (named, false) => (named, 1),
+            (named, true) => {
+                bail!("`--skip-stage-2` is for pipeline `ic-lora`, not for `{}`", definition(named).name)
+            }
+        };
         let modalities = match (definition(pipeline).has_video, args.no_audio) {
             (true, true) => vec![Modality::Video],
             (true, false) => Modality::BOTH.to_vec(),
@@ -143,6 +168,10 @@ impl Shape {
             }
             Ok(value)
         };
+        let count = |value: Option<u32>, flag: &str| match value.unwrap_or(1) {
+            n @ 1..=MOST_REFERENCES => Ok(n as usize),
+            n => bail!("`{flag} {n}` is out of range, expected 1 to {MOST_REFERENCES}"),
+        };
         let keyframes = args.max_keyframes.unwrap_or(keyframes.try_into().unwrap_or(u32::MAX));
         if keyframes > MOST_KEYFRAMES {
             bail!("{keyframes} images behind frame 0 are too many, expected at most {MOST_KEYFRAMES}");
@@ -150,8 +179,8 @@ impl Shape {
         let rate = args.frame_rate.as_deref().unwrap_or("24");
         Ok(Shape {
             pipeline,
-            height: size(args.height, height, "--height")?,
-            width: size(args.width, width, "--width")?,
+            height: size(args.height, height, "--height")?.div_ceil(shrink),
+            width: size(args.width, width, "--width")?.div_ceil(shrink),
             frames: size(args.num_frames, 121, "--num-frames")?,
             frame_rate: rate.parse().with_context(|| format!("`--frame-rate {rate}`"))?,
             max_keyframes: keyframes as usize,
@@ -166,6 +195,12 @@ impl Shape {
             has_distilled_adapter: false,
             modalities,
             sampling: args.sampling.clone(),
+            references: References {
+                count: count(args.reference_count, "--reference-count")?,
+                downscale: count(args.reference_downscale, "--reference-downscale")?,
+                stride: count(args.reference_stride, "--reference-stride")?,
+                has_attention: args.reference_attention,
+            },
         })
     }
 
@@ -295,7 +330,7 @@ pub fn images(values: &[String], occurrences: &[usize]) -> Result<Vec<ImageArg>>
 /// # Errors
 /// Input that cannot be read.
 pub fn prompt(args: &ContentArgs) -> Result<String> {
-    match args.prompt.as_str() {
+    match args.prompt.as_deref().unwrap_or_default() {
         "-" => std::io::read_to_string(std::io::stdin()).context("prompt from standard input"),
         text => from_file(text),
     }

@@ -6,7 +6,8 @@ use std::sync::atomic::Ordering;
 use clap::{ArgMatches, CommandFactory, FromArgMatches};
 use ltxc::args::{Cli, Command, LoraCommand, with_dashes};
 use ltxc::report::{Report, Style};
-use ltxc::{bench, compile, debug, demo, doctor, inspect, lora, run, synth};
+use ltxc::run::Occurrences;
+use ltxc::{bench, compile, debug, demo, doctor, inspect, jobs, lora, run, synth};
 use ltxc_runtime::RunError;
 
 /// Exit code after Ctrl-C, as shells expect it.
@@ -48,11 +49,14 @@ fn main() -> ExitCode {
 fn execute(cli: &Cli, matches: &ArgMatches, report: &mut Report) -> anyhow::Result<bool> {
     let done = match &cli.command {
         Command::Debug(command) => return debug::command::run(command, cli.json),
-        Command::Compile(args) => compile::run(args, &occurrences(matches, "compile", "lora"), report),
-        Command::Run(args) => {
-            let [images, loras] = ["image", "lora"].map(|flag| occurrences(matches, "run", flag));
-            run::run(args, &images, &loras, report)
+        Command::Compile(args) => {
+            let line = matches.subcommand_matches("compile");
+            compile::run(args, &line.map(Occurrences::of).unwrap_or_default().lora, report)
         }
+        Command::Run(args) => match (&args.content.jobs, matches.subcommand_matches("run")) {
+            (Some(file), Some(line)) => jobs::run(args, file, line, report),
+            (_, line) => run::run(args, &line.map(Occurrences::of).unwrap_or_default(), report),
+        },
         Command::Inspect(args) => inspect::run(args, cli.json),
         Command::Lora(LoraCommand::Inspect(args)) => lora::inspect(args, cli.json),
         Command::Synth(args) => synth::run(args, report),
@@ -61,10 +65,4 @@ fn execute(cli: &Cli, matches: &ArgMatches, report: &mut Report) -> anyhow::Resu
         Command::Doctor => doctor::run(cli.json),
     };
     done.map(|()| true)
-}
-
-/// Number of values of each occurrence of a flag of a command.
-fn occurrences(matches: &ArgMatches, command: &str, flag: &str) -> Vec<usize> {
-    let of = matches.subcommand_matches(command).and_then(|m| m.get_occurrences::<String>(flag));
-    of.map(|occurrences| occurrences.map(Iterator::count).collect()).unwrap_or_default()
 }

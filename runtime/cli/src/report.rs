@@ -106,6 +106,19 @@ impl Report {
         eprintln!("error: {}", sentence(error));
     }
 
+    /// A job of many has ended: one line on standard output, whatever the style.
+    pub fn job(&mut self, i: usize, n: usize, status: &str, path: &std::path::Path, error: Option<&anyhow::Error>) {
+        self.end();
+        let error = error.map(sentence);
+        match (self.style, &error) {
+            (Style::Json, _) => {
+                println!("{}", json!({"event": "job", "i": i, "n": n, "status": status, "path": path, "error": error}));
+            }
+            (_, None) => println!("{status} {}", path.display()),
+            (_, Some(error)) => println!("{status} {}: {error}", path.display()),
+        }
+    }
+
     /// The command has written `path`; the path is the last line on standard output.
     pub fn finish(&mut self, path: &std::path::Path, facts: serde_json::Value) {
         self.end();

@@ -5,13 +5,16 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, Result, bail};
+use clap::ArgMatches;
 use ltxc_compiler::Options;
 use ltxc_ir::plan::{Modality, Plan};
 use ltxc_runtime::RunError;
-use ltxc_runtime::backend::{DeviceKind, open};
+use ltxc_runtime::adapters::StageAdapters;
+use ltxc_runtime::audio_frontend::resample;
+use ltxc_runtime::backend::{Device, DeviceKind, open};
 use ltxc_runtime::executor::Executor;
 use ltxc_runtime::media::{
-    Audio, MediaWriter, OutputOptions, Rational, RoundTrip, VideoFormat, image_round_trip, load_image,
+    Audio, MediaWriter, OutputOptions, Rational, RoundTrip, VideoFormat, Written, image_round_trip, load_image,
 };
 use ltxc_runtime::memory::{MemoryNeed, available, readable};
 use ltxc_runtime::noise_files;
@@ -22,12 +25,13 @@ use ltxc_runtime::weights::{WeightFiles, find_tokenizer};
 use serde_json::json;
 
 use crate::adapters::{self, Loras};
-use crate::args::{ContentArgs, ImageCodec, RunArgs};
+use crate::args::{ContentArgs, ImageCodec, PipelineName, RunArgs, SamplingArgs};
 use crate::assemble::ModelFiles;
 use crate::compile::{cached, read, unfused};
 use crate::debug::flags::{DebugMode, DebugOptions};
 use crate::debug::noise::summary as noise_summary;
 use crate::debug::session::{About, Session};
+use crate::inputs;
 use crate::job::{self, ImageArg, Shape, pick};
 use crate::pipelines::{definition, describe, stage_choice};
 use crate::report::Report;
@@ -35,102 +39,222 @@ use crate::report::Report;
 /// Set by Ctrl-C; the run stops at the next kernel and removes what it has begun to write.
 pub static INTERRUPT: AtomicBool = AtomicBool::new(false);
 
-/// `ltxc run`. `image_occurrences` and `lora_occurrences` say how many values each `--image` and `--lora` had.
+/// `ltxc run` without `--jobs`.
 ///
 /// # Errors
 /// Anything that stops the run; no output is left then.
-pub fn run(args: &RunArgs, image_occurrences: &[usize], lora_occurrences: &[usize], report: &mut Report) -> Result<()> {
-    let images = job::images(&args.content.image, image_occurrences)?;
+pub fn run(args: &RunArgs, occurrences: &Occurrences, report: &mut Report) -> Result<()> {
+    let images = appended_images(args.shape.pipeline, &args.content, occurrences)?;
     let debug = DebugOptions::resolve(&args.debug, &|name| std::env::var(name).ok())?;
-    let loras = Loras::open(&args.adapters, lora_occurrences)?;
-    let (plan_path, folders) = plan_and_folders(args, &images, &loras, debug.mode)?;
-    let (plan, hash) = read(&plan_path)?;
-    let device = pick(&args.shape.device, Some(&plan))?;
-    let weights = WeightFiles::open(&plan, &folders, args.model.verify)?;
-    let fits = match loras.is_empty() {
-        true => Vec::new(),
-        false => loras.fit(&adapters::targets(&plan, &weights)?, &plan.pipeline.name)?,
+    let runner = Runner::open(args, images, &occurrences.lora, debug.mode, report)?;
+    let choice = Choice {
+        content: &args.content,
+        sampling: &args.shape.sampling,
+        occurrences,
+        output: &args.output,
+        has_metadata: !args.no_metadata,
     };
-    let adapters = loras.stages(fits, &plan.pipeline, adapters::mode(args.lora_mode, &plan), report)?;
-    let tokenizer = tokenizer(&plan, &folders)?;
-    match device.kind {
-        DeviceKind::Cpu => {
-            let need = MemoryNeed::of(&plan, rayon::current_num_threads()).with(&plan, &weights, &adapters);
-            report.note(&format!("memory: {} at most, besides mapped weights", readable(need.peak())));
-            need.check(available())?;
-        }
-        // The executor compares what the plan needs with what the device has.
-        _ => report.note(&format!("device {}: {}", device.name, device.description)),
-    }
-
-    let seed = job::seed(&args.content.seed)?;
-    let (prompt, negative) = (job::prompt(&args.content)?, job::negative_prompt(&args.content)?);
-    report.note(&format!("seed {seed}, {} ({})", plan.pipeline.name, plan.pipeline.model.generation));
-    let conditioning = images.iter().map(|i| load(i, &plan, args.content.image_codec)).collect::<Result<Vec<_>>>()?;
-    let stages = stage_choices(args, &plan)?;
-    for stage in &plan.pipeline.stages {
-        report.note(&describe(stage, stages.get(&stage.name), &plan.pipeline.modalities()));
-    }
-    let request = Request {
-        prompt: &prompt,
-        negative_prompt: &negative,
-        images: &conditioning,
-        stages,
-        noise: Noise { seed, given: BTreeMap::new(), files: noise_files(&args.content) },
-        adapters,
-        allow_bad_numerics: args.content.allow_bad_numerics,
-    };
-    let mut executor = Executor::on(open(&device)?, &plan, &weights, &INTERRUPT)?;
-    let session = match debug.is_on() {
-        true => {
-            let about = About { hash, device: device.name.to_string(), seed, noise: &request.noise.files };
-            let session = Session::new(&plan, &weights, debug, &about)?;
-            executor.set_tap(Some(session.tap()))?;
-            Some(session)
-        }
-        false => None,
-    };
-    let tags = if args.no_metadata { Vec::new() } else { tags(&prompt, seed, &hash) };
-    let mut output = FileOutput::create(&args.output, &plan, tags)?;
-    match &session {
-        None => run_pipeline(&mut executor, tokenizer, &request, report, &mut output)?,
-        Some(session) => {
-            run_pipeline(&mut executor, tokenizer, &request, &mut session.observer(report), &mut output)?;
-            session.finish()?.iter().for_each(|note| report.note(note));
-        }
-    }
-    for (slot, path) in request.noise.files.iter().filter(|(_, path)| path.exists()) {
-        let noise = noise_files::pick(path, slot)?;
-        let stats = Stats::of(&noise.shape, &noise.values);
-        report.note(&format!("noise {slot} `{}`: {}", path.display(), noise_summary(&stats)));
-    }
-    let written = output.writer.finish()?;
-    report.finish(&written.path, json!({"frames": written.frames, "bytes": written.bytes, "seed": seed}));
+    let written = runner.run(&mut runner.executor()?, &choice, debug, report)?;
+    report.finish(&written.path, json!({"frames": written.frames, "bytes": written.bytes, "seed": written.seed}));
     Ok(())
 }
 
-fn tokenizer(plan: &Plan, folders: &[PathBuf]) -> Result<Tokenizer> {
-    let path = find_tokenizer(&plan.pipeline.text, folders)?;
-    Ok(Tokenizer::from_folder(path.parent().unwrap_or(Path::new(".")))?)
+/// How many values each occurrence of a flag had that takes several and can be repeated.
+#[derive(Clone, Debug, Default)]
+pub struct Occurrences {
+    /// Of `--image`.
+    pub image: Vec<usize>,
+    /// Of `--video-conditioning`.
+    pub reference: Vec<usize>,
+    /// Of `--lora`.
+    pub lora: Vec<usize>,
+}
+
+impl Occurrences {
+    /// Those of a parsed command.
+    pub fn of(matches: &ArgMatches) -> Occurrences {
+        // Not every command has all of them.
+        let count = |flag: &str| {
+            let found = matches.try_get_occurrences::<String>(flag).ok().flatten();
+            found.map(|occurrences| occurrences.map(Iterator::count).collect()).unwrap_or_default()
+        };
+        Occurrences { image: count("image"), reference: count("video_conditioning"), lora: count("lora") }
+    }
+}
+
+/// Number of images that a plan for this content must have room for.
+///
+/// # Errors
+/// Values of `--image` that are no frame, strength or CRF.
+pub fn appended_images(
+    pipeline: Option<PipelineName>,
+    content: &ContentArgs,
+    occurrences: &Occurrences,
+) -> Result<usize> {
+    let images = job::images(&content.image, &occurrences.image)?;
+    let all = definition(pipeline.unwrap_or_default()).brings.appends_first_image;
+    Ok(images.iter().filter(|image| all || image.frame > 0).count())
+}
+
+/// A plan with its weights and device, to run as often as there are prompts.
+pub struct Runner {
+    plan: Plan,
+    hash: [u8; 32],
+    device: Device,
+    weights: WeightFiles,
+    tokenizer: PathBuf,
+    adapters: StageAdapters,
+}
+
+/// What one run chooses.
+pub struct Choice<'a> {
+    /// Prompt, images and so on.
+    pub content: &'a ContentArgs,
+    /// Sampling and guidance.
+    pub sampling: &'a SamplingArgs,
+    /// Of the flags in `content`.
+    pub occurrences: &'a Occurrences,
+    /// Where to write.
+    pub output: &'a Path,
+    /// Whether the output says how it was made.
+    pub has_metadata: bool,
+}
+
+/// What one run wrote.
+pub struct Made {
+    /// The file or folder.
+    pub path: PathBuf,
+    /// Number of frames.
+    pub frames: u64,
+    /// Size.
+    pub bytes: u64,
+    /// Seed.
+    pub seed: u64,
+}
+
+impl Runner {
+    /// Opens a plan, or compiles one with room for so many appended images, and finds its weights. `lora_occurrences` says
+    /// how many values each `--lora` had.
+    ///
+    /// # Errors
+    /// A plan, weights or LoRAs that do not fit, or too little memory.
+    pub fn open(
+        args: &RunArgs,
+        images: usize,
+        lora_occurrences: &[usize],
+        mode: DebugMode,
+        report: &mut Report,
+    ) -> Result<Runner> {
+        let loras = Loras::open(&args.adapters, lora_occurrences)?;
+        let (plan_path, folders) = plan_and_folders(args, images, &loras, mode)?;
+        let (plan, hash) = read(&plan_path)?;
+        let device = pick(&args.shape.device, Some(&plan))?;
+        let weights = WeightFiles::open(&plan, &folders, args.model.verify)?;
+        let fits = match loras.is_empty() {
+            true => Vec::new(),
+            false => loras.fit(&adapters::targets(&plan, &weights)?, &plan.pipeline.name)?,
+        };
+        let adapters = loras.stages(fits, &plan.pipeline, adapters::mode(args.lora_mode, &plan), report)?;
+        let tokenizer = find_tokenizer(&plan.pipeline.text, &folders)?;
+        match device.kind {
+            DeviceKind::Cpu => {
+                let need = MemoryNeed::of(&plan, rayon::current_num_threads()).with(&plan, &weights, &adapters);
+                report.note(&format!("memory: {} at most, besides mapped weights", readable(need.peak())));
+                need.check(available())?;
+            }
+            // The executor compares what the plan needs with what the device has.
+            _ => report.note(&format!("device {}: {}", device.name, device.description)),
+        }
+        let tokenizer = tokenizer.parent().unwrap_or(Path::new(".")).to_path_buf();
+        Ok(Runner { plan, hash, device, weights, tokenizer, adapters })
+    }
+
+    /// Hash of the plan.
+    pub fn plan_hash(&self) -> &[u8; 32] {
+        &self.hash
+    }
+
+    /// An executor, which can serve any number of runs.
+    ///
+    /// # Errors
+    /// A device that cannot be opened, or does not run the plan.
+    pub fn executor(&self) -> Result<Executor<'_>> {
+        Ok(Executor::on(open(&self.device)?, &self.plan, &self.weights, &INTERRUPT)?)
+    }
+
+    /// Runs once, and collects what `debug` asks for.
+    ///
+    /// # Errors
+    /// Anything that stops the run; no output is left then.
+    pub fn run<'r>(
+        &'r self,
+        executor: &mut Executor<'r>,
+        choice: &Choice<'_>,
+        debug: DebugOptions,
+        report: &mut Report,
+    ) -> Result<Made> {
+        let (plan, content) = (&self.plan, choice.content);
+        let seed = job::seed(&content.seed)?;
+        let (prompt, negative) = (job::prompt(content)?, job::negative_prompt(content)?);
+        report.note(&format!("seed {seed}, {} ({})", plan.pipeline.name, plan.pipeline.model.generation));
+        let images = job::images(&content.image, &choice.occurrences.image)?;
+        let conditioning = images.iter().map(|i| load(i, plan, content.image_codec)).collect::<Result<Vec<_>>>()?;
+        let references =
+            inputs::weighted("--video-conditioning", &content.video_conditioning, &choice.occurrences.reference)?;
+        let stages = stage_choices(choice, plan)?;
+        for stage in &plan.pipeline.stages {
+            report.note(&describe(stage, stages.get(&stage.name), &plan.pipeline.modalities()));
+        }
+        let request = Request {
+            prompt: &prompt,
+            negative_prompt: &negative,
+            images: &conditioning,
+            media: inputs::load(content, &references, plan)?,
+            stages,
+            noise: Noise { seed, given: BTreeMap::new(), files: noise_files(content) },
+            adapters: self.adapters.clone(),
+            allow_bad_numerics: content.allow_bad_numerics,
+        };
+        let tags = if choice.has_metadata { tags(&prompt, seed, &self.hash) } else { Vec::new() };
+        let mut output = FileOutput::create(choice.output, plan, tags)?;
+        let tokenizer = Tokenizer::from_folder(&self.tokenizer)?;
+        match debug.is_on() {
+            false => run_pipeline(executor, tokenizer, &request, report, &mut output)?,
+            true => {
+                let device = self.device.name.to_string();
+                let about = About { hash: self.hash, device, seed, noise: &request.noise.files };
+                let session = Session::new(plan, &self.weights, debug, &about)?;
+                executor.set_tap(Some(session.tap()))?;
+                run_pipeline(executor, tokenizer, &request, &mut session.observer(report), &mut output)?;
+                session.finish()?.iter().for_each(|note| report.note(note));
+            }
+        }
+        for (slot, path) in request.noise.files.iter().filter(|(_, path)| path.exists()) {
+            let noise = noise_files::pick(path, slot)?;
+            let stats = Stats::of(&noise.shape, &noise.values);
+            report.note(&format!("noise {slot} `{}`: {}", path.display(), noise_summary(&stats)));
+        }
+        let Written { path, frames, bytes, .. } = output.writer.finish()?;
+        Ok(Made { path, frames, bytes, seed })
+    }
 }
 
 /// The plan to run and where its weights are. Nothing is compiled for LoRAs that do not fit.
-fn plan_and_folders(
-    args: &RunArgs,
-    images: &[ImageArg],
-    loras: &Loras,
-    mode: DebugMode,
-) -> Result<(PathBuf, Vec<PathBuf>)> {
+fn plan_and_folders(args: &RunArgs, images: usize, loras: &Loras, mode: DebugMode) -> Result<(PathBuf, Vec<PathBuf>)> {
     let Some(plan) = &args.plan else {
         if args.model.checkpoint_path.is_none() {
             bail!(
                 "there is nothing to run; name a plan made by `ltxc compile`, or model files from `--checkpoint-path` on"
             );
         }
-        let keyframes = images.iter().filter(|i| i.frame > 0).count();
         let target = pick(&args.shape.device, None)?.target;
+        let takes_clip = definition(args.shape.pipeline.unwrap_or_default()).brings.clip;
+        let shape = match args.content.video_path.as_ref().filter(|_| takes_clip) {
+            Some(clip) => inputs::shape_of_clip(&args.shape, clip)?,
+            None => args.shape.clone(),
+        };
         let has_distilled_adapter = !args.adapters.distilled_lora.is_empty();
-        let shape = Shape { target, has_distilled_adapter, ..Shape::resolve(&args.shape, keyframes)? };
+        let shape = Shape { target, has_distilled_adapter, ..Shape::resolve(&shape, images)? };
         let files = ModelFiles::open(&args.model, shape.has_two_stages())?;
         job::refuse_quantization(&args.shape, files.model.name(), files.model.has_fp8())?;
         loras.check(&files.model, definition(shape.pipeline).name)?;
@@ -166,13 +290,13 @@ fn load(arg: &ImageArg, plan: &Plan, codec: ImageCodec) -> Result<Conditioning> 
 }
 
 /// What the flags change in the stages of a plan.
-fn stage_choices(args: &RunArgs, plan: &Plan) -> Result<BTreeMap<String, StageChoice>> {
-    let content = &args.content;
+fn stage_choices(choice: &Choice<'_>, plan: &Plan) -> Result<BTreeMap<String, StageChoice>> {
+    let content = choice.content;
     let first = plan.pipeline.stages.first().context("the plan has no stages")?;
     let modalities = plan.pipeline.modalities();
     let steps = content.num_inference_steps;
-    let choice = stage_choice(first, &modalities, &args.shape.sampling, steps, content.sigmas.as_deref())?;
-    let mut out = BTreeMap::from([(first.name.clone(), choice)]);
+    let first_choice = stage_choice(first, &modalities, choice.sampling, steps, content.sigmas.as_deref())?;
+    let mut out = BTreeMap::from([(first.name.clone(), first_choice)]);
     if let Some(list) = &content.sigmas_stage2 {
         out.insert("stage2".into(), StageChoice { sigmas: Some(list.clone()), ..StageChoice::default() });
     }
@@ -195,6 +319,9 @@ fn tags(prompt: &str, seed: u64, hash: &[u8; 32]) -> Vec<(String, String)> {
         .map(|(name, value)| (name.to_string(), value))
         .into()
 }
+
+/// Sampling rate that every format has.
+const COMMON_RATE_HZ: usize = 48_000;
 
 /// Writes frames and sound to a file or folder.
 struct FileOutput {
@@ -229,8 +356,16 @@ impl Output for FileOutput {
     }
 
     fn sound(&mut self, samples: &[f32], rate_hz: u32) -> Result<(), RunError> {
-        let channel = |c: usize| samples.iter().skip(c).step_by(2).copied();
-        let planar = channel(0).chain(channel(1)).collect();
-        Ok(self.writer.write_audio(Audio::new(rate_hz, planar)?)?)
+        let channel = |c: usize| samples.iter().skip(c).step_by(2).copied().collect::<Vec<f32>>();
+        let (left, right) = (channel(0), channel(1));
+        // Sound of a recording may have a rate that an MP4 file cannot.
+        let audio = match self.writer.takes_rate(rate_hz) {
+            true => Audio::new(rate_hz, [left, right].concat())?,
+            false => {
+                let to = |x: &[f32]| resample(x, rate_hz as usize, COMMON_RATE_HZ);
+                Audio::new(COMMON_RATE_HZ as u32, [to(&left)?, to(&right)?].concat())?
+            }
+        };
+        Ok(self.writer.write_audio(audio)?)
     }
 }

@@ -12,6 +12,10 @@ pub const CHANNELS: usize = 2;
 /// Bits per second for stereo, unless the format allows less at a low sampling rate.
 const BITRATE: u32 = 192_000;
 
+/// Sampling rates of AAC in mp4: ISO/IEC 14496-3, table 1.18, less the two whose number does not fit an mp4 sample
+/// description.
+pub const RATES_HZ: [u32; 11] = [64000, 48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000, 7350];
+
 /// A stereo waveform.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Audio {
@@ -66,8 +70,6 @@ pub fn to_i16(sample: f32) -> i16 {
 /// # Errors
 /// [`MediaError::Limit`] if AAC does not know the sampling rate; [`MediaError::Codec`] if the encoder fails.
 pub fn encode(audio: &Audio) -> Result<AudioTrack, MediaError> {
-    // ISO/IEC 14496-3, table 1.18, less the two rates whose number does not fit an mp4 sample description.
-    const RATES_HZ: [u32; 11] = [64000, 48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000, 7350];
     if !RATES_HZ.contains(&audio.rate_hz) {
         return Err(MediaError::limit(
             "audio sampling rate",

@@ -182,6 +182,11 @@ impl MediaWriter {
         Ok(())
     }
 
+    /// Whether the format holds sound of this rate, in samples per second.
+    pub fn takes_rate(&self, rate_hz: u32) -> bool {
+        !matches!(self.sink, Some(Sink::Mp4(_))) || aac::RATES_HZ.contains(&rate_hz)
+    }
+
     /// Sets the sound, which starts with the first frame. It may be shorter or longer than the video.
     ///
     /// # Errors

@@ -6,6 +6,7 @@
 //! |---|---|
 //! | what a run asks for, and whether the plan has room for it | `request` |
 //! | encode text → stages → upsample → decode | `run`, `text`, `decode` |
+//! | clips and recordings | `media`, `encode`, `tiles` |
 //! | states, and what conditioning does to them | `state`, `positions`, `conditioning`, `stage` |
 //! | noise levels, steps and fresh noise | `schedule`, `sampler`, `noise` |
 //! | programs of the transformer, and guidance between their passes | `denoise`, `guidance` |
@@ -15,6 +16,7 @@ pub mod decode;
 mod denoise;
 pub mod encode;
 pub mod guidance;
+mod media;
 mod noise;
 mod observe;
 mod per;
@@ -29,6 +31,7 @@ mod text;
 mod tiles;
 
 pub use denoise::needed_passes;
+pub use media::{Attention, Media, Reference, SourceClip};
 pub use noise::{Noise, SlotShape};
 pub use observe::{Event, Observer, Silent};
 pub use per::Per;

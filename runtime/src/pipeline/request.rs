@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use ltxc_ir::plan::{Guidance, Modality, Pipeline, Sampler, Stage, StageClass, StreamClass};
 
 use super::denoise::{needed_passes, program_of};
+use super::media::Media;
 use super::noise::Noise;
 use super::per::Per;
 use super::schedule::check_sigmas;
@@ -20,6 +21,8 @@ pub struct Request<'a> {
     pub negative_prompt: &'a str,
     /// Images to start from or to pass through, in the order they were given.
     pub images: &'a [Conditioning],
+    /// Clips and recordings.
+    pub media: Media,
     /// What differs from the plan, by stage name.
     pub stages: BTreeMap<String, StageChoice>,
     /// Where noise comes from.
@@ -83,6 +86,7 @@ impl<'a> Request<'a> {
     /// [`RunError::Input`] with what the plan has no room for.
     pub(super) fn choose<'s, 'p: 's>(&'s self, pipeline: &'p Pipeline) -> Result<Vec<ChosenStage<'s, 'p>>, RunError> {
         self.check_images(pipeline)?;
+        self.media.check(pipeline)?;
         let named = self.stages.keys().map(|stage| (stage.as_str(), "settings"));
         let noise = self.noise.files.keys().map(|slot| (slot.split('.').next().unwrap_or_default(), "a noise file"));
         for (stage, what) in named.chain(noise) {
@@ -98,6 +102,9 @@ impl<'a> Request<'a> {
         if pipeline.video.channels == 0 && !self.images.is_empty() {
             return Err(RunError::Input(format!("pipeline `{}` makes no video, so it takes no images", pipeline.name)));
         }
+        if pipeline.inputs.clip.is_some() && !self.images.is_empty() {
+            return Err(RunError::Input(format!("pipeline `{}` takes a clip and no images", pipeline.name)));
+        }
         for (i, image) in self.images.iter().enumerate() {
             let (n, frame, frames) = (i + 1, image.frame, pipeline.video.frames);
             if frame >= frames {
@@ -110,7 +117,7 @@ impl<'a> Request<'a> {
                 return Err(RunError::Input(format!("image {n} has strength {}, it must be 0 to 1", image.strength)));
             }
         }
-        if self.images.iter().filter(|i| i.frame == 0).count() > 1 {
+        if !pipeline.inputs.appends_first_image && self.images.iter().filter(|i| i.frame == 0).count() > 1 {
             return Err(RunError::Input("two images stand at frame 0; give one of them another frame".into()));
         }
         Ok(())
@@ -146,11 +153,13 @@ impl<'a> Request<'a> {
         };
         let rows = |class: &&StageClass| class.video.map_or(0, |v| v.rows) + class.audio.map_or(0, |a| a.rows);
         stage.classes.iter().filter(fits).min_by_key(rows).ok_or_else(|| {
-            let most = pipeline.video.max_keyframes;
-            let keyframes = self.images.iter().filter(|i| i.frame > 0).count();
+            let (most, given) = (pipeline.video.max_keyframes, self.keyframes(pipeline));
+            let room = match pipeline.inputs.appends_first_image {
+                true => format!("{most} images, {given}"),
+                false => format!("one image at frame 0 and {most} elsewhere, {given} elsewhere"),
+            };
             RunError::Input(format!(
-                "the plan has room for one image at frame 0 and {most} elsewhere, {keyframes} elsewhere were given; \
-                 compile it with `--max-keyframes {keyframes}`"
+                "the plan has room for {room} were given; compile it with `--max-keyframes {given}`"
             ))
         })
     }
@@ -158,19 +167,34 @@ impl<'a> Request<'a> {
     /// What the states of a stage will look like.
     fn needs(&self, pipeline: &Pipeline, stage: &Stage) -> Per<StreamClass> {
         let [_, rows, columns] = stage.grid;
-        let keyframes = self.images.iter().filter(|i| i.frame > 0).count() as u32;
-        let video = StreamClass {
-            appended: keyframes.saturating_mul(rows).saturating_mul(columns),
-            // Every strength is a timestep of its own.
-            rows: self.images.len() as u32 + 1,
-            attention: false,
-        };
-        let audio = StreamClass { appended: 0, rows: 1, attention: false };
-        let made = pipeline.modalities();
-        Per::new(|modality| {
-            let need = if modality == Modality::Video { video } else { audio };
-            made.contains(&modality).then_some(need)
-        })
+        let (mut video, mut audio) = (StreamClass { rows: 1, ..StreamClass::default() }, StreamClass::default());
+        video.appended = self.keyframes(pipeline).saturating_mul(rows).saturating_mul(columns);
+        // Every strength is a timestep of its own.
+        video.rows += self.images.len() as u32;
+        audio.rows = 1;
+        if pipeline.stages.first() == Some(stage) {
+            if let Some(references) = &pipeline.inputs.references {
+                let tokens = references.tokens().saturating_mul(references.count);
+                video.appended = video.appended.saturating_add(tokens);
+                video.rows += references.count;
+                video.attention = references.has_attention;
+            }
+            if pipeline.inputs.clip.is_some() {
+                // What is kept has the timestep 0.
+                video.rows += 1;
+                audio.rows += 1;
+            }
+        }
+        Per {
+            video: (pipeline.video.channels > 0).then_some(video),
+            audio: (pipeline.audio.tokens > 0).then_some(audio),
+        }
+    }
+
+    /// Number of images that are appended.
+    fn keyframes(&self, pipeline: &Pipeline) -> u32 {
+        let appended = |i: &&Conditioning| i.frame > 0 || pipeline.inputs.appends_first_image;
+        self.images.iter().filter(appended).count() as u32
     }
 }
 

@@ -4,6 +4,7 @@ use ltxc_ir::plan::{Pass, Pipeline, Stage};
 
 use super::decode::decode_video;
 use super::denoise::{Contexts, needed_passes};
+use super::media::Encoded;
 use super::observe::{Event, Observer, frames_problem, numerical_problem};
 use super::per::Per;
 use super::request::{Output, Request};
@@ -11,6 +12,7 @@ use super::stage::{Start, run_stage};
 use super::text::encode_prompt;
 use crate::error::RunError;
 use crate::executor::Executor;
+use crate::media::Recording;
 use crate::tokenizer::Tokenizer;
 
 /// Runs the pipeline of the executor's plan.
@@ -39,12 +41,21 @@ pub fn run(
     drop(tokenizer);
     // The text encoder is the largest component besides the transformer; neither should wait for the other in memory.
     executor.unload_all()?;
+    let encoded = request.media.encode(executor)?;
+    if let ([prompt, negative], true) = (&mut texts[..], encoded.frozen.audio.is_some()) {
+        // Nothing is to be avoided in a sound that stays.
+        negative.audio.clone_from(&prompt.audio);
+    }
     let contexts = Contexts { prompt: &texts[0], negative: texts.get(1) };
 
-    let mut latents: Per<Vec<f32>> = Per::default();
+    let Encoded { mut latents, mut items, frozen } = encoded;
     let mut sound = None;
     for (i, chosen) in stages.iter().enumerate() {
-        let starts = starts(executor, pipeline, chosen.stage, chosen.sigmas[0], latents)?;
+        let mut starts = starts(executor, pipeline, chosen.stage, chosen.sigmas[0], latents)?;
+        for (modality, start) in starts.iter_mut() {
+            start.items = items.slot(modality).take().unwrap_or_default();
+            start.frozen = frozen.get(modality).is_some();
+        }
         executor.set_adapters(request.adapters.of(&chosen.stage.name))?;
         latents = run_stage(executor, observer, request, chosen, contexts, starts)?;
         executor.unload_all()?;
@@ -56,7 +67,9 @@ pub fn run(
         observer.event(Event::Tensor { name: "final.video_latent".into(), values: &latent });
         write_video(executor, pipeline, request, &latent, observer, output)?;
     }
-    if let Some(latent) = sound {
+    if let Some(recording) = request.media.sound.as_ref().filter(|_| frozen.audio.is_some()) {
+        write_recording(recording, observer, output)?;
+    } else if let Some(latent) = sound {
         observer.event(Event::Tensor { name: "final.audio_latent".into(), values: &latent });
         write_sound(executor, pipeline, request, &latent, observer, output)?;
     }
@@ -81,7 +94,7 @@ fn starts(
     Ok(Per::new(|modality| {
         let latent = latents.slot(modality).take();
         let noise_scale = if latent.is_some() { sigma } else { 1.0 };
-        made.contains(&modality).then_some(Start { latent, noise_scale })
+        made.contains(&modality).then_some(Start { latent, noise_scale, ..Start::default() })
     }))
 }
 
@@ -133,6 +146,18 @@ fn write_sound(
     observer.event(Event::Tensor { name: "final.waveform".into(), values: &waveform });
     observer.event(Event::Step { stage: "sound", index: 1 });
     output.sound(&waveform, pipeline.audio.rate_hz)
+}
+
+/// Writes the recording that was given, as stereo.
+fn write_recording(
+    recording: &Recording,
+    observer: &mut dyn Observer,
+    output: &mut dyn Output,
+) -> Result<(), RunError> {
+    let (Some(left), right) = (recording.channels.first(), recording.channels.get(1)) else { return Ok(()) };
+    let samples: Vec<f32> = left.iter().zip(right.unwrap_or(left)).flat_map(|(l, r)| [*l, *r]).collect();
+    observer.event(Event::Tensor { name: "final.waveform".into(), values: &samples });
+    output.sound(&samples, recording.rate_hz)
 }
 
 fn check_numerics(

@@ -21,12 +21,16 @@ use crate::media::resize_and_crop;
 const MEL_BINS: usize = 16;
 
 /// What a modality of a stage starts from.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Start {
     /// Token form; zeros if there is none.
     pub latent: Option<Vec<f32>>,
     /// How much of it is replaced by noise.
     pub noise_scale: f32,
+    /// Whether it is only looked at.
+    pub frozen: bool,
+    /// What conditions it besides images.
+    pub items: Vec<Item>,
 }
 
 /// Runs one stage. Returns the latents of its target tokens: video `[f, h, w, c]`, sound `[t, c]`.
@@ -53,6 +57,10 @@ pub(super) fn run_stage<'p>(
     let mut states = starts.try_map(|modality, start| {
         let mut state = initial_state(pipeline, stage, modality, start.latent);
         items.slot(modality).take().unwrap_or_default().iter().for_each(|item| item.apply(&mut state));
+        start.items.iter().for_each(|item| item.apply(&mut state));
+        if start.frozen {
+            state.freeze();
+        }
         let noise = draw_noise(request, stage, modality, &state)?;
         state.add_noise(&noise, start.noise_scale);
         let name = modality.name();
@@ -107,7 +115,7 @@ fn items(
     let item = |conditioning: &Conditioning| {
         let (latent, strength) = (encode_image(executor, stage, conditioning)?, conditioning.strength);
         Ok(match conditioning.frame {
-            0 => Item::Replace { first: 0, latent, strength },
+            0 if !pipeline.inputs.appends_first_image => Item::Replace { first: 0, latent, strength },
             frame => {
                 let positions = keyframe_positions([1, rows, columns], frame, true, &pipeline.video);
                 Item::Append { latent, positions, strength, attention: None }

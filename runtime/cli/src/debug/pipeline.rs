@@ -9,7 +9,7 @@ use ltxc_ir::plan::Plan;
 use ltxc_runtime::RunError;
 use ltxc_runtime::backend::{Device, open};
 use ltxc_runtime::executor::Executor;
-use ltxc_runtime::pipeline::{Conditioning, Event, Noise, Observer, Output, Request, run};
+use ltxc_runtime::pipeline::{Conditioning, Event, Media, Noise, Observer, Output, Request, run};
 use ltxc_runtime::tap::Tap;
 use ltxc_runtime::tokenizer::Tokenizer;
 use ltxc_runtime::weights::{WeightFiles, find_tokenizer};
@@ -74,6 +74,7 @@ impl Pipeline<'_> {
             prompt: self.prompt,
             negative_prompt: self.negative_prompt,
             images: self.images,
+            media: Media::default(),
             stages: BTreeMap::new(),
             noise: self.noise,
             adapters: Default::default(),

@@ -6,7 +6,7 @@ use ltxc_ir::plan::{Sampler, Schedule, StageAdapter};
 use ltxc_models::checkpoint::Generation;
 use ltxc_runtime::pipeline::schedule::{DISTILLED_STAGE_1, DISTILLED_STAGE_2};
 
-use super::{Basis, Definition, StageDraft, Training};
+use super::{Basis, Brings, Definition, StageDraft, Training};
 
 /// Half size, latent upscaling, full size.
 pub const TWO_STAGES: Definition = Definition {
@@ -17,6 +17,7 @@ pub const TWO_STAGES: Definition = Definition {
     has_two_stages: true,
     stages: |basis| vec![first(basis), second(basis)],
     sound_stage: 1,
+    brings: Brings::NOTHING,
 };
 
 /// The first stage alone, at full size.

@@ -5,9 +5,12 @@
 //!
 //! Source: spec/pipelines §1, §9.
 
+mod conditioned;
 mod describe;
 mod distilled;
+mod inputs;
 mod one_stage;
+mod retake;
 mod sampling;
 mod two_stage;
 
@@ -19,6 +22,7 @@ use ltxc_models::checkpoint::{Checkpoint, Generation};
 
 use crate::args::PipelineName;
 pub use describe::describe;
+pub use inputs::inputs;
 pub use sampling::{guidance, stage_choice};
 
 /// What a pipeline is.
@@ -37,6 +41,26 @@ pub struct Definition {
     pub stages: fn(&Basis) -> Vec<StageDraft>,
     /// The stage whose sound is written.
     pub sound_stage: usize,
+    /// What a run brings besides text and images.
+    pub brings: Brings,
+}
+
+/// Media that a pipeline takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Brings {
+    /// Whether images at frame 0 are appended like all others.
+    pub appends_first_image: bool,
+    /// Videos that guide the first stage.
+    pub references: bool,
+    /// A clip of which a part is made anew.
+    pub clip: bool,
+    /// A recording that is kept.
+    pub sound: bool,
+}
+
+impl Brings {
+    /// Text and images are all.
+    pub const NOTHING: Brings = Brings { appends_first_image: false, references: false, clip: false, sound: false };
 }
 
 /// How a checkpoint was trained.
@@ -87,6 +111,12 @@ pub fn definition(name: PipelineName) -> &'static Definition {
         PipelineName::TwoStage => &two_stage::TWO_STAGES,
         PipelineName::HighQuality => &two_stage::HIGH_QUALITY,
         PipelineName::TextToAudio => &one_stage::SOUND,
+        PipelineName::Keyframes => &conditioned::KEYFRAMES,
+        PipelineName::AudioToVideo => &conditioned::AUDIO_TO_VIDEO,
+        PipelineName::IcLora => &conditioned::IC_LORA,
+        PipelineName::IcLoraOneStage => &conditioned::IC_LORA_ONE_STAGE,
+        PipelineName::Retake => &retake::DISTILLED,
+        PipelineName::RetakeGuided => &retake::GUIDED,
     }
 }
 

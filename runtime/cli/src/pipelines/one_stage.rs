@@ -6,7 +6,7 @@ use ltxc_ir::plan::{CfgRule, Guidance, Guider, Sampler, Schedule, StageAdapter};
 use ltxc_models::checkpoint::Generation;
 use ltxc_runtime::pipeline::schedule::{DEFAULT_TOKENS, TERMINAL, shifted};
 
-use super::{Basis, Definition, StageDraft, Training};
+use super::{Basis, Brings, Definition, StageDraft, Training};
 
 /// Text, or text and images, to a video with sound.
 pub const VIDEO: Definition = Definition {
@@ -17,6 +17,7 @@ pub const VIDEO: Definition = Definition {
     has_two_stages: false,
     stages: |basis| vec![guided(basis)],
     sound_stage: 0,
+    brings: Brings::NOTHING,
 };
 
 /// Text to sound.

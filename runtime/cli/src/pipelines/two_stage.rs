@@ -6,7 +6,7 @@ use ltxc_ir::plan::{Guidance, Guider, Sampler, Schedule, StageAdapter};
 use ltxc_runtime::pipeline::schedule::{DISTILLED_STAGE_2, TERMINAL, shifted};
 
 use super::one_stage::guided;
-use super::{Basis, Definition, StageDraft, Training};
+use super::{Basis, Brings, Definition, StageDraft, Training};
 
 /// Half size with guidance, latent upscaling, full size.
 pub const TWO_STAGES: Definition = Definition {
@@ -18,6 +18,7 @@ pub const TWO_STAGES: Definition = Definition {
     stages: |basis| vec![guided(basis), refinement()],
     // The second stage makes sound too, because the picture looks at it; the first one's is better.
     sound_stage: 0,
+    brings: Brings::NOTHING,
 };
 
 /// The same with a sampler of second order, and some of the distilled adapter in both stages.
@@ -29,7 +30,7 @@ pub const HIGH_QUALITY: Definition = Definition {
 };
 
 /// From the upsampled latent of the first stage.
-fn refinement() -> StageDraft {
+pub fn refinement() -> StageDraft {
     StageDraft {
         name: "stage2",
         sigmas: DISTILLED_STAGE_2.into(),

@@ -7,6 +7,8 @@ mod bench;
 mod binary;
 mod devices;
 mod everyday;
+mod inputs;
+mod jobs;
 mod loras;
 mod misused_files;
 mod pipelines;

@@ -36,7 +36,7 @@ fn high_quality_run() {
 }
 
 /// The flags that a recorded run stands for.
-fn sampling(params: &Value) -> SamplingArgs {
+pub fn sampling(params: &Value) -> SamplingArgs {
     let number = |modality: &str, key: &str| params[format!("{modality}_guider")][key].as_f64();
     let blocks = |modality: &str| {
         let listed = params[format!("{modality}_guider")]["stg_blocks"].as_array()?;

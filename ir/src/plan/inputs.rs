@@ -1,0 +1,77 @@
+//! Media that a run brings besides text and images, and what is done with them.
+
+use serde::{Deserialize, Serialize};
+
+use crate::tiling::TilePlan;
+
+/// What a pipeline takes. Everything that is not `None` must be given.
+#[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Inputs {
+    /// Whether an image at frame 0 is appended like all others; if not, it replaces the first latent frame.
+    pub appends_first_image: bool,
+    /// Videos that guide the first stage.
+    pub references: Option<ReferenceInput>,
+    /// A clip of the size of the result, of which a part is made anew.
+    pub clip: Option<ClipInput>,
+    /// A recording.
+    pub sound: Option<SoundInput>,
+}
+
+/// Videos that guide a stage.
+#[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct ReferenceInput {
+    /// Number of videos.
+    pub count: u32,
+    /// Number of frames of each, after those that the scale leaves out.
+    pub frames: u32,
+    /// Height in pixels.
+    pub height: u32,
+    /// Width in pixels.
+    pub width: u32,
+    /// One of its pixels stands for so many in height and width.
+    pub space_scale: u32,
+    /// One of its frames stands for so many.
+    pub time_scale: u32,
+    /// Whether a run says how strongly references and target attend to each other.
+    pub has_attention: bool,
+    /// Tiles of the encoder.
+    pub tiles: TilePlan,
+}
+
+impl ReferenceInput {
+    /// Latent frames, rows and columns of one video.
+    pub fn grid(&self) -> [u32; 3] {
+        std::array::from_fn(|i| self.tiles.axes[i].last().map_or(0, |tile| tile.end as u32))
+    }
+
+    /// Tokens of one video.
+    pub fn tokens(&self) -> u32 {
+        self.grid().iter().fold(1, |n: u32, &d| n.saturating_mul(d))
+    }
+}
+
+/// A clip.
+#[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct ClipInput {
+    /// Tiles of the encoder.
+    pub tiles: TilePlan,
+}
+
+/// A recording.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct SoundInput {
+    /// Whether it is kept and written as it is; if not, it belongs to the clip, which may also be silent.
+    pub is_kept: bool,
+    /// Sampling rate of the spectrogram in Hz.
+    pub rate_hz: u32,
+    /// Length of the Fourier transform.
+    pub n_fft: u32,
+    /// Samples from one frame of the spectrogram to the next.
+    pub hop_length: u32,
+    /// Mel bins per channel.
+    pub mel_bins: u32,
+    /// Frames of the spectrogram that the encoder takes.
+    pub mel_frames: u32,
+    /// Frames of the spectrogram that a latent stands for; the first stands for one.
+    pub time_factor: u32,
+}

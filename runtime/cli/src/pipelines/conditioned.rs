@@ -1,0 +1,51 @@
+//! Pipelines in two stages that are given more than text: keyframes, a recording, or reference videos.
+//!
+//! Source: spec/pipelines §9.5, §9.6, §9.7.
+
+use ltxc_ir::plan::{Guidance, Guider, StageAdapter};
+
+use super::{Basis, Brings, Definition, StageDraft, Training, distilled, one_stage, two_stage};
+
+/// Full model: every image is a keyframe, so that the video passes through all of them.
+pub const KEYFRAMES: Definition = Definition {
+    name: "keyframes",
+    training: Training::Full,
+    stages: |basis| vec![one_stage::guided(basis), two_stage::refinement()],
+    brings: Brings { appends_first_image: true, ..Brings::NOTHING },
+    ..distilled::TWO_STAGES
+};
+
+/// Full model: a video for a recording, which stays as it is.
+pub const AUDIO_TO_VIDEO: Definition = Definition {
+    name: "a2v",
+    stages: |basis| vec![guided_video(basis), two_stage::refinement()],
+    brings: Brings { sound: true, ..Brings::NOTHING },
+    ..KEYFRAMES
+};
+
+/// Distilled model: reference videos guide the first stage, with a LoRA that knows what they mean.
+pub const IC_LORA: Definition = Definition {
+    name: "ic-lora",
+    stages: |basis| vec![distilled::first(basis), without_loras(distilled::second(basis))],
+    brings: REFERENCES,
+    ..distilled::TWO_STAGES
+};
+
+/// The first stage of that alone.
+pub const IC_LORA_ONE_STAGE: Definition =
+    Definition { name: "ic-lora-one-stage", brings: REFERENCES, ..distilled::ONE_STAGE };
+
+const REFERENCES: Brings = Brings { references: true, ..Brings::NOTHING };
+
+/// Without the LoRAs of the user, which know references that this stage does not have.
+fn without_loras(draft: StageDraft) -> StageDraft {
+    let adapters = draft.adapters.into_iter().filter(|adapter| *adapter != StageAdapter::user()).collect();
+    StageDraft { adapters, ..draft }
+}
+
+/// Guidance for the picture alone.
+fn guided_video(basis: &Basis) -> StageDraft {
+    let draft = one_stage::guided(basis);
+    let guidance = draft.guidance.map(|guidance| Guidance { audio: Guider::default(), ..guidance });
+    StageDraft { guidance, ..draft }
+}

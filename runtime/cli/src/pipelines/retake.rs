@@ -1,0 +1,13 @@
+//! Retake: a part of a clip, in time, is made anew in one stage at the size of the clip.
+//!
+//! Source: spec/pipelines §9.8.
+
+use super::{Brings, Definition, distilled, one_stage};
+
+/// With a distilled model.
+pub const DISTILLED: Definition = Definition { name: "retake", brings: CLIP, ..distilled::ONE_STAGE };
+
+/// With a full model, guided.
+pub const GUIDED: Definition = Definition { name: "retake-guided", brings: CLIP, ..one_stage::VIDEO };
+
+const CLIP: Brings = Brings { clip: true, ..Brings::NOTHING };
