@@ -298,9 +298,10 @@ fn push_given(line: &mut Vec<String>, arg: &Arg, command_line: &ArgMatches) {
     }
     for occurrence in command_line.get_raw_occurrences(arg.get_id().as_str()).into_iter().flatten() {
         let values: Vec<String> = occurrence.map(|value| value.to_string_lossy().into_owned()).collect();
-        match &values[..] {
-            [one] => line.push(format!("{flag}={one}")),
-            many => line.extend(std::iter::once(flag.clone()).chain(many.iter().cloned())),
+        match (&values[..], arg.get_value_delimiter()) {
+            (many, Some(delimiter)) => line.push(format!("{flag}={}", many.join(&delimiter.to_string()))),
+            ([one], None) => line.push(format!("{flag}={one}")),
+            (many, None) => line.extend(std::iter::once(flag.clone()).chain(many.iter().cloned())),
         }
     }
 }
@@ -362,7 +363,7 @@ mod tests {
             assert_eq!(a.args.content.prompt.as_deref(), Some("a fox"));
             assert_eq!(a.args.content.num_inference_steps, Some(4));
             assert_eq!(a.args.content.image, ["a.png", "b.png", "8", "0.5"]);
-            assert_eq!(a.occurrences.image, [1, 4]);
+            assert_eq!(a.occurrences.image, [1, 3]);
             assert_eq!(a.output, b.output);
         }
         assert_eq!(a[1].args.content.seed, "2");
