@@ -156,6 +156,7 @@ fn launch_as<E: Float + CubeElement, R: Runtime>(
 
 #[cube(launch_unchecked)]
 #[allow(clippy::collapsible_if)] // one of the conditions is known when the kernel is built
+#[allow(clippy::duplicate_underscore_argument)] // the macro adds `_s` for the width `S`
 fn attend<E: Float, S: Size, QueryWidth: Size, KeyWidth: Size, ValueWidth: Size>(
     q: &Array<Vector<u32, QueryWidth>>,
     k: &Array<Vector<u32, KeyWidth>>,

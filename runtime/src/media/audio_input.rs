@@ -59,10 +59,13 @@ impl Recording {
 /// The result is shorter where the recording ends earlier.
 ///
 /// # Errors
-/// [`MediaError::NoSound`] if the file has no sound track, [`MediaError::Input`] if it is damaged or ends before the start,
+/// [`MediaError::NoSound`] if the file has no sound track or is a folder of images, [`MediaError::Input`] if it is damaged or ends before the start,
 /// [`MediaError::NeedsFfmpeg`] if only the absent ffmpeg could read it, [`MediaError::Limit`] for an impossible window.
 pub fn load_audio(path: &Path, start_seconds: f64, seconds: f64) -> Result<Recording, MediaError> {
     window(1, start_seconds, seconds)?;
+    if path.is_dir() {
+        return Err(MediaError::NoSound { path: path.to_path_buf() });
+    }
     let recording = match decode_embedded(path, start_seconds, seconds)? {
         Ok(recording) => recording,
         Err(reason) => {

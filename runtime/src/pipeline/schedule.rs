@@ -37,22 +37,25 @@ pub fn noise_levels(schedule: Schedule, own: &[f32], steps: usize) -> Result<Vec
 pub const TERMINAL: f64 = 0.1;
 
 /// Evenly spaced levels, shifted by the number of tokens, and stretched so that the last step starts at `terminal`.
+///
+/// In f32 and in the order of the reference, which divides by multiplying with a reciprocal: near 1 its roundings are what
+/// is left of the distances from 1 that are stretched.
 pub fn shifted(steps: usize, tokens: u32, terminal: Option<f64>) -> Vec<f64> {
     const SHIFT: [(f64, f64); 2] = [(1024.0, 0.95), (4096.0, 2.05)];
     let [(t0, base), (t1, max)] = SHIFT;
     let slope = (max - base) / (t1 - t0);
-    let shift = (tokens as f64 * slope + (base - slope * t0)).exp();
+    let shift = (tokens as f64 * slope + (base - slope * t0)).exp() as f32;
     let level = |i: usize| {
-        let u = 1.0 - i as f64 / steps as f64;
-        if i == steps { 0.0 } else { shift / (shift + (1.0 / u - 1.0)) }
+        let u = (1.0 - i as f64 / steps as f64) as f32;
+        if i == steps { 0.0 } else { (1.0 / (shift + (1.0 / u - 1.0))) * shift }
     };
-    let mut levels: Vec<f64> = (0..=steps).map(level).collect();
+    let mut levels: Vec<f32> = (0..=steps).map(level).collect();
     // One step alone starts at 1, which nothing can be stretched from.
     if let (Some(terminal), true) = (terminal, levels[steps - 1] < 1.0) {
-        let ratio = (1.0 - levels[steps - 1]) / (1.0 - terminal);
+        let ratio = (1.0 - levels[steps - 1]) / (1.0 - terminal) as f32;
         levels[..steps].iter_mut().for_each(|s| *s = 1.0 - (1.0 - *s) / ratio);
     }
-    levels
+    levels.into_iter().map(f64::from).collect()
 }
 
 /// Evenly spaced down to a threshold for half of the steps, then along a parabola.
@@ -106,7 +109,8 @@ fn beta_quantile(p: f64, shape: f64) -> f64 {
         }
         if half_beta_integral(middle, shape) / half < 2.0 * p { low = middle } else { high = middle }
     }
-    (low + high) / 2.0
+    // For a probability of a half this is exactly a half, which is looked up between two entries of a table.
+    high
 }
 
 /// `∫₀ˣ (t (1 − t))^(shape − 1) dt` for `x` up to a half, by the power series of the second factor.

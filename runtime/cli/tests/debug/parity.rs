@@ -27,13 +27,15 @@ fn everything_that_was_recorded_agrees() {
             "pos.hidden.0",
             "uniform.block0.video",
             "enc.conv_in",
-            "dec.up1",
+            "dec.conv_in",
             "dec.mid.block_1",
             "ups0",
             "stage1.step0.video.denoised",
         ] {
             assert!(tensors.contains(&name), "`{name}` was not compared");
         }
+        // Which blocks of the decoder keep a value of their own depends on the model's upsamplers.
+        assert!(tensors.iter().any(|name| name.starts_with("dec.up")), "no block of the decoder was compared");
     }
     assert_eq!(done.code, Some(0));
 }
