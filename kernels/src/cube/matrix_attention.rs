@@ -17,6 +17,9 @@
 //! - The sum of a row is that of its rounded weights, so that the result is a mean of values whatever was rounded.
 //! - Hidden keys and keys that do not exist differ as in `attention`.
 
+// The macro of kernels adds `_s` for the width `S`, beside the argument `s`.
+#![allow(clippy::duplicate_underscore_argument)]
+
 use cubecl::prelude::*;
 use ltxc_ir::DType;
 use ltxc_ir::ops::{Attention, HIDDEN_SCORE};
@@ -156,7 +159,6 @@ fn launch_as<E: Float + CubeElement, R: Runtime>(
 
 #[cube(launch_unchecked)]
 #[allow(clippy::collapsible_if)] // one of the conditions is known when the kernel is built
-#[allow(clippy::duplicate_underscore_argument)] // the macro adds `_s` for the width `S`
 fn attend<E: Float, S: Size, QueryWidth: Size, KeyWidth: Size, ValueWidth: Size>(
     q: &Array<Vector<u32, QueryWidth>>,
     k: &Array<Vector<u32, KeyWidth>>,

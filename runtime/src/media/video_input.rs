@@ -446,7 +446,10 @@ mod tests {
 
     #[test]
     fn an_odd_rate_is_a_fraction_and_a_changing_one_is_variable() {
-        assert_eq!(rate_of(&[0, 700, 1400, 2100], 10_000, 700), ClipRate::Constant(Rational::new(100, 7).expect("a rate")));
+        assert_eq!(
+            rate_of(&[0, 700, 1400, 2100], 10_000, 700),
+            ClipRate::Constant(Rational::new(100, 7).expect("a rate"))
+        );
         assert!(matches!(rate_of(&[0, 300, 900, 1300], 9000, 300), ClipRate::Variable(_)));
         assert!(matches!(rate_of(&[5, 5, 5], 9000, 1), ClipRate::Variable(_)));
     }

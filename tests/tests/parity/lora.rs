@@ -59,8 +59,11 @@ impl Model {
     }
 }
 
-/// The recorded combinations: name of the weights, adapters with strengths, name of the velocities.
-const SETS: [(&str, &[(&str, f32)], Option<&str>); 3] = [
+/// Name of the weights, adapters with strengths, name of the velocities.
+type Set = (&'static str, &'static [(&'static str, f32)], Option<&'static str>);
+
+/// The recorded combinations.
+const SETS: [Set; 3] = [
     ("fused.bf16", &[("lora-rank4-tiny-bf16", 0.7)], None),
     ("fused.f32", &[("lora-rank4-tiny", 0.7)], Some("f32")),
     ("fused2.f32", &[("lora-rank4-tiny", 0.7), ("distilled-lora-tiny", 1.0)], Some("two_loras_f32")),
