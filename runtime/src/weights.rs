@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use ltxc_ir::identity::{FileIdentity, Span};
 use ltxc_ir::plan::{FileTensor, Plan, TextSettings, WeightSource};
@@ -14,6 +15,7 @@ use safetensors::SafeTensors;
 
 use crate::error::RunError;
 use crate::files::map_file;
+use crate::prefetch::Span as MappedSpan;
 
 /// The weight files of a plan, mapped.
 pub struct WeightFiles {
@@ -29,7 +31,7 @@ struct Source {
 
 struct MappedFile {
     path: PathBuf,
-    map: Mmap,
+    map: Arc<Mmap>,
 }
 
 struct Located {
@@ -60,7 +62,7 @@ impl WeightFiles {
                 for (key, located) in tensors_of(&path, &map, file)? {
                     tensors.entry(key).or_insert(located);
                 }
-                files.maps.push(MappedFile { path, map });
+                files.maps.push(MappedFile { path, map: Arc::new(map) });
             }
             files.sources.push(Source { plan: source.clone(), tensors });
         }
@@ -93,6 +95,14 @@ impl WeightFiles {
             return Err(missing(problem, Some(&file.path)));
         }
         Ok(&file.map[located.start..located.end])
+    }
+
+    /// Where the bytes of a tensor are, if the file has it; `key` is the complete key of the plan.
+    pub(crate) fn span(&self, tensor: &FileTensor, key: &str) -> Option<MappedSpan> {
+        let source = self.sources.get(tensor.source as usize)?;
+        let located = source.tensors.get(&source.plan.file_key(key))?;
+        let map = self.maps[located.file].map.clone();
+        Some(MappedSpan { map, start: located.start, bytes: located.end - located.start })
     }
 
     /// Paths of the mapped files.

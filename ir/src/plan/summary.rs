@@ -54,8 +54,13 @@ pub fn function_costs(plan: &Plan) -> Vec<Cost> {
 
 /// Every distinct weight of a program: bytes read in place from files, and bytes of packed copies.
 pub fn weight_bytes(plan: &Plan, program: &Program) -> (u64, u64) {
+    distinct_weight_bytes(plan, std::slice::from_ref(&program))
+}
+
+/// [`weight_bytes`] of programs that share what they have in common.
+pub fn distinct_weight_bytes(plan: &Plan, programs: &[&Program]) -> (u64, u64) {
     let mut seen = BTreeMap::new();
-    collect(plan, program.function, "", &mut seen);
+    programs.iter().for_each(|program| collect(plan, program.function, "", &mut seen));
     seen.values().fold((0, 0), |(mapped, packed): (u64, u64), &(bytes, is_packed)| {
         if is_packed { (mapped, packed.saturating_add(bytes)) } else { (mapped.saturating_add(bytes), packed) }
     })

@@ -10,7 +10,7 @@ use ltxc_ir::TensorType;
 use ltxc_ir::eval::Tensor;
 use ltxc_ir::ops::Unary;
 use ltxc_ir::plan::{Kernel, Work};
-use ltxc_kernels::cube::{self, CubeTensor, guard};
+use ltxc_kernels::cube::{CubeTensor, Schedule, guard};
 
 #[path = "../simple/harness.rs"]
 #[allow(dead_code)] // what runs on the CPU
@@ -115,7 +115,8 @@ fn call_on<R: Runtime>(
     for (before, in_place) in before.iter().zip(in_place) {
         ranges.push(in_place.map_or_else(|| arena.push(&before.to_bytes()), |i| ranges[i]));
     }
-    let scratch_bytes = cube::work_workspace_bytes(work, &types, &result_types);
+    let schedule = Schedule::new(work, &types, &result_types).unwrap();
+    let scratch_bytes = schedule.workspace_bytes();
     let scratch = arena.push(&vec![0xa5; scratch_bytes]);
     let memory = client.create_from_slice(&arena.bytes);
     let total = arena.bytes.len() as u64;
@@ -128,7 +129,7 @@ fn call_on<R: Runtime>(
         .collect();
     let scratch_ty = TensorType::new(ltxc_ir::DType::U8, [scratch_bytes]);
     let workspace = CubeTensor { ty: &scratch_ty, handle: part(scratch) };
-    cube::launch_work(client, work, &operands, &results, Some(&workspace)).unwrap();
+    schedule.launch(client, &operands, &results, Some(&workspace)).unwrap();
     guard::sync(client).unwrap();
     let read = |result: &CubeTensor<'_>| match result.ty.bytes() {
         0 => Vec::new(),

@@ -29,6 +29,7 @@ pub fn run(args: &DemoArgs, report: &mut Report) -> Result<()> {
         shape: ShapeArgs { height: Some(256), width: Some(384), num_frames: Some(49), ..ShapeArgs::default() },
         content: ContentArgs { prompt: PROMPT.into(), seed: SEED.to_string(), ..ContentArgs::default() },
         output: args.output.clone(),
+        frozen: false,
         no_metadata: false,
         debug: Default::default(),
     };

@@ -15,3 +15,4 @@ pub mod report;
 pub mod run;
 pub mod synth;
 pub mod tensors;
+pub mod tune;

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use clap::{ArgMatches, CommandFactory, FromArgMatches};
 use ltxc::args::{Cli, Command, with_dashes};
 use ltxc::report::{Report, Style};
-use ltxc::{bench, compile, debug, demo, doctor, inspect, run, synth};
+use ltxc::{bench, compile, debug, demo, doctor, inspect, run, synth, tune};
 use ltxc_runtime::RunError;
 
 /// Exit code after Ctrl-C, as shells expect it.
@@ -50,6 +50,7 @@ fn execute(cli: &Cli, matches: &ArgMatches, report: &mut Report) -> anyhow::Resu
         Command::Debug(command) => return debug::command::run(command, cli.json),
         Command::Compile(args) => compile::run(args, report),
         Command::Run(args) => run::run(args, &image_occurrences(matches), report),
+        Command::Tune(args) => tune::run(args, report),
         Command::Inspect(args) => inspect::run(args, cli.json),
         Command::Synth(args) => synth::run(args, report),
         Command::Bench(args) => bench::run(args, cli.json, report),

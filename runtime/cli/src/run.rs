@@ -6,14 +6,14 @@ use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, Result, bail};
 use ltxc_compiler::Options;
-use ltxc_ir::plan::{Modality, Plan};
+use ltxc_ir::plan::{Kernels, Modality, Plan};
 use ltxc_runtime::RunError;
-use ltxc_runtime::backend::{DeviceKind, open};
+use ltxc_runtime::backend::{KernelCounts, open_with};
 use ltxc_runtime::executor::Executor;
 use ltxc_runtime::media::{
     Audio, MediaWriter, OutputOptions, Rational, RoundTrip, VideoFormat, image_round_trip, load_image,
 };
-use ltxc_runtime::memory::{MemoryNeed, available, readable};
+use ltxc_runtime::memory::{MemoryNeed, available};
 use ltxc_runtime::noise_files;
 use ltxc_runtime::pipeline::{Conditioning, Noise, Output, Request, StageChoice, run as run_pipeline};
 use ltxc_runtime::stats::Stats;
@@ -22,7 +22,7 @@ use ltxc_runtime::weights::{WeightFiles, find_tokenizer};
 use serde_json::json;
 
 use crate::args::{ContentArgs, ImageCodec, RunArgs};
-use crate::compile::{cached, read, unfused};
+use crate::compile::{cached, memory, read_with_kernels, unfused};
 use crate::debug::flags::{DebugMode, DebugOptions};
 use crate::debug::noise::summary as noise_summary;
 use crate::debug::session::{About, Session};
@@ -41,19 +41,17 @@ pub fn run(args: &RunArgs, image_occurrences: &[usize], report: &mut Report) -> 
     let images = job::images(&args.content.image, image_occurrences)?;
     let debug = DebugOptions::resolve(&args.debug, &|name| std::env::var(name).ok())?;
     let (plan_path, folders) = plan_and_folders(args, &images, debug.mode)?;
-    let (plan, hash) = read(&plan_path)?;
+    let (plan, kernels, hash) = read_with_kernels(&plan_path)?;
     let device = pick(&args.shape.device, Some(&plan))?;
     let weights = WeightFiles::open(&plan, &folders, args.model.verify)?;
     let tokenizer = tokenizer(&plan, &folders)?;
-    match device.kind {
-        DeviceKind::Cpu => {
-            let need = MemoryNeed::of(&plan, rayon::current_num_threads());
-            report.note(&format!("memory: {} at most, besides mapped weights", readable(need.peak())));
-            need.check(available())?;
-        }
+    let need = MemoryNeed::of(&plan, rayon::current_num_threads());
+    if need.is_on_gpu {
         // The executor compares what the plan needs with what the device has.
-        _ => report.note(&format!("device {}: {}", device.name, device.description)),
+        report.note(&format!("device {}: {}", device.name, device.description));
     }
+    report.note(&memory(&need));
+    need.check(available())?;
 
     let seed = job::seed(&args.content.seed)?;
     let (prompt, negative) = (job::prompt(&args.content)?, job::negative_prompt(&args.content)?);
@@ -71,7 +69,13 @@ pub fn run(args: &RunArgs, image_occurrences: &[usize], report: &mut Report) -> 
         noise: Noise { seed, given: BTreeMap::new(), files: noise_files(&args.content) },
         allow_bad_numerics: args.content.allow_bad_numerics,
     };
-    let mut executor = Executor::on(open(&device)?, &plan, &weights, &INTERRUPT)?;
+    let mut executor = Executor::on(open_with(&device, kernels.as_ref())?, &plan, &weights, &INTERRUPT)?;
+    if args.frozen {
+        executor.freeze(kernels.as_ref())?;
+    }
+    if let Some(note) = carried(&executor, kernels.as_ref()) {
+        report.note(&note);
+    }
     let session = match debug.is_on() {
         true => {
             let about = About { hash, device: device.name.to_string(), seed, noise: &request.noise.files };
@@ -96,8 +100,27 @@ pub fn run(args: &RunArgs, image_occurrences: &[usize], report: &mut Report) -> 
         report.note(&format!("noise {slot} `{}`: {}", path.display(), noise_summary(&stats)));
     }
     let written = output.writer.finish()?;
-    report.finish(&written.path, json!({"frames": written.frames, "bytes": written.bytes, "seed": seed}));
+    let KernelCounts { launched, compiled } = executor.kernels();
+    if launched > 0 {
+        report.note(&format!("kernels: {launched} launched, {compiled} compiled in this run"));
+    }
+    let kernels = json!({"launched": launched, "compiled": compiled});
+    let facts = json!({"frames": written.frames, "bytes": written.bytes, "seed": seed, "kernels": kernels});
+    report.finish(&written.path, facts);
     Ok(())
+}
+
+/// What is said about the kernels that a plan carries: compiled code is never used in silence.
+fn carried(executor: &Executor<'_>, kernels: Option<&Kernels>) -> Option<String> {
+    let (kernels, device) = (kernels?, executor.kernel_device()?);
+    Some(match kernels.device == device {
+        true if kernels.are_compiled_for(&device) => {
+            let count = kernels.kernels.len();
+            format!("kernels: {count} compiled ones from the plan, as trustworthy as whoever made it")
+        }
+        true => "kernels: the plan carries sources only, which this backend compiles".into(),
+        false => format!("kernels: those of the plan are for {}, this is {device}; they are not used", kernels.device),
+    })
 }
 
 fn tokenizer(plan: &Plan, folders: &[PathBuf]) -> Result<Tokenizer> {
