@@ -1,8 +1,9 @@
 """The core of single kernels by PyTorch, on any of its devices; needs nothing but `torch`.
 
-`run copy`, `run product DTYPE` give the best rate of a few sizes. `run linear M N K DTYPE`, `run sdpa B T S HEADS DIM DTYPE`
-and `run conv RANK INPUT.. WEIGHT.. DTYPE` (channels last) give the median time of a call, waits taken out by running
-several of them; so does `run block VIDEO AUDIO TEXT HEADS VIDEO_DIM AUDIO_DIM DTYPE eager|compiled`, for a block of LTX-2.
+`run copy` and `run product DTYPE` give the best rate of a few sizes. The others give the median time of a call, with the
+wait for the device taken out by running several: `linear M N K DTYPE`, `sdpa B T S HEADS DIM DTYPE`, `adaln ROWS COLUMNS
+DTYPE` (with torch.compile), `conv RANK INPUT.. WEIGHT.. DTYPE` (channels last), and `block VIDEO AUDIO TEXT HEADS VIDEO_DIM
+AUDIO_DIM DTYPE eager|compiled`, a block of LTX-2.
 """
 
 import argparse
@@ -135,6 +136,16 @@ def main() -> None:
         q, k, v = (random([b, heads, length, dim], dtype) for length in (t, s, s))
         return {"seconds": seconds(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v))}
 
+    def adaln(words: list[str]) -> dict:
+        rows, columns, dtype = int(words[0]), int(words[1]), getattr(torch, words[2])
+        x, scale, shift = random([rows, columns], dtype), random([columns], dtype), random([columns], dtype)
+
+        def norm(x):
+            return F.rms_norm(x, [columns], eps=1e-6) * (1 + scale) + shift
+
+        call = torch.compile(norm)
+        return {"seconds": seconds(lambda: call(x))}
+
     def conv(words: list[str]) -> dict:
         rank, numbers, dtype = int(words[0]), [int(w) for w in words[1:-1]], getattr(torch, words[-1])
         inputs, weights = numbers[: rank + 2], numbers[rank + 2 :]
@@ -150,7 +161,7 @@ def main() -> None:
         run = torch.compile(call.step) if mode == "compiled" else call.step
         return {"seconds": seconds(lambda: run(*call.inputs))}
 
-    functions = {"block": block, "copy": copy, "product": product, "linear": linear, "sdpa": sdpa, "conv": conv}
+    functions = {"block": block, "copy": copy, "product": product, "linear": linear, "sdpa": sdpa, "adaln": adaln, "conv": conv}
     name = torch.cuda.get_device_name(device) if is_cuda else "cpu"
 
     def run(words: list[str]) -> dict:

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use ltxc::bench::ceilings::Ceilings;
 use ltxc::bench::inputs::write_inputs;
 use ltxc::bench::profile;
@@ -85,6 +85,16 @@ pub fn plan(subject: &Subject, target: &Target, fuse: Fuse) -> Result<Plan> {
     session::compile_for(target, &subject.module, Vec::new(), Options { fuse, ..Options::default() })
 }
 
+/// Part of a device's ceilings that a whole component reaches at least, where nothing is known yet.
+const EXPECTED_SHARE: f64 = 0.4;
+
+/// About how long it takes to measure a component with this plan once: every level runs twice.
+pub fn expected_seconds(plan: &Plan, ceilings: &Ceilings) -> f64 {
+    let calls = plan.programs.iter().flat_map(|p| profile::calls(plan, p)).map(|c| c.call);
+    let least: f64 = calls.map(|c| ceilings.seconds(c.flops, c.bytes, profile::dtype(c))).sum();
+    2.0 * LEVELS.len() as f64 * least / EXPECTED_SHARE
+}
+
 /// Measures a component until the rounds or the time are over. `folder` takes its weights.
 ///
 /// # Errors
@@ -100,13 +110,6 @@ pub fn measure(
     let path = folder.join(format!("{}.safetensors", subject.name.replace(' ', "-")));
     synthetic::write_checkpoint(&path, &subject.config, &subject.tensors, weights)?;
     let file = WeightFile::open(&path)?;
-    let plans = LEVELS.map(|(_, fuse)| {
-        let options = Options { fuse, ..Options::default() };
-        session::compile_for(&device.target, &subject.module, vec![file.identity(false)?], options)
-    });
-    let plans = plans.into_iter().collect::<Result<Vec<Plan>>>()?;
-    let opened = plans.iter().map(|plan| Ok(WeightFiles::open(plan, &[path.clone()], false)?));
-    let opened = opened.collect::<Result<Vec<WeightFiles>>>()?;
     let mut row = ComponentRow {
         name: subject.name.into(),
         sizes: subject.sizes.clone(),
@@ -114,14 +117,30 @@ pub fn measure(
         missing: Vec::new(),
         others: Vec::new(),
     };
-    let mut running: Vec<Running<'_>> = Vec::new();
-    for ((plan, weights), (name, _)) in plans.iter().zip(&opened).zip(LEVELS) {
-        match Running::start(name, plan, weights, device) {
-            Ok(level) => running.push(level),
-            // Without fusion a device may not have the memory.
+    // Without fusion a device may not have the memory, or a tensor may be larger than it allows.
+    let mut plans = Vec::with_capacity(LEVELS.len());
+    for (name, fuse) in LEVELS {
+        let options = Options { fuse, ..Options::default() };
+        match session::compile_for(&device.target, &subject.module, vec![file.identity(false)?], options) {
+            Ok(plan) => plans.push((name, plan)),
             Err(problem) => row.missing.push([name.into(), problem.to_string()]),
         }
     }
+    let opened = plans.iter().map(|(_, plan)| Ok(WeightFiles::open(plan, std::slice::from_ref(&path), false)?));
+    let opened = opened.collect::<Result<Vec<WeightFiles>>>()?;
+    let mut running: Vec<Running<'_>> = Vec::new();
+    for (&(name, ref plan), weights) in plans.iter().zip(&opened) {
+        match Running::start(name, plan, weights, device) {
+            Ok(level) => running.push(level),
+            Err(problem) => row.missing.push([name.to_string(), problem.to_string()]),
+        }
+    }
+    let full = running.first().is_some_and(|level| level.name == LEVELS[0].0);
+    ensure!(
+        full,
+        "not even fully fused: {}",
+        row.missing.iter().map(|[_, why]| why.as_str()).collect::<Vec<_>>().join("; ")
+    );
     let start = Instant::now();
     for round in 0..ROUNDS {
         for level in &mut running {

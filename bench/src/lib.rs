@@ -12,6 +12,8 @@
 pub mod block;
 pub mod chart;
 pub mod compile;
+#[cfg(feature = "cubek")]
+pub mod cubek;
 pub mod e2e;
 pub mod fusion;
 pub mod gemm;
@@ -22,6 +24,7 @@ pub mod machine;
 pub mod measure;
 pub mod memory;
 pub mod page;
+pub mod parts;
 pub mod process;
 pub mod report;
 pub mod session;

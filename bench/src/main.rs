@@ -91,6 +91,13 @@ enum Benchmark {
     },
     /// Kernels and components of a model on a device: fused against composite against none, and share of its ceilings.
     Suite(SuiteArgs),
+    /// Products and reductions on a GPU, against cubek.
+    #[cfg(feature = "cubek")]
+    Cubek {
+        /// Device: cuda:N, vulkan:N or metal.
+        #[arg(long)]
+        device: DeviceName,
+    },
     /// The matrix product, against the gemm crate and PyTorch.
     Gemm,
     /// Compiling full-size models.
@@ -171,6 +178,9 @@ impl FullSize {
 }
 
 fn main() -> Result<()> {
+    // Mesa sorts Vulkan devices by asking the display, and complains to standard error where there is none.
+    // SAFETY: there is no other thread yet.
+    unsafe { std::env::set_var("NODEVICE_SELECT", "1") };
     let cli = Cli::parse();
     let machine = Machine::this();
     let threads = cli.threads.unwrap_or(machine.cores);
@@ -238,6 +248,11 @@ fn measure(
             (format!("fusion {}", preset.name()), "composite or none", fusion::run(&settings, scratch)?)
         }
         Benchmark::Gemm => ("gemm".into(), "gemm crate", gemm::run(rounds, python)?),
+        #[cfg(feature = "cubek")]
+        Benchmark::Cubek { device } => {
+            let findings = ltxc_bench::cubek::run(device, rounds)?;
+            (format!("cubek {}", device.to_string().replace(':', "")), "cubek", findings)
+        }
         Benchmark::Compile => ("compile".into(), "", compile::run(rounds, scratch, &process::ltxc_binary()?)?),
         Benchmark::E2e { checkpoint, gemma_root, upsampler, shape } => {
             let model = match (checkpoint, gemma_root, upsampler) {

@@ -24,16 +24,16 @@ pub fn sample(work: impl FnOnce() -> Result<()>) -> Result<Sample> {
     Ok(Sample { seconds: start.elapsed().as_secs_f64(), cpu_seconds: cpu_seconds() - cpu })
 }
 
-/// Clock ticks per second of `/proc`, the same on every Linux.
-const TICKS_PER_SECOND: f64 = 100.0;
-
-/// Processor time of this process so far; 0 where the system does not say.
-fn cpu_seconds() -> f64 {
-    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
-    // The name in parentheses may contain anything; user and system time are fields 14 and 15.
-    let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
-    let ticks = |i: usize| fields.get(i).and_then(|f| f.parse::<f64>().ok()).unwrap_or(0.0);
-    (ticks(11) + ticks(12)) / TICKS_PER_SECOND
+/// Processor time of all threads of this process so far; 0 where the system does not say.
+///
+/// The scheduler counts nanoseconds, and brings the count of a running thread up to date some hundred times a second.
+pub fn cpu_seconds() -> f64 {
+    let threads = std::fs::read_dir("/proc/self/task").into_iter().flatten().flatten();
+    let nanoseconds = |thread: std::fs::DirEntry| -> Option<f64> {
+        let text = std::fs::read_to_string(thread.path().join("schedstat")).ok()?;
+        text.split_whitespace().next()?.parse().ok()
+    };
+    threads.filter_map(nanoseconds).sum::<f64>() / 1e9
 }
 
 /// Runs of two sides that took turns.

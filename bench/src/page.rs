@@ -34,7 +34,8 @@ h1{font-size:26px;margin:0 0 4px}h2{font-size:18px;margin:36px 0 4px}p{margin:4p
 .tile b{display:block;font-size:22px;font-weight:600}.tile span{color:#5a6472;font-size:13px}\
 code{font-size:12.5px;color:#3b4452}\
 svg{display:block;font:12.5px system-ui,'DejaVu Sans',sans-serif}\
-.key{display:inline-block;width:11px;height:11px;border-radius:3px;margin:0 5px 0 14px;vertical-align:-1px}";
+.key{display:inline-block;width:11px;height:11px;border-radius:3px;margin:0 5px 0 14px;vertical-align:-1px}\
+.keys{white-space:nowrap}";
 
 /// The page.
 pub fn html(suite: &Suite) -> String {
@@ -42,7 +43,7 @@ pub fn html(suite: &Suite) -> String {
         "<!doctype html><html lang=\"en\"><head><meta charset=\"utf-8\"><title>ltxc on {0}</title>\
          <meta name=\"viewport\" content=\"width=device-width\"><style>{STYLE}</style></head><body><main>\
          <h1>ltxc on {0}</h1><p>{1}<br>{2} · {3}</p>",
-        escape(&suite.device[1]),
+        escape(&suite.device.join(": ")),
         escape(&suite.what),
         escape(&suite.machine.to_string()),
         suite.date,
@@ -119,7 +120,7 @@ fn section(out: &mut String, title: &str, text: &str, picture: &str) {
 }
 
 fn key(colour: &str, text: &str) -> String {
-    format!("<span class=\"key\" style=\"background:{colour}\"></span>{text}")
+    format!("<span class=\"keys\"><span class=\"key\" style=\"background:{colour}\"></span>{text}</span> ")
 }
 
 /// Bars of all levels of each component, as long as their part of the slowest.
@@ -188,8 +189,9 @@ fn roofline(suite: &Suite) -> String {
             &mut body,
             format!("<line x1=\"{left}\" x2=\"{right}\" y1=\"{at:.1}\" y2=\"{at:.1}\" stroke=\"#eceff3\"/>"),
         );
-        put(&mut body, label(left - 8.0, at + 4.0, "end", "400", "#5a6472", &rate(10f64.powi(decade))));
+        put(&mut body, label(left - 8.0, at + 4.0, "end", "400", "#5a6472", &decade_of(decade)));
     }
+    put(&mut body, label(left - 8.0, top - 10.0, "end", "400", "#5a6472", "FLOP/s"));
     put(&mut body, label(right, bottom + 38.0, "end", "400", "#5a6472", "operations per byte"));
     let mut roofs = vec![(suite.ceilings.product_f32, "f32")];
     if suite.kernels.iter().any(|k| k.types.starts_with("bf16")) {
@@ -286,6 +288,16 @@ fn colour(k: &KernelRow) -> &'static str {
 
 fn rate(flops: f64) -> String {
     format!("{}/s", rate_of(flops))
+}
+
+/// A power of ten as an axis names it: `100 G`.
+fn decade_of(decade: i32) -> String {
+    let (unit, letter) = match decade {
+        12.. => (12, "T"),
+        9.. => (9, "G"),
+        _ => (6, "M"),
+    };
+    format!("{} {letter}", 10f64.powi(decade - unit))
 }
 
 /// `1.5 TFLOP` and the like.

@@ -216,7 +216,7 @@ fn narrow(model: &mut Value, gemma: &mut Value, upsampler: &mut Value, divisor: 
     let keys = streams.into_iter().chain(["caption_channels"]).chain(connectors);
     keys.into_iter().try_for_each(|key| divide(&mut transformer[key], key, divisor))?;
     divide(&mut model["vae"]["decoder_base_channels"], "decoder_base_channels", divisor)?;
-    divide(&mut model["audio_vae"]["model"]["params"]["ddconfig"]["ch"], "ch", divisor)?;
+    // The audio VAE stays as it is: its width is also that of its tokens.
     let vocoder = &mut model["vocoder"];
     let parts: Vec<&mut Value> = match vocoder.get("vocoder").is_some() {
         true => vocoder.as_object_mut().into_iter().flat_map(|parts| parts.values_mut()).collect(),
@@ -247,7 +247,7 @@ struct Directory(BTreeMap<String, TensorType>);
 
 impl Directory {
     fn new(tensors: &[TensorSpec], dtype: DType) -> Directory {
-        let ty = |t: &TensorSpec| TensorType::new(dtype, t.shape.iter().map(|&d| d as usize).collect::<Vec<_>>());
+        let ty = |t: &TensorSpec| TensorType::new(dtype, t.shape.clone());
         Directory(tensors.iter().map(|t| (t.key.clone(), ty(t))).collect())
     }
 }

@@ -110,11 +110,12 @@ pub fn run(
     if queue.len() > 0 {
         suite.notes.push(format!("{} of {all} kernels were left out for time, those with the least work", queue.len()));
     }
+    let expected: Vec<f64> = plans.iter().map(|plan| levels::expected_seconds(plan, &suite.ceilings)).collect();
     drop(plans);
 
-    for (i, subject) in subjects.iter().enumerate() {
+    for (i, (subject, expected)) in subjects.iter().zip(expected).enumerate() {
         let left = (start + settings.limit).saturating_duration_since(Instant::now());
-        if left.is_zero() {
+        if left.as_secs_f64() < expected {
             suite.notes.push(format!("`{}` was left out for time", subject.name));
             continue;
         }

@@ -2,7 +2,7 @@
 //! rates that it reaches at best. The worker is `bench/pytorch/suite.py`, which needs nothing but `torch`.
 
 use anyhow::{Context, Result, bail};
-use ltxc_ir::plan::{Kernel, KernelCall, Work};
+use ltxc_ir::plan::{Fused, Kernel, KernelCall, Work};
 use ltxc_ir::{DType, TensorType};
 
 use crate::kernels::Other;
@@ -90,7 +90,7 @@ fn equivalent(work: &Work, operands: &[&TensorType]) -> Option<(&'static str, St
         Work::Kernel(kernel) => (kernel, operands.to_vec()),
         Work::Fused(fused) => {
             let is_core = |k: &Kernel| matches!(k, Kernel::Matmul(_) | Kernel::Attention(_) | Kernel::Conv(_));
-            let part = fused.parts.iter().find(|p| is_core(&p.kernel))?;
+            let Some(part) = fused.parts.iter().find(|p| is_core(&p.kernel)) else { return adaln(fused) };
             (&part.kernel, part.args.iter().map(|a| &a.ty).collect())
         }
     };
@@ -114,6 +114,15 @@ fn equivalent(work: &Work, operands: &[&TensorType]) -> Option<(&'static str, St
         }
         _ => None,
     }
+}
+
+/// A norm of rows followed by scale and shift, or by other arithmetic that costs no more: it is memory that counts.
+fn adaln(fused: &Fused) -> Option<(&'static str, String)> {
+    let norm = fused.parts.iter().find(|p| matches!(p.kernel, Kernel::RmsNorm(_)) && p.result.rank() == 3)?;
+    let columns = norm.result.shape[2];
+    let words =
+        format!("adaln {} {columns} {}", norm.result.elements() / columns.max(1), torch_dtype(norm.result.dtype));
+    (fused.parts.len() > 1).then_some(("compiled adaln", words))
 }
 
 fn is_causal(kernel: &Kernel) -> bool {

@@ -12,6 +12,7 @@ pub mod checkpoint;
 mod error;
 mod fields;
 mod functions;
+pub mod lora;
 pub mod synth;
 pub mod text;
 pub mod transformer;

@@ -13,10 +13,13 @@
 //!
 //! Source: spec/upsamplers.
 
+use std::fmt;
+
 use ltxc_ir::ops::Conv;
 use ltxc_ir::{Builder, DType, Module, Rate, TensorType, ValueId};
 use serde_json::Value;
 
+use crate::checkpoint::Generation;
 use crate::fields::Fields;
 use crate::video_vae::layers::{Statistics, Video, depth_to_space, drop_first_frame, vae_weights};
 use crate::{Block, Functions, ModelError, Weights};
@@ -58,6 +61,22 @@ pub enum Enlarge {
     SpaceAndTime,
 }
 
+impl Enlarge {
+    /// Rows and columns by two, as pipelines of two stages need it.
+    pub const TWICE: Enlarge = Enlarge::Space { numerator: 2, denominator: 1 };
+}
+
+impl fmt::Display for Enlarge {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Enlarge::Space { numerator, denominator: 1 } => write!(f, "rows and columns by {numerator}"),
+            Enlarge::Space { numerator, denominator } => write!(f, "rows and columns by {numerator}/{denominator}"),
+            Enlarge::Time => f.write_str("time by 2"),
+            Enlarge::SpaceAndTime => f.write_str("time, rows and columns by 2"),
+        }
+    }
+}
+
 /// A latent upsampler.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct UpsamplerConfig {
@@ -71,6 +90,8 @@ pub struct UpsamplerConfig {
     pub is_per_frame: bool,
     /// What it enlarges.
     pub enlarge: Enlarge,
+    /// Whether it has the rational resampler.
+    pub is_rational: bool,
 }
 
 impl UpsamplerConfig {
@@ -110,6 +131,7 @@ impl UpsamplerConfig {
             blocks_per_stage: fields.size_within("num_blocks_per_stage", 4, MOST_BLOCKS),
             is_per_frame,
             enlarge,
+            is_rational: fields.bool("rational_resampler", false),
         };
         if !config.mid_channels.is_multiple_of(NORM_GROUPS) {
             fields.problem_at(
@@ -118,6 +140,15 @@ impl UpsamplerConfig {
             );
         }
         fields.finish(config)
+    }
+
+    /// Whether published files of `generation` look like this. Of upsamplers that double rows and columns, those of LTX-2
+    /// have the rational resampler and those of later generations do not; others cannot be told apart.
+    ///
+    /// Source: spec/upsamplers §1.
+    pub fn can_be_of(&self, generation: Generation) -> bool {
+        let doubles = self.enlarge == Enlarge::TWICE;
+        !doubles || self.is_per_frame || self.is_rational == (generation == Generation::Ltx2)
     }
 
     /// Frames, rows and columns of the result for a latent of `grid`.

@@ -9,6 +9,7 @@ use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::rc::Rc;
 
+use ltxc_ir::plan::ADAPTER_SLOTS;
 use ltxc_ir::{Builder, DType, TensorType, ValueId};
 
 /// Stored types of the tensors of one set of files, by canonical (official) key.
@@ -37,6 +38,8 @@ pub struct Weights<'a> {
     checked: String,
     /// What is put in front of the key in the emitted op.
     emitted: String,
+    /// Rank of the slots for adapters beside linear layers; 0 for none.
+    adapter_rank: usize,
     record: Rc<RefCell<Record>>,
 }
 
@@ -65,8 +68,25 @@ impl<'a> Weights<'a> {
             source: source.into(),
             checked: String::new(),
             emitted: String::new(),
+            adapter_rank: 0,
             record: Rc::default(),
         }
+    }
+
+    /// The same weights, with slots for low-rank adapters of `rank` altogether beside the linear layers of builders that
+    /// have them.
+    pub fn with_adapter_slots(&self, rank: usize) -> Weights<'a> {
+        Weights { adapter_rank: rank, ..self.clone() }
+    }
+
+    /// Rank of the slots for adapters; 0 if there are none.
+    pub fn adapter_rank(&self) -> usize {
+        self.adapter_rank
+    }
+
+    /// The slot `key` for a factor of an adapter, which a run fills.
+    pub fn adapter_slot(&self, b: &Builder, key: &str, ty: TensorType) -> ValueId {
+        b.weight(ADAPTER_SLOTS, &format!("{}{key}", self.emitted), ty)
     }
 
     /// The weights below `prefix`.

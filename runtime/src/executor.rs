@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use ltxc_ir::DType;
 use ltxc_ir::plan::{KernelDevice, Kernels, Plan, Program, Slot, SlotPlace};
 
+use crate::adapters::AdapterSet;
 use crate::backend::{Backend, Binding, BufferId, CallId, Cpu, Frame, KernelCounts, Region};
 use crate::error::RunError;
 use crate::memory::available;
@@ -200,6 +201,23 @@ impl<'a> Executor<'a> {
         }
         // As much again stays for whatever else is in memory.
         self.prefetcher.fetch(spans, available() / 2);
+    }
+
+    /// Runs programs with these adapters from now on. Where both they and those before leave weights as they are, only
+    /// slots are written; else everything is unloaded, as [`Executor::unload_all`] does, so that weights are bound anew.
+    ///
+    /// # Errors
+    /// Adapters that the plan has no slots for, or what a device failed with.
+    pub fn set_adapters(&mut self, adapters: AdapterSet) -> Result<(), RunError> {
+        if adapters == *self.binding.adapters() {
+            return Ok(());
+        }
+        adapters.check(self.plan)?;
+        let leaves_weights = adapters.leaves_weights() && self.binding.adapters().leaves_weights();
+        if !leaves_weights && !self.binding.is_empty() {
+            self.unload_all()?;
+        }
+        self.binding.set_adapters(&mut *self.backend, adapters)
     }
 
     /// Forgets all loaded programs, packed weights and values, and gives their memory back.

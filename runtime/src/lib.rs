@@ -2,6 +2,7 @@
 //!
 //! The runtime knows plans, not graphs: it depends neither on the compiler nor on the models.
 
+pub mod adapters;
 pub mod audio_frontend;
 pub mod backend;
 pub mod error;

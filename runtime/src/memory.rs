@@ -2,14 +2,16 @@
 
 use std::collections::BTreeMap;
 
-use ltxc_ir::plan::summary::distinct_weight_bytes;
+use ltxc_ir::plan::summary::{distinct_weight_bytes, mapped_bytes, tensors};
 use ltxc_ir::plan::{KernelCall, Pass, Plan, Program, Step, WeightOrigin};
 use ltxc_ir::tiling::Axis;
 use ltxc_kernels::catalogue::workspace_bytes;
 use memmap2::MmapMut;
 
+use crate::adapters::StageAdapters;
 use crate::backend::DeviceName;
 use crate::error::RunError;
+use crate::weights::WeightFiles;
 
 /// Zeroed memory, page-aligned. Pages take no memory until they are written.
 pub struct Memory {
@@ -155,6 +157,46 @@ impl MemoryNeed {
             part.host = part.host.saturating_add(packing);
         }
         need
+    }
+
+    /// The same run with `adapters` on the files of `weights`: tensors that something is merged into are copies, and so are
+    /// those that are stored in fp8.
+    pub fn with(mut self, plan: &Plan, weights: &WeightFiles, adapters: &StageAdapters) -> MemoryNeed {
+        let merge_bytes: Vec<u64> =
+            self.parts.iter().map(|part| adapters.of_group(plan, &part.name).merge_bytes()).collect();
+        self = self.with_copies(plan, &|group, source, key| {
+            weights.is_copied(source, key) || adapters.of_group(plan, group).changes(source, key)
+        });
+        for (part, bytes) in self.parts.iter_mut().zip(merge_bytes) {
+            // Merging is work of the machine, whatever the device is.
+            match self.is_on_gpu {
+                true => part.host = part.host.saturating_add(bytes),
+                false => part.workspace = part.workspace.max(bytes),
+            }
+        }
+        self
+    }
+
+    /// The same run where programs of a group have copies of tensors that could else be read in place: those of which
+    /// `is_copied` says so, given group, source and key. A GPU holds them either way; there the machine has one at a time.
+    pub fn with_copies(mut self, plan: &Plan, is_copied: &dyn Fn(&str, &str, &str) -> bool) -> MemoryNeed {
+        // A recipe reads copies of all its tensors, which are as large as what it makes.
+        let largest = plan.functions.iter().flat_map(|f| &f.weights).map(|w| w.ty.bytes() as u64).max().unwrap_or(0);
+        let tensors = if self.is_on_gpu { tensors(plan) } else { BTreeMap::new() };
+        for part in &mut self.parts {
+            if self.is_on_gpu {
+                let of_source = |source: u32| plan.sources.get(source as usize).map_or("", |s| s.name.as_str());
+                if tensors.keys().any(|(source, key)| is_copied(&part.name, of_source(*source), key)) {
+                    part.host = part.host.saturating_add(largest);
+                }
+                continue;
+            }
+            let is_of_part = |p: &&Program| plan.groups.get(p.group as usize).is_some_and(|g| g.name == part.name);
+            let programs = plan.programs.iter().filter(is_of_part);
+            let copies = programs.map(|p| mapped_bytes(plan, p, &|source, key| is_copied(&part.name, source, key)));
+            part.packed = part.packed.saturating_add(copies.max().unwrap_or(0));
+        }
+        self
     }
 
     /// The most of the memory that programs run in that is needed at any time: of the machine, or of the GPU.

@@ -4,17 +4,23 @@
 //! right length, and compares header and sampled pages before it uses one.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use half::bf16;
+use ltxc_ir::eval::f8_to_f64;
 use ltxc_ir::identity::{FileIdentity, Span};
 use ltxc_ir::plan::{FileTensor, Plan, TextSettings, WeightSource};
 use ltxc_ir::{DType, TensorType};
 use memmap2::{Advice, Mmap};
+use rayon::prelude::*;
 use safetensors::SafeTensors;
 
+use crate::backend::Weight;
 use crate::error::RunError;
 use crate::files::map_file;
+use crate::memory::Memory;
 use crate::prefetch::Span as MappedSpan;
 
 /// The weight files of a plan, mapped.
@@ -27,6 +33,8 @@ pub struct WeightFiles {
 struct Source {
     plan: WeightSource,
     tensors: BTreeMap<String, Located>,
+    /// Its files among the maps.
+    files: Range<usize>,
 }
 
 struct MappedFile {
@@ -39,6 +47,34 @@ struct Located {
     ty: TensorType,
     start: usize,
     end: usize,
+}
+
+impl Located {
+    /// Whether this is fp8 and `ty` the bf16 that it is read as.
+    fn becomes(&self, ty: &TensorType) -> bool {
+        is_fp8(self.ty.dtype) && ty.dtype == DType::BF16 && ty.shape == self.ty.shape
+    }
+}
+
+fn is_fp8(dtype: DType) -> bool {
+    matches!(dtype, DType::F8E4M3 | DType::F8E5M2)
+}
+
+/// `bf16(value · scale)` for every fp8 value.
+///
+/// Source: spec/transformer §9.1.
+fn widened(bytes: &[u8], dtype: DType, scale: f32) -> Result<Memory, RunError> {
+    let exponent = if dtype == DType::F8E4M3 { 4 } else { 5 };
+    let table: [[u8; 2]; 256] =
+        std::array::from_fn(|bits| bf16::from_f32(f8_to_f64(bits as u8, exponent) as f32 * scale).to_le_bytes());
+    let length = (bytes.len() as u64).saturating_mul(2);
+    let mut memory = Memory::new(length)?;
+    memory
+        .bytes_mut()
+        .par_chunks_exact_mut(2)
+        .zip(bytes)
+        .for_each(|(to, &bits)| to.copy_from_slice(&table[bits as usize]));
+    Ok(memory)
 }
 
 /// Depth to which folders are searched: deep enough for the hub cache (`models--a--b/snapshots/sha/folder/file`).
@@ -55,7 +91,7 @@ impl WeightFiles {
         let candidates = files_below(folders, |p| p.extension().is_some_and(|e| e == "safetensors"));
         let mut files = WeightFiles { sources: Vec::new(), maps: Vec::new() };
         for source in &plan.sources {
-            let mut tensors = BTreeMap::new();
+            let (mut tensors, first) = (BTreeMap::new(), files.maps.len());
             for identity in &source.files {
                 let (path, map) = find(source, identity, &candidates, folders, full)?;
                 let file = files.maps.len();
@@ -64,16 +100,16 @@ impl WeightFiles {
                 }
                 files.maps.push(MappedFile { path, map: Arc::new(map) });
             }
-            files.sources.push(Source { plan: source.clone(), tensors });
+            files.sources.push(Source { plan: source.clone(), tensors, files: first..files.maps.len() });
         }
         Ok(files)
     }
 
-    /// The bytes of a tensor, `key` being the complete key of the plan.
+    /// The bytes of a tensor, `key` being the complete key of the plan: those of the file, or bf16 made of fp8.
     ///
     /// # Errors
     /// A key that the file does not have with that type.
-    pub fn tensor(&self, tensor: &FileTensor, key: &str) -> Result<&[u8], RunError> {
+    pub fn tensor(&self, tensor: &FileTensor, key: &str) -> Result<Weight<'_>, RunError> {
         let missing = |problem: String, path: Option<&Path>| RunError::WeightContent {
             path: path.map(PathBuf::from).unwrap_or_default(),
             problem,
@@ -90,11 +126,35 @@ impl WeightFiles {
             ));
         };
         let file = &self.maps[located.file];
+        let bytes = &file.map[located.start..located.end];
+        if located.becomes(&tensor.ty) {
+            let scale = source.tensors.get(&format!("{key}_scale"));
+            let scale = scale.and_then(|at| <[u8; 4]>::try_from(&self.maps[at.file].map[at.start..at.end]).ok());
+            return Ok(Weight::Made(widened(bytes, located.ty.dtype, scale.map_or(1.0, f32::from_le_bytes))?));
+        }
         if located.ty != tensor.ty {
             let problem = format!("tensor `{key}` is {}, the plan was compiled for {}", located.ty, tensor.ty);
             return Err(missing(problem, Some(&file.path)));
         }
-        Ok(&file.map[located.start..located.end])
+        Ok(Weight::Mapped(bytes, tensor.ty.dtype.bytes()))
+    }
+
+    /// Whether reading a tensor makes a copy, because it is stored in fp8.
+    pub fn is_copied(&self, source: &str, key: &str) -> bool {
+        let source = self.sources.iter().find(|s| s.plan.name == source);
+        let found = source.and_then(|s| s.tensors.get(&s.plan.file_key(key)));
+        found.is_some_and(|located| is_fp8(located.ty.dtype))
+    }
+
+    /// Keys and types of all tensors in the files of a source, as the files have them.
+    pub fn tensors(&self, source: usize) -> impl Iterator<Item = (&str, &TensorType)> {
+        self.sources.get(source).into_iter().flat_map(|s| s.tensors.iter().map(|(key, at)| (key.as_str(), &at.ty)))
+    }
+
+    /// Paths of the files of a source.
+    pub fn paths_of(&self, source: usize) -> Vec<&Path> {
+        let files = self.sources.get(source).and_then(|s| self.maps.get(s.files.clone()));
+        files.unwrap_or_default().iter().map(|m| m.path.as_path()).collect()
     }
 
     /// Where the bytes of a tensor are, if the file has it; `key` is the complete key of the plan.

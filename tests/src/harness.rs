@@ -7,9 +7,10 @@ use std::sync::atomic::AtomicBool;
 
 use ltxc_compiler::{Options, PlanBuilder};
 use ltxc_ir::eval::{Data, Evaluator, Tensor};
-use ltxc_ir::plan::{Pipeline, Plan, Target, WeightSource, container};
+use ltxc_ir::plan::{ADAPTER_SLOTS, Pipeline, Plan, Target, WeightSource, container};
 use ltxc_ir::{DType, Module, Rate, TensorType};
 use ltxc_models::checkpoint::WeightFile;
+use ltxc_runtime::adapters::AdapterSet;
 use ltxc_runtime::executor::Executor;
 use ltxc_runtime::weights::WeightFiles;
 
@@ -107,7 +108,9 @@ pub fn plan_of(module: &Module, entry: &str, sources: Sources<'_>) -> Plan {
         WeightSource { name: name.to_string(), files: vec![identity], renames: Vec::new() }
     };
     let options = Options { verify: true, ..Options::default() };
-    let mut builder = PlanBuilder::new("ltxc-tests", Target::cpu(), options, sources.iter().map(source).collect());
+    let slots = WeightSource { name: ADAPTER_SLOTS.into(), files: Vec::new(), renames: Vec::new() };
+    let sources = sources.iter().map(source).chain([slots]).collect();
+    let mut builder = PlanBuilder::new("ltxc-tests", Target::cpu(), options, sources);
     builder.add("main", "main", module, entry).unwrap_or_else(|e| panic!("{e}"));
     let plan = builder.finish(Pipeline::default()).unwrap_or_else(|e| panic!("{e}"));
     let bytes = container::encode(&plan).unwrap_or_else(|e| panic!("{e}"));
@@ -120,11 +123,27 @@ pub fn plan_of(module: &Module, entry: &str, sources: Sources<'_>) -> Plan {
 /// If it does not compile or run.
 #[track_caller]
 pub fn compiled(module: &Module, entry: &str, args: &[Tensor], sources: Sources<'_>) -> BTreeMap<String, Tensor> {
+    compiled_with(module, entry, args, sources, AdapterSet::default())
+}
+
+/// As [`compiled`], with adapters.
+///
+/// # Panics
+/// As for [`compiled`], or if the adapters do not fit.
+#[track_caller]
+pub fn compiled_with(
+    module: &Module,
+    entry: &str,
+    args: &[Tensor],
+    sources: Sources<'_>,
+    adapters: AdapterSet,
+) -> BTreeMap<String, Tensor> {
     let plan = plan_of(module, entry, sources);
     let folders: Vec<PathBuf> = sources.iter().map(|(_, file)| file.path.clone()).collect();
     let weights = WeightFiles::open(&plan, &folders, false).unwrap_or_else(|e| panic!("{e}"));
     let interrupt = AtomicBool::new(false);
     let mut executor = Executor::new(&plan, &weights, &interrupt).unwrap_or_else(|e| panic!("{e}"));
+    executor.set_adapters(adapters).unwrap_or_else(|e| panic!("{e}"));
     let function = module.function(entry).expect("it was compiled");
     let named: BTreeMap<&str, &Tensor> = function.params.iter().map(|p| function.name_of(p.value)).zip(args).collect();
     let mut results = BTreeMap::new();

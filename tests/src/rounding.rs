@@ -1,13 +1,15 @@
-//! How far a graph that computes in bf16 is from the same graph in f32: an error analysis to first order.
+//! How far a graph that computes in bf16 or f16 is from the same graph in f32: an error analysis to first order.
 //!
 //! # One rounding
 //! bf16 keeps 8 significant bits: in an octave that begins at 1, values are `2^-7` apart, and a rounding is off by up to
 //! half of that, evenly distributed. Over values that fill octaves evenly on a logarithmic scale the relative L2 error of
-//! one rounding is `2^-7 / √12 / √(3 / (2 ln 2)) = 1.53e-3` ([`ONE`]).
+//! one rounding is `2^-7 / √12 / √(3 / (2 ln 2)) = 1.53e-3`. f16 keeps 11 bits, an eighth of that ([`one`]). Below `2^-14` its
+//! values are evenly spaced, so that small ones lose digits; that is `2^-26 / √3 = 9e-9` for values of about 1 in all, which
+//! does not show beside the errors of the large ones.
 //!
 //! # Many roundings
 //! Different values round differently, so that errors are independent and add as `a ⊕ b = √(a² + b²)`. With `e` the
-//! relative error of a value in units of [`ONE`] and `|x|` its norm as the evaluator finds it:
+//! relative error of a value in units of [`one`] and `|x|` its norm as the evaluator finds it:
 //!
 //! | op | `e` of the result, before its own rounding |
 //! |---|---|
@@ -19,7 +21,7 @@
 //! | choice between values | that of the worst operand |
 //! | anything else (norms, functions of one value, movement) | that of its first operand: functions of networks have slopes of about 1 |
 //!
-//! A result in bf16 is rounded itself, `⊕ 1`, unless the op only moves or chooses values. What is stored is exact.
+//! A narrow result is rounded itself, `⊕ 1`, unless the op only moves or chooses values. What is stored is exact.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -29,20 +31,29 @@ use ltxc_ir::{DType, Function, Module, Op, TensorType, ValueId};
 
 use crate::harness::Sources;
 
-/// Relative L2 error of one rounding to bf16.
-pub const ONE: f64 = 1.53e-3;
+/// Relative L2 error of one rounding to a narrow dtype.
+pub fn one(dtype: DType) -> f64 {
+    if dtype == DType::F16 { 1.53e-3 / 8.0 } else { 1.53e-3 }
+}
 
-/// Typical relative L2 error of every result of `entry` by rounding, for arguments that are exact.
+/// Typical relative L2 error of every result of `entry` by rounding to `dtype`, in which the graph computes, for arguments
+/// that are exact.
 ///
 /// # Panics
 /// If arguments or weights do not fit.
-pub fn typical_errors(module: &Module, entry: &str, args: &[Tensor], sources: Sources<'_>) -> BTreeMap<String, f64> {
+pub fn typical_errors(
+    module: &Module,
+    entry: &str,
+    dtype: DType,
+    args: &[Tensor],
+    sources: Sources<'_>,
+) -> BTreeMap<String, f64> {
     let norms = norms(module, entry, args, sources);
     let function = module.function(entry).expect("the evaluator found it");
     let params: Vec<Value> = args.iter().map(|a| Value { error: 0.0, norm: norm(a) }).collect();
     let results = Analysis { module, norms: &norms }.function(function, "", params);
     let named = function.results.iter().map(|r| r.name.clone());
-    named.zip(results).map(|(name, v)| (name, ONE * v.error)).collect()
+    named.zip(results).map(|(name, v)| (name, one(dtype) * v.error)).collect()
 }
 
 /// Norms of all values, by the path of the function ([`call_path`]) and the number of the value.

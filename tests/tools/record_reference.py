@@ -25,6 +25,7 @@ What comes out, one safetensors file each; `meta` in its metadata is JSON:
 Tensors of more than `--keep` values are thinned: of x there are x.sample (every k-th value of it flattened; k and the shape
 are in meta.sampled) and x.stats (mean, unbiased standard deviation, minimum, maximum, L2 norm, sum of magnitudes).
 
+The package knows the sizes of the published Gemma; the text of a smaller encoder cannot be recorded with it.
 Release 1.0.0 is what PyPI has. Where tokens or streams have noise levels of their own it computes attention between the
 streams otherwise than later releases, which ltxc follows, so only cases with one noise level are recorded here.
 """
@@ -121,6 +122,9 @@ def main():
     with safe_open(str(args.checkpoint), "pt") as file:
         args.config = json.loads(file.metadata()["config"])
     torch.set_grad_enabled(False)
+    if args.device == "cpu":
+        # torchaudio compares CUDA versions when it is imported, also where no CUDA is used.
+        torch.version.cuda = None
     recorders = {
         "text": record_text,
         "transformer": record_transformer,

@@ -9,6 +9,7 @@
 mod fused;
 mod map;
 mod place;
+mod rows;
 mod view;
 
 use std::collections::BTreeMap;

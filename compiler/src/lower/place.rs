@@ -9,6 +9,7 @@ use ltxc_ir::TensorType;
 use ltxc_ir::plan::{FunctionCall, KernelCall, Operand, Place, PlanFunction, Step, Storage, Target, Work};
 use ltxc_kernels::catalogue;
 
+use super::rows::{self, Piece};
 use super::view::Base;
 use super::{Action, Draft, DraftOperand, DraftStep};
 use crate::error::CompileError;
@@ -29,29 +30,28 @@ pub(super) fn place(
     for step in &draft.steps {
         let args: Vec<Operand> = step.args.iter().map(|a| addresses.operand(a)).collect();
         let results: Vec<Operand> = step.results.iter().map(|r| addresses.operand(r)).collect();
-        check_limits(name, step, target)?;
-        steps.push(match &step.action {
+        match &step.action {
             Action::Work(work) => {
-                let arg_types: Vec<&TensorType> = args.iter().map(|a| &a.ty).collect();
-                let result_types: Vec<&TensorType> = results.iter().map(|r| &r.ty).collect();
-                Step::Kernel(KernelCall {
-                    work: work.clone(),
-                    bytes: catalogue::bytes(work, &arg_types, &result_types),
-                    flops: catalogue::flops(work, &arg_types, &result_types),
-                    name: step.name.clone(),
-                    args,
-                    results,
-                })
+                check_bindings(name, work, args.len() + results.len(), target)?;
+                let pieces = rows::pieces(Piece { work: work.clone(), args, results }, target);
+                let pieces = pieces.map_err(|ty| too_large(name, work, &ty, target))?;
+                steps.extend(pieces.into_iter().map(|Piece { work, args, results }| {
+                    let arg_types: Vec<&TensorType> = args.iter().map(|a| &a.ty).collect();
+                    let result_types: Vec<&TensorType> = results.iter().map(|r| &r.ty).collect();
+                    let bytes = catalogue::bytes(&work, &arg_types, &result_types);
+                    let flops = catalogue::flops(&work, &arg_types, &result_types);
+                    Step::Kernel(KernelCall { work, bytes, flops, name: step.name.clone(), args, results })
+                }));
             }
-            Action::Call { function, prefix } => Step::Call(FunctionCall {
+            Action::Call { function, prefix } => steps.push(Step::Call(FunctionCall {
                 function: *function,
                 prefix: prefix.clone(),
                 name: step.name.clone(),
                 frame: frames.next().cloned().unwrap_or_default(),
                 args,
                 results,
-            }),
-        });
+            })),
+        }
     }
     Ok(PlanFunction {
         name: name.into(),
@@ -64,23 +64,23 @@ pub(super) fn place(
     })
 }
 
-/// Checks a call against what the target can bind. Parts of a fused call count, because a device may run them one by one.
-fn check_limits(name: &str, step: &DraftStep, target: &Target) -> Result<(), CompileError> {
-    let Action::Work(work) = &step.action else { return Ok(()) };
-    let (function, kernel) = (name.to_string(), work.name().to_string());
-    let found = step.args.len() + step.results.len();
-    if found > target.max_bindings as usize {
-        return Err(CompileError::TooManyBindings { function, kernel, found, limit: target.max_bindings });
+/// Checks how many operands and results a call has.
+fn check_bindings(name: &str, work: &Work, found: usize, target: &Target) -> Result<(), CompileError> {
+    if found <= target.max_bindings as usize {
+        return Ok(());
     }
-    let inner = match work {
-        Work::Kernel(_) => &[][..],
-        Work::Fused(fused) => &fused.parts,
-    };
-    let types = step.args.iter().chain(&step.results).map(|o| &o.ty).chain(inner.iter().map(|p| &p.result));
-    let limit = target.max_tensor_bytes;
-    match types.map(|ty| (ty, ty.bytes() as u64)).find(|(_, bytes)| *bytes > limit) {
-        Some((ty, bytes)) => Err(CompileError::TensorTooLarge { function, kernel, ty: ty.to_string(), bytes, limit }),
-        None => Ok(()),
+    let (function, kernel) = (name.to_string(), work.name().to_string());
+    Err(CompileError::TooManyBindings { function, kernel, found, limit: target.max_bindings })
+}
+
+fn too_large(name: &str, work: &Work, ty: &TensorType, target: &Target) -> CompileError {
+    let counted = target.max_tensor_elements().saturating_mul(ty.dtype.bytes() as u64);
+    CompileError::TensorTooLarge {
+        function: name.into(),
+        kernel: work.name().into(),
+        ty: ty.to_string(),
+        bytes: ty.bytes() as u64,
+        limit: target.max_tensor_bytes.min(counted),
     }
 }
 

@@ -150,3 +150,26 @@ fn joined_projections_give_the_same_parts() {
         }
     }
 }
+
+#[test]
+fn calls_that_are_cut_by_rows_compute_the_same() {
+    let b = Builder::new("main");
+    let x = b.param("x", TensorType::f32([1, 37, 16]), Rate::Step);
+    let [w, bias] = [vec![16, 16], vec![16]].map(TensorType::f32);
+    let normed = b.mul(b.rms_norm(x, None, 1e-6), b.weight("model", "scale", bias.clone()));
+    let product = b.add(b.matmul_transposed(normed, b.weight("model", "w", w)), b.weight("model", "bias", bias));
+    b.result("y", b.add(x, b.gelu(product)));
+    let module = Module { functions: vec![b.finish().unwrap()], entries: vec!["main".into()] };
+    let args = arguments(&module, "main", 1);
+    let expected = evaluate(&module, "main", &args);
+    let steps = |plan: &Plan| plan.functions.iter().map(|f| f.steps.len()).sum::<usize>();
+    for fuse in [Fuse::None, Fuse::Composite, Fuse::Full] {
+        let whole = plan(&module, options(fuse), Target::cpu());
+        // The weight has 1024 bytes, a row 64: pieces of 17 or 16 rows.
+        for max_tensor_bytes in [1100, 1024] {
+            let cut = plan(&module, options(fuse), Target { max_tensor_bytes, ..Target::cpu() });
+            assert!(steps(&cut) >= steps(&whole) + 2, "{fuse:?}: {cut}");
+            assert_close(&interpret(&cut, &args), &expected, 0.0, &format!("{fuse:?}, {max_tensor_bytes} bytes"));
+        }
+    }
+}

@@ -3,9 +3,9 @@
 use crate::support::interp::Interpreter;
 use crate::support::{self, builder, pipeline};
 use ltxc_compiler::{CompileError, Options};
-use ltxc_ir::ops::{Attention, RopeLayout};
+use ltxc_ir::ops::{Attention, Conv, RopeLayout};
 use ltxc_ir::plan::{SlotPlace, Step, Target, WeightOrigin};
-use ltxc_ir::{Builder, Function, Module, Rate, TensorType};
+use ltxc_ir::{Builder, DType, Function, Module, Rate, TensorType};
 
 fn single(name: &str, body: impl FnOnce(&Builder)) -> Module {
     let b = Builder::new(name);
@@ -189,6 +189,57 @@ fn limits_of_the_target_are_respected() {
     assert!(matches!(error, CompileError::TooManyBindings { found: 3, limit: 2, .. }), "{error}");
     let error = refused(&module, "main", Options::default(), Target { max_tensor_bytes: 16383, ..Target::cpu() });
     assert!(matches!(error, CompileError::TensorTooLarge { bytes: 16384, limit: 16383, .. }), "{error}");
+}
+
+/// Devices index with 32 bits: what has one row more than they count is two calls, the second at an offset.
+#[test]
+fn calls_beyond_32_bits_are_cut() {
+    const ROW: usize = 1 << 16;
+    const MOST: usize = (1 << 16) - 1;
+    let calls = |rows: usize, target: Target| {
+        let module = single("main", |b| {
+            let x = b.param("x", TensorType::f32([rows, ROW]), Rate::Step);
+            let w = b.weight("model", "w", TensorType::f32([8, ROW]));
+            b.result("y", b.matmul_transposed(b.rms_norm(x, None, 1e-6), w));
+        });
+        let plan = support::plan(&module, Options::default(), target);
+        let steps = plan.functions.iter().flat_map(|f| f.steps.clone());
+        let calls = steps.map(|step| match step {
+            Step::Kernel(call) => (call.work.name().to_string(), call.args[0].ty.shape[0], call.args[0].offset),
+            Step::Call(_) => panic!("nothing is called"),
+        });
+        let mut calls: Vec<_> = calls.collect();
+        // What is not at the start of its buffer counts from the first piece.
+        let starts: Vec<u64> = calls.iter().map(|c| calls.iter().find(|d| d.0 == c.0).map_or(0, |d| d.2)).collect();
+        calls.iter_mut().zip(starts).for_each(|(call, start)| call.2 -= start);
+        calls
+    };
+    let named = |name: &str, rows, offset| (name.to_string(), rows, offset);
+    let whole = [named("rms_norm", MOST, 0), named("matmul", MOST, 0)];
+    assert_eq!(calls(MOST, Target::cuda()), whole);
+    let after = |rows: usize| (4 * rows * ROW) as u64;
+    // Results of 8 floats a row are bound at multiples of 512 bytes, which are 16 rows.
+    let even = MOST / 16 * 16;
+    let norms = [named("rms_norm", MOST, 0), named("rms_norm", 1, after(MOST))];
+    let products = [named("matmul", even, 0), named("matmul", 16, after(even))];
+    assert_eq!(calls(MOST + 1, Target::cuda()), [norms, products].concat());
+    assert_eq!(calls(MOST + 1, Target::cpu()).len(), 2);
+}
+
+#[test]
+fn tensors_that_cannot_be_cut_are_refused() {
+    let module = single("main", |b| {
+        let x = b.param("x", TensorType::new(DType::BF16, [1, 1 << 13, 1 << 10, 1 << 10]), Rate::Step);
+        let w = b.weight("model", "w", TensorType::new(DType::BF16, [1, 1, 1 << 10, 8]));
+        let op = Conv { stride: vec![1; 2], dilation: vec![1; 2], pad: vec![(0, 0); 2], groups: 1 };
+        b.result("y", b.conv(op, x, w));
+    });
+    // 2^33 elements are fewer bytes than a device allows, but more than it counts.
+    let error = refused(&module, "main", Options::default(), Target { max_tensor_bytes: 1 << 36, ..Target::cuda() });
+    let words = error.to_string();
+    for part in ["`conv`", "17179869184 bytes", "allows tensors of 8589803520", "compile a smaller size"] {
+        assert!(words.contains(part), "`{part}` is not in: {words}");
+    }
 }
 
 #[test]

@@ -8,14 +8,15 @@
 //! ..  sections, each at the next multiple of 64, zeros between, nothing behind
 //! ```
 //!
-//! The first section is the plan; a second one may hold kernels ([`super::kernels`]). All numbers are little-endian. Reading checks everything before it allocates anything, and decodes with a limit. A
-//! plan from elsewhere is untrusted input: [`super::verify`] must accept it before it is used.
+//! The first section is the plan; a second one may hold kernels ([`super::kernels`]). All numbers are little-endian. Reading
+//! checks everything before it allocates anything, and decodes with a limit. A plan from elsewhere is untrusted input:
+//! [`super::verify`] must accept it before it is used.
 
 use super::verify::PlanError;
 use super::{Kernels, Plan};
 
 /// Version of the format; plans of other versions are refused.
-pub const FORMAT: u32 = 4;
+pub const FORMAT: u32 = 5;
 
 const MAGIC: &[u8; 8] = b"LTXCPLAN";
 const ENTRY: usize = 56;

@@ -420,6 +420,15 @@ pub enum Access {
 }
 
 impl Part {
+    /// The part on `block` of its `rows` rows.
+    pub fn cut(&self, rows: usize, block: usize) -> Part {
+        let args = self.args.iter().enumerate().map(|(j, arg)| match self.access(j, rows) {
+            Some(Access::Row) => PartArg { ty: cut_rows(&arg.ty, rows, block), ..*arg },
+            _ => arg.clone(),
+        });
+        Part { kernel: self.kernel.clone(), args: args.collect(), result: cut_rows(&self.result, rows, block) }
+    }
+
     /// How the part reads operand `arg` when its work is cut into `rows` rows; `None` if it cannot be cut so.
     pub fn access(&self, arg: usize, rows: usize) -> Option<Access> {
         let ty = &self.args[arg].ty;
@@ -429,6 +438,9 @@ impl Part {
                 let split = leading_axes(&self.result, rows)?;
                 broadcast_access(ty, &self.result.shape[..split], self.result.rank())
             }
+            // Rows of the left operand, with one right operand for all.
+            Kernel::Matmul(_) if arg == 0 => leading_axes(&self.result, rows).and_then(|_| as_row()),
+            Kernel::Matmul(_) => (ty.rank() == 2).then_some(Access::Whole),
             Kernel::RmsNorm(_) | Kernel::LayerNorm(_) if arg > 0 => Some(Access::Whole),
             Kernel::Rope(_) if arg > 0 => {
                 let split = leading_axes(&self.result, rows)?;
@@ -465,6 +477,19 @@ pub fn leading_axes(ty: &TensorType, rows: usize) -> Option<usize> {
         count = count.checked_mul(*ty.shape.get(axes)?)?;
     }
     None
+}
+
+/// `ty` with `block` of its `rows` rows. The rank stays.
+pub fn cut_rows(ty: &TensorType, rows: usize, block: usize) -> TensorType {
+    let axes = leading_axes(ty, rows).unwrap_or(0);
+    let mut out = ty.clone();
+    out.shape[..axes].fill(1);
+    match axes.checked_sub(1) {
+        Some(last) => out.shape[last] = block,
+        // Only a single row has no leading axes.
+        None => debug_assert_eq!(block, 1),
+    }
+    out
 }
 
 /// The largest number of rows that a part can be cut into; `None` if it cannot.

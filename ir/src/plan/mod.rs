@@ -90,6 +90,17 @@ impl Target {
     /// Alignment that satisfies every device: CUDA allocations have it, Vulkan and Metal ask for 256 or less.
     pub const DEVICE_ALIGNMENT: u64 = 512;
 
+    /// Most elements of an operand or result: kernels of devices count them in 32 bits, with room for what the last cube
+    /// counts beyond the end.
+    pub fn max_tensor_elements(&self) -> u64 {
+        if self.backend == "cpu" { 1 << 46 } else { (1 << 32) - (1 << 16) }
+    }
+
+    /// Whether a tensor may be an operand or a result of a kernel call.
+    pub fn holds(&self, ty: &TensorType) -> bool {
+        ty.bytes() as u64 <= self.max_tensor_bytes && ty.elements() as u64 <= self.max_tensor_elements()
+    }
+
     /// The native CPU backend.
     pub fn cpu() -> Target {
         Target {
@@ -125,6 +136,16 @@ impl Target {
         }
     }
 }
+
+/// The weight source of slots for low-rank adapters. It has no files: a run fills its tensors, with zeros if it has no
+/// adapter for them. Their keys are that of a weight without `.weight`, and [`SLOT_DOWN`] or [`SLOT_UP`].
+pub const ADAPTER_SLOTS: &str = "adapters";
+
+/// Slot of the factor next to the input, `[rank, inputs]`.
+pub const SLOT_DOWN: &str = ".lora_A.weight";
+
+/// Slot of the factor next to the output, `[outputs, rank]`, scaled.
+pub const SLOT_UP: &str = ".lora_B.weight";
 
 /// A named set of weight files, in which keys are looked up.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

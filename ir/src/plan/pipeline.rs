@@ -167,10 +167,28 @@ pub enum Schedule {
 /// An adapter of a stage.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StageAdapter {
-    /// Name of the adapter slot.
-    pub slot: String,
-    /// Default strength.
-    pub strength: f64,
+    /// What it is for: [`StageAdapter::USER`] or [`StageAdapter::DISTILLED`].
+    pub role: String,
+    /// Default strength; `None` for the one that is given with its file.
+    pub strength: Option<f64>,
+}
+
+impl StageAdapter {
+    /// Whatever adapters the user names.
+    pub const USER: &str = "user";
+
+    /// The one that makes a full model behave like a distilled one; a stage that has it needs it.
+    pub const DISTILLED: &str = "distilled";
+
+    /// The adapters that the user names, at their strengths.
+    pub fn user() -> StageAdapter {
+        StageAdapter { role: StageAdapter::USER.into(), strength: None }
+    }
+
+    /// The distilled one, at its strength.
+    pub fn distilled() -> StageAdapter {
+        StageAdapter { role: StageAdapter::DISTILLED.into(), strength: None }
+    }
 }
 
 /// How a stage goes from one noise level to the next.

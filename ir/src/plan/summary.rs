@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use super::{Plan, Program, Step, WeightOrigin};
+use super::{ADAPTER_SLOTS, FileTensor, Plan, PlanWeight, Program, Step, WeightOrigin};
+use crate::types::TensorType;
 
 /// Cost of running a program once.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -52,32 +53,66 @@ pub fn function_costs(plan: &Plan) -> Vec<Cost> {
     costs
 }
 
-/// Every distinct weight of a program: bytes read in place from files, and bytes of packed copies.
+/// Every distinct weight of a program: bytes read in place from files, and bytes of memory that a run fills: packed copies
+/// and slots for adapters.
 pub fn weight_bytes(plan: &Plan, program: &Program) -> (u64, u64) {
     distinct_weight_bytes(plan, std::slice::from_ref(&program))
 }
 
 /// [`weight_bytes`] of programs that share what they have in common.
 pub fn distinct_weight_bytes(plan: &Plan, programs: &[&Program]) -> (u64, u64) {
-    let mut seen = BTreeMap::new();
-    programs.iter().for_each(|program| collect(plan, program.function, "", &mut seen));
-    seen.values().fold((0, 0), |(mapped, packed): (u64, u64), &(bytes, is_packed)| {
-        if is_packed { (mapped, packed.saturating_add(bytes)) } else { (mapped.saturating_add(bytes), packed) }
+    let slots = plan.sources.iter().position(|s| s.name == ADAPTER_SLOTS);
+    let mut seen: BTreeMap<(u32, String), (u64, bool)> = BTreeMap::new();
+    for program in programs {
+        for_each_weight(plan, program, &mut |prefix, weight| {
+            let Some(first) = weight.origin.tensors().first() else { return };
+            let is_slot = slots == Some(first.source as usize);
+            let is_filled = is_slot || matches!(weight.origin, WeightOrigin::Packed { .. });
+            seen.insert((first.source, format!("{prefix}{}", first.key)), (weight.ty.bytes() as u64, is_filled));
+        });
+    }
+    seen.values().fold((0, 0), |(mapped, filled): (u64, u64), &(bytes, is_filled)| {
+        if is_filled { (mapped, filled.saturating_add(bytes)) } else { (mapped.saturating_add(bytes), filled) }
     })
 }
 
-type Seen = BTreeMap<(u32, String), (u64, bool)>;
+/// Bytes of the weights of a program that are read in place and that `is_chosen`, by source and complete key.
+pub fn mapped_bytes(plan: &Plan, program: &Program, is_chosen: &dyn Fn(&str, &str) -> bool) -> u64 {
+    let mut seen: BTreeMap<(u32, String), u64> = BTreeMap::new();
+    for_each_weight(plan, program, &mut |prefix, weight| {
+        let WeightOrigin::File(tensor) = &weight.origin else { return };
+        let (source, key) = (plan.sources.get(tensor.source as usize), format!("{prefix}{}", tensor.key));
+        if source.is_some_and(|s| is_chosen(&s.name, &key)) {
+            seen.insert((tensor.source, key), weight.ty.bytes() as u64);
+        }
+    });
+    seen.values().fold(0, |sum, &bytes| sum.saturating_add(bytes))
+}
 
-fn collect(plan: &Plan, function: u32, prefix: &str, seen: &mut Seen) {
-    let Some(function) = plan.functions.get(function as usize) else { return };
-    for weight in &function.weights {
-        let Some(first) = weight.origin.tensors().first() else { continue };
-        let packed = matches!(weight.origin, WeightOrigin::Packed { .. });
-        seen.insert((first.source, format!("{prefix}{}", first.key)), (weight.ty.bytes() as u64, packed));
+/// Every tensor that programs of a plan read, by source and complete key.
+pub fn tensors(plan: &Plan) -> BTreeMap<(u32, String), &TensorType> {
+    let mut found = BTreeMap::new();
+    for program in &plan.programs {
+        for_each_weight(plan, program, &mut |prefix, weight| {
+            for FileTensor { source, key, ty } in weight.origin.tensors() {
+                found.insert((*source, format!("{prefix}{key}")), ty);
+            }
+        });
     }
+    found
+}
+
+/// Calls `f` with every weight of a program, in every function that it calls, and what stands before its keys there.
+fn for_each_weight<'p>(plan: &'p Plan, program: &Program, f: &mut dyn FnMut(&str, &'p PlanWeight)) {
+    visit(plan, program.function, "", f);
+}
+
+fn visit<'p>(plan: &'p Plan, function: u32, prefix: &str, f: &mut dyn FnMut(&str, &'p PlanWeight)) {
+    let Some(function) = plan.functions.get(function as usize) else { return };
+    function.weights.iter().for_each(|weight| f(prefix, weight));
     for step in &function.steps {
         if let Step::Call(call) = step {
-            collect(plan, call.function, &format!("{prefix}{}", call.prefix), seen);
+            visit(plan, call.function, &format!("{prefix}{}", call.prefix), f);
         }
     }
 }

@@ -32,6 +32,9 @@ const ROWS: usize = 96;
 /// Keys per block: the summed elements of one tile of the second product.
 const KEYS: usize = K_BLOCK;
 
+/// Heads between the one that is prepared and the one that is fetched: a memory access takes as long as a few of them.
+const AHEAD: usize = 4;
+
 /// Floats of packed keys and values: 16 MB, what the last cache holds. One head may need more.
 const PACKED_FLOATS: usize = 4 << 20;
 
@@ -212,6 +215,9 @@ unsafe fn pack_block(inputs: &Inputs<'_>, head: usize, keys: Range<usize>, dst: 
             };
             let (rows, room) = slot.split_at_mut(MAX_WIDTH * plan.d);
             for (row, key) in rows.chunks_exact_mut(plan.d.max(1)).zip(panel.clone()) {
+                if key + AHEAD < keys.end {
+                    heads.fetch([batch, key + AHEAD, head]);
+                }
                 row.copy_from_slice(heads.head([batch, key, head], &mut room[..heads::room(plan.d)]));
             }
             let rows = Matrix { ptr: rows.as_ptr().cast(), dtype: DType::F32, stride: plan.d, transposed: true };
@@ -324,6 +330,9 @@ impl Job<'_> {
     unsafe fn load_queries(&self, queries: &mut [f32], room: &mut [f32]) {
         let (q, d) = (&self.inputs.args[0], self.inputs.plan.d);
         for (r, t) in self.rows.clone().enumerate() {
+            if let Some(heads) = self.inputs.queries.as_ref().filter(|_| t + AHEAD < self.rows.end) {
+                heads.fetch([self.batch, t + AHEAD, self.head]);
+            }
             // SAFETY: there is such a head.
             let ready = self.inputs.queries.as_ref().map(|h| unsafe { h.head([self.batch, t, self.head], room) });
             for (block, dims) in (0..d).step_by(K_BLOCK).enumerate() {

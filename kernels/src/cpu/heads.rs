@@ -12,6 +12,7 @@ use super::element::{load, store};
 use super::norm::{rms_factor, scale_all, scale_by, wide};
 use super::parallel::{Scratch, Shared, for_each};
 use super::rope::{Table, rotate};
+use super::tile::fetch_bytes;
 
 /// Elements per task of the first pass.
 const TASK: usize = 1 << 14;
@@ -103,41 +104,68 @@ impl<'a> Heads<'a> {
         Heads { x, norm, rope }
     }
 
-    /// Head `head` of token `token` of a batch, as f32 in `room`, which has [`room`] floats.
+    /// Asks for what [`Heads::head`] reads. Heads of tokens that follow each other are a page apart, which machines do not
+    /// foresee.
+    pub(crate) fn fetch(&self, [batch, token, head]: [usize; 3]) {
+        let [tokens, heads, d] = [1, 2, 3].map(|a| self.x.ty.shape[a]);
+        let bytes = d * self.x.ty.dtype.bytes();
+        fetch_bytes(self.x.ptr.wrapping_add(((batch * tokens + token) * heads + head) * bytes), bytes);
+        for table in self.rope.iter().flat_map(|(_, tables)| tables) {
+            table.fetch([batch, token, head], d / 2);
+        }
+    }
+
+    /// Head `head` of token `token` of a batch, as f32 where it lies or in `room`, which has [`room`] floats.
     ///
     /// # Safety
     /// There is such a head.
     pub(crate) unsafe fn head<'r>(&self, [batch, token, head]: [usize; 3], room: &'r mut [f32]) -> &'r [f32] {
         let [tokens, heads, d] = [1, 2, 3].map(|a| self.x.ty.shape[a]);
         let dtype = self.x.ty.dtype;
-        let (mut x, rest) = room.split_at_mut(d);
-        let (mut y, rest) = rest.split_at_mut(d);
+        let (first, rest) = room.split_at_mut(d);
+        let (second, rest) = rest.split_at_mut(d);
         let (angles, narrow) = rest.split_at_mut(d);
         let number = (batch * tokens + token) * heads + head;
-        // SAFETY: the head is inside the operand, and tables broadcast to it.
-        unsafe {
-            load(dtype, self.x.ptr.add(number * d * dtype.bytes()), x);
-            if let Some(norm) = &self.norm {
-                let (row, column) = (number * d / norm.row, number * d % norm.row);
-                match norm.weight {
-                    Some(w) => scale_by(x, norm.factors[row], &w[column..column + d], y),
-                    None => scale_all(x, norm.factors[row], y),
-                }
-                (x, y) = (y, x);
-                round(dtype, x, narrow);
+        let norm = |norm: &Factors<'_>, x: &[f32], y: &mut [f32], narrow: &mut [f32]| {
+            let (row, column) = if norm.row == d { (number, 0) } else { (batch * tokens + token, head * d) };
+            match norm.weight {
+                Some(w) => scale_by(x, norm.factors[row], &w[column..column + d], y),
+                None => scale_all(x, norm.factors[row], y),
             }
-            if let Some((layout, [cos, sin])) = &self.rope {
+            round(dtype, y, narrow);
+        };
+        let mut turn =
+            |(layout, [cos, sin]): &(RopeLayout, [Table; 2]), x: &[f32], y: &mut [f32], narrow: &mut [f32]| {
                 let (cos_room, sin_room) = angles.split_at_mut(d / 2);
                 let index = [batch, token, head];
-                let cos = cos.read(index, d / 2, cos_room.as_mut_ptr());
-                let sin = sin.read(index, d / 2, sin_room.as_mut_ptr());
-                rotate(*layout, x, cos, sin, y);
-                (x, y) = (y, x);
-                round(dtype, x, narrow);
+                // SAFETY: tables broadcast to the heads.
+                unsafe {
+                    let cos = cos.read(index, d / 2, cos_room.as_mut_ptr());
+                    let sin = sin.read(index, d / 2, sin_room.as_mut_ptr());
+                    rotate(*layout, x, cos, sin, y);
+                }
+                round(dtype, y, narrow);
+            };
+        let src = self.x.ptr.wrapping_add(number * d * dtype.bytes());
+        // SAFETY: the head is inside the operand.
+        unsafe {
+            match (&self.norm, &self.rope) {
+                (None, None) => widen(dtype, src, first),
+                (Some(factors), None) => {
+                    norm(factors, widen(dtype, src, first), second, narrow);
+                    second
+                }
+                (None, Some(rope)) => {
+                    turn(rope, widen(dtype, src, first), second, narrow);
+                    second
+                }
+                (Some(factors), Some(rope)) => {
+                    norm(factors, widen(dtype, src, first), second, narrow);
+                    turn(rope, second, first, narrow);
+                    first
+                }
             }
         }
-        let _ = y;
-        x
     }
 }
 

@@ -1,6 +1,9 @@
-//! The steps of a `map` on blocks of lanes: f32 if anything is floating point, else i64.
+//! The steps of a `map` on blocks of lanes: f32 if anything is floating point, else i64. A block is rows at a fixed distance,
+//! so that a few columns of a wide tensor need one call.
 
-use half::{bf16, f16};
+use std::marker::PhantomData;
+
+use half::bf16;
 use ltxc_ir::DType;
 use ltxc_ir::ops::{Binary, Compare, Unary};
 use ltxc_ir::plan::{MapFunction as Function, MapStep};
@@ -26,8 +29,66 @@ pub(crate) trait Lane: Copy + Sync + 'static {
     /// As for [`element::store`].
     unsafe fn store(dtype: DType, src: &[Self], dst: *mut u8);
 
-    /// Runs a step: `at` gives the registers it reads, as long as `dst`, which is at most [`BLOCK`] long.
-    fn step<'a>(step: &MapStep, at: impl Fn(u32) -> &'a [Self], dst: &mut [Self]);
+    /// Runs a step: `at` gives the registers it reads, with the rows and columns of `dst`, which are [`BLOCK`] lanes at most.
+    fn step<'a>(step: &MapStep, at: impl Fn(u32) -> Rows<'a, Self>, dst: RowsMut<'_, Self>);
+}
+
+/// Rows of lanes that are read.
+#[derive(Clone, Copy)]
+pub(crate) struct Rows<'a, T> {
+    first: *const T,
+    /// From row to row, in lanes.
+    step: usize,
+    rows: usize,
+    columns: usize,
+    lanes: PhantomData<&'a [T]>,
+}
+
+impl<'a, T> Rows<'a, T> {
+    /// # Safety
+    /// The rows are valid, and nothing writes to them while the result lives.
+    pub(crate) unsafe fn new(first: *const T, step: usize, rows: usize, columns: usize) -> Rows<'a, T> {
+        Rows { first, step, rows, columns, lanes: PhantomData }
+    }
+
+    #[inline(always)]
+    fn row(&self, r: usize) -> &'a [T] {
+        debug_assert!(r < self.rows);
+        // SAFETY: the promise of `new`.
+        unsafe { std::slice::from_raw_parts(self.first.wrapping_add(r * self.step), self.columns) }
+    }
+
+    /// The rows one by one.
+    #[inline(always)]
+    fn each(self) -> impl Iterator<Item = &'a [T]> {
+        (0..self.rows).map(move |r| self.row(r))
+    }
+}
+
+/// Rows of lanes that are written.
+pub(crate) struct RowsMut<'a, T> {
+    first: *mut T,
+    step: usize,
+    rows: usize,
+    columns: usize,
+    lanes: PhantomData<&'a mut [T]>,
+}
+
+impl<'a, T> RowsMut<'a, T> {
+    /// # Safety
+    /// The rows are valid and do not overlap, and nothing else uses them while the result lives.
+    pub(crate) unsafe fn new(first: *mut T, step: usize, rows: usize, columns: usize) -> RowsMut<'a, T> {
+        RowsMut { first, step, rows, columns, lanes: PhantomData }
+    }
+
+    /// The rows one by one.
+    #[inline(always)]
+    fn each(self) -> impl Iterator<Item = &'a mut [T]> {
+        // SAFETY: the promise of `new`; every row is given out once.
+        (0..self.rows).map(move |r| unsafe {
+            std::slice::from_raw_parts_mut(self.first.wrapping_add(r * self.step), self.columns)
+        })
+    }
 }
 
 impl Lane for f32 {
@@ -57,9 +118,9 @@ impl Lane for f32 {
         unsafe { element::store(dtype, src, dst) }
     }
 
-    fn step<'a>(step: &MapStep, at: impl Fn(u32) -> &'a [f32], dst: &mut [f32]) {
+    fn step<'a>(step: &MapStep, at: impl Fn(u32) -> Rows<'a, f32>, dst: RowsMut<'_, f32>) {
         match *step {
-            MapStep::Scalar(v) => dst.fill(v.0 as f32),
+            MapStep::Scalar(v) => dst.each().for_each(|row| row.fill(v.0 as f32)),
             MapStep::Unary(op, a) => unary(op, at(a), dst),
             MapStep::Binary(op, a, b) => binary(op, at(a), at(b), dst),
             MapStep::Compare(op, a, b) => match op {
@@ -75,41 +136,48 @@ impl Lane for f32 {
                 Function::LeakyRelu(slope) => apply1(LeakyRelu(slope.0 as f32), at(a), dst),
             },
             MapStep::Snake(x, a, b) => {
-                let (x, a, b) = (at(x), at(a), at(b));
-                apply3(Snake, x, a, b, dst);
-                for (i, d) in dst.iter_mut().enumerate() {
-                    if beyond_trigonometry(x[i] * a[i]) {
-                        *d = snake(x[i], (x[i] * a[i]).sin(), b[i]);
+                for (((dst, x), a), b) in dst.each().zip(at(x).each()).zip(at(a).each()).zip(at(b).each()) {
+                    apply3(Snake, one(x), one(a), one(b), one_mut(dst));
+                    for (i, d) in dst.iter_mut().enumerate() {
+                        if beyond_trigonometry(x[i] * a[i]) {
+                            *d = snake(x[i], (x[i] * a[i]).sin(), b[i]);
+                        }
                     }
                 }
             }
-            MapStep::Round(dtype, a) => round(dtype, at(a), dst),
+            MapStep::Round(dtype, a) => dst.each().zip(at(a).each()).for_each(|(dst, x)| round(dtype, x, dst)),
         }
     }
 }
 
-fn unary(op: Unary, x: &[f32], dst: &mut [f32]) {
+/// A slice as one row.
+fn one(x: &[f32]) -> Rows<'_, f32> {
+    // SAFETY: the lanes are those of the slice.
+    unsafe { Rows::new(x.as_ptr(), 0, 1, x.len()) }
+}
+
+/// A slice as one row that is written.
+fn one_mut(x: &mut [f32]) -> RowsMut<'_, f32> {
+    // SAFETY: the lanes are those of the slice.
+    unsafe { RowsMut::new(x.as_mut_ptr(), 0, 1, x.len()) }
+}
+
+fn unary(op: Unary, x: Rows<'_, f32>, dst: RowsMut<'_, f32>) {
     match op {
         Unary::Neg => apply1(Neg, x, dst),
         Unary::Abs => apply1(Abs, x, dst),
         Unary::Exp => apply1(Exp, x, dst),
-        Unary::Log => each(x, dst, f32::ln),
+        Unary::Log => dst.each().zip(x.each()).for_each(|(dst, x)| each(x, dst, f32::ln)),
         Unary::Sqrt => apply1(Sqrt, x, dst),
         Unary::Rsqrt => apply1(Rsqrt, x, dst),
-        Unary::Sin => {
-            apply1(Sin, x, dst);
-            far_out(x, dst, f32::sin);
-        }
-        Unary::Cos => {
-            apply1(Cos, x, dst);
-            far_out(x, dst, f32::cos);
-        }
+        Unary::Sin => trigonometry(Sin, f32::sin, x, dst),
+        Unary::Cos => trigonometry(Cos, f32::cos, x, dst),
         Unary::Tanh => apply1(Tanh, x, dst),
         Unary::Erf => apply1(Erf, x, dst),
     }
 }
 
-fn binary(op: Binary, a: &[f32], b: &[f32], dst: &mut [f32]) {
+fn binary(op: Binary, a: Rows<'_, f32>, b: Rows<'_, f32>, dst: RowsMut<'_, f32>) {
     match op {
         Binary::Add => apply2(Add, a, b, dst),
         Binary::Sub => apply2(Sub, a, b, dst),
@@ -118,8 +186,8 @@ fn binary(op: Binary, a: &[f32], b: &[f32], dst: &mut [f32]) {
         Binary::Max => apply2(Max, a, b, dst),
         Binary::Min => apply2(Min, a, b, dst),
         Binary::Pow => {
-            for (i, d) in dst.iter_mut().enumerate() {
-                *d = a[i].powf(b[i]);
+            for ((dst, a), b) in dst.each().zip(a.each()).zip(b.each()) {
+                each2(a, b, dst, f32::powf);
             }
         }
     }
@@ -129,7 +197,6 @@ fn binary(op: Binary, a: &[f32], b: &[f32], dst: &mut [f32]) {
 fn round(dtype: DType, x: &[f32], dst: &mut [f32]) {
     match dtype {
         DType::F32 => dst.copy_from_slice(x),
-        DType::F16 => each(x, dst, |v| f16::from_f32(v).to_f32()),
         _ => {
             let mut narrow = [0u32; BLOCK];
             // SAFETY: no dtype is wider than `u32`, and a block is at most this long.
@@ -145,11 +212,14 @@ fn beyond_trigonometry(x: f32) -> bool {
     x.abs() > math::TRIG_LIMIT
 }
 
-/// Replaces what the vectorised function cannot compute: arguments of more than a million.
-fn far_out(x: &[f32], dst: &mut [f32], f: impl Fn(f32) -> f32) {
-    for (d, &x) in dst.iter_mut().zip(x) {
-        if beyond_trigonometry(x) {
-            *d = f(x);
+/// The vectorised function, and `exact` for what it cannot compute: arguments of more than a million.
+fn trigonometry(f: impl Function1, exact: impl Fn(f32) -> f32, x: Rows<'_, f32>, dst: RowsMut<'_, f32>) {
+    for (dst, x) in dst.each().zip(x.each()) {
+        apply1(f, one(x), one_mut(dst));
+        for (d, &x) in dst.iter_mut().zip(x) {
+            if beyond_trigonometry(x) {
+                *d = exact(x);
+            }
         }
     }
 }
@@ -181,25 +251,31 @@ trait Function3: Copy {
 }
 
 multiversion! {
-    fn apply1<F: Function1>(f: F, x: &[f32], dst: &mut [f32]) {
-        for (d, &x) in dst.iter_mut().zip(x) {
-            *d = f.of(x);
+    fn apply1<F: Function1>(f: F, x: Rows<'_, f32>, dst: RowsMut<'_, f32>) {
+        for (dst, x) in dst.each().zip(x.each()) {
+            for (d, &x) in dst.iter_mut().zip(x) {
+                *d = f.of(x);
+            }
         }
     }
 }
 
 multiversion! {
-    fn apply2<F: Function2>(f: F, a: &[f32], b: &[f32], dst: &mut [f32]) {
-        for ((d, &a), &b) in dst.iter_mut().zip(a).zip(b) {
-            *d = f.of(a, b);
+    fn apply2<F: Function2>(f: F, a: Rows<'_, f32>, b: Rows<'_, f32>, dst: RowsMut<'_, f32>) {
+        for ((dst, a), b) in dst.each().zip(a.each()).zip(b.each()) {
+            for ((d, &a), &b) in dst.iter_mut().zip(a).zip(b) {
+                *d = f.of(a, b);
+            }
         }
     }
 }
 
 multiversion! {
-    fn apply3<F: Function3>(f: F, a: &[f32], b: &[f32], c: &[f32], dst: &mut [f32]) {
-        for (((d, &a), &b), &c) in dst.iter_mut().zip(a).zip(b).zip(c) {
-            *d = f.of(a, b, c);
+    fn apply3<F: Function3>(f: F, a: Rows<'_, f32>, b: Rows<'_, f32>, c: Rows<'_, f32>, dst: RowsMut<'_, f32>) {
+        for (((dst, a), b), c) in dst.each().zip(a.each()).zip(b.each()).zip(c.each()) {
+            for (((d, &a), &b), &c) in dst.iter_mut().zip(a).zip(b).zip(c) {
+                *d = f.of(a, b, c);
+            }
         }
     }
 }
@@ -280,48 +356,55 @@ impl Lane for i64 {
         unsafe { element::store_int(dtype, src, dst) }
     }
 
-    fn step<'a>(step: &MapStep, at: impl Fn(u32) -> &'a [i64], dst: &mut [i64]) {
-        match *step {
-            MapStep::Scalar(v) => dst.fill(v.0 as i64),
-            MapStep::Unary(Unary::Neg, a) => each(at(a), dst, i64::wrapping_neg),
-            MapStep::Unary(Unary::Abs, a) => each(at(a), dst, i64::wrapping_abs),
-            MapStep::Binary(op, a, b) => {
-                let (a, b) = (at(a), at(b));
-                match op {
-                    Binary::Add => each2(a, b, dst, i64::wrapping_add),
-                    Binary::Sub => each2(a, b, dst, i64::wrapping_sub),
-                    Binary::Mul => each2(a, b, dst, i64::wrapping_mul),
-                    // Division by zero has no integer result; the reference says 0.
-                    Binary::Div => each2(a, b, dst, |a, b| a.checked_div(b).unwrap_or(0)),
-                    Binary::Max => each2(a, b, dst, i64::max),
-                    Binary::Min => each2(a, b, dst, i64::min),
-                    Binary::Pow => each2(a, b, dst, |a, b| a.wrapping_pow(b.clamp(0, 63) as u32)),
-                }
-            }
-            MapStep::Compare(op, a, b) => {
-                let (a, b) = (at(a), at(b));
-                match op {
-                    Compare::Equal => each2(a, b, dst, |a, b| (a == b) as i64),
-                    Compare::Less => each2(a, b, dst, |a, b| (a < b) as i64),
-                    Compare::LessEqual => each2(a, b, dst, |a, b| (a <= b) as i64),
-                }
-            }
-            MapStep::Select(c, a, b) => {
-                let (c, a, b) = (at(c), at(a), at(b));
-                for (i, d) in dst.iter_mut().enumerate() {
-                    *d = if c[i] != 0 { a[i] } else { b[i] };
-                }
-            }
-            // No graph asks for the rest on integers, but a plan from elsewhere may: the nearest thing is the function
-            // on floats.
-            MapStep::Unary(..) | MapStep::Function(..) | MapStep::Snake(..) | MapStep::Round(..) => {
-                through_floats(step, at, dst)
-            }
+    fn step<'a>(step: &MapStep, at: impl Fn(u32) -> Rows<'a, i64>, dst: RowsMut<'_, i64>) {
+        for (r, dst) in dst.each().enumerate() {
+            integers(step, |register| at(register).row(r), dst);
         }
     }
 }
 
-fn each2(a: &[i64], b: &[i64], dst: &mut [i64], f: impl Fn(i64, i64) -> i64) {
+/// A step on a row of integers.
+fn integers<'a>(step: &MapStep, at: impl Fn(u32) -> &'a [i64], dst: &mut [i64]) {
+    match *step {
+        MapStep::Scalar(v) => dst.fill(v.0 as i64),
+        MapStep::Unary(Unary::Neg, a) => each(at(a), dst, i64::wrapping_neg),
+        MapStep::Unary(Unary::Abs, a) => each(at(a), dst, i64::wrapping_abs),
+        MapStep::Binary(op, a, b) => {
+            let (a, b) = (at(a), at(b));
+            match op {
+                Binary::Add => each2(a, b, dst, i64::wrapping_add),
+                Binary::Sub => each2(a, b, dst, i64::wrapping_sub),
+                Binary::Mul => each2(a, b, dst, i64::wrapping_mul),
+                // Division by zero has no integer result; the reference says 0.
+                Binary::Div => each2(a, b, dst, |a, b| a.checked_div(b).unwrap_or(0)),
+                Binary::Max => each2(a, b, dst, i64::max),
+                Binary::Min => each2(a, b, dst, i64::min),
+                Binary::Pow => each2(a, b, dst, |a, b| a.wrapping_pow(b.clamp(0, 63) as u32)),
+            }
+        }
+        MapStep::Compare(op, a, b) => {
+            let (a, b) = (at(a), at(b));
+            match op {
+                Compare::Equal => each2(a, b, dst, |a, b| (a == b) as i64),
+                Compare::Less => each2(a, b, dst, |a, b| (a < b) as i64),
+                Compare::LessEqual => each2(a, b, dst, |a, b| (a <= b) as i64),
+            }
+        }
+        MapStep::Select(c, a, b) => {
+            let (c, a, b) = (at(c), at(a), at(b));
+            for (i, d) in dst.iter_mut().enumerate() {
+                *d = if c[i] != 0 { a[i] } else { b[i] };
+            }
+        }
+        // No graph asks for the rest on integers, but a plan from elsewhere may: the nearest thing is the function on
+        // floats.
+        MapStep::Unary(..) | MapStep::Function(..) | MapStep::Snake(..) | MapStep::Round(..) => {
+            through_floats(step, at, dst);
+        }
+    }
+}
+
+fn each2<T: Copy>(a: &[T], b: &[T], dst: &mut [T], f: impl Fn(T, T) -> T) {
     for ((d, &a), &b) in dst.iter_mut().zip(a).zip(b) {
         *d = f(a, b);
     }
@@ -336,7 +419,7 @@ fn through_floats<'a>(step: &MapStep, at: impl Fn(u32) -> &'a [i64], dst: &mut [
         each(at(r), &mut wide[..n], |v| v as f32);
     }
     let mut result = [0f32; BLOCK];
-    let find = |r: u32| &operands[registers.iter().position(|&x| x == r).unwrap_or(0)][..n];
-    <f32 as Lane>::step(step, find, &mut result[..n]);
+    let find = |r: u32| one(&operands[registers.iter().position(|&x| x == r).unwrap_or(0)][..n]);
+    <f32 as Lane>::step(step, find, one_mut(&mut result[..n]));
     each(&result[..n], dst, |v| v as i64);
 }

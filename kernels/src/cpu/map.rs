@@ -1,18 +1,19 @@
 //! `map`: chains of pointwise functions over operands that broadcast.
 //!
-//! The result is computed in blocks of [`BLOCK`] consecutive elements. Every step works on a whole block before the next
-//! one begins, in buffers that stay in the first cache, so dtype and function are looked at once per block. An operand
-//! that already lies in memory as the lanes need it is read where it is, and the last step writes to the result itself
-//! unless that would change an operand. Buffers are given out by lifetime: a long chain needs few of them.
+//! The result is computed in blocks of [`BLOCK`] elements. Every step works on a whole block before the next one begins, in
+//! buffers that stay in the first cache, so dtype and function are looked at once per block. An operand that already lies
+//! in memory as the lanes need it is read where it is, and the last step writes to the result itself unless that would
+//! change an operand. Buffers are given out by lifetime: a long chain needs few of them.
 //!
 //! A map behind another kernel of a fused call runs on blocks too, as they become complete: [`Program`] and [`Frame`] are
-//! all it needs, with operands that lie in scratch memory for the current block ([`Operand::in_block`]).
+//! all it needs, with operands that lie in scratch memory for the current block ([`Operand::in_block`]). Such a block is a
+//! few columns of some rows ([`Block`]), where a map of its own has one run of elements.
 
 use ltxc_ir::plan::{Map, MapStep};
 use ltxc_ir::types::MAX_RANK;
 use ltxc_ir::{DType, TensorType};
 
-use super::lanes::Lane;
+use super::lanes::{Lane, Rows, RowsMut};
 use super::parallel::{Need, Scratch, Shared, for_each};
 use super::{Arg, Output};
 
@@ -64,10 +65,27 @@ unsafe fn run<T: Lane>(map: &Map, args: &[Arg<'_>], out: &Output<'_>, scratch: &
         let mut frame = unsafe { Frame::<T>::new(&program, scratch.slot().as_mut_ptr().cast(), std::ptr::null()) };
         let end = n.min((task + 1) * per_task);
         for start in (task * per_task..end).step_by(BLOCK) {
+            let block = Block::run(start, BLOCK.min(end - start));
             // SAFETY: tasks own disjoint ranges of the result, and operands are read there or are not the result.
-            unsafe { frame.block(start, BLOCK.min(end - start), result.get().add(start * bytes)) };
+            unsafe { frame.block(block, result.get().add(start * bytes), block.step) };
         }
     });
+}
+
+/// Elements of a result that are computed together: `rows` runs of `columns`, the first from `start` on, `step` apart.
+#[derive(Clone, Copy)]
+pub(crate) struct Block {
+    pub start: usize,
+    pub step: usize,
+    pub rows: usize,
+    pub columns: usize,
+}
+
+impl Block {
+    /// `n` elements that follow each other.
+    pub(crate) fn run(start: usize, n: usize) -> Block {
+        Block { start, step: n, rows: 1, columns: n }
+    }
 }
 
 /// An operand as seen from the flat positions of the result.
@@ -141,25 +159,33 @@ impl Operand {
         offset
     }
 
-    /// Where element `offset` lies, counted from the first of the operand or of the block that begins at `start`.
-    #[inline(always)]
-    fn at(&self, offset: usize, start: usize, blocks: *const f32) -> *const u8 {
-        match self.place {
-            Place::Memory(first) => first.wrapping_add(offset * self.dtype.bytes()),
-            Place::Block(floats) => {
-                blocks.wrapping_add(floats).cast::<u8>().wrapping_add((offset - start) * self.dtype.bytes())
-            }
-        }
+    /// Where the elements of a block lie, and how far its rows are apart in elements, if they are runs at distances that
+    /// are known without looking at each.
+    fn rows_at(&self, block: Block, blocks: *const f32) -> Option<(*const u8, usize)> {
+        let first = match self.place {
+            Place::Memory(first) => first,
+            Place::Block(floats) => return Some((blocks.wrapping_add(floats).cast(), block.columns)),
+        };
+        let offset = self.run_at(block.start, block.columns)?;
+        let step = match self.axes[..] {
+            _ if block.rows == 1 => block.columns,
+            [_] => block.step,
+            // The same columns of something that repeats.
+            [(_, 0), (extent, _)] if block.step.is_multiple_of(extent) => 0,
+            _ => return None,
+        };
+        Some((first.wrapping_add(offset * self.dtype.bytes()), step))
     }
 
     /// Reads the elements of `dst.len()` positions from `start`.
     ///
     /// # Safety
-    /// The operand is valid, and the positions are inside the result.
-    unsafe fn load<T: Lane>(&self, start: usize, blocks: *const f32, dst: &mut [T]) {
+    /// The operand is in memory and valid, and the positions are inside the result.
+    unsafe fn load<T: Lane>(&self, start: usize, dst: &mut [T]) {
+        let Place::Memory(first) = self.place else { return };
         let load = |offset: usize, dst: &mut [T]| {
             // SAFETY: offsets of positions inside the result are inside the operand.
-            unsafe { T::load(self.dtype, self.at(offset, start, blocks), dst) }
+            unsafe { T::load(self.dtype, first.add(offset * self.dtype.bytes()), dst) }
         };
         if let Some(offset) = self.run_at(start, dst.len()) {
             return load(offset, dst);
@@ -339,8 +365,14 @@ pub(crate) struct Frame<'a, T> {
     buffers: *mut T,
     /// Scratch memory with the operands of the current block.
     blocks: *const f32,
-    /// Where each register lies.
-    at: Vec<*const T>,
+    registers: Vec<Register<T>>,
+}
+
+/// Where the lanes of a register begin, and how far its rows are apart.
+#[derive(Clone, Copy)]
+struct Register<T> {
+    at: *const T,
+    step: usize,
 }
 
 impl<'a, T: Lane> Frame<'a, T> {
@@ -348,64 +380,84 @@ impl<'a, T: Lane> Frame<'a, T> {
     /// `buffers` has room for [`frame_lanes`], and nothing else uses it while the frame lives. Operands in `blocks` are valid
     /// when a block is computed.
     pub(crate) unsafe fn new(program: &'a Program, buffers: *mut T, blocks: *const f32) -> Frame<'a, T> {
-        let mut frame = Frame { program, buffers, blocks, at: vec![std::ptr::null(); program.registers] };
+        let nothing = Register { at: std::ptr::null(), step: 0 };
+        let mut frame = Frame { program, buffers, blocks, registers: vec![nothing; program.registers] };
         for action in &program.constants {
             // SAFETY: constants are the same in every block.
-            unsafe { frame.act(action, 0, BLOCK, std::ptr::null_mut()) };
+            unsafe { frame.act(action, Block::run(0, BLOCK), None) };
         }
+        // All rows of a constant are one.
+        frame.registers.iter_mut().for_each(|register| register.step = 0);
         frame
     }
 
-    /// Computes `n` elements, [`BLOCK`] at most, from `start`, and stores them at `result`.
+    /// Computes a block of [`BLOCK`] elements at most, and stores its rows from `result` on, `step` elements apart.
     ///
     /// # Safety
-    /// They are elements of the map's result, and nothing else uses the memory at `result`.
-    pub(crate) unsafe fn block(&mut self, start: usize, n: usize, result: *mut u8) {
+    /// They are elements of the map's result, and nothing else uses the memory of the rows.
+    pub(crate) unsafe fn block(&mut self, block: Block, result: *mut u8, step: usize) {
         let program = self.program;
-        let through = if program.may_write_through && T::DTYPE == Some(program.dtype) {
-            result.cast()
-        } else {
-            std::ptr::null_mut()
-        };
+        let is_lane = program.may_write_through && T::DTYPE == Some(program.dtype);
+        let through = is_lane.then_some((result.cast(), step));
         for action in &program.actions {
             // SAFETY: actions are in order of their registers.
-            unsafe { self.act(action, start, n, through) };
+            unsafe { self.act(action, block, through) };
         }
-        let last = self.at[program.registers - 1];
-        if last.cast() != result.cast_const() {
-            // SAFETY: a register holds `n` lanes, and is the result only if it begins there.
-            unsafe { T::store(program.dtype, std::slice::from_raw_parts(last, n), result) };
+        let last = self.registers[program.registers - 1];
+        if last.at.cast() == result.cast_const() {
+            return;
+        }
+        for r in 0..block.rows {
+            let to = result.wrapping_add(r * step * program.dtype.bytes());
+            // SAFETY: a register holds the rows, and is the result only if it begins there.
+            unsafe {
+                let lanes = std::slice::from_raw_parts(last.at.add(r * last.step), block.columns);
+                T::store(program.dtype, lanes, to);
+            }
         }
     }
 
     /// # Safety
-    /// Registers that the action reads are set; the block is inside the result. `through` is null or where the result of
-    /// the block may be written as lanes.
+    /// Registers that the action reads are set; the block is inside the result. `through` is where the rows of the block
+    /// may be written as lanes, and how far they are apart.
     #[inline]
-    unsafe fn act(&mut self, action: &Action, start: usize, n: usize, through: *mut T) {
+    unsafe fn act(&mut self, action: &Action, block: Block, through: Option<(*mut T, usize)>) {
+        let Block { rows, columns, .. } = block;
         match *action {
             Action::Load { operand, buffer } => {
-                let o = &self.program.operands[operand];
-                let in_place = if T::DTYPE == Some(o.dtype) { o.run_at(start, n) } else { None };
-                if let Some(offset) = in_place {
-                    self.at[operand] = o.at(offset, start, self.blocks).cast();
-                    return;
-                }
                 let dst = self.buffers.wrapping_add(buffer * BLOCK);
                 // SAFETY: a buffer holds a block, and no register that is still read lies in it.
-                unsafe { o.load(start, self.blocks, std::slice::from_raw_parts_mut(dst, n)) };
-                self.at[operand] = dst;
+                let row = |r: usize| unsafe { std::slice::from_raw_parts_mut(dst.add(r * columns), columns) };
+                let o = &self.program.operands[operand];
+                self.registers[operand] = match o.rows_at(block, self.blocks) {
+                    Some((at, step)) if T::DTYPE == Some(o.dtype) => Register { at: at.cast(), step },
+                    Some((at, step)) => {
+                        // Rows that repeat are read once.
+                        let (rows, apart) = if step == 0 { (1, 0) } else { (rows, columns) };
+                        for r in 0..rows {
+                            // SAFETY: the rows are inside the operand.
+                            unsafe { T::load(o.dtype, at.add(r * step * o.dtype.bytes()), row(r)) };
+                        }
+                        Register { at: dst, step: apart }
+                    }
+                    None => {
+                        // SAFETY: what is in scratch memory has rows.
+                        (0..rows).for_each(|r| unsafe { o.load(block.start + r * block.step, row(r)) });
+                        Register { at: dst, step: columns }
+                    }
+                };
             }
             Action::Step { ref step, register, buffer } => {
-                let is_result = register + 1 == self.program.registers && !through.is_null();
-                let dst = if is_result { through } else { self.buffers.wrapping_add(buffer * BLOCK) };
-                let at = &self.at;
-                // SAFETY: registers that a step reads hold `n` lanes and do not lie where it writes.
+                let is_result = register + 1 == self.program.registers;
+                let in_buffer = (self.buffers.wrapping_add(buffer * BLOCK), columns);
+                let (dst, apart) = through.filter(|_| is_result).unwrap_or(in_buffer);
+                let registers = &self.registers;
+                // SAFETY: registers that a step reads hold the rows and do not lie where it writes.
                 unsafe {
-                    let register = |r: u32| std::slice::from_raw_parts(at[r as usize], n);
-                    T::step(step, register, std::slice::from_raw_parts_mut(dst, n));
+                    let read = |r: u32| Rows::new(registers[r as usize].at, registers[r as usize].step, rows, columns);
+                    T::step(step, read, RowsMut::new(dst, apart, rows, columns));
                 }
-                self.at[register] = dst;
+                self.registers[register] = Register { at: dst, step: apart };
             }
         }
     }

@@ -6,6 +6,7 @@ use ltxc_ir::{DType, TensorType};
 use super::element::{load, store};
 use super::parallel::{Need, Scratch, Shared, for_each};
 use super::simd::multiversion;
+use super::tile::fetch_bytes;
 use super::{Arg, Output};
 
 /// Elements per task, about.
@@ -85,6 +86,12 @@ impl Table {
         let strides = arg.ty.strides();
         let strides = [0, 1, 2, 3].map(|a| if arg.ty.shape[a] == 1 { 0 } else { strides[a] });
         Table { ptr: arg.ptr, dtype: arg.ty.dtype, strides }
+    }
+
+    /// Asks for the `n` values of a head.
+    pub(crate) fn fetch(&self, index: [usize; 3], n: usize) {
+        let offset: usize = index.iter().zip(self.strides).map(|(i, s)| i * s).sum();
+        fetch_bytes(self.ptr.wrapping_add(offset * self.dtype.bytes()), n * self.dtype.bytes());
     }
 
     /// The `n` values of a head: where they lie, or widened into `room`.

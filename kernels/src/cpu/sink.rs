@@ -35,6 +35,35 @@ impl<'a> Sums<'a> {
             (column, &self.values[column * self.rows + row * self.panel..][..n])
         })
     }
+
+    /// Writes `columns` columns from `column` on of the rows from `row` on to `dst`, row behind row until it is full.
+    pub(crate) fn gather(self, row: usize, column: usize, columns: usize, dst: &mut [f32]) {
+        let mut done = 0;
+        while done < columns {
+            let at = (column + done) % self.panel;
+            let n = (self.panel - at).min(columns - done);
+            let panel = &self.values[(column + done - at) * self.rows..];
+            // Widths of panels are known, so that their rows are a few vectors each.
+            let src = (&panel[row * self.panel + at..], self.panel);
+            match n {
+                16 => copy_rows::<16>(src, (&mut dst[done..], columns)),
+                32 => copy_rows::<32>(src, (&mut dst[done..], columns)),
+                _ if n == self.panel && n == columns => dst.copy_from_slice(&src.0[..dst.len()]),
+                _ => {
+                    let rows = dst[done..].chunks_mut(columns).zip(src.0.chunks(self.panel));
+                    rows.for_each(|(to, from)| to[..n].copy_from_slice(&from[..n]));
+                }
+            }
+            done += n;
+        }
+    }
+}
+
+/// Copies `N` elements to every row of the second matrix; rows begin at multiples of the numbers.
+fn copy_rows<const N: usize>((src, src_step): (&[f32], usize), (dst, dst_step): (&mut [f32], usize)) {
+    for (to, from) in dst.chunks_mut(dst_step).zip(src.chunks(src_step)) {
+        to[..N].copy_from_slice(&from[..N]);
+    }
 }
 
 /// Takes results block by block, from any thread.

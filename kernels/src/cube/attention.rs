@@ -18,6 +18,7 @@ use super::call::{Call, to_u32};
 use super::gemm::four_along;
 use super::index::{broadcast_strides, numbers};
 use super::math::exp;
+use super::matrix_attention;
 use super::program::{Program, finish};
 use super::storage::{self, encode, load, place, words_of_four};
 use super::tile::{self, Heads};
@@ -44,6 +45,9 @@ pub(crate) fn is_whole(out: &TensorType) -> bool {
 }
 
 pub(crate) fn launch<R: Runtime>(op: &Attention, call: &Call<'_, R>) -> Result<(), String> {
+    if let Some(choice) = matrix_attention::choose(call) {
+        return matrix_attention::launch(choice, op, call);
+    }
     let [q, k, v] = [0, 1, 2].map(|i| call.args[i].ty);
     let [b, t, n, d] = [0, 1, 2, 3].map(|a| q.shape[a]);
     let [s, m, e] = [1, 2, 3].map(|a| v.shape[a]);

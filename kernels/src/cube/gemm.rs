@@ -18,6 +18,7 @@ use cubecl::prelude::*;
 use ltxc_ir::DType;
 
 use super::call::{Call, to_u32};
+use super::matrix_gemm;
 use super::patches::{self, Patches};
 use super::program::{Program, finish};
 use super::storage::{self, encode, load_four, load_one, place, words_of_four};
@@ -56,6 +57,9 @@ pub(crate) struct Product<'a> {
 }
 
 pub(crate) fn launch<R: Runtime>(product: &Product<'_>, call: &Call<'_, R>) -> Result<(), String> {
+    if let Some(choice) = matrix_gemm::choose(product, call) {
+        return matrix_gemm::launch(choice, product, call);
+    }
     let [lhs, rhs] = [0, 1].map(|i| &call.args[i]);
     let tile = tile::choose(call.client, product.m * product.batches, product.n);
     let is_aligned = |distances: &[usize]| distances.iter().all(|d| d.is_multiple_of(4));

@@ -10,6 +10,7 @@
 //! | `tracked`, `ptx` | which kernels a device was asked for, which had to be compiled, and compiled ones from elsewhere |
 //! | `call`, `index` | launching; positions and strides |
 //! | `storage`, `math`, `steps` | dtypes, elementary functions and chains of them inside kernels |
+//! | `matrix_units`, `tuning` | tensor cores and simdgroup matrices: which there are, and how work is cut for them |
 //! | `work`, `schedule`, `compose`, `program` | fused calls: what runs in one launch, and as which program |
 //! | the others | kernels |
 
@@ -27,6 +28,9 @@ mod index;
 mod map;
 mod math;
 mod matmul;
+mod matrix_attention;
+mod matrix_gemm;
+mod matrix_units;
 mod movement;
 mod norm;
 mod patches;
@@ -41,6 +45,7 @@ mod steps;
 mod storage;
 mod tile;
 pub mod tracked;
+mod tuning;
 mod work;
 
 use cubecl::prelude::*;

@@ -11,6 +11,7 @@ use ltxc_ir::DType;
 use ltxc_ir::ops::PadMode;
 
 use super::call::to_u32;
+use super::matrix_units::{self, Load};
 use super::storage::{load_four, load_one};
 
 /// What a kernel is built for.
@@ -201,6 +202,44 @@ pub(crate) fn four<N: Size>(
                 let (element, is_inside) = element(starts, at, axes, channels, s, comptime!(patches.clone()));
                 if is_inside {
                     values[i] = load_one::<N>(x, element + offset, dtype);
+                }
+            }
+        }
+    }
+    values
+}
+
+/// The vector of a matrix unit from `summed` on, of row slot `s`; 0 from `k` on. `offset` is the first channel of the
+/// group.
+#[cube]
+pub(crate) fn vector<E: Float, S: Size, W: Size>(
+    x: &Array<Vector<u32, W>>,
+    starts: &Sequence<i32>,
+    summed: u32,
+    k: u32,
+    axes: &Sequence<u32>,
+    channels: u32,
+    offset: u32,
+    #[comptime] s: usize,
+    #[comptime] load: Load,
+    #[comptime] patches: Patches,
+) -> Vector<E, S> {
+    let mut values = Vector::<E, S>::new(E::new(0.0));
+    if comptime!(load.is_aligned) {
+        if summed < k {
+            let (element, is_inside) = element(starts, summed, axes, channels, s, comptime!(patches.clone()));
+            if is_inside {
+                values = matrix_units::whole::<E, S, W>(x, element + offset, load);
+            }
+        }
+    } else {
+        #[unroll]
+        for i in 0..comptime!(load.vector as usize) {
+            let at = summed + comptime!(i as u32);
+            if at < k {
+                let (element, is_inside) = element(starts, at, axes, channels, s, comptime!(patches.clone()));
+                if is_inside {
+                    values[i] = matrix_units::one::<E, W>(x, element + offset, load);
                 }
             }
         }

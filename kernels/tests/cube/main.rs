@@ -6,6 +6,8 @@
 
 #[path = "../simple/attention.rs"]
 mod attention;
+#[path = "../simple/cases.rs"]
+mod cases;
 #[path = "../simple/conv.rs"]
 mod conv;
 #[path = "../simple/copy.rs"]
@@ -14,6 +16,8 @@ mod copy;
 mod map;
 #[path = "../simple/matmul.rs"]
 mod matmul;
+#[path = "../simple/matrix_units.rs"]
+mod matrix_units;
 #[path = "../simple/movement.rs"]
 mod movement;
 #[path = "../simple/rows.rs"]

@@ -3,7 +3,8 @@
 use ltxc_ir::ops::Unary;
 use ltxc_ir::plan::MapStep;
 
-use super::conv::{self, Case};
+use super::cases::Convolution;
+use super::conv;
 use super::map::check;
 
 #[test]
@@ -16,6 +17,6 @@ fn trigonometry_holds_beyond_the_vectorised_range() {
 fn everything_is_far_padding() {
     // More padding than positions can count: the row in front of the input is all zeros.
     let far = usize::MAX / 2;
-    conv::check(Case { pad: vec![(far, 0)], stride: vec![far], ..Case::line(5, 2, 3, 3) });
-    conv::check(Case { pad: vec![(far, 0)], stride: vec![far], groups: 3, ..Case::line(5, 2, 1, 1) });
+    conv::check(Convolution { pad: vec![(far, 0)], stride: vec![far], ..Convolution::line(5, 2, 3, 3) });
+    conv::check(Convolution { pad: vec![(far, 0)], stride: vec![far], groups: 3, ..Convolution::line(5, 2, 1, 1) });
 }

@@ -12,6 +12,16 @@ pub const DIVISION_ROUNDINGS: f64 = 1.0;
 /// Sums of a reduction are f64: the error of one addition.
 pub const SUM_ROUNDING: f64 = f64::EPSILON;
 
+/// Roundings of a product and its addition to a sum, in units of f32.
+pub fn product_roundings() -> f64 {
+    1.0
+}
+
+/// Whether narrow floats are multiplied by matrix units.
+pub fn has_matrix_units() -> bool {
+    false
+}
+
 /// Units of the last place and absolute error of a function on f32: those of the tests of `math.rs`; library functions
 /// have one unit.
 pub fn accuracy(op: Unary) -> (f64, f64) {

@@ -1,6 +1,7 @@
 //! The CPU kernels against the reference evaluator. The cases are those of every backend.
 
 mod attention;
+mod cases;
 mod conv;
 mod copy;
 mod far_out;

@@ -249,6 +249,21 @@ fn official(key: &str, component: Component, blocks: usize) -> String {
     }
 }
 
+/// The name that diffusers has for a module of the transformer, the connectors or the text projection, given by its
+/// official name; connectors and projection stand below `connectors.`.
+pub(crate) fn diffusers_name(official: &str) -> String {
+    if let Some(rest) = official.strip_prefix("text_embedding_projection.") {
+        return format!("connectors.{}", rest.replacen("aggregate_embed", "text_proj_in", 1));
+    }
+    let name = official.strip_prefix(prefix(Component::Transformer)).unwrap_or(official);
+    let segments = DIFFUSION_SEGMENTS.map(|(diffusers, official)| (official, diffusers));
+    let name = renamed(name, &segments);
+    if ["video_connector.", "audio_connector."].iter().any(|c| name.starts_with(c)) {
+        return format!("connectors.{}", renamed(&name, &[("transformer_1d_blocks", "transformer_blocks")]));
+    }
+    name
+}
+
 /// `key` with whole segments replaced.
 fn renamed(key: &str, table: &[(&str, &str)]) -> String {
     let segment = |s| table.iter().find(|(from, _)| *from == s).map_or(s, |(_, to)| *to);

@@ -142,7 +142,7 @@ pub(super) fn read_side_file(path: &Path) -> Result<Vec<u8>, ModelError> {
 ///
 /// # Errors
 /// If it cannot be read or is no JSON.
-pub(super) fn read_json(path: &Path) -> Result<Value, ModelError> {
+pub(crate) fn read_json(path: &Path) -> Result<Value, ModelError> {
     let bytes = read_side_file(path)?;
     serde_json::from_slice(&bytes)
         .map_err(|e| ModelError::file(path, format!("is not valid JSON: {e}; download it again")))

@@ -54,6 +54,14 @@ impl Generation {
         }
     }
 
+    /// Every generation, oldest first.
+    pub const ALL: [Generation; 3] = [Generation::Ltx2, Generation::Ltx23, Generation::Ltx25];
+
+    /// The inverse of [`Generation::name`].
+    pub fn from_name(name: &str) -> Option<Generation> {
+        Generation::ALL.into_iter().find(|g| g.name() == name)
+    }
+
     /// The name its authors use.
     pub fn name(self) -> &'static str {
         match self {

@@ -5,7 +5,8 @@
 //! where every tensor really is. Nothing of the weights is read: files are mapped, and only headers are looked at.
 //!
 //! Text encoders are separate ([`GemmaFolder`]), latent upsamplers are opened on their own
-//! ([`Checkpoint::open_upsampler`]). GGUF and quantised layouts are not read here.
+//! ([`Checkpoint::open_upsampler`]). Tensors in fp8 count as what they become when they are read: bf16, multiplied by the
+//! `weight_scale` beside them. GGUF and other quantised layouts are not read here.
 //!
 //! *Invariant:* every location points into a file whose header was fully checked.
 
@@ -23,12 +24,14 @@ mod metadata;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use ltxc_ir::TensorType;
 use ltxc_ir::identity::FileIdentity;
+use ltxc_ir::{DType, TensorType};
 use serde_json::Value;
 
 pub use assemble::ModelFiles;
+pub(crate) use diffusers::diffusers_name;
 pub use file::WeightFile;
+pub(crate) use file::read_json;
 pub use gemma::{GemmaFamily, GemmaFolder};
 pub use generation::{Generation, Version};
 pub use header::{Header, StoredTensor, StoredType};
@@ -168,6 +171,29 @@ impl Checkpoint {
         self.tensors().filter(|(_, found)| found.stored.ty().is_none()).map(|(key, found)| (key, found.stored.dtype))
     }
 
+    /// Whether the tensor `key` is stored in fp8.
+    pub fn is_fp8(&self, key: &str) -> bool {
+        self.tensor(key).is_some_and(|found| is_fp8(found.stored))
+    }
+
+    /// Whether any tensor is stored in fp8.
+    pub fn has_fp8(&self) -> bool {
+        self.tensors().any(|(_, found)| is_fp8(found.stored))
+    }
+
+    /// What is wrong with the scales of the fp8 tensor `key`, if something is.
+    fn fp8_problem(&self, key: &str) -> Option<String> {
+        let problem = |end: &str, found: &StoredTensor| {
+            format!("fp8 with `{key}{end}` {} {:?}, expected one f32 for all of it", found.dtype, found.shape)
+        };
+        if let Some(second) = self.tensor(&format!("{key}_scale_2")) {
+            return Some(problem("_scale_2", second.stored));
+        }
+        let scale = self.tensor(&format!("{key}_scale"))?.stored;
+        let is_scalar = scale.dtype == StoredType::Known(DType::F32) && scale.bytes == 4;
+        (!is_scalar).then(|| problem("_scale", scale))
+    }
+
     /// The identity of every file; `full` reads all of them.
     ///
     /// # Errors
@@ -184,10 +210,21 @@ impl Checkpoint {
 
 impl TensorDirectory for Checkpoint {
     fn tensor_type(&self, key: &str) -> Option<TensorType> {
-        self.tensor(key).and_then(|found| found.stored.ty())
+        let stored = self.tensor(key)?.stored;
+        match is_fp8(stored) {
+            true if self.fp8_problem(key).is_some() => None,
+            true => Some(TensorType::new(DType::BF16, stored.shape.clone())),
+            false => stored.ty(),
+        }
     }
 
     fn unsupported_type(&self, key: &str) -> Option<String> {
-        self.tensor(key).filter(|found| found.stored.ty().is_none()).map(|found| found.stored.dtype.to_string())
+        let stored = self.tensor(key)?.stored;
+        let unknown = || stored.ty().is_none().then(|| stored.dtype.to_string());
+        self.fp8_problem(key).filter(|_| is_fp8(stored)).or_else(unknown)
     }
+}
+
+fn is_fp8(stored: &StoredTensor) -> bool {
+    matches!(stored.dtype, StoredType::Known(DType::F8E4M3 | DType::F8E5M2))
 }

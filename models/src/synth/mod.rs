@@ -122,6 +122,20 @@ pub fn synth(preset: Preset, folder: &Path, seed: u64) -> Result<SynthModel, Mod
     Ok(SynthModel { checkpoint, gemma, upsamplers })
 }
 
+/// The tensors of the single file of `preset`, and the version in its header.
+///
+/// # Errors
+/// Never for these presets; their configurations are complete.
+pub fn listed(preset: Preset) -> Result<(&'static str, Vec<tensors::TensorSpec>), ModelError> {
+    let recipe = match preset {
+        Preset::Tiny => tiny(tokenizer::tokenizer().vocabulary),
+        Preset::Ltx2 => ltx2(),
+        Preset::Ltx23 => ltx23(),
+    };
+    let layers = recipe.gemma.1["text_config"]["num_hidden_layers"].as_u64();
+    Ok((recipe.version, tensors::model(&recipe.config, layers.map_or(0, |layers| layers as usize + 1))?))
+}
+
 /// Small, and different in every dimension that a program could confuse.
 fn tiny(vocabulary: usize) -> Recipe {
     let sizes = Sizes { heads: 4, head_dims: [32, 16], layers: 3, latents: [8, 2], text: 96 };

@@ -43,7 +43,8 @@ mod step;
 
 pub(crate) use config::ROPE_LAYOUTS;
 pub use config::{Stream, StreamConfig, TransformerConfig};
-use ltxc_ir::{Builder, DType, Module, ValueId};
+use ltxc_ir::plan::{SLOT_DOWN, SLOT_UP};
+use ltxc_ir::{Builder, DType, Module, TensorType, ValueId};
 pub use spec::{BlockSet, Pass, Perturbation, StreamSpec, TransformerSpec};
 use step::Step;
 
@@ -176,7 +177,8 @@ impl Skips {
     }
 }
 
-/// `x wᵀ + bias` of the linear layer `key`. `x`: `[.., inputs]`, result `[.., outputs]` in the dtype of `x`.
+/// `x wᵀ + bias` of the linear layer `key`, and `x downᵀ upᵀ` with the slots for adapters if there are any. `x`:
+/// `[.., inputs]`, result `[.., outputs]` in the dtype of `x`.
 fn linear(
     b: &Builder,
     weights: &Weights<'_>,
@@ -186,9 +188,15 @@ fn linear(
     outputs: usize,
     has_bias: bool,
 ) -> ValueId {
-    let y = b.matmul_transposed(x, weights.get(b, &format!("{key}.weight"), &[outputs, inputs]));
-    if !has_bias {
+    let mut y = b.matmul_transposed(x, weights.get(b, &format!("{key}.weight"), &[outputs, inputs]));
+    if has_bias {
+        y = b.add(y, weights.get(b, &format!("{key}.bias"), &[outputs]));
+    }
+    let (rank, dtype) = (weights.adapter_rank(), b.ty(x).dtype);
+    if rank == 0 {
         return y;
     }
-    b.add(y, weights.get(b, &format!("{key}.bias"), &[outputs]))
+    let slot = |end: &str, shape| weights.adapter_slot(b, &format!("{key}{end}"), TensorType::new(dtype, shape));
+    let low = b.matmul_transposed(x, slot(SLOT_DOWN, [rank, inputs]));
+    b.add(y, b.matmul_transposed(low, slot(SLOT_UP, [outputs, rank])))
 }

@@ -45,6 +45,9 @@ pub enum Command {
     Tune(TuneArgs),
     /// Show what a plan, or the graph of model files, contains.
     Inspect(InspectArgs),
+    /// Show what a LoRA file contains and which models it fits.
+    #[command(subcommand)]
+    Lora(LoraCommand),
     /// Write synthetic model files in the published format.
     Synth(SynthArgs),
     /// Measure how long the parts of a plan take, and how close to the limits of the device.
@@ -107,7 +110,13 @@ pub struct ShapeArgs {
     /// Tiles of the video decoder: auto, off, or SIZExOVERLAP,FRAMESxOVERLAP in pixels and frames [default: auto]
     #[arg(long)]
     pub vae_tile: Option<String>,
-    /// Arithmetic of activations; bf16 takes less memory, not less time on a CPU [default: f32]
+    /// Room for live LoRAs, whose ranks add up to this at most; without, LoRAs are merged into the weights [default: 0]
+    #[arg(long, value_name = "RANK")]
+    pub lora_rank: Option<u32>,
+    /// Other tools quantise weights when they load them; here weights are used as they are stored.
+    #[arg(long, value_name = "MODE", hide = true, alias = "quant")]
+    pub quantization: Option<String>,
+    /// Arithmetic of activations; bf16 and f16 take less memory, not less time on a CPU [default: f32]
     #[arg(long, value_enum)]
     pub dtype: Option<Precision>,
     #[command(flatten)]
@@ -220,6 +229,45 @@ pub enum RuleName {
     Apg,
 }
 
+/// Low-rank adapters.
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "Adapters (LoRA)")]
+pub struct AdapterArgs {
+    /// LoRA, repeatable: PATH, then STRENGTH if it is not 1, then stage=1 or stage=2 if it is not for all.
+    #[arg(
+        long,
+        num_args = 1..=3,
+        value_names = ["PATH", "STRENGTH", "STAGE"],
+        action = clap::ArgAction::Append,
+        allow_negative_numbers = true,
+        alias = "lora-path"
+    )]
+    pub lora: Vec<String>,
+    /// LoRA that makes a dev model act like a distilled one: PATH, then STRENGTH if it is not 1.
+    #[arg(long, num_args = 1..=2, value_names = ["PATH", "STRENGTH"], allow_negative_numbers = true)]
+    pub distilled_lora: Vec<String>,
+    /// Strength of the distilled LoRA in stage 1, where that stage has it.
+    #[arg(long, value_name = "STRENGTH", allow_negative_numbers = true)]
+    pub distilled_lora_strength_stage_1: Option<f64>,
+    /// Strength of the distilled LoRA in stage 2, where that stage has it.
+    #[arg(long, value_name = "STRENGTH", allow_negative_numbers = true)]
+    pub distilled_lora_strength_stage_2: Option<f64>,
+    /// Go on with LoRAs that have keys which the model has nothing for.
+    #[arg(long)]
+    pub lora_ignore_unmatched: bool,
+}
+
+/// How LoRAs act.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LoraMode {
+    /// Added to the weights when these are loaded, as the reference does.
+    #[value(alias = "fuse")]
+    Merged,
+    /// Computed beside each layer, in plans compiled with --lora-rank.
+    #[value(alias = "side")]
+    Live,
+}
+
 /// Dtypes that activations can be computed in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
 pub enum Precision {
@@ -228,6 +276,8 @@ pub enum Precision {
     F32,
     /// 16 bits with 8 bits of precision, as the reference runs on a GPU. Sums are f32 all the same.
     Bf16,
+    /// 16 bits with 11 bits of precision and numbers up to 65504. The text encoder, whose states are larger, stays f32.
+    F16,
 }
 
 /// What to run on, or to compile for.
@@ -269,6 +319,12 @@ pub enum PipelineName {
     /// Full model, guided, one stage at full size.
     #[value(alias = "ti2vid_one_stage")]
     OneStage,
+    /// Full model with its distilled LoRA, two stages: guided at half size, latent upscaling, full size.
+    #[value(alias = "ti2vid_two_stages")]
+    TwoStage,
+    /// The same with a sampler of second order and more pixels, for the best quality.
+    #[value(name = "hq", aliases = ["two-stage-hq", "ti2vid_two_stages_hq"])]
+    HighQuality,
     /// Full model, guided, sound alone.
     #[value(name = "t2a", aliases = ["t2a_one_stage", "text-to-audio"])]
     TextToAudio,
@@ -325,6 +381,9 @@ pub struct CompileArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub compiler: CompilerArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub adapters: AdapterArgs,
     /// Leave kernels out of the plan; otherwise it carries those of a GPU that is chosen or named by number.
     #[arg(long)]
     pub no_kernels: bool,
@@ -369,6 +428,12 @@ pub struct RunArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub content: ContentArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub adapters: AdapterArgs,
+    /// How LoRAs act [default: live if the plan has room for it]
+    #[arg(long, value_enum)]
+    pub lora_mode: Option<LoraMode>,
     /// Output: .mp4, .wav, or a folder for PNG frames and a WAV file.
     #[arg(long, short, value_name = "PATH", default_value = "out.mp4", alias = "output-path")]
     pub output: PathBuf,
@@ -466,6 +531,24 @@ pub struct InspectArgs {
     /// Memory bandwidth of the roofline in GB/s.
     #[arg(long, value_name = "N", default_value_t = 40.0, requires = "html")]
     pub peak_gbytes: f64,
+}
+
+/// `ltxc lora`.
+#[derive(Debug, Subcommand)]
+pub enum LoraCommand {
+    /// Dialect, ranks, alphas, layers and header of a LoRA file, and whether it fits a model.
+    Inspect(LoraInspectArgs),
+}
+
+/// `ltxc lora inspect`.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  ltxc lora inspect my-lora.safetensors --checkpoint-path ltx-2-19b-dev.safetensors")]
+pub struct LoraInspectArgs {
+    /// LoRA file, or folder with one.
+    pub file: PathBuf,
+    /// Model to compare with; without one, the published ones.
+    #[arg(long, value_name = "FILE", aliases = ["checkpoint", "model-path", "model"])]
+    pub checkpoint_path: Option<PathBuf>,
 }
 
 /// `ltxc synth`.

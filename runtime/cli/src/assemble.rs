@@ -10,17 +10,17 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use ltxc_ir::Module;
 use ltxc_ir::plan::{
-    AudioSettings, Modality, ModelInfo, Pass, Pipeline, Stage, StageClass, StepProgram, StreamClass, TextSettings,
-    VideoSettings, WeightSource,
+    AudioSettings, Modality, ModelInfo, Pass, Pipeline, Stage, StageAdapter, StageClass, StepProgram, StreamClass,
+    TextSettings, VideoSettings, WeightSource,
 };
 use ltxc_ir::tiling::TilePlan;
+use ltxc_ir::{DType, Module};
 use ltxc_models::audio::{AudioVaeConfig, VocoderConfig, decode_audio};
 use ltxc_models::checkpoint::{Checkpoint, GemmaFolder, Generation, hub};
 use ltxc_models::text::{self, TextConfig, TextWeights};
 use ltxc_models::transformer::{self, BlockSet, Perturbation, StreamSpec, TransformerConfig, TransformerSpec};
-use ltxc_models::upsampler::{UpsamplerConfig, upsample};
+use ltxc_models::upsampler::{Enlarge, UpsamplerConfig, upsample};
 use ltxc_models::video_vae::{self, VideoVaeConfig};
 use ltxc_models::{ModelError, TensorDirectory, Weights};
 use ltxc_runtime::pipeline::decode::program_name;
@@ -127,7 +127,7 @@ impl ModelFiles {
 }
 
 /// A path as it is, or the local copy of a hub name.
-fn local(path: &Path) -> Result<PathBuf> {
+pub(crate) fn local(path: &Path) -> Result<PathBuf> {
     if path.exists() {
         return Ok(path.into());
     }
@@ -164,7 +164,7 @@ pub struct Assembly {
 /// # Errors
 /// A model that does not fit the pipeline, or sizes that it cannot run.
 pub fn assemble(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
-    let model = Components::read(files)?;
+    let model = Components::read(files, shape.adapter_rank)?;
     model.check(files, shape)?;
     let (dtype, mut programs) = (shape.dtype, Programs::default());
     let mut asked = vec![(MODEL, model.weights.clone()), (GEMMA, Weights::new(GEMMA, &files.gemma))];
@@ -174,8 +174,10 @@ pub fn assemble(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
         projection: model.weights.clone(),
         transformer: model.weights.clone(),
     };
+    // Gemma 3 adds up states beyond 65504, the largest number of f16.
+    let states = if dtype == DType::F16 { DType::F32 } else { dtype };
     for bucket in BUCKETS {
-        programs.add("text", &format!("encode.{bucket}"), text::encode(&model.text, &text_weights, bucket, dtype));
+        programs.add("text", &format!("encode.{bucket}"), text::encode(&model.text, &text_weights, bucket, states));
     }
     let connectors = &model.text.connectors;
     programs.add("text", "connect", text::connect(connectors, &model.weights, text::CONTEXT_TOKENS, dtype));
@@ -200,11 +202,27 @@ pub fn assemble(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
     if let (Some(upsampler), [first, ..]) = (&files.upsampler, &stages[..]) {
         let config = UpsamplerConfig::from_json(upsampler.config())?;
         let grid = first.grid.map(|n| n as usize);
-        let (found, expected) = (config.output_grid(grid), last.grid.map(|n| n as usize));
+        if config.enlarge != Enlarge::TWICE {
+            bail!(
+                "the upscaler `{}` enlarges {}, the second stage needs {}; name a spatial x2 upscaler",
+                upsampler.name(),
+                config.enlarge,
+                Enlarge::TWICE
+            );
+        }
+        let generation = model.checkpoint.generation();
+        if !config.can_be_of(generation) {
+            let other = if generation == Generation::Ltx2 { "LTX-2.3 or newer" } else { "LTX-2" };
+            bail!(
+                "the upscaler `{}` is one of {other}, the model is {generation}; name the spatial x2 upscaler of {generation}",
+                upsampler.name()
+            );
+        }
+        let (found, expected) = (config.in_channels, model.video_vae.latent_channels);
         if found != expected {
             bail!(
-                "the upscaler `{}` makes {found:?} latents (frames, rows, columns) of {grid:?}, the second stage needs {expected:?}; \
-                 name a spatial x2 upscaler",
+                "the upscaler `{}` takes latents of {found} channels, the video VAE makes {expected}; name the upscaler of this \
+                 model",
                 upsampler.name()
             );
         }
@@ -289,13 +307,13 @@ struct Components<'a> {
 }
 
 impl<'a> Components<'a> {
-    fn read(files: &'a ModelFiles) -> Result<Components<'a>> {
+    fn read(files: &'a ModelFiles, adapter_rank: usize) -> Result<Components<'a>> {
         let model = &files.model;
         let name = || format!("`{}`", model.name());
         // The transformer comes before the text side, which reads the same section and a file of its own.
         Ok(Components {
             checkpoint: model,
-            weights: Weights::new(MODEL, model),
+            weights: Weights::new(MODEL, model).with_adapter_slots(adapter_rank),
             transformer: TransformerConfig::from_json(model.section("transformer")?).with_context(name)?,
             text: TextConfig::from_json(files.gemma.config(), model.section("transformer")?)?,
             video_vae: VideoVaeConfig::from_json(model.section("vae")?).with_context(name)?,
@@ -330,7 +348,7 @@ impl<'a> Components<'a> {
                 "`{name}`: the text connectors give {widths:?} channels (video, audio), the transformer takes {taken:?}"
             );
         }
-        definition(shape.pipeline).check_training(self.checkpoint)?;
+        definition(shape.pipeline).check_training(self.checkpoint, shape.has_distilled_adapter)?;
         self.check_projection(files)?;
         shape.check(self.video_vae.factors())
     }
@@ -358,16 +376,30 @@ impl<'a> Components<'a> {
 
     /// The stages of the pipeline for this model and shape.
     fn stages(&self, shape: &Shape) -> Result<Vec<Stage>> {
-        let basis = Basis { generation: self.checkpoint.generation(), layers: self.transformer.layers };
+        let [ft, fh, fw] = self.video_vae.factors();
+        // Every stage before the last has half the size of the next.
+        let grid = |shrink: usize| {
+            let (height, width) = (shape.height / shrink, shape.width / shrink);
+            [(shape.frames - 1) / ft + 1, height / fh, width / fw].map(|n| n as u32)
+        };
+        let first = grid(if shape.has_two_stages() { 2 } else { 1 });
+        let basis = Basis {
+            generation: self.checkpoint.generation(),
+            layers: self.transformer.layers,
+            first_tokens: first.iter().fold(1u32, |n, &d| n.saturating_mul(d)),
+            has_distilled_adapter: shape.has_distilled_adapter,
+        };
         let drafts = (definition(shape.pipeline).stages)(&basis);
+        let takes_distilled = drafts.iter().flat_map(|d| &d.adapters).any(|a| a.role == StageAdapter::DISTILLED);
+        if shape.has_distilled_adapter && !takes_distilled {
+            let name = definition(shape.pipeline).name;
+            bail!("pipeline `{name}` runs the full model as it is; leave `--distilled-lora` out");
+        }
         let guided = drafts.iter().any(|d| d.guidance.is_some());
         let count = drafts.len();
         let stage = |(i, draft): (usize, StageDraft)| {
-            // Every stage before the last has half the size of the next.
             let shrink = 1 << (count - 1 - i);
             let (height, width) = (shape.height / shrink, shape.width / shrink);
-            let [ft, fh, fw] = self.video_vae.factors();
-            let grid = [(shape.frames - 1) / ft + 1, height / fh, width / fw].map(|n| n as u32);
             let has_video = shape.makes(Modality::Video);
             let guidance = match draft.guidance.is_some() || !guided {
                 true => guidance(draft.guidance.as_ref(), &shape.sampling, &shape.modalities)?,
@@ -378,12 +410,12 @@ impl<'a> Components<'a> {
                 name: draft.name.into(),
                 height: if has_video { height as u32 } else { 0 },
                 width: if has_video { width as u32 } else { 0 },
-                grid: if has_video { grid } else { [0; 3] },
+                grid: if has_video { grid(shrink) } else { [0; 3] },
                 sigmas: draft.sigmas,
                 schedule: draft.schedule,
                 sampler,
                 guidance,
-                adapters: Vec::new(),
+                adapters: draft.adapters,
                 upsampled: draft.upsampled,
                 classes: Vec::new(),
             };

@@ -6,16 +6,18 @@ use anyhow::{Context, Result};
 use ltxc_compiler::{Fuse, Options, PlanBuilder};
 use ltxc_ir::Module;
 use ltxc_ir::plan::summary::function_costs;
-use ltxc_ir::plan::{Kernels, Plan, container};
+use ltxc_ir::plan::{ADAPTER_SLOTS, Kernels, Plan, WeightSource, container};
 use ltxc_kernels::fusion::summaries;
 use ltxc_runtime::backend::DeviceKind;
 use ltxc_runtime::files::write_atomically;
 use ltxc_runtime::memory::{MemoryNeed, readable};
 use serde_json::json;
 
-use crate::args::{CompileArgs, CompilerArgs, FuseLevel, ModelArgs};
-use crate::assemble::{ModelFiles, assemble};
-use crate::job::{Shape, present};
+use crate::adapters::Loras;
+use crate::args::{CompileArgs, CompilerArgs, FuseLevel};
+use crate::assemble::{MODEL, ModelFiles, assemble};
+use crate::job::{self, Shape, present};
+use crate::pipelines::definition;
 use crate::report::Report;
 use crate::tune::tune;
 
@@ -30,7 +32,11 @@ pub fn compile(
     observe: &mut dyn FnMut(&str, &'static str, &Module),
 ) -> Result<Plan> {
     let assembly = assemble(files, shape)?;
-    let mut builder = PlanBuilder::new(&version(), shape.target.clone(), options, files.sources()?);
+    let mut sources = files.sources()?;
+    if shape.adapter_rank > 0 {
+        sources.push(WeightSource { name: ADAPTER_SLOTS.into(), files: Vec::new(), renames: Vec::new() });
+    }
+    let mut builder = PlanBuilder::new(&version(), shape.target.clone(), options, sources);
     for program in &assembly.programs {
         for entry in &program.module.entries {
             let mut observe = |pass, module: &Module| observe(&program.name, pass, module);
@@ -61,13 +67,17 @@ pub fn version() -> String {
     format!("ltxc {}", env!("CARGO_PKG_VERSION"))
 }
 
-/// `ltxc compile`.
+/// `ltxc compile`. `lora_occurrences` says how many values each `--lora` had.
 ///
 /// # Errors
 /// As for [`compile()`], and a plan that cannot be written.
-pub fn run(args: &CompileArgs, report: &mut Report) -> Result<()> {
-    let shape = Shape::resolve(&args.shape, 0)?;
+pub fn run(args: &CompileArgs, lora_occurrences: &[usize], report: &mut Report) -> Result<()> {
+    let has_distilled_adapter = !args.adapters.distilled_lora.is_empty();
+    let shape = Shape { has_distilled_adapter, ..Shape::resolve(&args.shape, 0)? };
     let files = ModelFiles::open(&args.model, shape.has_two_stages())?;
+    job::refuse_quantization(&args.shape, files.model.name(), files.model.has_fp8())?;
+    let loras = Loras::open(&args.adapters, lora_occurrences)?;
+    loras.check(&files.model, definition(shape.pipeline).name)?;
     let print = |program: &str, pass: &'static str, module: &Module| {
         if args.compiler.print_after.iter().any(|p| p == pass) {
             println!("; program {program} after {pass}\n{module}");
@@ -79,6 +89,7 @@ pub fn run(args: &CompileArgs, report: &mut Report) -> Result<()> {
     let bytes = container::encode_with(&plan, kernels.as_ref())?;
     write_atomically(&args.output, &bytes)?;
     let need = MemoryNeed::of(&plan, rayon::current_num_threads());
+    let need = need.with_copies(&plan, &|_, source, key| source == MODEL && files.model.is_fp8(key));
     let fusion = summaries(&plan);
     let costs = function_costs(&plan);
     let of_programs = |f: &dyn Fn(usize) -> u64| plan.programs.iter().map(|p| f(p.function as usize)).sum::<u64>();
@@ -109,8 +120,7 @@ pub fn memory(need: &MemoryNeed) -> String {
 ///
 /// # Errors
 /// As for [`compile()`], and a cache that cannot be written.
-pub fn cached(model: &ModelArgs, shape: &Shape, options: &Options) -> Result<(PathBuf, ModelFiles)> {
-    let files = ModelFiles::open(model, shape.has_two_stages())?;
+pub fn cached(files: &ModelFiles, shape: &Shape, options: &Options) -> Result<PathBuf> {
     let mut key = blake3::Hasher::new();
     key.update(version().as_bytes());
     key.update(format!("{shape:?} {options:?}").as_bytes());
@@ -119,10 +129,10 @@ pub fn cached(model: &ModelArgs, shape: &Shape, options: &Options) -> Result<(Pa
     }
     let path = cache_folder()?.join(format!("{}.ltxplan", &key.finalize().to_hex()[..24]));
     if !path.exists() || read(&path).is_err() {
-        let plan = compile(&files, shape, options.clone(), &mut |_, _, _| {})?;
+        let plan = compile(files, shape, options.clone(), &mut |_, _, _| {})?;
         write_atomically(&path, &container::encode(&plan)?)?;
     }
-    Ok((path, files))
+    Ok(path)
 }
 
 /// Folder for plans that were compiled on the way: `LTXC_CACHE`, else `ltxc` in the user's cache folder.

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result};
 use ltxc_models::synth::{Preset, synth};
 
-use crate::args::{ContentArgs, DemoArgs, ModelArgs, RunArgs, ShapeArgs};
+use crate::args::{AdapterArgs, ContentArgs, DemoArgs, ModelArgs, RunArgs, ShapeArgs};
 use crate::report::Report;
 use crate::synth::SEED;
 
@@ -28,12 +28,14 @@ pub fn run(args: &DemoArgs, report: &mut Report) -> Result<()> {
         },
         shape: ShapeArgs { height: Some(256), width: Some(384), num_frames: Some(49), ..ShapeArgs::default() },
         content: ContentArgs { prompt: PROMPT.into(), seed: SEED.to_string(), ..ContentArgs::default() },
+        adapters: AdapterArgs::default(),
+        lora_mode: None,
         output: args.output.clone(),
         frozen: false,
         no_metadata: false,
         debug: Default::default(),
     };
-    crate::run::run(&run, &[], report)?;
+    crate::run::run(&run, &[], &[], report)?;
     report.note("with real weights:\n  ltxc run --checkpoint-path ltx-2-19b-distilled.safetensors --gemma-root gemma-3-12b \\\n    \
          --spatial-upsampler-path ltx-2-spatial-upscaler-x2-1.0.safetensors --prompt \"…\" -o out.mp4");
     Ok(())

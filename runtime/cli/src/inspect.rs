@@ -41,7 +41,7 @@ pub fn run(args: &InspectArgs, json: bool) -> Result<()> {
     }
     if let Some(page) = &args.html {
         let limits = Limits { gflops: args.peak_gflops, gbytes: args.peak_gbytes };
-        if !(limits.gflops > 0.0 && limits.gbytes > 0.0) {
+        if [limits.gflops, limits.gbytes].iter().any(|l| l.is_nan() || *l <= 0.0) {
             bail!("`--peak-gflops` and `--peak-gbytes` must be above 0");
         }
         write_atomically(page, inspect_html::page(&plan, &hex(&hash), limits).as_bytes())?;

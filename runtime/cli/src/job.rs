@@ -32,6 +32,10 @@ pub struct Shape {
     pub target: Target,
     /// Dtype of activations.
     pub dtype: DType,
+    /// Rank of the slots for live adapters; 0 for none.
+    pub adapter_rank: usize,
+    /// Whether a distilled adapter goes with the model.
+    pub has_distilled_adapter: bool,
     /// Modalities that are made, in order.
     pub modalities: Vec<Modality>,
     /// Sampling and guidance, where they are not the pipeline's own.
@@ -168,7 +172,10 @@ impl Shape {
             dtype: match args.dtype.unwrap_or_default() {
                 Precision::F32 => DType::F32,
                 Precision::Bf16 => DType::BF16,
+                Precision::F16 => DType::F16,
             },
+            adapter_rank: adapter_rank(args.lora_rank.unwrap_or(0))?,
+            has_distilled_adapter: false,
             modalities,
             sampling: args.sampling.clone(),
         })
@@ -212,6 +219,33 @@ impl Shape {
         }
         Ok(())
     }
+}
+
+/// Refuses to quantise weights.
+///
+/// # Errors
+/// Whatever was asked for, unless it is nothing; `is_fp8` says whether the model is quantised already.
+pub fn refuse_quantization(args: &ShapeArgs, model: &str, is_fp8: bool) -> Result<()> {
+    match args.quantization.as_deref() {
+        None | Some("none") => Ok(()),
+        Some(mode) if is_fp8 => {
+            bail!("`{model}` is stored in fp8 already and is read as it is; leave `--quantization {mode}` out")
+        }
+        Some(mode) => bail!(
+            "`--quantization {mode}`: weights are not quantised here but used as they are stored; name an fp8 file of the \
+             model instead of `{model}`"
+        ),
+    }
+}
+
+/// Largest rank of slots for adapters: several times that of published ones.
+const MOST_RANK: u32 = 4096;
+
+fn adapter_rank(rank: u32) -> Result<usize> {
+    if rank > MOST_RANK {
+        bail!("`--lora-rank {rank}` is out of range, expected 0 to {MOST_RANK}");
+    }
+    Ok(rank as usize)
 }
 
 /// The seed of a run, and what to print about it.

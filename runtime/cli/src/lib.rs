@@ -1,5 +1,6 @@
 //! The command line of ltxc, as a library so that tests and benchmarks can compile plans the way the binary does.
 
+pub mod adapters;
 pub mod args;
 pub mod assemble;
 pub mod bench;
@@ -10,6 +11,7 @@ pub mod doctor;
 pub mod inspect;
 pub mod inspect_html;
 pub mod job;
+pub mod lora;
 pub mod pipelines;
 pub mod report;
 pub mod run;

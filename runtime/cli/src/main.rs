@@ -4,9 +4,9 @@ use std::process::ExitCode;
 use std::sync::atomic::Ordering;
 
 use clap::{ArgMatches, CommandFactory, FromArgMatches};
-use ltxc::args::{Cli, Command, with_dashes};
+use ltxc::args::{Cli, Command, LoraCommand, with_dashes};
 use ltxc::report::{Report, Style};
-use ltxc::{bench, compile, debug, demo, doctor, inspect, run, synth, tune};
+use ltxc::{bench, compile, debug, demo, doctor, inspect, lora, run, synth, tune};
 use ltxc_runtime::RunError;
 
 /// Exit code after Ctrl-C, as shells expect it.
@@ -48,10 +48,14 @@ fn main() -> ExitCode {
 fn execute(cli: &Cli, matches: &ArgMatches, report: &mut Report) -> anyhow::Result<bool> {
     let done = match &cli.command {
         Command::Debug(command) => return debug::command::run(command, cli.json),
-        Command::Compile(args) => compile::run(args, report),
-        Command::Run(args) => run::run(args, &image_occurrences(matches), report),
+        Command::Compile(args) => compile::run(args, &occurrences(matches, "compile", "lora"), report),
+        Command::Run(args) => {
+            let [images, loras] = ["image", "lora"].map(|flag| occurrences(matches, "run", flag));
+            run::run(args, &images, &loras, report)
+        }
         Command::Tune(args) => tune::run(args, report),
         Command::Inspect(args) => inspect::run(args, cli.json),
+        Command::Lora(LoraCommand::Inspect(args)) => lora::inspect(args, cli.json),
         Command::Synth(args) => synth::run(args, report),
         Command::Bench(args) => bench::run(args, cli.json, report),
         Command::Demo(args) => demo::run(args, report),
@@ -60,8 +64,8 @@ fn execute(cli: &Cli, matches: &ArgMatches, report: &mut Report) -> anyhow::Resu
     done.map(|()| true)
 }
 
-/// Number of values of each `--image` of `ltxc run`.
-fn image_occurrences(matches: &ArgMatches) -> Vec<usize> {
-    let of = matches.subcommand_matches("run").and_then(|m| m.get_occurrences::<String>("image"));
+/// Number of values of each occurrence of a flag of a command.
+fn occurrences(matches: &ArgMatches, command: &str, flag: &str) -> Vec<usize> {
+    let of = matches.subcommand_matches(command).and_then(|m| m.get_occurrences::<String>(flag));
     of.map(|occurrences| occurrences.map(Iterator::count).collect()).unwrap_or_default()
 }

@@ -21,31 +21,39 @@ use ltxc_runtime::tokenizer::Tokenizer;
 use ltxc_runtime::weights::{WeightFiles, find_tokenizer};
 use serde_json::json;
 
+use crate::adapters::{self, Loras};
 use crate::args::{ContentArgs, ImageCodec, RunArgs};
+use crate::assemble::ModelFiles;
 use crate::compile::{cached, memory, read_with_kernels, unfused};
 use crate::debug::flags::{DebugMode, DebugOptions};
 use crate::debug::noise::summary as noise_summary;
 use crate::debug::session::{About, Session};
 use crate::job::{self, ImageArg, Shape, pick};
-use crate::pipelines::{describe, stage_choice};
+use crate::pipelines::{definition, describe, stage_choice};
 use crate::report::Report;
 
 /// Set by Ctrl-C; the run stops at the next kernel and removes what it has begun to write.
 pub static INTERRUPT: AtomicBool = AtomicBool::new(false);
 
-/// `ltxc run`. `image_occurrences` says how many values each `--image` had.
+/// `ltxc run`. `image_occurrences` and `lora_occurrences` say how many values each `--image` and `--lora` had.
 ///
 /// # Errors
 /// Anything that stops the run; no output is left then.
-pub fn run(args: &RunArgs, image_occurrences: &[usize], report: &mut Report) -> Result<()> {
+pub fn run(args: &RunArgs, image_occurrences: &[usize], lora_occurrences: &[usize], report: &mut Report) -> Result<()> {
     let images = job::images(&args.content.image, image_occurrences)?;
     let debug = DebugOptions::resolve(&args.debug, &|name| std::env::var(name).ok())?;
-    let (plan_path, folders) = plan_and_folders(args, &images, debug.mode)?;
+    let loras = Loras::open(&args.adapters, lora_occurrences)?;
+    let (plan_path, folders) = plan_and_folders(args, &images, &loras, debug.mode)?;
     let (plan, kernels, hash) = read_with_kernels(&plan_path)?;
     let device = pick(&args.shape.device, Some(&plan))?;
     let weights = WeightFiles::open(&plan, &folders, args.model.verify)?;
+    let fits = match loras.is_empty() {
+        true => Vec::new(),
+        false => loras.fit(&adapters::targets(&plan, &weights)?, &plan.pipeline.name)?,
+    };
+    let adapters = loras.stages(fits, &plan.pipeline, adapters::mode(args.lora_mode, &plan), report)?;
     let tokenizer = tokenizer(&plan, &folders)?;
-    let need = MemoryNeed::of(&plan, rayon::current_num_threads());
+    let need = MemoryNeed::of(&plan, rayon::current_num_threads()).with(&plan, &weights, &adapters);
     if need.is_on_gpu {
         // The executor compares what the plan needs with what the device has.
         report.note(&format!("device {}: {}", device.name, device.description));
@@ -67,6 +75,7 @@ pub fn run(args: &RunArgs, image_occurrences: &[usize], report: &mut Report) -> 
         images: &conditioning,
         stages,
         noise: Noise { seed, given: BTreeMap::new(), files: noise_files(&args.content) },
+        adapters,
         allow_bad_numerics: args.content.allow_bad_numerics,
     };
     let mut executor = Executor::on(open_with(&device, kernels.as_ref())?, &plan, &weights, &INTERRUPT)?;
@@ -128,8 +137,13 @@ fn tokenizer(plan: &Plan, folders: &[PathBuf]) -> Result<Tokenizer> {
     Ok(Tokenizer::from_folder(path.parent().unwrap_or(Path::new(".")))?)
 }
 
-/// The plan to run and where its weights are.
-fn plan_and_folders(args: &RunArgs, images: &[ImageArg], mode: DebugMode) -> Result<(PathBuf, Vec<PathBuf>)> {
+/// The plan to run and where its weights are. Nothing is compiled for LoRAs that do not fit.
+fn plan_and_folders(
+    args: &RunArgs,
+    images: &[ImageArg],
+    loras: &Loras,
+    mode: DebugMode,
+) -> Result<(PathBuf, Vec<PathBuf>)> {
     let Some(plan) = &args.plan else {
         if args.model.checkpoint_path.is_none() {
             bail!(
@@ -138,12 +152,16 @@ fn plan_and_folders(args: &RunArgs, images: &[ImageArg], mode: DebugMode) -> Res
         }
         let keyframes = images.iter().filter(|i| i.frame > 0).count();
         let target = pick(&args.shape.device, None)?.target;
-        let shape = Shape { target, ..Shape::resolve(&args.shape, keyframes)? };
+        let has_distilled_adapter = !args.adapters.distilled_lora.is_empty();
+        let shape = Shape { target, has_distilled_adapter, ..Shape::resolve(&args.shape, keyframes)? };
+        let files = ModelFiles::open(&args.model, shape.has_two_stages())?;
+        job::refuse_quantization(&args.shape, files.model.name(), files.model.has_fp8())?;
+        loras.check(&files.model, definition(shape.pipeline).name)?;
         let options = match mode {
             DebugMode::Fused => Options::default(),
             DebugMode::Exact => unfused(),
         };
-        let (path, files) = cached(&args.model, &shape, &options)?;
+        let path = cached(&files, &shape, &options)?;
         return Ok((path, [files.paths(), args.weights.clone()].concat()));
     };
     if mode == DebugMode::Exact {

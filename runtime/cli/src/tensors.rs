@@ -20,6 +20,9 @@ pub(crate) const UNUSED: [&str; 4] = [
     "upsampler.blur_down.kernel",
 ];
 
+/// The same by the ends of keys: scales of fp8 weights, which are read with them, and of activations.
+const UNUSED_ENDS: [&str; 2] = [".weight_scale", ".input_scale"];
+
 /// Fails if `asked` found problems; tells of tensors that nobody asked for.
 ///
 /// - `asked`: the name of every weight source, and the view that all its programs were built with.
@@ -68,7 +71,9 @@ fn unknown(files: &ModelFiles, source: &str, weights: &Weights<'_>) -> Vec<Strin
         (UPSAMPLER, Some(upsampler)) => upsampler,
         _ => &files.model,
     };
-    let is_unknown = |key: &str| !weights.was_asked_for(key) && !UNUSED.iter().any(|part| key.starts_with(part));
+    let is_unused =
+        |key: &str| UNUSED.iter().any(|part| key.starts_with(part)) || UNUSED_ENDS.iter().any(|end| key.ends_with(end));
+    let is_unknown = |key: &str| !weights.was_asked_for(key) && !is_unused(key);
     (checkpoint.tensors())
         .filter(|(key, _)| is_unknown(key))
         .map(|(key, at)| {

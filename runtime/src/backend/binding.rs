@@ -2,9 +2,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use ltxc_ir::plan::{FileTensor, FunctionCall, Operand, Place, Plan, PlanFunction, PlanWeight, Step, WeightOrigin};
+use ltxc_ir::plan::{
+    ADAPTER_SLOTS, FileTensor, FunctionCall, Operand, Place, Plan, PlanFunction, PlanWeight, Step, WeightOrigin,
+};
 
 use super::{Backend, BufferId, Call, CallId, Cpu, Region, Weight};
+use crate::adapters::AdapterSet;
 use crate::error::RunError;
 use crate::memory::Memory;
 use crate::prefetch::Span;
@@ -14,9 +17,16 @@ use crate::weights::WeightFiles;
 pub(crate) struct Binding<'a> {
     plan: &'a Plan,
     files: &'a WeightFiles,
+    adapters: AdapterSet,
     /// By function.
     constants: BTreeMap<u32, BufferId>,
-    weights: BTreeMap<WeightKey, BufferId>,
+    weights: BTreeMap<WeightKey, BoundWeight<'a>>,
+}
+
+/// A weight that is on the device.
+struct BoundWeight<'a> {
+    weight: &'a PlanWeight,
+    buffer: BufferId,
 }
 
 /// The recipe, if there is one, and sources and complete keys of its tensors.
@@ -32,7 +42,37 @@ pub(crate) struct Frame {
 
 impl<'a> Binding<'a> {
     pub fn new(plan: &'a Plan, files: &'a WeightFiles) -> Binding<'a> {
-        Binding { plan, files, constants: BTreeMap::new(), weights: BTreeMap::new() }
+        let adapters = AdapterSet::default();
+        Binding { plan, files, adapters, constants: BTreeMap::new(), weights: BTreeMap::new() }
+    }
+
+    /// The adapters that weights are bound with.
+    pub fn adapters(&self) -> &AdapterSet {
+        &self.adapters
+    }
+
+    /// Whether no weight is bound yet.
+    pub fn is_empty(&self) -> bool {
+        self.weights.is_empty()
+    }
+
+    /// Binds weights with these adapters from now on. What is bound already stays as it is, but for slots.
+    ///
+    /// # Errors
+    /// Adapters for other weights, or what a write failed with.
+    pub fn set_adapters(&mut self, backend: &mut dyn Backend<'a>, adapters: AdapterSet) -> Result<(), RunError> {
+        self.adapters = adapters;
+        for (key, bound) in &self.weights {
+            if bound.weight.origin.tensors().iter().any(|t| self.is_slot(t)) {
+                let to = Region { buffer: bound.buffer, offset: 0 };
+                backend.write(to, self.bytes(bound.weight, key)?.bytes())?;
+            }
+        }
+        Ok(())
+    }
+
+    fn is_slot(&self, tensor: &FileTensor) -> bool {
+        self.plan.sources.get(tensor.source as usize).is_some_and(|s| s.name == ADAPTER_SLOTS)
     }
 
     /// Forgets what is on the device, which was cleared.
@@ -126,7 +166,7 @@ impl<'a> Binding<'a> {
     fn weight(
         &mut self,
         backend: &mut dyn Backend<'a>,
-        weight: &PlanWeight,
+        weight: &'a PlanWeight,
         prefix: &str,
     ) -> Result<BufferId, RunError> {
         let complete = |t: &FileTensor| (t.source, format!("{prefix}{}", t.key));
@@ -135,20 +175,33 @@ impl<'a> Binding<'a> {
             WeightOrigin::Packed { function, .. } => Some(*function),
         };
         let key: WeightKey = (recipe, weight.origin.tensors().iter().map(complete).collect());
-        if let Some(&buffer) = self.weights.get(&key) {
-            return Ok(buffer);
+        if let Some(bound) = self.weights.get(&key) {
+            return Ok(bound.buffer);
         }
-        let bytes = match &weight.origin {
-            WeightOrigin::File(tensor) => {
-                Weight::Mapped(self.files.tensor(tensor, &key.1[0].1)?, tensor.ty.dtype.bytes())
-            }
-            WeightOrigin::Packed { function, tensors } => {
-                Weight::Made(self.make(*function, tensors, &key.1, weight.ty.bytes())?)
-            }
-        };
-        let buffer = backend.weight(bytes)?;
-        self.weights.insert(key, buffer);
+        let buffer = backend.weight(self.bytes(weight, &key)?)?;
+        self.weights.insert(key, BoundWeight { weight, buffer });
         Ok(buffer)
+    }
+
+    /// What a weight is, `key` having the complete keys of its tensors.
+    fn bytes(&self, weight: &PlanWeight, (_, keys): &WeightKey) -> Result<Weight<'a>, RunError> {
+        match &weight.origin {
+            WeightOrigin::File(tensor) => self.tensor(tensor, &keys[0].1),
+            WeightOrigin::Packed { function, tensors } => {
+                Ok(Weight::Made(self.make(*function, tensors, keys, weight.ty.bytes())?))
+            }
+        }
+    }
+
+    /// A tensor of a file with what adapters add to it, or a slot for adapters.
+    fn tensor(&self, tensor: &FileTensor, key: &str) -> Result<Weight<'a>, RunError> {
+        if self.is_slot(tensor) {
+            return Ok(Weight::Made(self.adapters.slot(key, &tensor.ty)?));
+        }
+        let stored = self.files.tensor(tensor, key)?;
+        let source = self.plan.sources.get(tensor.source as usize).map_or("", |s| &s.name);
+        let merged = self.adapters.merged(source, key, &tensor.ty, stored.bytes())?;
+        Ok(merged.map_or(stored, Weight::Made))
     }
 
     /// Runs a recipe. On the CPU for every device: the tensors are mapped in host memory, most recipes only move them, and
@@ -164,8 +217,7 @@ impl<'a> Binding<'a> {
         let whole = |buffer| Region { buffer, offset: 0 };
         let mut params = Vec::with_capacity(tensors.len());
         for (tensor, (_, key)) in tensors.iter().zip(keys) {
-            let mapped = Weight::Mapped(self.files.tensor(tensor, key)?, tensor.ty.dtype.bytes());
-            params.push(whole(cpu.weight(mapped)?));
+            params.push(whole(cpu.weight(self.tensor(tensor, key)?)?));
         }
         let result = cpu.allocate(bytes as u64)?;
         let frames = &self.plan.functions[recipe as usize].frame_bytes;

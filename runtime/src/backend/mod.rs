@@ -86,8 +86,18 @@ pub struct Call<'a> {
 pub enum Weight<'a> {
     /// In a mapped file; kernels read it in units of so many bytes.
     Mapped(&'a [u8], usize),
-    /// Made by a recipe.
+    /// Made when it was bound.
     Made(Memory),
+}
+
+impl Weight<'_> {
+    /// The bytes.
+    pub fn bytes(&self) -> &[u8] {
+        match self {
+            Weight::Mapped(bytes, _) => bytes,
+            Weight::Made(memory) => memory.bytes(),
+        }
+    }
 }
 
 /// A device with memory and kernels. One thread drives it.

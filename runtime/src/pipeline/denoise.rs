@@ -231,6 +231,10 @@ impl Model for Denoiser<'_, '_> {
         self.noise.draw(&format!("{}.{kind}.{step:03}.{}", self.stage.name, modality.name()), &shape)
     }
 
+    fn show(&mut self, what: &str, step: usize, modality: Modality, values: &[f32]) {
+        self.tell(&format!("{what}{step}.{}.target", modality.name()), values);
+    }
+
     fn stepped(&mut self, step: usize, states: &Per<State>) {
         for (modality, state) in states.iter() {
             self.tell(&format!("step{step}.{}.latent", modality.name()), &state.latent);

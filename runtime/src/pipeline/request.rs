@@ -8,6 +8,7 @@ use super::denoise::{needed_passes, program_of};
 use super::noise::Noise;
 use super::per::Per;
 use super::schedule::check_sigmas;
+use crate::adapters::StageAdapters;
 use crate::error::RunError;
 use crate::media::RgbImage;
 
@@ -23,6 +24,8 @@ pub struct Request<'a> {
     pub stages: BTreeMap<String, StageChoice>,
     /// Where noise comes from.
     pub noise: Noise,
+    /// Adapters of every stage.
+    pub adapters: StageAdapters,
     /// Go on with latents that are NaN, infinite or constant.
     pub allow_bad_numerics: bool,
 }

@@ -30,6 +30,7 @@ pub fn run(
     let prompts = [request.prompt, request.negative_prompt];
     let prompts = &prompts[..if needs_negative { 2 } else { 1 }];
     observer.event(Event::Stage { name: "text", steps: prompts.len() });
+    executor.set_adapters(request.adapters.of_text(pipeline))?;
     let mut texts = Vec::new();
     for (i, prompt) in prompts.iter().enumerate() {
         texts.push(encode_prompt(executor, &pipeline.text, &tokenizer, prompt, observer)?);
@@ -44,6 +45,7 @@ pub fn run(
     let mut sound = None;
     for (i, chosen) in stages.iter().enumerate() {
         let starts = starts(executor, pipeline, chosen.stage, chosen.sigmas[0], latents)?;
+        executor.set_adapters(request.adapters.of(&chosen.stage.name))?;
         latents = run_stage(executor, observer, request, chosen, contexts, starts)?;
         executor.unload_all()?;
         if i == pipeline.audio.stage as usize {

@@ -44,6 +44,9 @@ pub trait Model {
 
     /// Called after every step.
     fn stepped(&mut self, step: usize, states: &Per<State>);
+
+    /// Shows values between evaluations, such as where a step leads before noise is added; `what` names them.
+    fn show(&mut self, what: &str, step: usize, modality: Modality, values: &[f32]);
 }
 
 /// How often a sampler reports a step.
@@ -213,6 +216,8 @@ mod tests {
         }
 
         fn stepped(&mut self, _: usize, _: &Per<State>) {}
+
+        fn show(&mut self, _: &str, _: usize, _: Modality, _: &[f32]) {}
     }
 
     /// A state of two tokens, the second of which is kept.

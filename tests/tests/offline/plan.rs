@@ -148,6 +148,9 @@ fn launch<G: Gpu>(client: &ComputeClient<Recorder<G>>, call: &KernelCall) -> Res
     Ok(client.info().take())
 }
 
+/// Arguments of a CUDA kernel that every driver takes.
+const ARGUMENT_BYTES: u64 = 4096;
+
 /// What a device would refuse.
 fn check<G: Gpu>(client: &ComputeClient<Recorder<G>>, launch: &Launch, source: &Source) -> Vec<String> {
     let limits = &client.properties().hardware;
@@ -158,7 +161,8 @@ fn check<G: Gpu>(client: &ComputeClient<Recorder<G>>, launch: &Launch, source: &
         }
     };
     limit("bytes of shared memory", source.shared_bytes as u64, limits.max_shared_memory_size as u64);
-    limit("buffers", launch.buffers as u64, u64::from(limits.max_bindings));
+    limit("buffers", launch.buffers.len() as u64, u64::from(limits.max_bindings));
+    limit("bytes of arguments", 8 * (launch.buffers.len() + launch.info.len()) as u64, ARGUMENT_BYTES);
     let units = source.cube_dim.iter().map(|&n| u64::from(n)).product();
     limit("units in a cube", units, u64::from(limits.max_units_per_cube));
     let (x, y, z) = limits.max_cube_dim;

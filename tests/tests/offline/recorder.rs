@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::marker::PhantomData;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -52,8 +53,10 @@ pub struct Launch {
     pub source: Result<Arc<Source>, String>,
     /// Cubes on each axis; `None` if the device would count them.
     pub cubes: Option<[u32; 3]>,
-    /// Buffers that are bound.
-    pub buffers: usize,
+    /// Bytes of their memory to which buffers are bound.
+    pub buffers: Vec<Range<u64>>,
+    /// Scalars and lengths, as the kernel takes them.
+    pub info: Vec<u64>,
 }
 
 /// What was launched since it was last asked.
@@ -209,7 +212,9 @@ impl<G: Gpu> ComputeServer for RecordingServer<G> {
             CubeCount::Static(x, y, z) => Some([x, y, z]),
             CubeCount::Dynamic(_) => None,
         };
-        self.launches.add(Launch { source, cubes, buffers: arguments.buffers.len() });
+        let range = |b: &Binding| b.offset_start.unwrap_or(0)..b.size - b.offset_end.unwrap_or(0);
+        let buffers = arguments.buffers.iter().map(range).collect();
+        self.launches.add(Launch { source, cubes, buffers, info: arguments.info.data });
     }
 
     fn logger(&self) -> Arc<ServerLogger> {

@@ -1,8 +1,9 @@
 //! Parity with recorded reference tensors. `LTXC_FIXTURES` names another set of the same layout.
 
 mod audio;
-mod bf16;
 mod conditioning;
+mod lora;
+mod narrow;
 mod pipeline;
 mod sampling;
 mod text;

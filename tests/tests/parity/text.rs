@@ -374,7 +374,7 @@ fn sharded_gemma_gives_the_same_program() {
 }
 
 /// Gemma 4's attention has a scale of 1, which makes small errors of the scores large ones of the weights: in bf16 there
-/// is no bound, but states stay finite. What has bounds is in `bf16.rs`.
+/// is no bound, but states stay finite. What has bounds is in `narrow.rs`.
 #[test]
 fn gemma4_is_finite_in_bf16() {
     let Some(model) = Model::ltx25() else { return println!("absent: this set of fixtures has no LTX-2.5") };

@@ -9,7 +9,6 @@
 use std::ops::Range;
 
 use ltxc_ir::TensorType;
-use ltxc_ir::plan::fused::leading_axes;
 use ltxc_ir::plan::{Access, Form, Fused, Kernel, Part, Source};
 
 use super::may_store_at_once;
@@ -66,27 +65,10 @@ fn floats(ty: &TensorType) -> usize {
     ty.bytes().div_ceil(size_of::<f32>()).next_multiple_of(16)
 }
 
-/// Extents of `ty` when its `rows` rows are cut to `block`: the rank stays.
-fn cut(ty: &TensorType, rows: usize, block: usize) -> TensorType {
-    let axes = leading_axes(ty, rows).unwrap_or(0);
-    let mut out = ty.clone();
-    out.shape[..axes].fill(1);
-    match axes.checked_sub(1) {
-        Some(last) => out.shape[last] = block,
-        // Only a single row has no leading axes.
-        None => debug_assert_eq!(block, 1),
-    }
-    out
-}
-
 /// Types of a part's operands and result for a block of rows.
 fn cut_part(part: &Part, rows: usize, block: usize) -> (Vec<TensorType>, TensorType) {
-    let result = cut(&part.result, rows, block);
-    let args = part.args.iter().enumerate().map(|(j, arg)| match part.access(j, rows) {
-        Some(Access::Row) => cut(&arg.ty, rows, block),
-        _ => arg.ty.clone(),
-    });
-    (args.collect(), result)
+    let part = part.cut(rows, block);
+    (part.args.into_iter().map(|arg| arg.ty).collect(), part.result)
 }
 
 /// Scratch for a run on `threads` threads.

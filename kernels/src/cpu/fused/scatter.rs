@@ -4,6 +4,8 @@
 //! the operand, and each has to find its place. It can wherever the axes of the box step either through rows of the operand
 //! or inside of one: then the place is a sum of one offset for the row and one for the column, and the latter is a table.
 
+use std::ops::Range;
+
 use ltxc_ir::plan::Copy;
 
 /// Columns that are not copied.
@@ -22,8 +24,8 @@ pub(super) struct Scatter {
     first: usize,
     /// For every column its distance from the place of its row.
     columns: Vec<usize>,
-    /// First columns of runs whose places lie side by side, if these are long on average.
-    runs: Vec<usize>,
+    /// Runs of columns whose places lie side by side, if these are long on average.
+    runs: Vec<Range<usize>>,
 }
 
 /// An axis of the box; strides count elements or rows of the operand, and elements of the result.
@@ -67,9 +69,13 @@ impl Scatter {
             reach += axis.extent.saturating_sub(1) * axis.src;
         }
         let columns = columns(&inside, copy.src_offset % length, length)?;
-        let follows = |c: usize| c > 0 && columns[c - 1] != NONE && columns[c] == columns[c - 1] + 1;
-        let starts = |&c: &usize| columns[c] != NONE && !follows(c);
-        let mut runs: Vec<usize> = (0..length).filter(starts).collect();
+        let mut runs: Vec<Range<usize>> = Vec::new();
+        for column in (0..length).filter(|&c| columns[c] != NONE) {
+            match runs.last_mut() {
+                Some(run) if run.end == column && columns[column] == columns[column - 1] + 1 => run.end += 1,
+                _ => runs.push(column..column + 1),
+            }
+        }
         if runs.len() * RUN > length {
             runs = Vec::new();
         }
@@ -122,16 +128,12 @@ impl Scatter {
                 }
                 return;
             }
-            let mut i = 0;
-            while i < count {
-                let next = self.runs.partition_point(|&r| r <= column + i);
-                let end = self.runs.get(next).map_or(count, |&r| (r - column).min(count));
-                // A run ends where columns begin that are not copied.
-                let used = places[i..end].iter().position(|&p| p == NONE).unwrap_or(end - i);
-                if used > 0 {
-                    std::ptr::copy_nonoverlapping(src.add(i * N), dst.add(places[i] * N), used * N);
-                }
-                i = end;
+            let (first, end) = (column, column + count);
+            let from = self.runs.partition_point(|run| run.end <= first);
+            for run in self.runs[from..].iter().take_while(|run| run.start < end) {
+                let (start, n) = (run.start.max(first), run.end.min(end) - run.start.max(first));
+                let to = dst.add(self.columns[start] * N);
+                std::ptr::copy_nonoverlapping(src.add((start - first) * N), to, n * N);
             }
         }
     }

@@ -1,8 +1,9 @@
 //! What follows an anchor: maps, rows of tables and stores, on each block of its result while that is in cache.
 //!
-//! The kernel hands over sums block by block. Elements that follow each other, [`BLOCK`] at most, are rounded to the dtype
-//! of the anchor's result, and then every part runs on them before the next ones come. What is stored goes to its final
-//! place, everything else stays in scratch memory of the thread. So the values are those of the parts one after the other.
+//! The kernel hands over sums block by block. Some rows of them, [`BLOCK`] elements at most, are rounded to the dtype of the
+//! anchor's result, and then every part runs on them before the next ones come. What is stored goes to its final place,
+//! everything else stays in scratch memory of the thread, row behind row. So the values are those of the parts one after
+//! the other.
 //!
 //! Some calls cannot run so, and [`Layout::new`] refuses them: maps on integers alone, and copies that cannot be turned
 //! around ([`Scatter`]).
@@ -13,10 +14,13 @@ use ltxc_ir::{DType, TensorType};
 use super::may_store_at_once;
 use super::scatter::Scatter;
 use crate::cpu::element::store;
-use crate::cpu::map::{BLOCK, Frame, Operand, Program, frame_lanes};
+use crate::cpu::map::{BLOCK, Block, Frame, Operand, Program, frame_lanes};
 use crate::cpu::parallel::Shared;
 use crate::cpu::sink::{Sink, Sums};
 use crate::cpu::{Arg, Output};
+
+/// Columns below which operands that repeat are worth copying to have longer rows.
+const SHORT: usize = 64;
 
 /// Where things are in the scratch memory of a thread, in floats.
 pub(super) struct Layout {
@@ -28,6 +32,8 @@ pub(super) struct Layout {
     frames: Vec<usize>,
     /// The copies, which are the last parts.
     scatters: Vec<Scatter>,
+    /// Sums of a block, row behind row, before they are rounded.
+    sums: usize,
     /// Floats in all.
     pub(super) room: usize,
 }
@@ -35,7 +41,7 @@ pub(super) struct Layout {
 impl Layout {
     /// Lays out what follows part `anchor`; `None` if it cannot run block by block.
     pub(super) fn new(fused: &Fused, anchor: usize) -> Option<Layout> {
-        let mut layout = Layout { anchor, blocks: vec![], frames: vec![], scatters: vec![], room: 0 };
+        let mut layout = Layout { anchor, blocks: vec![], frames: vec![], scatters: vec![], sums: 0, room: BLOCK };
         let row = fused.parts[anchor].result.shape.last().copied().unwrap_or(1);
         for part in &fused.parts[anchor..] {
             let (block, mut lanes) = ((BLOCK * part.result.dtype.bytes()).div_ceil(size_of::<f32>()), 0);
@@ -71,14 +77,12 @@ enum Home {
 }
 
 impl Home {
-    /// Element `position`, in a block that begins at element `start`.
+    /// The first element of a block, and how far its rows are apart in elements.
     #[inline(always)]
-    fn at(self, position: usize, start: usize, dtype: DType, room: *mut f32) -> *mut u8 {
+    fn of(self, block: Block, dtype: DType, room: *mut f32) -> (*mut u8, usize) {
         match self {
-            Home::Memory(first) => first.get().wrapping_add(position * dtype.bytes()),
-            Home::Block(floats) => {
-                room.wrapping_add(floats).cast::<u8>().wrapping_add((position - start) * dtype.bytes())
-            }
+            Home::Memory(first) => (first.get().wrapping_add(block.start * dtype.bytes()), block.step),
+            Home::Block(floats) => (room.wrapping_add(floats).cast(), block.columns),
         }
     }
 }
@@ -175,42 +179,76 @@ impl<'a> Tail<'a> {
         }
     }
 
-    /// Does everything with the `n` elements from `start` that the anchor has made.
+    /// Does everything with a block that the anchor has made.
     ///
     /// # Safety
     /// As for [`Sink::take`].
-    unsafe fn block(&self, start: usize, n: usize, frames: &mut [Option<Frame<'_, f32>>], room: *mut f32) {
+    unsafe fn block(&self, block: Block, frames: &mut [Option<Frame<'_, f32>>], room: *mut f32) {
         for ((step, frame), &(home, dtype)) in self.steps.iter().zip(frames).zip(&self.homes[1..]) {
-            let to = home.at(start, start, dtype, room);
+            let (to, apart) = home.of(block, dtype, room);
             // SAFETY: the block belongs to the caller, in tensors as in scratch memory.
             unsafe {
                 match (step, frame) {
                     (&Step::Gather { table, extent, indices, row }, _) => {
-                        gather([table.get(), to], indices.get(), [extent, row, start, n], dtype.bytes());
+                        for r in 0..block.rows {
+                            let to = to.wrapping_add(r * apart * dtype.bytes());
+                            let elements = [extent, row, block.start + r * block.step, block.columns];
+                            gather([table.get(), to], indices.get(), elements, dtype.bytes());
+                        }
                     }
-                    (Step::Map { .. }, Some(frame)) => frame.block(start, n, to),
-                    (Step::Map { .. }, None) => {}
+                    (Step::Map { .. }, Some(frame)) => frame.block(block, to, apart),
+                    (Step::Map { .. }, None) => unreachable!("every map has a frame"),
                 }
             }
         }
-        for &(part, result) in &self.late {
+        let of_each_row = |part: usize, store: &dyn Fn(usize, *const u8, usize)| {
             let (home, dtype) = self.homes[part];
-            // SAFETY: as above; the block is in scratch memory.
-            unsafe {
-                let to = result.get().add(start * dtype.bytes());
-                std::ptr::copy_nonoverlapping(home.at(start, start, dtype, room), to, n * dtype.bytes());
+            let (from, apart) = home.of(block, dtype, room);
+            for r in 0..block.rows {
+                let row = from.wrapping_add(r * apart * dtype.bytes()).cast_const();
+                store(block.start + r * block.step, row, dtype.bytes());
             }
+        };
+        for &(part, result) in &self.late {
+            of_each_row(part, &|start, row, bytes| {
+                let to = result.get().wrapping_add(start * bytes);
+                // SAFETY: as above; the result is no scratch memory.
+                unsafe { std::ptr::copy_nonoverlapping(row, to, block.columns * bytes) };
+            });
         }
         for (scatter, &(part, result)) in self.layout.scatters.iter().zip(&self.stores) {
-            let (home, dtype) = self.homes[part];
-            let from = home.at(start, start, dtype, room).cast_const();
-            // SAFETY: as above; no two elements have the same place.
-            unsafe {
-                match dtype.bytes() {
-                    1 => scatter.run::<1>(start, n, from, result.get()),
-                    2 => scatter.run::<2>(start, n, from, result.get()),
-                    _ => scatter.run::<4>(start, n, from, result.get()),
+            of_each_row(part, &|start, row, bytes| {
+                // SAFETY: as above; no two elements have the same place.
+                unsafe {
+                    match bytes {
+                        1 => scatter.run::<1>(start, block.columns, row, result.get()),
+                        2 => scatter.run::<2>(start, block.columns, row, result.get()),
+                        _ => scatter.run::<4>(start, block.columns, row, result.get()),
+                    }
                 }
+            });
+        }
+    }
+
+    /// Puts a block of sums, made of `columns` columns from `column` on of the rows from `row` on, where the anchor's result
+    /// is.
+    ///
+    /// # Safety
+    /// As for [`Sink::take`].
+    unsafe fn round(&self, sums: Sums<'_>, [row, column, columns]: [usize; 3], block: Block, room: *mut f32) {
+        let (home, dtype) = self.homes[0];
+        let (to, apart) = home.of(block, dtype, room);
+        let n = block.rows * block.columns;
+        let is_in_order = apart == block.columns || block.rows == 1;
+        // SAFETY: the block belongs to the caller, in tensors as in scratch memory.
+        unsafe {
+            if dtype == DType::F32 && is_in_order {
+                return sums.gather(row, column, columns, std::slice::from_raw_parts_mut(to.cast(), n));
+            }
+            let dense = std::slice::from_raw_parts_mut(room.add(self.layout.sums), n);
+            sums.gather(row, column, columns, dense);
+            for (r, values) in dense.chunks(if is_in_order { n } else { block.columns }).enumerate() {
+                store(dtype, values, to.add(r * apart * dtype.bytes()));
             }
         }
     }
@@ -233,35 +271,28 @@ impl Sink for Tail<'_> {
                 Step::Gather { .. } => None,
             })
             .collect();
-        let (home, dtype) = self.homes[0];
-        // The block that is being filled.
-        let (mut start, mut filled) = (0, 0);
-        for r in 0..sums.rows {
-            let first = at(r);
-            for (column, mut part) in sums.row(r) {
-                if start + filled != first + column {
-                    if filled > 0 {
-                        // SAFETY: these elements are complete.
-                        unsafe { self.block(start, filled, &mut frames, room) };
-                    }
-                    (start, filled) = (first + column, 0);
+        let mut r = 0;
+        while r < sums.rows {
+            let start = at(r);
+            // Rows at equal distances, as many as a block has room for.
+            let step = if r + 1 < sums.rows { at(r + 1).saturating_sub(start) } else { sums.columns };
+            let most = (BLOCK / sums.columns).clamp(1, sums.rows - r);
+            let is_next = |i: &usize| at(r + i) == start + i * step;
+            let rows = 1 + (1..most).take_while(is_next).count();
+            for column in (0..sums.columns).step_by(BLOCK) {
+                let columns = BLOCK.min(sums.columns - column);
+                let mut block = Block { start: start + column, step, rows, columns };
+                // Short rows that follow each other are a run.
+                if step == columns && columns < SHORT {
+                    block = Block::run(start, rows * columns);
                 }
-                while !part.is_empty() {
-                    let (now, later) = part.split_at(part.len().min(BLOCK - filled));
-                    // SAFETY: a block has room for `BLOCK` elements; those in the tensor belong to the caller.
-                    unsafe { store(dtype, now, home.at(start + filled, start, dtype, room)) };
-                    (filled, part) = (filled + now.len(), later);
-                    if filled == BLOCK {
-                        // SAFETY: as above.
-                        unsafe { self.block(start, filled, &mut frames, room) };
-                        (start, filled) = (start + filled, 0);
-                    }
+                // SAFETY: these elements are complete and belong to the caller.
+                unsafe {
+                    self.round(sums, [r, column, columns], block, room);
+                    self.block(block, &mut frames, room);
                 }
             }
-        }
-        if filled > 0 {
-            // SAFETY: as above.
-            unsafe { self.block(start, filled, &mut frames, room) };
+            r += rows;
         }
     }
 }

@@ -8,6 +8,7 @@ use super::compare::{self, CompareArgs};
 use super::denoising::{self, LatentsArgs, LoopArgs, NanArgs, PositionsArgs};
 use super::noise::{self, NoiseCommand};
 use super::parity::{self, ParityArgs};
+use super::schedule::{self, ScheduleArgs};
 use super::text::{self, TextCommand};
 use super::vae::{self, VaeCommand};
 use super::video_stats::{self, VideoStatsArgs};
@@ -40,6 +41,8 @@ pub enum DebugCommand {
     Nan(NanArgs),
     /// Statistics and spatial coherence of a latent in a file.
     Latents(LatentsArgs),
+    /// Noise levels of every schedule, and whether they equal those of a file.
+    Schedule(ScheduleArgs),
     /// Positions of tokens, and whether they equal those of a file.
     Positions(PositionsArgs),
     /// Tell a picture from noise, one colour and standstill, in a video file or a folder of frames.
@@ -63,6 +66,7 @@ pub fn run(command: &DebugCommand, json: bool) -> Result<bool> {
         DebugCommand::Loop(args) => denoising::run_loop(args, json),
         DebugCommand::Nan(args) => denoising::run_nan(args, json),
         DebugCommand::Latents(args) => denoising::run_latents(args, json),
+        DebugCommand::Schedule(args) => schedule::run(args, json),
         DebugCommand::Positions(args) => denoising::run_positions(args, json),
         DebugCommand::VideoStats(args) => video_stats::run(args, json),
     }

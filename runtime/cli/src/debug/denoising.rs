@@ -134,11 +134,16 @@ pub fn step_facts(tensors: &BTreeMap<String, Vec<f32>>, velocities: &BTreeMap<St
     facts
 }
 
+/// Whether a relative distance is more than rounding; one that is no number is.
+fn is_far(distance: f64) -> bool {
+    distance.is_nan() || distance > 1e-3
+}
+
 impl StepFacts {
     /// What is wrong with the step.
     pub fn flags(&self) -> Vec<String> {
         let mut flags = Vec::new();
-        if let Some(error) = self.consistency.filter(|e| !(*e <= 1e-3)) {
+        if let Some(error) = self.consistency.filter(|e| is_far(*e)) {
             let taken = if self.x0_v > 0.999 { "; it is the velocity itself, taken for the prediction" } else { "" };
             flags.push(format!("x0 is not x − σ·v (relative L2 {error:.1e}){taken}"));
         }
@@ -148,7 +153,7 @@ impl StepFacts {
         if self.sigma == 1.0 && !(0.4..=1.3).contains(&self.std[0]) {
             flags.push(format!("velocity has a standard deviation of {:.2}, expected 0.4 to 1.3", self.std[0]));
         }
-        if !(self.euler <= 1e-3) {
+        if is_far(self.euler) {
             flags.push(format!("the next latent is no Euler step (relative L2 {:.1e})", self.euler));
         }
         flags

@@ -10,7 +10,7 @@
 //! | `recording`, `parity` | recorded tensors of the reference, and how ours compare with them |
 //! | `modules`, `pipeline` | one graph, or a whole run, for its values instead of its picture |
 //! | `bisect` | the first op that differs between two settings |
-//! | `noise`, `weights`, `text`, `vae`, `denoising`, `video_stats` | one part of a model or run each |
+//! | `noise`, `weights`, `text`, `vae`, `denoising`, `schedule`, `video_stats` | one part of a model or run each |
 
 pub mod bisect;
 pub mod command;
@@ -26,6 +26,7 @@ pub mod parity;
 pub mod pipeline;
 pub mod profile;
 pub mod recording;
+pub mod schedule;
 pub mod session;
 pub mod sums;
 pub mod text;

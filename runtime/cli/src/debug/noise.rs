@@ -204,7 +204,7 @@ fn slots(args: &GenArgs) -> Result<Vec<(&'static str, SlotShape)>> {
     }
     let most = 1 << 16;
     let counts = [args.height, args.width, args.num_frames, args.channels, args.audio_channels];
-    if counts.iter().any(|n| !(1..=most).contains(n)) || !(args.frame_rate > 0.0) {
+    if counts.iter().any(|n| !(1..=most).contains(n)) || args.frame_rate.is_nan() || args.frame_rate <= 0.0 {
         bail!("sizes must be 1 to {most} and the frame rate above 0");
     }
     let video = |scale: usize| SlotShape {

@@ -76,6 +76,7 @@ impl Pipeline<'_> {
             images: self.images,
             stages: BTreeMap::new(),
             noise: self.noise,
+            adapters: Default::default(),
             allow_bad_numerics: true,
         };
         let (mut observer, mut output) = (Collected::default(), Collected::default());

@@ -48,6 +48,11 @@ impl TensorFile {
         self.tensors.get(name)
     }
 
+    /// Puts a tensor in the place of the one called `name`, in memory alone.
+    pub fn insert(&mut self, name: &str, tensor: Tensor) {
+        self.tensors.insert(name.into(), tensor);
+    }
+
     /// All tensors, by name.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &Tensor)> {
         self.tensors.iter().map(|(k, v)| (k.as_str(), v))

@@ -211,8 +211,8 @@ fn patchify_sums(plan: &Plan, weights: &WeightFiles) -> Option<[f32; 4]> {
     let tensors = || plan.functions.iter().flat_map(|f| &f.weights).flat_map(|w| w.origin.tensors());
     let sum = |name: &str| {
         let tensor = tensors().find(|t| t.key.ends_with(&format!("diffusion_model.{name}")))?;
-        let bytes = weights.tensor(tensor, &tensor.key).ok()?;
-        Some(sum_f32(&decoded(&tensor.ty, bytes)))
+        let weight = weights.tensor(tensor, &tensor.key).ok()?;
+        Some(sum_f32(&decoded(&tensor.ty, weight.bytes())))
     };
     Some([
         sum("patchify_proj.weight")?,
@@ -306,7 +306,9 @@ impl State<'_> {
         let full = full_name(component, &value.name);
         let is_inner = value.role == Role::Inner && value.is_named();
         let module = is_inner.then(|| self.modules.path(component, &value.name)).flatten();
-        let has = |parts: &[String]| parts.iter().any(|part| full.contains(part.as_str()));
+        // Names of modules as their lines have them.
+        let shown = module.as_ref().map(|module| full_name(component, module)).unwrap_or_default();
+        let has = |parts: &[String]| parts.iter().any(|part| shown.contains(part.as_str()));
         let is_chosen = (self.options.module_include.is_empty() || has(&self.options.module_include))
             && !has(&self.options.module_exclude);
         Interest {

@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 
 use super::flags::{Trace, TraceNames};
 use super::log::{Field, Line};
-use super::names::{pass_of, trace_name};
+use super::names::{full_name, pass_of, trace_name};
 
 /// Layers of a block whose results are listed in detail.
 pub const DETAIL: [&str; 8] =
@@ -183,9 +183,7 @@ pub fn detail_line(path: &str, stats: &Stats) -> Option<Line> {
 
 /// The line of a module.
 pub fn module_line(component: &str, module: &str, stats: &Stats) -> Line {
-    let name =
-        if module.starts_with(&format!("{component}.")) { module.into() } else { format!("{component}.{module}") };
-    Line::new(format!("module={name}"))
+    Line::new(format!("module={}", full_name(component, module)))
         .sum("out_sum", stats)
         .field("shape", Field::Shape(stats.ty.shape.clone()))
         .field("dtype", Field::Word(stats.ty.dtype.to_string()))

@@ -214,7 +214,7 @@ fn trace(args: &DecodeArgs, json_output: bool) -> Result<bool> {
 fn decode(args: &DecodeArgs, json_output: bool) -> Result<bool> {
     let ran = decoded(args)?;
     let frames = ran.result("frames")?;
-    let bytes: Vec<f32> = frames.values.iter().map(|v| (v + 1.0).mul_add(0.5, 0.0).clamp(0.0, 1.0) * 255.0).collect();
+    let bytes: Vec<f32> = frames.values.iter().map(|v| ((v + 1.0) * 0.5).clamp(0.0, 1.0) * 255.0).collect();
     let s = Stats::of(&frames.ty.shape, &bytes);
     let ok = !s.is_bad();
     let brightness = s.mean / 255.0;

@@ -118,9 +118,9 @@ impl Collector {
         }
         self.stats.size = (width, height);
         for pixel in rgb.as_chunks::<3>().0 {
-            for c in 0..3 {
-                self.sums[c] += f64::from(pixel[c]);
-                self.squares[c] += f64::from(pixel[c]).powi(2);
+            for ((sum, square), &v) in self.sums.iter_mut().zip(&mut self.squares).zip(pixel) {
+                *sum += f64::from(v);
+                *square += f64::from(v).powi(2);
             }
         }
         let (low, high) = self.range.unwrap_or((u8::MAX, 0));
@@ -148,10 +148,9 @@ impl Collector {
     pub fn finish(mut self) -> ClipStats {
         let n = self.stats.frames.max(1) as f64;
         let pixels = n * (self.stats.size.0 * self.stats.size.1).max(1) as f64;
-        for c in 0..3 {
-            self.stats.mean[c] = self.sums[c] / pixels;
-            self.stats.std[c] = (self.squares[c] / pixels - self.stats.mean[c].powi(2)).max(0.0).sqrt();
-        }
+        let mean = self.sums.map(|sum| sum / pixels);
+        self.stats.mean = mean;
+        self.stats.std = std::array::from_fn(|c| (self.squares[c] / pixels - mean[c].powi(2)).max(0.0).sqrt());
         let s = &mut self.stats;
         for sum in [&mut s.brightness, &mut s.grey_std, &mut s.noise_ratio, &mut s.autocorrelation] {
             *sum /= n;

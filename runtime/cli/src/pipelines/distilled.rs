@@ -2,7 +2,7 @@
 //!
 //! Source: spec/pipelines §5.2, §9.1.
 
-use ltxc_ir::plan::{Sampler, Schedule};
+use ltxc_ir::plan::{Sampler, Schedule, StageAdapter};
 use ltxc_models::checkpoint::Generation;
 use ltxc_runtime::pipeline::schedule::{DISTILLED_STAGE_1, DISTILLED_STAGE_2};
 
@@ -15,7 +15,7 @@ pub const TWO_STAGES: Definition = Definition {
     size: (1024, 1536),
     has_video: true,
     has_two_stages: true,
-    stages: |basis| vec![first(basis), second()],
+    stages: |basis| vec![first(basis), second(basis)],
     sound_stage: 1,
 };
 
@@ -36,17 +36,25 @@ pub fn first(basis: &Basis) -> StageDraft {
         _ => Sampler::Euler,
     };
     let (name, sigmas) = ("stage1", DISTILLED_STAGE_1.into());
-    StageDraft { name, sigmas, schedule: Schedule::Distilled, sampler, guidance: None, upsampled: false }
+    let adapters = adapters(basis);
+    StageDraft { name, sigmas, schedule: Schedule::Distilled, sampler, guidance: None, adapters, upsampled: false }
 }
 
 /// From the upsampled latent of the first stage.
-pub fn second() -> StageDraft {
+pub fn second(basis: &Basis) -> StageDraft {
     StageDraft {
         name: "stage2",
         sigmas: DISTILLED_STAGE_2.into(),
         schedule: Schedule::Distilled,
         sampler: Sampler::Euler,
         guidance: None,
+        adapters: adapters(basis),
         upsampled: true,
     }
+}
+
+/// A full model acts like a distilled one with an adapter, which comes after those of the user.
+fn adapters(basis: &Basis) -> Vec<StageAdapter> {
+    let distilled = basis.has_distilled_adapter.then(StageAdapter::distilled);
+    [StageAdapter::user()].into_iter().chain(distilled).collect()
 }

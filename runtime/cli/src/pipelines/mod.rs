@@ -9,11 +9,12 @@ mod describe;
 mod distilled;
 mod one_stage;
 mod sampling;
+mod two_stage;
 
 use std::path::Path;
 
 use anyhow::{Result, bail};
-use ltxc_ir::plan::{Guidance, Sampler, Schedule};
+use ltxc_ir::plan::{Guidance, Sampler, Schedule, StageAdapter};
 use ltxc_models::checkpoint::{Checkpoint, Generation};
 
 use crate::args::PipelineName;
@@ -53,6 +54,10 @@ pub struct Basis {
     pub generation: Generation,
     /// Number of transformer blocks.
     pub layers: usize,
+    /// Number of video tokens of the first stage.
+    pub first_tokens: u32,
+    /// Whether a distilled adapter is given.
+    pub has_distilled_adapter: bool,
 }
 
 /// A stage of a definition.
@@ -67,6 +72,8 @@ pub struct StageDraft {
     pub sampler: Sampler,
     /// Default guidance.
     pub guidance: Option<Guidance>,
+    /// Adapters that act in it, in the order in which they are added to the weights.
+    pub adapters: Vec<StageAdapter>,
     /// Whether it starts from the upsampled latent of the stage before.
     pub upsampled: bool,
 }
@@ -77,25 +84,28 @@ pub fn definition(name: PipelineName) -> &'static Definition {
         PipelineName::Distilled => &distilled::TWO_STAGES,
         PipelineName::DistilledOneStage => &distilled::ONE_STAGE,
         PipelineName::OneStage => &one_stage::VIDEO,
+        PipelineName::TwoStage => &two_stage::TWO_STAGES,
+        PipelineName::HighQuality => &two_stage::HIGH_QUALITY,
         PipelineName::TextToAudio => &one_stage::SOUND,
     }
 }
 
 impl Definition {
-    /// Refuses a checkpoint that was trained for other pipelines, as far as its name tells: nothing else does.
+    /// Refuses a checkpoint that was trained for other pipelines, as far as its name tells: nothing else does. A full
+    /// model with the distilled adapter counts as distilled.
     ///
     /// # Errors
     /// Which kind of checkpoint is needed, and which pipelines this one can run.
-    pub fn check_training(&self, checkpoint: &Checkpoint) -> Result<()> {
+    pub fn check_training(&self, checkpoint: &Checkpoint, has_distilled_adapter: bool) -> Result<()> {
         let (name, file) = (self.name, checkpoint.name());
         match (self.training, training_of(checkpoint)) {
             (Training::Full, Some(Training::Distilled)) => bail!(
                 "`{file}` is a distilled model, which guidance (CFG) only spoils; pipeline `{name}` guides: name the dev \
                  checkpoint, or `--pipeline distilled`"
             ),
-            (Training::Distilled, Some(Training::Full)) => bail!(
+            (Training::Distilled, Some(Training::Full)) if !has_distilled_adapter => bail!(
                 "`{file}` is a dev model, which needs more steps and guidance than pipeline `{name}` has; name the distilled \
-                 checkpoint, or `--pipeline one-stage`"
+                 checkpoint, add `--distilled-lora`, or choose `--pipeline one-stage`"
             ),
             _ => Ok(()),
         }

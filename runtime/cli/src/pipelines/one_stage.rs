@@ -2,7 +2,7 @@
 //!
 //! Source: spec/pipelines §1, §9.2, §9.9.
 
-use ltxc_ir::plan::{CfgRule, Guidance, Guider, Sampler, Schedule};
+use ltxc_ir::plan::{CfgRule, Guidance, Guider, Sampler, Schedule, StageAdapter};
 use ltxc_models::checkpoint::Generation;
 use ltxc_runtime::pipeline::schedule::{DEFAULT_TOKENS, TERMINAL, shifted};
 
@@ -44,6 +44,7 @@ pub fn guided(basis: &Basis) -> StageDraft {
         schedule: Schedule::Shifted { tokens: DEFAULT_TOKENS },
         sampler: Sampler::Euler,
         guidance: Some(Guidance { video: guider(3.0), audio: guider(7.0) }),
+        adapters: vec![StageAdapter::user()],
         upsampled: false,
     }
 }

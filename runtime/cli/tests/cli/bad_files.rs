@@ -8,36 +8,36 @@ use serde_json::{Map, Value, json};
 use crate::binary::{Place, SHAPE, tiny, with};
 
 /// A safetensors file, taken apart.
-struct Parts {
-    header: Map<String, Value>,
-    data: Vec<u8>,
+pub struct Parts {
+    pub header: Map<String, Value>,
+    pub data: Vec<u8>,
 }
 
 impl Parts {
-    fn read(path: &Path) -> Parts {
+    pub fn read(path: &Path) -> Parts {
         let bytes = std::fs::read(path).unwrap();
         let (length, rest) = bytes.split_first_chunk::<8>().unwrap();
         let (json, data) = rest.split_at(u64::from_le_bytes(*length) as usize);
         Parts { header: serde_json::from_slice(json).unwrap(), data: data.to_vec() }
     }
 
-    fn bytes(&self) -> Vec<u8> {
+    pub fn bytes(&self) -> Vec<u8> {
         file(&serde_json::to_string(&self.header).unwrap(), &self.data)
     }
 
     /// Keys of tensors that contain `part`.
-    fn keys(&self, part: &str) -> Vec<String> {
+    pub fn keys(&self, part: &str) -> Vec<String> {
         self.header.keys().filter(|k| k.contains(part) && *k != "__metadata__").cloned().collect()
     }
 
     /// Calls the tensor `key` something else.
-    fn rename(&mut self, key: &str) {
+    pub fn rename(&mut self, key: &str) {
         let tensor = self.header.remove(key).unwrap_or_else(|| panic!("no tensor `{key}`"));
         self.header.insert(format!("{key}.old"), tensor);
     }
 
     /// Changes the configuration in the metadata.
-    fn configure(&mut self, change: impl FnOnce(&mut Value)) {
+    pub fn configure(&mut self, change: impl FnOnce(&mut Value)) {
         let config = &mut self.header["__metadata__"]["config"];
         let mut value: Value = serde_json::from_str(config.as_str().unwrap()).unwrap();
         change(&mut value);

@@ -13,6 +13,12 @@ pub fn ltxc() -> &'static Path {
     Path::new(env!("CARGO_BIN_EXE_ltxc"))
 }
 
+/// Folder of the recorded fixtures.
+pub fn fixtures() -> PathBuf {
+    let own = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/fixtures");
+    std::env::var_os("LTXC_FIXTURES").map_or_else(|| own.into(), PathBuf::from)
+}
+
 /// Model files and plans that all tests share; nothing changes them.
 pub struct Tiny {
     /// Folder of all of it.

@@ -7,4 +7,6 @@ mod bench;
 mod binary;
 mod devices;
 mod everyday;
+mod loras;
+mod misused_files;
 mod pipelines;

@@ -23,7 +23,7 @@ fn refused(name: &str, flags: &[&str], words: &[&str]) {
 
 #[test]
 fn checkpoints_of_the_other_training_are_refused() {
-    for pipeline in ["one-stage", "t2a"] {
+    for pipeline in ["one-stage", "two-stage", "hq", "ti2vid_one_stage", "t2a"] {
         let words = ["ltx-2-tiny-distilled.safetensors", "is a distilled model", "CFG", "name the dev checkpoint"];
         refused("ltx-2-tiny-distilled.safetensors", &["--pipeline", pipeline], &words);
     }
@@ -81,6 +81,21 @@ fn a_plan_says_what_it_was_not_compiled_for() {
     {
         assert!(done.stderr.contains(word), "{word}: {}", done.stderr);
     }
+}
+
+#[test]
+fn two_stages_of_a_full_model_need_its_distilled_lora() {
+    let place = Place::new();
+    let folder = tiny().folder.display().to_string();
+    for pipeline in ["two-stage", "hq"] {
+        place.ok(&compile_as(&place, "model.safetensors", &[&["--pipeline", pipeline], &SHAPE[..]].concat()));
+        let args = ["run", "a.ltxplan", "--weights", &folder, "-p", "x", "-o", "a.mp4"];
+        place.refused(&args, &[pipeline, "needs the distilled LoRA", "--distilled-lora"]);
+    }
+    let one = ["--pipeline", "two-stage", "--height", "32", "--width", "64", "--num-frames", "9"];
+    place.refused(&compile_as(&place, "model.safetensors", &one), &["--height 32", "multiple of 64", "two-stage"]);
+    let frames = ["--pipeline", "hq", "--height", "64", "--width", "64", "--num-frames", "12"];
+    place.refused(&compile_as(&place, "model.safetensors", &frames), &["--num-frames 12", "8k+1"]);
 }
 
 #[test]

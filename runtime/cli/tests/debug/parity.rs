@@ -39,6 +39,18 @@ fn everything_that_was_recorded_agrees() {
 }
 
 #[test]
+fn recorded_schedules_are_the_same() {
+    let place = Place::new();
+    let file = root().join("expected/common/schedules.safetensors").display().to_string();
+    let done = place.ok(&["debug", "schedule", "--compare", &file]);
+    assert!(done.stdout.lines().count() > 30, "{}", done.stdout);
+    assert!(place.ok(&["debug", "schedule", "--steps", "8"]).stdout.contains("linear_quadratic"));
+    // The file of another recording has none.
+    let other = root().join("expected/common/rope.safetensors").display().to_string();
+    place.refused(&["debug", "schedule", "--compare", &other], &["rope.safetensors", "no schedule"]);
+}
+
+#[test]
 fn what_cannot_be_compared_is_told() {
     let place = Place::new();
     place.refused(&["debug", "parity", "--reference", "nowhere"], &["nowhere", "no folder"]);

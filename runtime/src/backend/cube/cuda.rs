@@ -92,6 +92,9 @@ fn describe(index: i32) -> Result<Device, result::DriverError> {
     if major >= 8 {
         features.push("bf16".into());
     }
+    if major >= 7 {
+        features.push("tensor cores".into());
+    }
     Ok(Device {
         name: DeviceName::Cuda(Some(index as usize)),
         description: result::device::get_name(device)?,

@@ -145,6 +145,7 @@ pub(super) fn sample(sigmas: &[f32], states: &mut Per<State>, model: &mut dyn Mo
             let mut slope = minus(&first, &anchor);
             let z = normalised(&model.noise("substep", i, modality, denoised.len())?);
             let point = plus(&anchor, h * a21, &slope);
+            model.show("substep", i, modality, &narrow(&point));
             let point = blended(state, &sde_step(&anchor, &point, &z, sigma, middle));
             if h < ANCHOR_STEP && sigma > ANCHOR_LEVEL {
                 for _ in 0..ANCHOR_ROUNDS {
@@ -162,6 +163,7 @@ pub(super) fn sample(sigmas: &[f32], states: &mut Per<State>, model: &mut dyn Mo
             let Some(Prediction { denoised, .. }) = predictions.slot(modality).take() else { continue };
             let second = minus(&wide(&denoised), &half.anchor);
             let point = plus(&plus(&half.anchor, h * b1, &half.slope), h * b2, &second);
+            model.show("step", i, modality, &narrow(&point));
             let z = normalised(&model.noise("step", i, modality, denoised.len())?);
             state.latent = narrow(&blended(state, &sde_step(&half.anchor, &point, &z, sigma, next)));
         }

@@ -1,9 +1,12 @@
 //! Guided runs: several passes per step, of which some modality may skip some.
 
-use ltxc::args::{PipelineName, SamplingArgs};
+use ltxc::adapters::{self, Loras};
+use ltxc::args::{AdapterArgs, PipelineName, SamplingArgs};
 use ltxc::pipelines::stage_choice;
+use ltxc_ir::plan::Modality;
 use ltxc_ir::plan::summary::function_costs;
-use ltxc_ir::plan::{Modality, Pass};
+
+use ltxc_runtime::adapters::StageAdapters;
 
 use super::*;
 
@@ -20,6 +23,16 @@ fn one_stage_run_of_ltx23() {
 #[test]
 fn one_stage_run_with_an_image_and_skipped_steps() {
     check_guided("ltx23", "one_stage_i2v_skip", PipelineName::OneStage);
+}
+
+#[test]
+fn two_stage_run_with_an_image() {
+    check_guided("ltx2", "two_stages_i2v", PipelineName::TwoStage);
+}
+
+#[test]
+fn high_quality_run() {
+    check_guided("ltx23", "two_stages_hq", PipelineName::HighQuality);
 }
 
 /// The flags that a recorded run stands for.
@@ -47,9 +60,20 @@ fn sampling(params: &Value) -> SamplingArgs {
     }
 }
 
+#[test]
+fn guided_runs_on_a_gpu() {
+    let Some(device) = gpu() else { return };
+    let model = Files { device, ..Files::of("ltx23") };
+    check_guided_on(&model, "ltx23", "one_stage_i2v_skip", PipelineName::OneStage);
+}
+
 #[track_caller]
 fn check_guided(family: &str, name: &str, pipeline: PipelineName) {
-    let model = Files::of(family);
+    check_guided_on(&Files::of(family), family, name, pipeline);
+}
+
+#[track_caller]
+fn check_guided_on(model: &Files, family: &str, name: &str, pipeline: PipelineName) {
     let mut recorded = Recorded::required(&format!("e2e/{family}/{name}"));
     let params = recorded.meta()["params"].clone();
     let images = images(&params);
@@ -60,22 +84,29 @@ fn check_guided(family: &str, name: &str, pipeline: PipelineName) {
     let steps = params["num_inference_steps"].as_u64().map(|n| n as usize);
     let first = &plan.pipeline.stages[0];
     let choice = stage_choice(first, &Modality::BOTH, &sampling, steps, None).unwrap_or_else(|e| panic!("{e:#}"));
+    let mut noise = recorded_noise(&recorded, &plan);
+    plan.pipeline.stages.iter().for_each(|s| noise.extend(fresh_noise(&mut recorded, &s.name)));
     let request = Request {
         negative_prompt: negative,
         stages: BTreeMap::from([(first.name.clone(), choice)]),
-        ..request(prompt, &images, recorded_noise(&recorded, &plan))
+        adapters: stage_adapters(model, &plan, &params),
+        ..request(prompt, &images, noise)
     };
     let result = model.run(&plan, &request);
 
     for stage in &plan.pipeline.stages {
         let sigmas = format!("{}.sigmas", stage.name);
-        recorded.check(&sigmas, &result.tensors[&sigmas], DRIVER_LIMIT);
+        // Those of the sampler with two evaluations a step were not recorded; every step depends on them.
+        if recorded.has(&sigmas) {
+            recorded.check(&sigmas, &result.tensors[&sigmas], DRIVER_LIMIT);
+        }
         for modality in ["video", "audio"] {
             check_stage(&mut recorded, &result, &plan, &stage.name, modality);
+            check_substeps(&mut recorded, &result, &stage.name, modality);
         }
     }
-    // The recording numbers the model's passes, of which there are four a step.
-    for (i, pass) in Pass::ALL.into_iter().enumerate() {
+    // The recording numbers the model's passes.
+    for (i, pass) in first.classes[0].programs[0].passes.iter().enumerate() {
         for modality in ["video", "audio"] {
             let own = &result.tensors[&format!("stage1.call0.{}.{modality}.x0", pass.name())];
             recorded.check(&format!("x0_call{i}.{modality}"), own, RUN_LIMIT);
@@ -86,6 +117,59 @@ fn check_guided(family: &str, name: &str, pipeline: PipelineName) {
 
     let again = model.run(&plan, &request);
     assert_eq!((result.tensors, result.frames, result.sound), (again.tensors, again.frames, again.sound));
+}
+
+/// Adapters of the stages, if the run was recorded with the distilled one.
+fn stage_adapters(model: &Files, plan: &Plan, params: &Value) -> StageAdapters {
+    let Some(file) = params["distilled_lora"].as_str() else { return StageAdapters::default() };
+    let path = model.folders[0].join(file);
+    let strength = params["distilled_lora_strength"].as_f64().unwrap_or(1.0);
+    let args = AdapterArgs {
+        distilled_lora: vec![path.display().to_string(), strength.to_string()],
+        distilled_lora_strength_stage_1: params["strength_stage_1"].as_f64(),
+        distilled_lora_strength_stage_2: params["strength_stage_2"].as_f64(),
+        ..AdapterArgs::default()
+    };
+    let weights = WeightFiles::open(plan, &model.folders, true).unwrap_or_else(|e| panic!("{e}"));
+    let loras = Loras::open(&args, &[]).unwrap_or_else(|e| panic!("{e:#}"));
+    let targets = adapters::targets(plan, &weights).unwrap_or_else(|e| panic!("{e:#}"));
+    let fits = loras.fit(&targets, &plan.pipeline.name).unwrap_or_else(|e| panic!("{e:#}"));
+    let mode = adapters::mode(None, plan);
+    let mut report = ltxc::report::Report::new(ltxc::report::Style::Quiet);
+    loras.stages(fits, &plan.pipeline, mode, &mut report).unwrap_or_else(|e| panic!("{e:#}"))
+}
+
+/// Recorded noise of the steps of a stage, in the order in which it was drawn.
+fn fresh_noise(recorded: &mut Recorded, stage: &str) -> BTreeMap<String, Vec<f32>> {
+    let mut given = BTreeMap::new();
+    for i in 0.. {
+        let name = format!("{stage}.sde_noise{i}");
+        if !recorded.has(&name) {
+            break;
+        }
+        let (kind, modality) = (["substep", "step"][i / 2 % 2], ["video", "audio"][i % 2]);
+        given.insert(format!("{stage}.{kind}.{:03}.{modality}", i / 4), recorded.input(&name).to_f32());
+    }
+    given
+}
+
+/// Where steps with two evaluations lead, before noise is added and after. The recording counts both as calls.
+fn check_substeps(recorded: &mut Recorded, result: &Outcome, stage: &str, modality: &str) {
+    for call in 0.. {
+        let name = |what: &str| format!("{stage}.call{call}.{modality}.{what}");
+        if !recorded.has(&name("latent")) {
+            break;
+        }
+        let step = call / 2;
+        let (kind, after) = match call % 2 {
+            // The next evaluation begins with what the noise made of the middle.
+            0 => ("substep", format!("{stage}.call{}.{modality}.latent", call + 1)),
+            _ => ("step", format!("{stage}.step{step}.{modality}.latent")),
+        };
+        let before = format!("{stage}.{kind}{step}.{modality}.target");
+        recorded.check(&name("denoised"), &result.tensors[&before], RUN_LIMIT);
+        recorded.check(&name("latent"), &result.tensors[&after], RUN_LIMIT);
+    }
 }
 
 /// What four passes cost beside one: work by the plan's own account, and memory.

@@ -115,7 +115,10 @@ impl Check<'_> {
         let statistics = form.statistics_errors(found).into_iter().all(|e| e <= limit);
         let ok = distance.relative_l2 <= limit && is_whole && statistics;
         let scale = form.values.iter().map(|v| v.abs()).fold(0.0, f32::max).max(1e-30);
-        let differs = |(_, (a, b)): &(usize, (&f32, &f32))| !((*a - *b).abs() <= 10.0 * limit as f32 * scale);
+        let differs = |(_, (a, b)): &(usize, (&f32, &f32))| {
+            let difference = (*a - *b).abs();
+            difference.is_nan() || difference > 10.0 * limit as f32 * scale
+        };
         let worst =
             picked.iter().zip(&form.values).enumerate().find(differs).map(|(i, (a, b))| (i * form.step, *a, *b));
         let row = Row { component: self.component, name: name.into(), count: picked.len(), distance, limit, ok, worst };

@@ -1,4 +1,5 @@
-//! Every component in bf16, by the evaluator and as a compiled plan, against the recorded f32 values of the reference.
+//! Every component in bf16 and in f16, by the evaluator and as a compiled plan, against the recorded f32 values of the
+//! reference.
 //!
 //! Bounds are multiples of the error that an analysis of the graph expects, see [`ltxc_tests::rounding`].
 
@@ -26,6 +27,9 @@ type Expected<'a> = (&'a str, &'a str, &'a dyn Fn(&Tensor) -> Vec<f32>);
 /// Families with the file of their model.
 const FAMILIES: [(&str, &str); 2] = [("ltx2", "tiny-ltx2/ltx-2-tiny"), ("ltx23", "tiny-ltx23/ltx-2.3-tiny")];
 
+/// Dtypes that activations are narrowed to.
+const NARROW: [DType; 2] = [DType::BF16, DType::F16];
+
 /// How many typical errors a result may be away.
 #[derive(Clone, Copy)]
 struct Slack {
@@ -45,8 +49,9 @@ const SLACK: Slack = Slack { reference: 3.0, between: 1.5 };
 /// is another choice in the plan, so that it is as far from the evaluator as both are from f32.
 const WAVEFORM_SLACK: Slack = Slack { reference: 4.0, between: 4.0 };
 
-/// A program in bf16 and what it is run with.
+/// A program in a narrow dtype and what it is run with.
 struct Program<'a> {
+    dtype: DType,
     module: &'a Module,
     args: &'a [Tensor],
     sources: Sources<'a>,
@@ -55,13 +60,14 @@ struct Program<'a> {
 impl Program<'_> {
     fn check(&self, report: &mut Report, recorded: &mut Recorded, slack: Slack, results: &[Expected<'_>]) {
         let entry = &self.module.entries[0];
-        let typical = typical_errors(self.module, entry, self.args, self.sources);
+        let typical = typical_errors(self.module, entry, self.dtype, self.args, self.sources);
         let evaluated = reference(self.module, entry, self.args, self.sources).results;
         let planned = compiled(self.module, entry, self.args, self.sources);
-        for (result, name, layout) in results {
+        for (result, key, layout) in results {
             let typical = typical[*result];
-            let (evaluated, expected) = recorded.pair(name, &layout(&evaluated[*result]));
-            let (planned, _) = recorded.pair(name, &layout(&planned[*result]));
+            let (evaluated, expected) = recorded.pair(key, &layout(&evaluated[*result]));
+            let (planned, _) = recorded.pair(key, &layout(&planned[*result]));
+            let name = format!("{key} in {}", self.dtype);
             report.check(&format!("{name}: evaluator"), &evaluated, &expected, slack.reference * typical);
             report.check(&format!("{name}: plan"), &planned, &expected, slack.reference * typical);
             report.check(&format!("{name}: plan against evaluator"), &planned, &evaluated, slack.between * typical);
@@ -78,21 +84,22 @@ fn plain(x: &Tensor) -> Vec<f32> {
 }
 
 #[test]
-fn transformer_in_bf16() {
+fn transformer_in_narrow_dtypes() {
     let mut report = Report::default();
     for (family, path) in FAMILIES {
         let mut recorded = Recorded::required(&format!("{family}/transformer"));
         let file = recorded.file.clone();
         let checkpoint = audio::checkpoint(path);
         let fixture = Fixture::new(&file, &checkpoint);
-        for case in ["uniform", "i2v", "pertoken"] {
+        let cases = ["uniform", "i2v", "pertoken"];
+        for (case, dtype) in cases.into_iter().flat_map(|case| NARROW.map(|dtype| (case, dtype))) {
             let streams = Stream::BOTH.map(|s| fixture.stream(case, s).expect("both streams were recorded"));
             let [video, audio] = streams.each_ref().map(|s| Some(s.spec()));
             let spec = TransformerSpec { video, audio, perturbation: Default::default() };
-            let module = build(&fixture.config(case), &Weights::new("model", &checkpoint), &spec, DType::BF16);
+            let module = build(&fixture.config(case), &Weights::new("model", &checkpoint), &spec, dtype);
             let args = streams.each_ref().map(|s| s.arguments()).concat();
             let module = module.unwrap_or_else(|e| panic!("{e}"));
-            let program = Program { module: &module, args: &args, sources: &[("model", &checkpoint)] };
+            let program = Program { dtype, module: &module, args: &args, sources: &[("model", &checkpoint)] };
             let names = ["video", "audio"].map(|s| (format!("{s}.velocity"), format!("{case}.velocity.{s}")));
             let results: Vec<Expected<'_>> = names.iter().map(|(a, b)| (a.as_str(), b.as_str(), &plain as _)).collect();
             program.check(&mut report, &mut recorded, SLACK, &results);
@@ -102,19 +109,18 @@ fn transformer_in_bf16() {
 }
 
 #[test]
-fn text_in_bf16() {
+fn text_in_narrow_dtypes() {
     const SLOTS: usize = 64;
     let mut report = Report::default();
-    for model in [Model::ltx2(), Model::ltx23()] {
+    for (model, dtype) in [Model::ltx2(), Model::ltx23()].iter().flat_map(|model| NARROW.map(|dtype| (model, dtype))) {
         let mut recorded = Recorded::required(&format!("{}/text_context", model.name));
         let prompt = model.prompt("pos");
         let n = prompt.ids().len();
-        let module =
-            text::encode(&model.config, &model.weights(), SLOTS, DType::BF16).unwrap_or_else(|e| panic!("{e}"));
+        let module = text::encode(&model.config, &model.weights(), SLOTS, dtype).unwrap_or_else(|e| panic!("{e}"));
         let (args, sources) = (encode_arguments(&prompt, SLOTS, model.registers()), model.sources());
         // Only real tokens are recorded; behind them are registers, which are stored values.
         let real = |x: &Tensor| x.to_f32()[..n * x.ty.shape[2]].to_vec();
-        Program { module: &module, args: &args, sources: &sources }.check(
+        Program { dtype, module: &module, args: &args, sources: &sources }.check(
             &mut report,
             &mut recorded,
             SLACK,
@@ -122,11 +128,11 @@ fn text_in_bf16() {
         );
 
         let connectors = &model.config.connectors;
-        let module = text::connect(connectors, &model.weights().transformer, CONTEXT_TOKENS, DType::BF16)
+        let module = text::connect(connectors, &model.weights().transformer, CONTEXT_TOKENS, dtype)
             .unwrap_or_else(|e| panic!("{e}"));
         let args = Modality::ALL
             .map(|m| model.place(m, &recorded.input(&format!("pos.features_{}", m.name())).to_f32(), CONTEXT_TOKENS));
-        Program { module: &module, args: &args, sources: &sources }.check(
+        Program { dtype, module: &module, args: &args, sources: &sources }.check(
             &mut report,
             &mut recorded,
             SLACK,
@@ -137,34 +143,40 @@ fn text_in_bf16() {
 }
 
 #[test]
-fn video_decoder_in_bf16() {
+fn video_decoder_in_narrow_dtypes() {
     let mut report = Report::default();
-    for (family, path) in FAMILIES {
+    for ((family, path), dtype) in FAMILIES.into_iter().flat_map(|family| NARROW.map(|dtype| (family, dtype))) {
         let mut recorded = Recorded::required(&format!("{family}/video_vae"));
         let vae = Checkpoint::read(&format!("{path}.safetensors"));
         let latent = channels_last(&recorded.input("dec.latent"));
-        let module = video_vae::decode(&vae.config, &vae.weights(), grid_of(&latent), DType::BF16)
-            .unwrap_or_else(|e| panic!("{e}"));
-        let program = Program { module: &module, args: &[latent], sources: &[("model", &vae.file)] };
+        let module =
+            video_vae::decode(&vae.config, &vae.weights(), grid_of(&latent), dtype).unwrap_or_else(|e| panic!("{e}"));
+        let program = Program { dtype, module: &module, args: &[latent], sources: &[("model", &vae.file)] };
         program.check(&mut report, &mut recorded, SLACK, &[("frames", "dec.output", &|x| video::channels_first(x, 5))]);
     }
     report.finish();
 }
 
 #[test]
-fn upsampler_in_bf16() {
+fn upsampler_in_narrow_dtypes() {
     let mut report = Report::default();
-    for ((family, path), (name, file)) in FAMILIES.into_iter().zip([
+    let files = [
         ("spatial-upscaler-x2", "tiny-ltx2/spatial-upscaler-x2-tiny"),
         ("spatial-upscaler-x2-ltx23", "tiny-ltx23/spatial-upscaler-x2-ltx23-tiny"),
-    ]) {
+    ];
+    let subjects = FAMILIES.into_iter().zip(files).flat_map(|subject| NARROW.map(|dtype| (subject, dtype)));
+    for (((family, path), (name, file)), dtype) in subjects {
         let mut recorded = Recorded::required(&format!("{family}/upsamplers"));
         let vae = Checkpoint::read(&format!("{path}.safetensors"));
         let up = Upsampler::read(&format!("{file}.safetensors"));
         let latent = channels_last(&recorded.input(&format!("{name}.latent")));
-        let module = up.module(&vae, grid_of(&latent), DType::BF16).unwrap_or_else(|e| panic!("{e}"));
-        let program =
-            Program { module: &module, args: &[latent], sources: &[("upsampler", &up.file), ("model", &vae.file)] };
+        let module = up.module(&vae, grid_of(&latent), dtype).unwrap_or_else(|e| panic!("{e}"));
+        let program = Program {
+            dtype,
+            module: &module,
+            args: &[latent],
+            sources: &[("upsampler", &up.file), ("model", &vae.file)],
+        };
         program.check(
             &mut report,
             &mut recorded,
@@ -176,17 +188,17 @@ fn upsampler_in_bf16() {
 }
 
 #[test]
-fn audio_decoder_in_bf16() {
+fn audio_decoder_in_narrow_dtypes() {
     let mut report = Report::default();
-    for (family, path) in FAMILIES {
+    for ((family, path), dtype) in FAMILIES.into_iter().flat_map(|family| NARROW.map(|dtype| (family, dtype))) {
         let mut recorded = Recorded::required(&format!("{family}/vocoder"));
         let file = audio::checkpoint(path);
         let (vae, vocoder) = audio::configs(&file);
         let latent = audio::tokens(&recorded.input("decode_audio.latent"));
         let vocoder = vocoder.expect("the model has a vocoder");
-        let module = decode_audio(&vae, &vocoder, &audio::weights(&file), latent.ty.shape[1], DType::BF16)
+        let module = decode_audio(&vae, &vocoder, &audio::weights(&file), latent.ty.shape[1], dtype)
             .unwrap_or_else(|e| panic!("{e}"));
-        let program = Program { module: &module, args: &[latent], sources: &[("model", &file)] };
+        let program = Program { dtype, module: &module, args: &[latent], sources: &[("model", &file)] };
         program.check(
             &mut report,
             &mut recorded,

@@ -1,0 +1,61 @@
+//! Which calls run on matrix units, by the text of their kernels.
+
+use ltxc_ir::eval::Tensor;
+use ltxc_ir::ops::{Attention, Conv, Matmul, Op};
+use ltxc_ir::plan::Kernel;
+use ltxc_ir::{DType, Float, TensorType};
+
+use super::harness::{Random, record};
+
+#[track_caller]
+fn check(op: Op, kernel: Kernel, types: &[TensorType], is_on_units: bool) {
+    let out = op.infer(&types.iter().collect::<Vec<_>>()).unwrap();
+    let mut random = Random(1);
+    let args: Vec<Tensor> = types.iter().map(|ty| random.tensor(ty, -1.0, 1.0)).collect();
+    let (launches, ..) = record(&kernel.into(), &args, &[Tensor::zeros(out)], &[None]);
+    for launch in launches {
+        let text = &launch.source.as_ref().unwrap().text;
+        assert_eq!(text.contains("mma_sync"), is_on_units, "{types:?}");
+        // Units would cut 13 bits off an f32.
+        assert!(!text.contains("tf32"), "{types:?}");
+    }
+}
+
+#[test]
+fn products_of_narrow_floats_are_on_units() {
+    let product = |a, b, is_on_units| {
+        let op = Matmul { transpose_rhs: true };
+        let types = [TensorType::new(a, [40, 24]), TensorType::new(b, [30, 24])];
+        check(op.clone().into(), Kernel::Matmul(op), &types, is_on_units);
+    };
+    product(DType::BF16, DType::BF16, true);
+    product(DType::F16, DType::F16, true);
+    product(DType::BF16, DType::F8E4M3, true);
+    product(DType::F32, DType::F32, false);
+    product(DType::F32, DType::BF16, false);
+    product(DType::BF16, DType::F16, false);
+}
+
+#[test]
+fn convolutions_of_narrow_floats_are_on_units() {
+    for (dtype, co, is_on_units) in [(DType::BF16, 16, true), (DType::F32, 16, false), (DType::BF16, 4, false)] {
+        let op = Conv { stride: vec![1; 2], dilation: vec![1; 2], pad: vec![(1, 1); 2], groups: 1 };
+        let types = [TensorType::new(dtype, [1, 6, 5, 8]), TensorType::new(dtype, [3, 3, 8, co])];
+        check(op.clone().into(), Kernel::Conv(op), &types, is_on_units);
+    }
+}
+
+#[test]
+fn attention_of_narrow_floats_is_on_units() {
+    for (dtype, d, is_on_units) in [
+        (DType::BF16, 64, true),
+        (DType::F16, 256, true),
+        (DType::F32, 64, false),
+        (DType::BF16, 72, false),
+        (DType::BF16, 272, false),
+    ] {
+        let op = Attention { scale: Float(0.1), causal: false };
+        let types = [[1, 20, 2, d], [1, 30, 2, d], [1, 30, 2, d]].map(|shape| TensorType::new(dtype, shape));
+        check(op.clone().into(), Kernel::Attention(op), &types, is_on_units);
+    }
+}

@@ -1,0 +1,11 @@
+//! What Apple GPUs run, in the words of CUDA.
+
+type Device = crate::devices::Simdgroups;
+
+#[path = "../simple/cases.rs"]
+mod cases;
+#[path = "harness.rs"]
+#[allow(unused_imports)] // what only tensor cores are tested with
+mod harness;
+#[path = "../simple/matrix_units.rs"]
+mod matrix_units;

@@ -1,0 +1,16 @@
+//! What NVIDIA GPUs run.
+
+type Device = crate::devices::TensorCores;
+
+#[path = "../simple/cases.rs"]
+mod cases;
+#[path = "harness.rs"]
+mod harness;
+#[path = "known.rs"]
+mod known;
+#[path = "../simple/matrix_units.rs"]
+mod matrix_units;
+#[path = "on_units.rs"]
+mod on_units;
+#[path = "tails.rs"]
+mod tails;
