@@ -2,7 +2,7 @@
 //!
 //! A LoRA file holds two factors for each layer that it changes: `down` (`[rank, inputs]`, A) and `up`
 //! (`[outputs, rank]`, B), which add `scale · up · down` to the layer's weight. Dialects differ in how they name layers
-//! and factors ([`keys`]) and in whether an alpha scales them. [`LoraFile`] knows what is in a file,
+//! and factors (`keys`) and in whether an alpha scales them. [`LoraFile`] knows what is in a file,
 //! [`LoraFile::fit`] what that means for a model.
 //!
 //! # Easy to get wrong
