@@ -383,6 +383,9 @@ fn rate_of(times: &[i64], ticks_per_second: u32, last_ticks: u32) -> ClipRate {
         _ => (intervals * u64::from(ticks_per_second), span),
     };
     let mean = num as f64 / den.max(1) as f64;
+    if den == 0 {
+        return ClipRate::Variable(mean);
+    }
     let whole = |rate: f64, den| Rational::new(rate.round() as u32, den).ok();
     let candidates = [whole(mean, 1), whole(mean.ceil() * 1000.0, 1001), whole(mean * 2.0, 2), reduced(num, den)];
     for most_ticks in [0.5, 1.0] {

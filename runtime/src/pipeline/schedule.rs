@@ -51,7 +51,7 @@ pub fn shifted(steps: usize, tokens: u32, terminal: Option<f64>) -> Vec<f64> {
     };
     let mut levels: Vec<f32> = (0..=steps).map(level).collect();
     // One step alone starts at 1, which nothing can be stretched from.
-    if let (Some(terminal), true) = (terminal, levels[steps - 1] < 1.0) {
+    if let (Some(terminal), true) = (terminal, steps > 1) {
         let ratio = (1.0 - levels[steps - 1]) / (1.0 - terminal) as f32;
         levels[..steps].iter_mut().for_each(|s| *s = 1.0 - (1.0 - *s) / ratio);
     }
@@ -99,6 +99,10 @@ fn beta_quantile(p: f64, shape: f64) -> f64 {
     if p > 0.5 {
         return 1.0 - beta_quantile(1.0 - p, shape);
     }
+    // Exactly, because it is looked up halfway between two entries of a table.
+    if p == 0.5 {
+        return 0.5;
+    }
     // The distribution is symmetric about a half.
     let half = half_beta_integral(0.5, shape);
     let (mut low, mut high) = (0.0, 0.5);
@@ -109,8 +113,7 @@ fn beta_quantile(p: f64, shape: f64) -> f64 {
         }
         if half_beta_integral(middle, shape) / half < 2.0 * p { low = middle } else { high = middle }
     }
-    // For a probability of a half this is exactly a half, which is looked up between two entries of a table.
-    high
+    (low + high) / 2.0
 }
 
 /// `∫₀ˣ (t (1 − t))^(shape − 1) dt` for `x` up to a half, by the power series of the second factor.
