@@ -13,6 +13,7 @@ use ltxc_runtime::adapters::StageAdapters;
 use ltxc_runtime::audio_frontend::resample;
 use ltxc_runtime::backend::{Device, DeviceKind, open};
 use ltxc_runtime::executor::Executor;
+use ltxc_runtime::experiments::Experiments;
 use ltxc_runtime::media::{
     Audio, MediaWriter, OutputOptions, Rational, RoundTrip, VideoFormat, Written, image_round_trip, load_image,
 };
@@ -26,11 +27,12 @@ use serde_json::json;
 
 use crate::adapters::{self, Loras};
 use crate::args::{ContentArgs, ImageCodec, PipelineName, RunArgs, SamplingArgs};
-use crate::assemble::ModelFiles;
+use crate::assemble::{GEMMA, ModelFiles};
 use crate::compile::{cached, read, unfused};
 use crate::debug::flags::{DebugMode, DebugOptions};
 use crate::debug::noise::summary as noise_summary;
 use crate::debug::session::{About, Session};
+use crate::debug::text::contexts::embeddings;
 use crate::inputs;
 use crate::job::{self, ImageArg, Shape, pick};
 use crate::pipelines::{definition, describe, stage_choice};
@@ -55,7 +57,11 @@ pub fn run(args: &RunArgs, occurrences: &Occurrences, report: &mut Report) -> Re
         has_metadata: !args.no_metadata,
     };
     let written = runner.run(&mut runner.executor()?, &choice, debug, report)?;
-    report.finish(&written.path, json!({"frames": written.frames, "bytes": written.bytes, "seed": written.seed}));
+    let mut facts = json!({"frames": written.frames, "bytes": written.bytes, "seed": written.seed});
+    if !written.experiments.is_empty() {
+        facts["experiments"] = json!(written.experiments);
+    }
+    report.finish(&written.path, facts);
     Ok(())
 }
 
@@ -102,7 +108,8 @@ pub struct Runner {
     hash: [u8; 32],
     device: Device,
     weights: WeightFiles,
-    tokenizer: PathBuf,
+    /// Folder of the tokenizer; none where contexts come from elsewhere.
+    tokenizer: Option<PathBuf>,
     adapters: StageAdapters,
 }
 
@@ -130,6 +137,8 @@ pub struct Made {
     pub bytes: u64,
     /// Seed.
     pub seed: u64,
+    /// What it deviates from the model in.
+    pub experiments: Vec<String>,
 }
 
 impl Runner {
@@ -149,23 +158,29 @@ impl Runner {
         let (plan_path, folders) = plan_and_folders(args, images, &loras, mode)?;
         let (plan, hash) = read(&plan_path)?;
         let device = pick(&args.shape.device, Some(&plan))?;
-        let weights = WeightFiles::open(&plan, &folders, args.model.verify)?;
+        // Contexts from elsewhere need no text encoder.
+        let encodes_text = args.content.embeddings.is_none();
+        let unused = if encodes_text { None } else { Some(GEMMA) };
+        let weights = WeightFiles::open_without(&plan, &folders, args.model.verify, unused)?;
         let fits = match loras.is_empty() {
             true => Vec::new(),
             false => loras.fit(&adapters::targets(&plan, &weights)?, &plan.pipeline.name)?,
         };
         let adapters = loras.stages(fits, &plan.pipeline, adapters::mode(args.lora_mode, &plan), report)?;
-        let tokenizer = find_tokenizer(&plan.pipeline.text, &folders)?;
+        let experiments = Experiments::new(args.content.experiment.clone(), &plan)?;
+        let tokenizer = encodes_text.then(|| find_tokenizer(&plan.pipeline.text, &folders)).transpose()?;
         match device.kind {
             DeviceKind::Cpu => {
-                let need = MemoryNeed::of(&plan, rayon::current_num_threads()).with(&plan, &weights, &adapters);
+                let mut need = MemoryNeed::of(&plan, rayon::current_num_threads()).with(&plan, &weights, &adapters);
+                need = need.with_copies(&plan, &|_, _, key| experiments.changes(key));
+                need.parts.retain(|part| encodes_text || part.name != "text");
                 report.note(&format!("memory: {} at most, besides mapped weights", readable(need.peak())));
                 need.check(available())?;
             }
             // The executor compares what the plan needs with what the device has.
             _ => report.note(&format!("device {}: {}", device.name, device.description)),
         }
-        let tokenizer = tokenizer.parent().unwrap_or(Path::new(".")).to_path_buf();
+        let tokenizer = tokenizer.map(|path| path.parent().unwrap_or(Path::new(".")).to_path_buf());
         Ok(Runner { plan, hash, device, weights, tokenizer, adapters })
     }
 
@@ -196,6 +211,11 @@ impl Runner {
         let (plan, content) = (&self.plan, choice.content);
         let seed = job::seed(&content.seed)?;
         let (prompt, negative) = (job::prompt(content)?, job::negative_prompt(content)?);
+        let embeddings = content.embeddings.as_deref().map(|path| embeddings(path, plan)).transpose()?;
+        let experiments = Experiments::new(content.experiment.clone(), plan)?;
+        for label in experiments.labels() {
+            report.note(&format!("EXPERIMENT {label}: this is not what the model does, and the output says so"));
+        }
         report.note(&format!("seed {seed}, {} ({})", plan.pipeline.name, plan.pipeline.model.generation));
         let images = job::images(&content.image, &choice.occurrences.image)?;
         let conditioning = images.iter().map(|i| load(i, plan, content.image_codec)).collect::<Result<Vec<_>>>()?;
@@ -208,21 +228,43 @@ impl Runner {
         let request = Request {
             prompt: &prompt,
             negative_prompt: &negative,
+            embeddings: embeddings.as_ref(),
             images: &conditioning,
             media: inputs::load(content, &references, plan)?,
             stages,
-            noise: Noise { seed, given: BTreeMap::new(), files: noise_files(content) },
+            noise: Noise {
+                seed,
+                files: noise_files(content, plan)?,
+                spares_decoders: content.no_decode_noise || debug.spares_decoders,
+                ..Noise::default()
+            },
             adapters: self.adapters.clone(),
+            experiments,
             allow_bad_numerics: content.allow_bad_numerics,
         };
-        let tags = if choice.has_metadata { tags(&prompt, seed, &self.hash) } else { Vec::new() };
+        let labels = request.experiments.labels();
+        let mut tags = if choice.has_metadata { tags(&prompt, seed, &self.hash) } else { Vec::new() };
+        if let Some(path) = content.embeddings.as_ref().filter(|_| choice.has_metadata) {
+            tags.push(("embeddings".into(), path.file_name().unwrap_or_default().to_string_lossy().into_owned()));
+        }
+        if !labels.is_empty() {
+            tags.push(("experiments".into(), labels.join(", ")));
+        }
         let mut output = FileOutput::create(choice.output, plan, tags)?;
-        let tokenizer = Tokenizer::from_folder(&self.tokenizer)?;
+        let tokenizer = match &self.tokenizer {
+            Some(folder) => Some(Tokenizer::from_folder(folder)?),
+            None if embeddings.is_none() => {
+                bail!("the text encoder was not loaded, because of `--embeddings` for all jobs; give it to every job")
+            }
+            None => None,
+        };
         match debug.is_on() {
             false => run_pipeline(executor, tokenizer, &request, report, &mut output)?,
             true => {
                 let device = self.device.name.to_string();
-                let about = About { hash: self.hash, device, seed, noise: &request.noise.files };
+                let (noise, spares_decoders) = (&request.noise.files, request.noise.spares_decoders);
+                let about =
+                    About { hash: self.hash, device, seed, noise, spares_decoders, experiments: labels.clone() };
                 let session = Session::new(plan, &self.weights, debug, &about)?;
                 executor.set_tap(Some(session.tap()))?;
                 run_pipeline(executor, tokenizer, &request, &mut session.observer(report), &mut output)?;
@@ -235,7 +277,7 @@ impl Runner {
             report.note(&format!("noise {slot} `{}`: {}", path.display(), noise_summary(&stats)));
         }
         let Written { path, frames, bytes, .. } = output.writer.finish()?;
-        Ok(Made { path, frames, bytes, seed })
+        Ok(Made { path, frames, bytes, seed, experiments: labels })
     }
 }
 
@@ -303,14 +345,22 @@ fn stage_choices(choice: &Choice<'_>, plan: &Plan) -> Result<BTreeMap<String, St
     Ok(out)
 }
 
-fn noise_files(content: &ContentArgs) -> BTreeMap<String, PathBuf> {
+/// Files of noise by slot: those that are named, or those of the bundle for all that the plan makes.
+fn noise_files(content: &ContentArgs, plan: &Plan) -> Result<BTreeMap<String, PathBuf>> {
+    if let Some(folder) = &content.noise_bundle {
+        let stages = plan.pipeline.stages.iter();
+        let made = plan.pipeline.modalities();
+        let slots = stages.flat_map(|s| made.iter().map(move |m| format!("{}.{}", s.name, m.name())));
+        std::fs::create_dir_all(folder).with_context(|| format!("`{}`", folder.display()))?;
+        return Ok(slots.map(|slot| (slot.clone(), noise_files::in_folder(folder, &slot))).collect());
+    }
     let slots = [
         ("stage1.video", &content.ltx2_initial_latent_path),
         ("stage1.audio", &content.ltx2_audio_latent_path),
         ("stage2.video", &content.ltx2_refine_noise_path),
         ("stage2.audio", &content.ltx2_refine_audio_noise_path),
     ];
-    slots.into_iter().filter_map(|(slot, path)| Some((slot.to_string(), path.clone()?))).collect()
+    Ok(slots.into_iter().filter_map(|(slot, path)| Some((slot.to_string(), path.clone()?))).collect())
 }
 
 fn tags(prompt: &str, seed: u64, hash: &[u8; 32]) -> Vec<(String, String)> {
