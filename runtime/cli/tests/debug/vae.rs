@@ -16,6 +16,13 @@ fn vae(place: &Place, command: &str, checkpoint: &Path, more: &[&str]) -> Done {
     place.run(&[&["debug", "vae", command, "--json", "--checkpoint-path", &checkpoint], more].concat())
 }
 
+/// A command that must fail with one sentence.
+#[track_caller]
+fn refused(place: &Place, command: &str, checkpoint: &Path, more: &[&str], words: &[&str]) {
+    let checkpoint = checkpoint.display().to_string();
+    place.refused(&[&["debug", "vae", command, "--checkpoint-path", &checkpoint], more].concat(), words);
+}
+
 #[track_caller]
 fn facts(done: &Done) -> Value {
     let last = done.stdout.lines().last().unwrap_or_default();
@@ -99,8 +106,7 @@ fn a_decoder_that_ignores_its_timestep_is_found() {
     assert_eq!(decode(&faulty, "0.05").code, Some(1));
     // A decoder that takes none.
     assert_eq!(facts(&vae(&place, "timestep", &ltx2(), &[]))["takes_timestep"], false);
-    let done = vae(&place, "decode", &ltx2(), &["--timestep", "0.05"]);
-    crate::binary::sentence(&done, &["takes no timestep"]);
+    refused(&place, "decode", &ltx2(), &["--timestep", "0.05"], &["takes no timestep"]);
 }
 
 #[test]
@@ -120,7 +126,13 @@ fn swapped_rows_of_a_decoder_show_in_their_block() {
     );
     assert_eq!(trace(&conditioned(), &["--compare", "right.jsonl"]).code, Some(0));
     place.write("junk.jsonl", b"{}\n");
-    crate::binary::sentence(&trace(&conditioned(), &["--compare", "junk.jsonl"]), &["junk.jsonl", "no line"]);
+    refused(
+        &place,
+        "trace",
+        &conditioned(),
+        &["--grid", "1,2,2", "--compare", "junk.jsonl"],
+        &["junk.jsonl", "no line"],
+    );
 }
 
 #[test]
@@ -238,8 +250,7 @@ fn tiles_are_compared_with_the_whole() {
     // Without overlap tiles see less of their neighbours.
     let without = facts(&tiles("64x0,16x8"));
     assert!(without["mean_abs"].as_f64() > found["mean_abs"].as_f64(), "{without} {found}");
-    let one = tiles("512x64,64x24");
-    crate::binary::sentence(&one, &["one tile"]);
+    refused(&place, "tiles", &ltx2(), &["--grid", "2,4,4", "--vae-tile", "512x64,64x24"], &["one tile"]);
 }
 
 #[test]

@@ -152,17 +152,32 @@ fn noise_of(path: &Path) -> Result<Vec<Vec<f32>>> {
 
 /// The blocks of a decoder in order, with statistics.
 fn blocks(ran: &Ran) -> Vec<(String, Stats)> {
-    let of = |v: &Kept| {
-        let name = v.name.strip_prefix("vae.decoder.")?;
-        let is_block = name.strip_prefix("up_blocks.").is_some_and(|rest| !rest.contains('.'));
-        (is_block || name == "conv_in" || name == "conv_out")
-            .then(|| (name.to_string(), Stats::of(&v.ty.shape, &v.values)))
-    };
-    let mut blocks: Vec<(String, Stats)> = ran.values.iter().filter_map(of).collect();
+    let mut blocks: Vec<(String, Stats)> = Vec::new();
+    for value in &ran.values {
+        let Some(name) = value.name.strip_prefix("vae.decoder.").and_then(block_of) else { continue };
+        let stats = Stats::of(&value.ty.shape, &value.values);
+        match blocks.last_mut() {
+            // What comes last in a block is its result.
+            Some((last, known)) if *last == name => *known = stats,
+            _ => blocks.push((name, stats)),
+        }
+    }
     if let Some(frames) = ran.results.get("frames") {
         blocks.push(("frames".into(), Stats::of(&frames.ty.shape, &frames.values)));
     }
     blocks
+}
+
+/// The block that a value is the result of: the last residual block of a stack stands for the stack.
+fn block_of(name: &str) -> Option<String> {
+    if name == "conv_in" || name == "conv_out" {
+        return Some(name.into());
+    }
+    let parts: Vec<&str> = name.split('.').collect();
+    match parts[..] {
+        ["up_blocks", block] | ["up_blocks", block, "res_blocks", _] => Some(format!("up_blocks.{block}")),
+        _ => None,
+    }
 }
 
 /// What is wrong with a block, given the one before it.
