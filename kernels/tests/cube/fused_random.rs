@@ -9,7 +9,7 @@ use ltxc_ir::ops::{
 use ltxc_ir::plan::{Copy, Form, Fused, Kernel, Map, MapFunction, MapStep, Part, PartArg, Source, Work};
 use ltxc_ir::{DType, Float, TensorType};
 
-use ltxc_kernels::cube;
+use ltxc_kernels::cube::Schedule;
 
 use super::harness::{Random, call_all, unit};
 
@@ -132,7 +132,8 @@ impl Growing {
         let before: Vec<Tensor> = types.iter().map(|ty| Tensor::zeros(ty.clone())).collect();
         let work = Work::Fused(fused.clone());
         if let Some(launches) = launches {
-            assert_eq!(cube::work_launches(&work, &arg_types, &types.iter().collect::<Vec<_>>()), launches, "{work:?}");
+            let schedule = Schedule::new(&work, &arg_types, &types.iter().collect::<Vec<_>>()).unwrap();
+            assert_eq!(schedule.launches(), launches, "{work:?}");
         }
         let nowhere = vec![None; types.len()];
         let mut ways = vec![nowhere.clone()];
