@@ -113,7 +113,7 @@ fn kernels_are_stored_and_counted() {
         |to: &str| facts_of(&place.ok(&["tune", "plain.ltxplan", "--device", "vulkan:0", "-o", to, "--json"]).stdout);
     let facts = tune("a.ltxplan");
     tune("b.ltxplan");
-    assert_eq!(place.read("a.ltxplan"), place.read("b.ltxplan"), "the same kernels make the same file");
+    assert!(place.read("a.ltxplan") == place.read("b.ltxplan"), "the same kernels make the same file");
     let sources = facts["sources"].as_u64().unwrap();
     assert!(sources > 20 && facts["compiled"] == 0, "{facts}");
     assert_eq!(inspect("a.ltxplan")["kernels"]["sources"], sources);

@@ -64,9 +64,19 @@ fn sources(launched: &[LaunchedKernel]) -> Vec<PlanKernel> {
         hash: kernel.hash,
         name: kernel.name.clone(),
         cube_dim: kernel.cube_dim,
-        form: KernelForm::Source(kernel.source.clone()),
+        form: KernelForm::Source(in_order(&kernel.source)),
     });
     kernels.collect()
+}
+
+/// A source with its variables in order: CubeCL declares them in another one every time, and the same kernels are to be
+/// the same bytes.
+#[cfg(feature = "wgpu")]
+fn in_order(source: &str) -> String {
+    let is_declaration = |line: &&str| line.contains("l_mut_") && !line.contains('=') && line.ends_with(';');
+    let mut lines: Vec<&str> = source.lines().collect();
+    lines.chunk_by_mut(|a, b| is_declaration(a) && is_declaration(b)).for_each(<[&str]>::sort_unstable);
+    lines.join("\n")
 }
 
 /// What printed the sources of kernels. Kernels are this program's, and their words are CubeCL's.
@@ -452,6 +462,16 @@ impl<R: Known> Drop for Cube<'_, R> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[cfg(feature = "wgpu")]
+    #[test]
+    fn variables_are_in_order() {
+        let sources = ["{\nvar l_mut_7: u32;\nvar l_mut_12: f32;\n", "{\nvar l_mut_12: f32;\nvar l_mut_7: u32;\n"];
+        let rest = "l_mut_7 = a;\nl_mut_12 = b;\n}";
+        let ordered = sources.map(|head| in_order(&format!("{head}{rest}")));
+        assert_eq!(ordered[0], ordered[1]);
+        assert!(ordered[0].starts_with("{\nvar ") && ordered[0].ends_with(rest));
+    }
 
     #[test]
     fn failures_of_drivers_have_ways_out() {

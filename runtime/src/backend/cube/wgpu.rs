@@ -33,7 +33,8 @@ struct Candidate {
     /// How CubeCL names it.
     id: WgpuDevice,
     alignment: u64,
-    /// Its version, as the driver says.
+    /// What it is, and the version of its driver.
+    model: String,
     driver: String,
     /// Whether the driver allows what kernels ask for.
     usable: Result<(), String>,
@@ -60,7 +61,7 @@ pub(crate) fn open<'a>(device: &Device) -> Result<Box<dyn Backend<'a> + 'a>, Run
             let client = started.map_err(|_| problem("the driver does not open it"))?;
             client.info().log.describe(KernelDevice {
                 backend: "wgpu".into(),
-                architecture: found.device.description.clone(),
+                architecture: found.model.clone(),
                 driver: found.driver.clone(),
                 generator: super::generator(),
             });
@@ -152,15 +153,15 @@ fn candidate(adapter: &Adapter, kind: DeviceKind, id: WgpuDevice) -> Candidate {
     let mut words: Vec<String> =
         supported.iter().filter(|(f, _)| features.contains(*f)).map(|(_, word)| word.to_string()).collect();
     words.push(format!("tensors up to {}", readable(target.max_tensor_bytes)));
-    let driver = info.driver_info;
+    let (model, driver) = (info.name, info.driver_info);
     let description = match driver.as_str() {
-        "" => info.name,
-        driver => format!("{} ({driver})", info.name),
+        "" => model.clone(),
+        driver => format!("{model} ({driver})"),
     };
     let memory_bytes = own_memory(adapter).filter(|_| kind == DeviceKind::Gpu).unwrap_or_else(available);
     // The number follows when all are known.
     let device = Device { name: DeviceName::Metal, description, kind, memory_bytes, features: words, target };
-    Candidate { device, id, alignment, driver, usable: check_limits(&limits) }
+    Candidate { device, id, alignment, model, driver, usable: check_limits(&limits) }
 }
 
 /// Whether a driver allows what kernels ask for; those of the last years do.
