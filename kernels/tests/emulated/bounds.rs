@@ -106,13 +106,8 @@ fn movement(calls: &mut Vec<Call>) {
         };
         one("transpose", Kernel::Copy(transpose), &[&[3, 13, 7]], &[7, 3, 13], None);
         // Every second row, into the back of the result.
-        let slice = Copy {
-            shape: vec![4, 5],
-            src_offset: 5,
-            src_strides: vec![10, 1],
-            dst_offset: 3,
-            dst_strides: vec![5, 1],
-        };
+        let slice =
+            Copy { shape: vec![4, 5], src_offset: 5, src_strides: vec![10, 1], dst_offset: 3, dst_strides: vec![5, 1] };
         one("slice", Kernel::Copy(slice), &[&[8, 5]], &[23], None);
         for mode in [PadMode::Zeros, PadMode::Edge, PadMode::Reflect, PadMode::Circular] {
             let pad = Pad { lo: vec![0, 2, 1], hi: vec![0, 1, 3], mode };

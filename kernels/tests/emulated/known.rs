@@ -123,7 +123,8 @@ fn reads_outside_operands_are_found() {
 
 #[test]
 fn accesses_beside_operands_are_found() {
-    for (from, to) in [("buffer_0[", "(buffer_0 - 1)["), ("buffer_1[", "(buffer_1 + 1)["), ("buffer_2[", "(buffer_2 + 1)[")]
+    for (from, to) in
+        [("buffer_0[", "(buffer_0 - 1)["), ("buffer_1[", "(buffer_1 + 1)["), ("buffer_2[", "(buffer_2 + 1)[")]
     {
         let problem = with_fault(|launch| with_text(launch, |text| text.replace(from, to))).unwrap_err();
         assert!(problem.contains("outside a buffer"), "{to}: {problem}");
