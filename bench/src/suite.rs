@@ -238,7 +238,10 @@ impl Suite {
             return;
         }
         line(text, "\n## Components by level of fusion\n");
-        line(text, "Ratios are of full fusion to the level, medians over rounds of neighbouring runs. Gains are of full fusion over");
+        line(
+            text,
+            "Ratios are of full fusion to the level, medians over rounds of neighbouring runs. Gains are of full fusion over",
+        );
         line(text, "the level; predicted is what the elementwise bytes saved take at the rate of a large copy.\n");
         let columns = [
             "component",

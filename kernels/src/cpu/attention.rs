@@ -224,7 +224,9 @@ pub(crate) unsafe fn launch_into(
                     batch,
                     head: query_heads.start + head,
                     // SAFETY: inside the prepared queries.
-                    prepared: queries.as_ref().map(|_| unsafe { (prepared_queries.get().add(first).cast_const(), row) }),
+                    prepared: queries
+                        .as_ref()
+                        .map(|_| unsafe { (prepared_queries.get().add(first).cast_const(), row) }),
                     rows: block,
                     // SAFETY: inside the packed heads.
                     packed: unsafe { packed.get().add(head / queries_per_key * plan.packed_head()) },
