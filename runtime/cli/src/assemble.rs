@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use ltxc_ir::plan::{
-    AudioSettings, Inputs, Modality, ModelInfo, Pass, Pipeline, Stage, StageAdapter, StageClass, StepProgram,
-    StreamClass, TextSettings, VideoSettings, WeightSource,
+    AudioSettings, Inputs, Modality, ModelInfo, Pass, Pipeline, Release, SoundRole, Stage, StageAdapter, StageClass,
+    StepProgram, StreamClass, TextSettings, VideoSettings, WeightSource,
 };
 use ltxc_ir::tiling::TilePlan;
 use ltxc_ir::{DType, Module};
@@ -185,16 +185,16 @@ pub fn assemble(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
 
     let (mut stages, factors) = (model.stages(shape)?, model.video_vae.factors());
     let tokens = model.audio_tokens(shape);
-    let first = stages.first().context("a pipeline has stages")?;
-    let inputs = inputs(shape, first, &model.video_vae, &model.audio_vae, tokens)?;
+    let inputs = inputs(shape, &stages, &model.video_vae, &model.audio_vae, tokens)?;
     for (i, stage) in stages.iter_mut().enumerate() {
-        stage.classes = classes(stage, i == 0, shape, &inputs);
+        stage.classes = classes(stage, i, shape, &inputs, tokens);
     }
     for stage in &stages {
         for class in &stage.classes {
             for program in &class.programs {
                 let spec = model.spec(shape, stage, class, &program.updates);
-                let passes: Vec<_> = program.passes.iter().map(|&p| transformer_pass(stage, p)).collect();
+                let pass = |&pass: &Pass| transformer_pass(stage, pass, shape.release);
+                let passes: Vec<_> = program.passes.iter().map(pass).collect();
                 let module = transformer::build_passes(&model.transformer, &model.weights, &spec, &passes, dtype);
                 programs.add(&class.name, &program.name, module);
             }
@@ -259,7 +259,7 @@ pub fn assemble(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
             programs.add("decode", &program_name(f, h, w), module);
         }
     }
-    let keeps_sound = inputs.sound.is_some_and(|sound| sound.is_kept);
+    let keeps_sound = inputs.sound.is_some_and(|sound| sound.role == SoundRole::Kept);
     if shape.makes(Modality::Audio) && !keeps_sound {
         let module = decode_audio(&model.audio_vae, &model.vocoder, &model.weights, tokens, dtype);
         programs.add("sound", "decode_audio", module);
@@ -271,7 +271,7 @@ pub fn assemble(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
 }
 
 /// What a pass of a stage leaves out, as the transformer is told.
-fn transformer_pass(stage: &Stage, pass: Pass) -> transformer::Pass {
+fn transformer_pass(stage: &Stage, pass: Pass, release: Release) -> transformer::Pass {
     let guidance = stage.guidance.clone().unwrap_or_default();
     // A modality whose own scale is 0 is not perturbed.
     let blocks = |m: Modality| match guidance.of(m) {
@@ -292,7 +292,7 @@ fn transformer_pass(stage: &Stage, pass: Pass) -> transformer::Pass {
         },
     };
     let name = if pass == Pass::Conditioned { "" } else { pass.name() };
-    transformer::Pass { name: name.into(), is_negative: pass == Pass::Negative, perturbation }
+    transformer::Pass { name: name.into(), is_negative: pass == Pass::Negative, perturbation, release }
 }
 
 /// Programs as they are built. One that fails does not keep others from being tried: all have something to report.
@@ -436,6 +436,7 @@ impl<'a> Components<'a> {
                 guidance,
                 adapters: draft.adapters,
                 upsampled: draft.upsampled,
+                keeps_sound: draft.keeps_sound && shape.makes(Modality::Audio),
                 classes: Vec::new(),
             })
         };
@@ -480,6 +481,7 @@ impl<'a> Components<'a> {
         let made = |modality: Modality, n: usize| if shape.makes(modality) { n as u32 } else { 0 };
         Ok(Pipeline {
             name: definition.name.into(),
+            release: shape.release,
             model: ModelInfo {
                 generation: self.checkpoint.generation().name().into(),
                 version: version.into(),
@@ -501,7 +503,10 @@ impl<'a> Components<'a> {
                 tokens: made(Modality::Audio, self.audio_tokens(shape)),
                 channels: made(Modality::Audio, self.audio_vae.token_channels()),
                 rate_hz: self.vocoder.output_rate_hz as u32,
-                stage: definition.sound_stage as u32,
+                stage: match shape.release {
+                    Release::V1_0_0 => stages.len().saturating_sub(1) as u32,
+                    Release::V1_2_0 => definition.sound_stage as u32,
+                },
             },
             text: TextSettings {
                 buckets: BUCKETS.map(|n| n as u32).into(),
@@ -517,11 +522,16 @@ impl<'a> Components<'a> {
 }
 
 /// The programs of a stage for each kind of conditioning that a run may bring.
-fn classes(stage: &Stage, is_first: bool, shape: &Shape, inputs: &Inputs) -> Vec<StageClass> {
+/// `index` is that of the stage, `tokens` the number of audio tokens.
+fn classes(stage: &Stage, index: usize, shape: &Shape, inputs: &Inputs, tokens: usize) -> Vec<StageClass> {
     let [_, rows, columns] = stage.grid;
-    let references = inputs.references.as_ref().filter(|_| is_first);
+    let references = inputs.references.get(index);
     // What is kept of a clip has the timestep 0.
-    let kept = u32::from(is_first && inputs.clip.is_some());
+    let kept = u32::from(index == 0 && inputs.clip.is_some());
+    // So has sound that guides; where all sound is kept there is no other.
+    let guide = inputs.sound.filter(|sound| sound.role == SoundRole::Reference);
+    let guides = guide.map_or(0, |sound| if index == 0 { sound.tokens() } else { tokens as u32 });
+    let audio_rows = 1 + kept + u32::from(guide.is_some() && !stage.keeps_sound);
     let class = |keyframes: u32, first_frame: bool| {
         let kind = match (first_frame, keyframes) {
             (false, 0) => String::new(),
@@ -535,7 +545,7 @@ fn classes(stage: &Stage, is_first: bool, shape: &Shape, inputs: &Inputs) -> Vec
             rows: 1 + keyframes + first_frame as u32 + references.map_or(0, |r| r.count) + kept,
             attention: references.is_some_and(|r| r.has_attention),
         };
-        let audio = StreamClass { appended: 0, rows: 1 + kept, attention: false };
+        let audio = StreamClass { appended: guides, rows: audio_rows, attention: false };
         let name = format!("{}{kind}", stage.name);
         StageClass {
             programs: step_programs(&name, stage, shape),

@@ -8,10 +8,19 @@
 //!
 //! Source: spec/pipelines §7.
 
-use ltxc_ir::plan::{CfgRule, Guider, Pass};
+use ltxc_ir::plan::{CfgRule, Guidance, Guider, Pass};
 
 /// Keeps the norms and products of differences finite: ltx_core/components/guiders.py, release 1.2.0.
 const EPSILON: f64 = 1e-8;
+
+/// Guidance by noise level: upper bounds, ascending, and what holds up to them. Empty where there is no guidance.
+pub type Levels<'a> = Vec<(f32, &'a Guidance)>;
+
+/// What holds at a noise level: the entry with the smallest bound that is not below it, or the last.
+pub fn at_level<'a>(levels: &Levels<'a>, sigma: f32) -> Option<&'a Guidance> {
+    let found = levels.iter().find(|(bound, _)| *bound >= sigma).or(levels.last());
+    found.map(|(_, guidance)| *guidance)
+}
 
 /// Predictions of one modality by the passes that were run.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -56,6 +65,13 @@ impl ActiveGuider {
     /// Whether the step reuses the last prediction.
     pub fn skips(&self, step: usize) -> bool {
         self.last.is_some() && !step.is_multiple_of(self.params.skip_step as usize + 1)
+    }
+
+    /// Takes other parameters, and remembers what it did.
+    pub fn change(&mut self, params: &Guider) {
+        if self.params != *params {
+            self.params.clone_from(params);
+        }
     }
 
     /// The last guided prediction.

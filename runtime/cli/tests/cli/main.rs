@@ -5,6 +5,7 @@ mod bad_files;
 mod bad_plans;
 mod bench;
 mod binary;
+mod conditioned;
 mod devices;
 mod everyday;
 mod inputs;
