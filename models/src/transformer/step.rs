@@ -81,8 +81,9 @@ impl<'a> Step<'a> {
                 own.context = negative;
             }
             let own = &own;
-            let prepared =
-                b.scope("prep", || b.scope(stream.name(), || step.prepare_stream(stream, s, own, sender, pass.release, skips)));
+            let prepared = b.scope("prep", || {
+                b.scope(stream.name(), || step.prepare_stream(stream, s, own, sender, pass.release, skips))
+            });
             *step.stream_mut(stream) = Some(prepared);
         }
         self

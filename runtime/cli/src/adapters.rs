@@ -156,7 +156,8 @@ impl Loras {
     pub fn check_references(&self, pipeline: &Pipeline) -> Result<()> {
         let Some(planned) = pipeline.inputs.references.first() else { return Ok(()) };
         let lora = self.in_context(&pipeline.name, pipeline.inputs.sound.map(|sound| sound.role))?;
-        let (scale, own) = (ReferenceScale { space: planned.space_scale, time: planned.time_scale }, self.reference_scale()?);
+        let (scale, own) =
+            (ReferenceScale { space: planned.space_scale, time: planned.time_scale }, self.reference_scale()?);
         if own != scale {
             bail!(
                 "the plan takes reference videos with downscale factor {} and temporal factor {}, the LoRA with {} and {}; \

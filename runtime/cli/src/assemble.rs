@@ -165,7 +165,7 @@ pub struct Assembly {
 /// # Errors
 /// A model that does not fit the pipeline, or sizes that it cannot run.
 pub fn assemble(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
-    let model = Components::read(files, shape.adapter_rank)?;
+    let model = Components::read(files, shape)?;
     model.check(files, shape)?;
     let (dtype, mut programs) = (shape.dtype, Programs::default());
     let mut asked = vec![(MODEL, model.weights.clone()), (GEMMA, Weights::new(GEMMA, &files.gemma))];
@@ -183,9 +183,9 @@ pub fn assemble(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
     let connectors = &model.text.connectors;
     programs.add("text", "connect", text::connect(connectors, &model.weights, text::CONTEXT_TOKENS, dtype));
 
-    let (mut stages, factors) = (model.stages(shape)?, model.video_vae.factors());
+    let (mut stages, factors) = (model.stages(shape)?, model.factors());
     let tokens = model.audio_tokens(shape);
-    let inputs = inputs(shape, &stages, &model.video_vae, &model.audio_vae, tokens)?;
+    let inputs = inputs(shape, &stages, factors, model.audio_vae.as_ref(), tokens)?;
     for (i, stage) in stages.iter_mut().enumerate() {
         stage.classes = classes(stage, i, shape, &inputs, tokens);
     }
@@ -199,22 +199,22 @@ pub fn assemble(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
                 programs.add(&class.name, &program.name, module);
             }
         }
-        if shape.makes(Modality::Video) {
+        if let Some(vae) = &model.video_vae {
             let pixels = [1, stage.height as usize, stage.width as usize];
-            let module = video_vae::encode(&model.video_vae, &model.weights, pixels, dtype);
+            let module = video_vae::encode(vae, &model.weights, pixels, dtype);
             programs.add("image", &format!("encode_image.{}", stage.name), module);
         }
     }
     let clips = inputs.references.iter().map(|r| &r.tiles).chain(inputs.clip.iter().map(|c| &c.tiles));
     let sizes: BTreeSet<[usize; 3]> =
         clips.flat_map(|tiles| tiles.tiles().map(move |t| tiles.pixels(t).map(|axis| axis.len()))).collect();
-    for pixels @ [f, h, w] in sizes {
-        let module = video_vae::encode(&model.video_vae, &model.weights, pixels, dtype);
-        programs.add("inputs", &encode::program_name(f, h, w), module);
+    for (pixels @ [f, h, w], vae) in sizes.into_iter().zip(std::iter::repeat(&model.video_vae)) {
+        let Some(vae) = vae else { break };
+        programs.add("inputs", &encode::program_name(f, h, w), video_vae::encode(vae, &model.weights, pixels, dtype));
     }
-    if let Some(sound) = &inputs.sound {
+    if let (Some(sound), Some(vae)) = (&inputs.sound, &model.audio_vae) {
         let frames = sound.mel_frames as usize;
-        let module = audio::encode(&model.audio_vae, &model.weights, frames, dtype);
+        let module = audio::encode(vae, &model.weights, frames, dtype);
         programs.add("inputs", "encode_audio", module);
     }
     let last = stages.last().context("a pipeline has stages")?;
@@ -237,7 +237,7 @@ pub fn assemble(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
                 upsampler.name()
             );
         }
-        let (found, expected) = (config.in_channels, model.video_vae.latent_channels);
+        let (found, expected) = (config.in_channels, model.video_vae.as_ref().map_or(0, |vae| vae.latent_channels));
         if found != expected {
             bail!(
                 "the upscaler `{}` takes latents of {found} channels, the video VAE makes {expected}; name the upscaler of this \
@@ -250,18 +250,18 @@ pub fn assemble(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
         asked.push((UPSAMPLER, weights));
     }
     let mut tiles = TilePlan::default();
-    if shape.makes(Modality::Video) {
+    if let Some(vae) = &model.video_vae {
         let grid = last.grid.map(|n| n as usize);
         tiles = TilePlan::decode(grid, factors, &shape.tile.tiling(grid, factors)?)?;
         let sizes: BTreeSet<[usize; 3]> = tiles.tiles().map(|t| t.map(|axis| axis.len())).collect();
         for [f, h, w] in sizes {
-            let module = video_vae::decode(&model.video_vae, &model.weights, [f, h, w], dtype);
+            let module = video_vae::decode(vae, &model.weights, [f, h, w], dtype);
             programs.add("decode", &program_name(f, h, w), module);
         }
     }
     let keeps_sound = inputs.sound.is_some_and(|sound| sound.role == SoundRole::Kept);
-    if shape.makes(Modality::Audio) && !keeps_sound {
-        let module = decode_audio(&model.audio_vae, &model.vocoder, &model.weights, tokens, dtype);
+    if let (Some((vae, vocoder)), false) = (model.audio_vae.as_ref().zip(model.vocoder.as_ref()), keeps_sound) {
+        let module = decode_audio(vae, vocoder, &model.weights, tokens, dtype);
         programs.add("sound", "decode_audio", module);
     }
 
@@ -320,25 +320,56 @@ struct Components<'a> {
     weights: Weights<'a>,
     text: TextConfig,
     transformer: TransformerConfig,
-    video_vae: VideoVaeConfig,
-    audio_vae: AudioVaeConfig,
-    vocoder: VocoderConfig,
+    /// Of what is made; files of models for one modality have no others.
+    video_vae: Option<VideoVaeConfig>,
+    audio_vae: Option<AudioVaeConfig>,
+    vocoder: Option<VocoderConfig>,
 }
 
+/// Frames, rows and columns of a latent, for positions where no VAE says it: spec/pipelines §2.1.
+const FACTORS: [usize; 3] = [8, 32, 32];
+
 impl<'a> Components<'a> {
-    fn read(files: &'a ModelFiles, adapter_rank: usize) -> Result<Components<'a>> {
+    fn read(files: &'a ModelFiles, shape: &Shape) -> Result<Components<'a>> {
         let model = &files.model;
         let name = || format!("`{}`", model.name());
+        if shape.makes(Modality::Audio) && model.section("audio_vae").is_err() && model.section("vae").is_ok() {
+            bail!(
+                "`{}` has no sound: its configuration lacks `audio_vae`; add `--no-audio`, or name the whole model",
+                model.name()
+            );
+        }
+        if shape.makes(Modality::Video) && model.section("vae").is_err() && model.section("audio_vae").is_ok() {
+            bail!(
+                "`{}` has no video: its configuration lacks `vae`; choose `--pipeline t2a`, or name the whole model",
+                model.name()
+            );
+        }
+        let of = |modality: Modality| shape.makes(modality).then_some(model);
+        let [video, audio] = Modality::BOTH.map(of);
+        let video_vae = video.map(|m| VideoVaeConfig::from_json(m.section("vae")?)).transpose().with_context(name)?;
+        let audio_vae = audio.map(|m| AudioVaeConfig::from_json(m.section("audio_vae")?));
+        let vocoder = audio.map(|m| VocoderConfig::from_json(m.section("vocoder")?));
+        let text = TextConfig::from_json(files.gemma.config(), model.section("transformer")?);
+        let made = shape.modalities.iter().map(|m| match m {
+            Modality::Video => text::Modality::Video,
+            Modality::Audio => text::Modality::Audio,
+        });
         // The transformer comes before the text side, which reads the same section and a file of its own.
         Ok(Components {
             checkpoint: model,
-            weights: Weights::new(MODEL, model).with_adapter_slots(adapter_rank),
+            weights: Weights::new(MODEL, model).with_adapter_slots(shape.adapter_rank),
             transformer: TransformerConfig::from_json(model.section("transformer")?).with_context(name)?,
-            text: TextConfig::from_json(files.gemma.config(), model.section("transformer")?)?,
-            video_vae: VideoVaeConfig::from_json(model.section("vae")?).with_context(name)?,
-            audio_vae: AudioVaeConfig::from_json(model.section("audio_vae")?).with_context(name)?,
-            vocoder: VocoderConfig::from_json(model.section("vocoder")?).with_context(name)?,
+            text: text?.only(made.collect()),
+            video_vae,
+            audio_vae: audio_vae.transpose().with_context(name)?,
+            vocoder: vocoder.transpose().with_context(name)?,
         })
+    }
+
+    /// Pixels per latent in time, height and width.
+    fn factors(&self) -> [usize; 3] {
+        self.video_vae.as_ref().map_or(FACTORS, VideoVaeConfig::factors)
     }
 
     /// What the parts of one model must agree on, and what the pipeline can run.
@@ -348,28 +379,31 @@ impl<'a> Components<'a> {
         if !matches!(generation, Generation::Ltx2 | Generation::Ltx23) {
             bail!("`{name}` is {}, which is not supported yet; LTX-2 and LTX-2.3 are", generation.name());
         }
-        let (latent, video) = (self.video_vae.latent_channels, self.transformer.video.in_channels);
-        if latent != video {
+        let video = self.transformer.video.in_channels;
+        if let Some(latent) = self.video_vae.as_ref().map(|vae| vae.latent_channels).filter(|&n| n != video) {
             bail!(
                 "`{name}`: the video VAE has {latent} latent channels, the transformer takes {video}; they are not of one model"
             );
         }
-        let (tokens, audio) = (self.audio_vae.token_channels(), self.transformer.audio.in_channels);
-        if tokens != audio {
+        let audio = self.transformer.audio.in_channels;
+        if let Some(tokens) = self.audio_vae.as_ref().map(AudioVaeConfig::token_channels).filter(|&n| n != audio) {
             bail!(
                 "`{name}`: the audio VAE has tokens of {tokens} values, the transformer takes {audio}; they are not of one model"
             );
         }
-        let widths = self.text.connectors.widths();
-        let taken = transformer::Stream::BOTH.map(|s| self.transformer.context_channels(s));
-        if widths != taken {
-            bail!(
-                "`{name}`: the text connectors give {widths:?} channels (video, audio), the transformer takes {taken:?}"
-            );
+        for (modality, width) in self.text.connectors.made_widths() {
+            let stream = match modality {
+                text::Modality::Video => transformer::Stream::Video,
+                text::Modality::Audio => transformer::Stream::Audio,
+            };
+            let (kind, taken) = (stream.name(), self.transformer.context_channels(stream));
+            if width != taken {
+                bail!("`{name}`: the text connector for {kind} gives {width} channels, the transformer takes {taken}");
+            }
         }
         definition(shape.pipeline).check_training(self.checkpoint, shape.has_distilled_adapter)?;
         self.check_projection(files)?;
-        shape.check(self.video_vae.factors())
+        shape.check(self.factors())
     }
 
     /// Checks that the text projection was made for the states of this text encoder.
@@ -395,7 +429,7 @@ impl<'a> Components<'a> {
 
     /// The stages of the pipeline for this model and shape.
     fn stages(&self, shape: &Shape) -> Result<Vec<Stage>> {
-        let [ft, fh, fw] = self.video_vae.factors();
+        let [ft, fh, fw] = self.factors();
         // Every stage before the last has half the size of the next.
         let grid = |shrink: usize| {
             let (height, width) = (shape.height / shrink, shape.width / shrink);
@@ -462,7 +496,7 @@ impl<'a> Components<'a> {
 
     /// Number of audio latents for the length of the video, rounded half to even.
     fn audio_tokens(&self, shape: &Shape) -> usize {
-        let (num, den) = self.audio_vae.latent_rate_hz();
+        let Some((num, den)) = self.audio_vae.as_ref().map(AudioVaeConfig::latent_rate_hz) else { return 0 };
         let seconds = shape.frames as f64 / shape.frame_rate.to_f64();
         ((seconds * num as f64 / den as f64).round_ties_even() as usize).max(1)
     }
@@ -478,7 +512,7 @@ impl<'a> Components<'a> {
         let tokenizer = files.gemma.tokenizer_json()?;
         let version = self.checkpoint.model_version().unwrap_or_default();
         let definition = definition(shape.pipeline);
-        let made = |modality: Modality, n: usize| if shape.makes(modality) { n as u32 } else { 0 };
+        let audio_vae = self.audio_vae.as_ref();
         Ok(Pipeline {
             name: definition.name.into(),
             release: shape.release,
@@ -495,14 +529,14 @@ impl<'a> Components<'a> {
                 width: shape.width as u32,
                 frames: shape.frames as u32,
                 frame_rate: (shape.frame_rate.num(), shape.frame_rate.den()),
-                channels: made(Modality::Video, self.video_vae.latent_channels),
-                scale: self.video_vae.factors().map(|n| n as u32),
+                channels: self.video_vae.as_ref().map_or(0, |vae| vae.latent_channels as u32),
+                scale: self.factors().map(|n| n as u32),
                 max_keyframes: shape.max_keyframes as u32,
             },
             audio: AudioSettings {
-                tokens: made(Modality::Audio, self.audio_tokens(shape)),
-                channels: made(Modality::Audio, self.audio_vae.token_channels()),
-                rate_hz: self.vocoder.output_rate_hz as u32,
+                tokens: self.audio_tokens(shape) as u32,
+                channels: audio_vae.map_or(0, |vae| vae.token_channels() as u32),
+                rate_hz: self.vocoder.as_ref().map_or(0, |vocoder| vocoder.output_rate_hz as u32),
                 stage: match shape.release {
                     Release::V1_0_0 => stages.len().saturating_sub(1) as u32,
                     Release::V1_2_0 => definition.sound_stage as u32,

@@ -50,10 +50,10 @@ pub fn references(content: &ContentArgs, occurrences: &Occurrences, plan: &Plan)
     let inputs = &plan.pipeline.inputs;
     let mut given = weighted("--video-conditioning", &content.video_conditioning, &occurrences.reference)?;
     let dubs = inputs.sound.is_some_and(|sound| sound.role == SoundRole::Reference);
-    let dubbed = content.reference_video.as_ref().map(|path| Weighted {
-        path: path.clone(),
-        strength: content.reference_strength.unwrap_or(1.0),
-    });
+    let dubbed = content
+        .reference_video
+        .as_ref()
+        .map(|path| Weighted { path: path.clone(), strength: content.reference_strength.unwrap_or(1.0) });
     let (taken, other, flag) = match dubs {
         true => (dubbed.into_iter().collect(), given.pop(), "--video-conditioning"),
         false => (given, dubbed, "--reference-video"),
@@ -135,7 +135,8 @@ pub fn load(content: &ContentArgs, references: &[Weighted], plan: &Plan) -> Resu
         media.sound = Some(load_audio(&given.path, 0.0, samples as f64 / f64::from(guide.rate_hz.max(1)))?);
     }
     if let Some(path) = &content.video_path {
-        media.clip = Some(clip(content, path, plan, Window { rate, start_seconds: 0.0, frames: video.frames as usize })?);
+        media.clip =
+            Some(clip(content, path, plan, Window { rate, start_seconds: 0.0, frames: video.frames as usize })?);
         media.sound = match load_audio(path, 0.0, seconds) {
             Ok(recording) => Some(recording),
             Err(MediaError::NoSound { .. }) => None,
@@ -157,7 +158,8 @@ fn clip(content: &ContentArgs, path: &Path, plan: &Plan, window: Window) -> Resu
     let video = &plan.pipeline.video;
     let clip = Clip::open(path)?;
     let info = clip.info();
-    if plan.pipeline.inputs.clip.is_some() && (info.width, info.height) != (video.width as usize, video.height as usize) {
+    if plan.pipeline.inputs.clip.is_some() && (info.width, info.height) != (video.width as usize, video.height as usize)
+    {
         bail!(
             "`{}` is {}x{}, the plan is for {}x{}; compile it with `--width {} --height {}`, which must be multiples of {}",
             path.display(),
@@ -216,9 +218,10 @@ pub fn attention_strength(content: &ContentArgs) -> Result<Option<f32>> {
             bail!("`--conditioning-attention-strength` and the strength behind the mask say the same; give one of them")
         }
         (strength, None) => strength,
-        (None, Some(text)) => Some(text.parse().with_context(|| {
-            format!("`--conditioning-attention-mask`: strength `{text}` is not a number")
-        })?),
+        (None, Some(text)) => Some(
+            text.parse()
+                .with_context(|| format!("`--conditioning-attention-mask`: strength `{text}` is not a number"))?,
+        ),
     };
     Ok(strength.filter(|&strength| strength != 1.0))
 }

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, bail};
 use ltxc_ir::DType;
-use ltxc_ir::plan::{Modality, Plan, Release, Target};
+use ltxc_ir::plan::{Modality, Plan, Release, SoundRole, Target};
 use ltxc_ir::tiling::{AxisTiling, Tiling};
 use ltxc_runtime::RunError;
 use ltxc_runtime::backend::{Device, DeviceName, find};
@@ -165,6 +165,10 @@ impl Shape {
                 bail!("pipeline `{}` makes sound alone; leave `--no-audio` out", definition(pipeline).name)
             }
         };
+        if let (Some(SoundRole::Kept | SoundRole::Reference), true) = (definition(pipeline).brings.sound, args.no_audio)
+        {
+            bail!("pipeline `{}` is about sound; leave `--no-audio` out", definition(pipeline).name);
+        }
         let size = |value: Option<u32>, default: usize, flag: &str| -> Result<usize> {
             let value = value.map_or(default, |v| v as usize);
             if !(1..=MOST).contains(&value) {

@@ -105,7 +105,8 @@ impl Room {
         Ok(Room {
             images: images.iter().filter(|image| all || image.frame > 0).count(),
             references: occurrences.reference.len(),
-            has_attention: inputs::attention_strength(content)?.is_some() || !content.conditioning_attention_mask.is_empty(),
+            has_attention: inputs::attention_strength(content)?.is_some()
+                || !content.conditioning_attention_mask.is_empty(),
         })
     }
 
@@ -378,12 +379,7 @@ struct FileOutput {
 }
 
 impl FileOutput {
-    fn create(
-        path: &Path,
-        plan: &Plan,
-        tags: Vec<(String, String)>,
-        writing: &OutputArgs,
-    ) -> Result<FileOutput> {
+    fn create(path: &Path, plan: &Plan, tags: Vec<(String, String)>, writing: &OutputArgs) -> Result<FileOutput> {
         let video = &plan.pipeline.video;
         let made = plan.pipeline.modalities();
         let is_sound = path.extension().is_some_and(|e| e.eq_ignore_ascii_case("wav"));
@@ -393,7 +389,9 @@ impl FileOutput {
         let has_video = made.contains(&Modality::Video) && !is_sound;
         let (num, den) = video.frame_rate;
         let rate = match writing.integer_fps {
-            true if num < den => bail!("`--integer-fps`: {num}/{den} frames per second are less than one; leave it out"),
+            true if num < den => {
+                bail!("`--integer-fps`: {num}/{den} frames per second are less than one; leave it out")
+            }
             true => Rational::new(num / den, 1)?,
             false => Rational::new(num, den)?,
         };

@@ -288,7 +288,8 @@ fn check_state(recorded: &mut Recorded, result: &Outcome, plan: &Plan, stage: &s
     // Images pass through the encoder, a first stage through the whole model, before they are here.
     let limit = if stage == "stage1" { 1e-5 } else { RUN_LIMIT };
     // The reference freezes a state after noise was added, and masks were recorded between the two.
-    let is_frozen = modality == "audio" && plan.pipeline.inputs.sound.as_ref().is_some_and(|sound| sound.role == SoundRole::Kept);
+    let is_frozen =
+        modality == "audio" && plan.pipeline.inputs.sound.as_ref().is_some_and(|sound| sound.role == SoundRole::Kept);
     let mask = own("denoise_mask");
     assert!(!is_frozen || mask.iter().all(|&m| m == 0.0), "{stage}: a frozen modality is denoised");
     let mask = if is_frozen { &vec![1.0; mask.len()] } else { mask };

@@ -1,34 +1,32 @@
 //! What a run brings besides text and images, as the plan records it.
 
 use anyhow::{Result, bail};
-use ltxc_ir::plan::{ClipInput, Inputs, Modality, ReferenceInput, SoundInput, SoundRole, Stage};
+use ltxc_ir::plan::{ClipInput, Inputs, ReferenceInput, SoundInput, SoundRole, Stage};
 use ltxc_ir::tiling::{TilePlan, Tiling};
 use ltxc_models::audio::AudioVaeConfig;
-use ltxc_models::video_vae::VideoVaeConfig;
 
 use super::definition;
 use crate::job::Shape;
 
-/// The inputs of a pipeline of these stages, with sound of so many tokens.
+/// The inputs of a pipeline of these stages, with `factors` pixels per latent and sound of so many tokens.
 ///
 /// # Errors
 /// References that do not fit the size of a stage.
 pub fn inputs(
     shape: &Shape,
     stages: &[Stage],
-    video_vae: &VideoVaeConfig,
-    audio_vae: &AudioVaeConfig,
+    factors: [usize; 3],
+    audio_vae: Option<&AudioVaeConfig>,
     tokens: usize,
 ) -> Result<Inputs> {
     let brings = definition(shape.pipeline).brings;
-    let factors = video_vae.factors();
     let guided = stages.iter().take(brings.references);
     let references = guided.map(|stage| references(shape, stage, factors)).collect::<Result<_>>()?;
     let clip = match (brings.clip, stages.first()) {
         (true, Some(first)) => Some(ClipInput { tiles: tiles(first.grid.map(|n| n as usize), factors)? }),
         _ => None,
     };
-    let mel_frames = |role: SoundRole| match role {
+    let mel_frames = |role: SoundRole, audio_vae: &AudioVaeConfig| match role {
         SoundRole::Kept | SoundRole::Clip => audio_vae.mel_frames(tokens),
         // The whole recording guides, however long it is.
         SoundRole::Reference => {
@@ -39,13 +37,13 @@ pub fn inputs(
             audio_vae.mel_frames(audio_vae.latent_frames(1 + samples / audio_vae.hop_length.max(1)))
         }
     };
-    let sound = brings.sound.filter(|_| shape.makes(Modality::Audio)).map(|role| SoundInput {
+    let sound = brings.sound.zip(audio_vae).map(|(role, audio_vae)| SoundInput {
         role,
         rate_hz: audio_vae.sampling_rate_hz as u32,
         n_fft: audio_vae.n_fft as u32,
         hop_length: audio_vae.hop_length as u32,
         mel_bins: audio_vae.mel_bins as u32,
-        mel_frames: mel_frames(role) as u32,
+        mel_frames: mel_frames(role, audio_vae) as u32,
         time_factor: audio_vae.time_factor() as u32,
     });
     Ok(Inputs { appends_first_image: brings.appends_first_image, references, clip, sound })

@@ -136,8 +136,7 @@ impl Definition {
     /// Whether a stage of it needs the distilled adapter.
     pub fn needs_distilled_adapter(&self) -> bool {
         // Which adapters a stage has depends on nothing but the last of these.
-        let basis =
-            Basis { generation: Generation::Ltx2, layers: 1, first_tokens: 1, has_distilled_adapter: false };
+        let basis = Basis { generation: Generation::Ltx2, layers: 1, first_tokens: 1, has_distilled_adapter: false };
         let stages = (self.stages)(&basis);
         stages.iter().flat_map(|stage| &stage.adapters).any(|a| a.role == StageAdapter::DISTILLED)
     }

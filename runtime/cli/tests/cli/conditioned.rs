@@ -160,7 +160,10 @@ fn references_that_do_not_fit_are_refused() {
     place.refused(&run(&twice), &["give one of them"]);
     let mask = ["--video-conditioning", &frames, "--conditioning-attention-mask", &short, "-o", "b.wav"];
     place.refused(&run(&mask), &["the mask `short` has 8 frames, the video has 9"]);
-    place.refused(&run(&["--video-conditioning", &frames, "--lora", &half, "1", "stage=2"]), &["take no LoRA", "stage="]);
+    place.refused(
+        &run(&["--video-conditioning", &frames, "--lora", &half, "1", "stage=2"]),
+        &["take no LoRA", "stage="],
+    );
 }
 
 #[test]
@@ -186,7 +189,10 @@ fn a_plan_for_references_says_what_they_are() {
     let words = ["downscale factor 2", "the LoRA with 1 and 1", "compile the plan with `--lora"];
     place.refused(&run(&[&both[..], &["--lora", &plain]].concat()), &words);
     let lora = ["--lora", &half];
-    place.refused(&run(&[&video[..], &lora].concat()), &["takes 2 reference videos, 1 are given", "--reference-count 1"]);
+    place.refused(
+        &run(&[&video[..], &lora].concat()),
+        &["takes 2 reference videos, 1 are given", "--reference-count 1"],
+    );
     let acts = ["--conditioning-attention-strength", "0.5"];
     place.refused(&run(&[&both[..], &lora, &acts].concat()), &["without strengths", "--reference-attention"]);
     place.ok(&run(&[&both[..], &lora].concat()));

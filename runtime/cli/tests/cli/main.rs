@@ -12,4 +12,5 @@ mod inputs;
 mod jobs;
 mod loras;
 mod misused_files;
+mod one_modality;
 mod pipelines;

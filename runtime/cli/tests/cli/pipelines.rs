@@ -23,11 +23,11 @@ fn refused(name: &str, flags: &[&str], words: &[&str]) {
 
 #[test]
 fn checkpoints_of_the_other_training_are_refused() {
-    for pipeline in ["one-stage", "two-stage", "hq", "ti2vid_one_stage", "t2a"] {
+    for pipeline in ["one-stage", "two-stage", "hq", "ti2vid_one_stage", "t2a", "keyframes", "a2v", "retake-guided"] {
         let words = ["ltx-2-tiny-distilled.safetensors", "is a distilled model", "CFG", "name the dev checkpoint"];
         refused("ltx-2-tiny-distilled.safetensors", &["--pipeline", pipeline], &words);
     }
-    for pipeline in ["distilled", "distilled-one-stage"] {
+    for pipeline in ["distilled", "distilled-one-stage", "ic-lora", "dubit", "retake"] {
         let words = ["ltx-2-tiny-dev.safetensors", "is a dev model", "name the distilled checkpoint"];
         refused("ltx-2-tiny-dev.safetensors", &["--pipeline", pipeline], &words);
     }
@@ -54,6 +54,11 @@ fn guidance_that_the_model_cannot_follow_is_refused() {
     guided(&["--cfg-rule", "star", "--apg-eta", "1"], &["--apg-", "--cfg-rule apg"]);
     guided(&["--cfg-rule", "none"], &["none", "plain"]);
     refused("model.safetensors", &["--pipeline", "t2a", "--no-audio"], &["sound alone", "--no-audio"]);
+    for pipeline in ["a2v", "dubit"] {
+        let words = format!("pipeline `{pipeline}` is about sound");
+        refused("model.safetensors", &["--pipeline", pipeline, "--no-audio"], &[&words, "leave `--no-audio` out"]);
+    }
+    guided(&["--stg-mode", "both", "--audio-stg-guidance-scale", "1"], &["--stg-mode", "leave `--audio-stg"]);
 }
 
 #[test]
@@ -87,7 +92,7 @@ fn a_plan_says_what_it_was_not_compiled_for() {
 fn two_stages_of_a_full_model_need_its_distilled_lora() {
     let place = Place::new();
     let folder = tiny().folder.display().to_string();
-    for pipeline in ["two-stage", "hq"] {
+    for pipeline in ["two-stage", "hq", "keyframes", "a2v"] {
         place.ok(&compile_as(&place, "model.safetensors", &[&["--pipeline", pipeline], &SHAPE[..]].concat()));
         let args = ["run", "a.ltxplan", "--weights", &folder, "-p", "x", "-o", "a.mp4"];
         place.refused(&args, &[pipeline, "needs the distilled LoRA", "--distilled-lora"]);

@@ -142,7 +142,9 @@ fn check_conditioned_on(model: &Files, case: Case, pipeline: PipelineName) {
     }
     // The recording numbers the model's evaluations, of which a step has one per pass.
     let passes = needed_passes(first.guidance.as_ref(), first.sampler);
-    for call in (0..).take_while(|call| recorded.has(&format!("x0_call{call}.video"))) {
+    let calls = (0..).take_while(|call| recorded.has(&format!("x0_call{call}.video"))).count();
+    assert!(calls > 0, "no evaluation was recorded");
+    for call in 0..calls {
         let (step, pass) = (call / passes.len(), passes[call % passes.len()].name());
         for modality in ["video", "audio"] {
             let own = &result.tensors[&format!("stage1.call{step}.{pass}.{modality}.x0")];
