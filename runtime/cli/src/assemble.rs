@@ -208,9 +208,11 @@ pub fn assemble(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
     let clips = inputs.references.iter().map(|r| &r.tiles).chain(inputs.clip.iter().map(|c| &c.tiles));
     let sizes: BTreeSet<[usize; 3]> =
         clips.flat_map(|tiles| tiles.tiles().map(move |t| tiles.pixels(t).map(|axis| axis.len()))).collect();
-    for (pixels @ [f, h, w], vae) in sizes.into_iter().zip(std::iter::repeat(&model.video_vae)) {
-        let Some(vae) = vae else { break };
-        programs.add("inputs", &encode::program_name(f, h, w), video_vae::encode(vae, &model.weights, pixels, dtype));
+    for pixels @ [f, h, w] in sizes {
+        if let Some(vae) = &model.video_vae {
+            let module = video_vae::encode(vae, &model.weights, pixels, dtype);
+            programs.add("inputs", &encode::program_name(f, h, w), module);
+        }
     }
     if let (Some(sound), Some(vae)) = (&inputs.sound, &model.audio_vae) {
         let frames = sound.mel_frames as usize;
@@ -345,12 +347,12 @@ impl<'a> Components<'a> {
                 model.name()
             );
         }
-        let of = |modality: Modality| shape.makes(modality).then_some(model);
-        let [video, audio] = Modality::BOTH.map(of);
-        let video_vae = video.map(|m| VideoVaeConfig::from_json(m.section("vae")?)).transpose().with_context(name)?;
-        let audio_vae = audio.map(|m| AudioVaeConfig::from_json(m.section("audio_vae")?));
-        let vocoder = audio.map(|m| VocoderConfig::from_json(m.section("vocoder")?));
-        let text = TextConfig::from_json(files.gemma.config(), model.section("transformer")?);
+        let section = |modality: Modality, name: &str| match shape.makes(modality) {
+            true => model.section(name).map(Some),
+            false => Ok(None),
+        };
+        let [vae, audio_vae] = [section(Modality::Video, "vae")?, section(Modality::Audio, "audio_vae")?];
+        let vocoder = section(Modality::Audio, "vocoder")?;
         let made = shape.modalities.iter().map(|m| match m {
             Modality::Video => text::Modality::Video,
             Modality::Audio => text::Modality::Audio,
@@ -360,10 +362,10 @@ impl<'a> Components<'a> {
             checkpoint: model,
             weights: Weights::new(MODEL, model).with_adapter_slots(shape.adapter_rank),
             transformer: TransformerConfig::from_json(model.section("transformer")?).with_context(name)?,
-            text: text?.only(made.collect()),
-            video_vae,
-            audio_vae: audio_vae.transpose().with_context(name)?,
-            vocoder: vocoder.transpose().with_context(name)?,
+            text: TextConfig::from_json(files.gemma.config(), model.section("transformer")?)?.only(made.collect()),
+            video_vae: vae.map(VideoVaeConfig::from_json).transpose().with_context(name)?,
+            audio_vae: audio_vae.map(AudioVaeConfig::from_json).transpose().with_context(name)?,
+            vocoder: vocoder.map(VocoderConfig::from_json).transpose().with_context(name)?,
         })
     }
 

@@ -7,8 +7,8 @@ use ltxc_ir::plan::{Modality, Plan, ReferenceInput, SoundRole};
 use ltxc_runtime::media::{Clip, ClipRate, MediaError, Rational, Window, load_audio, resize_and_crop};
 use ltxc_runtime::pipeline::{Attention, Media, Reference, SourceClip};
 
-use crate::args::{ContentArgs, ShapeArgs};
-use crate::pipelines::definition;
+use crate::args::{ContentArgs, PipelineName, ShapeArgs};
+use crate::pipelines::{Definition, definition};
 use crate::run::Occurrences;
 
 /// A path with a strength, as given on the command line.
@@ -40,6 +40,34 @@ pub fn weighted(flag: &str, values: &[String], occurrences: &[usize]) -> Result<
         out.push(Weighted { path: path.into(), strength });
     }
     Ok(out)
+}
+
+/// Checks that a run brings what its pipeline takes and nothing else, before anything is compiled for it.
+///
+/// # Errors
+/// What is missing or too much, with the flag that gives it.
+pub fn check_given(pipeline: PipelineName, content: &ContentArgs) -> Result<()> {
+    let Definition { name, brings, .. } = definition(pipeline);
+    let dubs = brings.sound == Some(SoundRole::Reference);
+    let is_kept = brings.sound == Some(SoundRole::Kept);
+    for (what, taken, given, flag) in [
+        ("clip", brings.clip, content.video_path.is_some(), "--video-path"),
+        ("recording", is_kept, content.audio_path.is_some(), "--audio-path"),
+        ("reference video", dubs, content.reference_video.is_some(), "--reference-video"),
+        (
+            "reference video",
+            brings.references > 0 && !dubs,
+            !content.video_conditioning.is_empty(),
+            "--video-conditioning",
+        ),
+    ] {
+        match (taken, given) {
+            (true, false) => bail!("pipeline `{name}` needs a {what}; give `{flag}`"),
+            (false, true) => bail!("pipeline `{name}` takes no {what}; leave `{flag}` out"),
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 /// The reference videos of a run.

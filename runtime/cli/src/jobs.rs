@@ -61,7 +61,7 @@ pub fn run(args: &RunArgs, path: &Path, command_line: &ArgMatches, report: &mut 
     };
     let mut room = Room::default();
     for job in jobs(&folder, &[0; 32])? {
-        room = room.or(Room::of(args.shape.pipeline, &job.args.content, &job.occurrences)?);
+        room = room.or(Room::of(args, &job.args.content, &job.occurrences)?);
     }
     let debug = DebugOptions::resolve(&args.debug, &|name| std::env::var(name).ok())?;
     if debug.is_on() {

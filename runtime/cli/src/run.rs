@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicBool;
 use anyhow::{Context, Result, bail};
 use clap::ArgMatches;
 use ltxc_compiler::Options;
-use ltxc_ir::plan::{Modality, Plan};
+use ltxc_ir::plan::{Modality, Plan, Release};
 use ltxc_runtime::RunError;
 use ltxc_runtime::adapters::StageAdapters;
 use ltxc_runtime::audio_frontend::resample;
@@ -26,7 +26,7 @@ use ltxc_runtime::weights::{WeightFiles, find_tokenizer};
 use serde_json::json;
 
 use crate::adapters::{self, Loras};
-use crate::args::{ContentArgs, ImageCodec, OutputArgs, PipelineName, RunArgs, SamplingArgs, ShapeArgs};
+use crate::args::{ContentArgs, ImageCodec, OutputArgs, RunArgs, SamplingArgs, ShapeArgs};
 use crate::assemble::ModelFiles;
 use crate::compile::{cached, read, unfused};
 use crate::debug::flags::{DebugMode, DebugOptions};
@@ -45,7 +45,7 @@ pub static INTERRUPT: AtomicBool = AtomicBool::new(false);
 /// # Errors
 /// Anything that stops the run; no output is left then.
 pub fn run(args: &RunArgs, occurrences: &Occurrences, report: &mut Report) -> Result<()> {
-    let room = Room::of(args.shape.pipeline, &args.content, occurrences)?;
+    let room = Room::of(args, &args.content, occurrences)?;
     let debug = DebugOptions::resolve(&args.debug, &|name| std::env::var(name).ok())?;
     let runner = Runner::open(args, room, &occurrences.lora, debug.mode, report)?;
     let choice = Choice {
@@ -95,13 +95,17 @@ pub struct Room {
 }
 
 impl Room {
-    /// The room for one run.
+    /// The room for one run of a command, whose content may be that of a job.
     ///
     /// # Errors
-    /// Values of flags that are no frame, strength or CRF.
-    pub fn of(pipeline: Option<PipelineName>, content: &ContentArgs, occurrences: &Occurrences) -> Result<Room> {
+    /// Values of flags that are no frame, strength or CRF; without a plan, content that the pipeline does not take.
+    pub fn of(args: &RunArgs, content: &ContentArgs, occurrences: &Occurrences) -> Result<Room> {
         let images = job::images(&content.image, &occurrences.image)?;
-        let all = definition(pipeline.unwrap_or_default()).brings.appends_first_image;
+        let pipeline = args.shape.pipeline.unwrap_or_default();
+        if args.plan.is_none() {
+            inputs::check_given(pipeline, content)?;
+        }
+        let all = definition(pipeline).brings.appends_first_image;
         Ok(Room {
             images: images.iter().filter(|image| all || image.frame > 0).count(),
             references: occurrences.reference.len(),
@@ -221,7 +225,11 @@ impl Runner {
         let (plan, content) = (&self.plan, choice.content);
         let seed = job::seed(&content.seed)?;
         let (prompt, negative) = (job::prompt(content)?, job::negative_prompt(content)?);
-        report.note(&format!("seed {seed}, {} ({})", plan.pipeline.name, plan.pipeline.model.generation));
+        let release = match plan.pipeline.release {
+            Release::V1_0_0 => ", as release 1.0.0 of the reference",
+            Release::V1_2_0 => "",
+        };
+        report.note(&format!("seed {seed}, {} ({}){release}", plan.pipeline.name, plan.pipeline.model.generation));
         let images = job::images(&content.image, &choice.occurrences.image)?;
         let conditioning = images.iter().map(|i| load(i, plan, content.image_codec)).collect::<Result<Vec<_>>>()?;
         let references = inputs::references(content, choice.occurrences, plan)?;

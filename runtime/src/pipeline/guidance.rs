@@ -189,6 +189,17 @@ mod tests {
     }
 
     #[test]
+    fn guidance_holds_up_to_its_noise_level() {
+        let of = |cfg: f64| Guidance { video: Guider { cfg, ..Guider::default() }, ..Guidance::default() };
+        let (low, high) = (of(2.0), of(4.0));
+        let levels = vec![(0.5, &low), (0.9, &high)];
+        let at = |sigma: f32| at_level(&levels, sigma).map(|g| g.video.cfg);
+        // A bound belongs to what it bounds; above all of them the last one holds.
+        assert_eq!([0.1, 0.5, 0.51, 0.9, 1.0].map(at), [2.0, 2.0, 4.0, 4.0, 4.0].map(Some));
+        assert_eq!(at_level(&Vec::new(), 0.5), None);
+    }
+
+    #[test]
     fn neutral_guidance_changes_nothing() {
         let predictions = predictions();
         let guided = ActiveGuider::new(Guider::default()).guide(&predictions);

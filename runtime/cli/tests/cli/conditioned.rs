@@ -100,7 +100,7 @@ fn a_recording_is_kept() {
     let (written, original) = (place.read("a.wav"), std::fs::read(&sound).unwrap());
     let left = |bytes: &[u8], at: usize| i16::from_le_bytes([bytes[at], bytes[at + 1]]);
     let channels = i16::from_le_bytes([original[22], original[23]]) as usize;
-    for i in [0, 1, 100, 5000] {
+    for i in [0, 1, 100, 4000] {
         let (found, expected) = (left(&written, 44 + 4 * i), left(&original, 44 + 2 * channels * (3200 + i)));
         assert!((found - expected).abs() <= 1, "sample {i} is {found}, it was {expected}");
     }
@@ -148,8 +148,14 @@ fn references_that_do_not_fit_are_refused() {
         (&["--video-conditioning", "gone.mp4"], &["gone.mp4"]),
         (&["--video-conditioning", &frames, "2"], &["strength 2", "0 to 1"]),
         (&["--video-conditioning", &frames, "x"], &["strength `x` is not a number"]),
-        (&["--video-conditioning", &frames, "--reference-video", "b.mp4"], &["no use for `--reference-video b.mp4`"]),
-        (&["--video-conditioning", &frames, "--audio-path", "b.wav"], &["b.wav"]),
+        (
+            &["--video-conditioning", &frames, "--reference-video", "b.mp4"],
+            &["takes no reference video", "leave `--reference-video` out"],
+        ),
+        (
+            &["--video-conditioning", &frames, "--audio-path", "b.wav"],
+            &["takes no recording", "leave `--audio-path` out"],
+        ),
     ] {
         place.refused(&run(&[&["-o", "b.wav"], flags].concat()), words);
     }
@@ -222,13 +228,12 @@ fn a_clip_is_dubbed_in_its_own_length() {
     let weaker = ["--reference-video", "clip.mp4", "--reference-strength", "0.5", "--lora", &lora];
     assert_ne!(movie(&place, &dub("dubit", &weaker)).video, made.video);
 
-    std::fs::remove_file(place.path("a.mp4")).unwrap();
-    place.refused(&run("ltx2", "dubit", &["--lora", &lora]), &["needs a recording", "--reference-video"]);
+    place.refused(&run("ltx2", "dubit", &["--lora", &lora]), &["needs a reference video", "--reference-video"]);
     let silent = folder(&place, "silent", 17);
     let flags = ["--reference-video", &silent, "--frame-rate", "24", "--lora", &lora];
     place.refused(&dub("dubit", &flags), &["silent", "no sound"]);
     let other = ["--reference-video", "clip.mp4", "--video-conditioning", &silent, "--lora", &lora];
-    place.refused(&dub("dubit", &other), &["no use for `--video-conditioning"]);
+    place.refused(&dub("dubit", &other), &["takes no reference video", "leave `--video-conditioning` out"]);
 }
 
 /// LoRAs of other pipelines are refused as ever, and those with references where there are none.
@@ -237,12 +242,17 @@ fn loras_with_references_are_refused_elsewhere() {
     let place = Place::new();
     let lora = fixture("tiny-ltx2/ic-lora-ref2-tiny.safetensors");
     let distilled = fixture("tiny-ltx2/distilled-lora-tiny.safetensors");
-    for pipeline in ["keyframes", "a2v"] {
-        let args = run("ltx2", pipeline, &["--lora", &lora, "--distilled-lora", &distilled]);
+    let (frames, sound) = (folder(&place, "frames", 9), fixture("inputs/audio.wav"));
+    for (pipeline, brings) in [("keyframes", &[][..]), ("a2v", &["--audio-path", &sound])] {
+        let args = run("ltx2", pipeline, &[&["--lora", &lora, "--distilled-lora", &distilled], brings].concat());
         refused(&place, &args, &["is an IC-LoRA", &format!("pipeline `{pipeline}` takes none")]);
     }
     let other = fixture("tiny-ltx23/distilled-lora-tiny.safetensors");
-    refused(&place, &run("ltx2", "ic-lora", &["--lora", &other]), &["looks like a LoRA of LTX-2.3"]);
+    refused(
+        &place,
+        &run("ltx2", "ic-lora", &["--video-conditioning", &frames, "--lora", &other]),
+        &["looks like a LoRA of LTX-2.3"],
+    );
     refused(&place, &run("ltx2", "keyframes", &["--distilled-lora", &other]), &["looks like a LoRA of LTX-2.3"]);
     let skipped = run("ltx2", "keyframes", &["--skip-stage-2", "--distilled-lora", &distilled]);
     refused(&place, &skipped, &["`--skip-stage-2` is for pipeline `ic-lora`"]);
@@ -257,10 +267,18 @@ fn pipelines_have_the_names_of_other_tools() {
         sentence(&own(&[flag]), &[&format!("pipeline `{name}` needs the distilled LoRA")]);
     }
     sentence(&own(&["--two-stage", "--pipeline", "hq"]), &["--pipeline", "multiple times"]);
-    for name in ["ti2vid_two_stages", "ti2vid_two_stages_hq", "keyframe", "a2vid_two_stage"] {
+    let lora = "needs the distilled LoRA";
+    for (name, words) in [
+        ("ti2vid_two_stages", lora),
+        ("ti2vid_two_stages_hq", lora),
+        ("keyframe", lora),
+        ("a2vid_two_stage", "pipeline `a2v` needs a recording"),
+        ("ic_lora", "pipeline `ic-lora` needs a reference video"),
+        ("lipdub", "pipeline `dubit` needs a reference video"),
+    ] {
         let mut args = own(&[]);
         args.insert(1, name.into());
-        sentence(&args, &["needs the distilled LoRA"]);
+        sentence(&args, &[words]);
     }
     let mut args = own(&["-o", "a.wav"]);
     args.insert(1, "generate".into());
