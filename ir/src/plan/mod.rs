@@ -15,6 +15,7 @@ pub mod container;
 pub mod fused;
 mod inputs;
 mod kernel;
+pub mod kernels;
 mod pipeline;
 mod settings;
 pub mod summary;
@@ -26,6 +27,7 @@ use serde::{Deserialize, Serialize};
 pub use fused::{Access, Form, Fused, Part, PartArg, Source, Work};
 pub use inputs::*;
 pub use kernel::{Copy, Function as MapFunction, InPlace, Kernel, Map, MapStep};
+pub use kernels::{KernelDevice, KernelForm, Kernels, PlanKernel};
 pub use pipeline::*;
 
 use crate::graph::Rate;

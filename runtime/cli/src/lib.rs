@@ -19,3 +19,4 @@ pub mod report;
 pub mod run;
 pub mod synth;
 pub mod tensors;
+pub mod tune;
