@@ -1,10 +1,10 @@
 //! A run, whatever the pipeline: encode text → stages → decode. What differs between pipelines stands in the plan.
 
-use ltxc_ir::plan::{Modality, Pass, Pipeline, Plan, Stage};
+use ltxc_ir::plan::{Modality, Pass, Pipeline, Plan, SoundRole, Stage};
 
 use super::decode::decode_video;
-use super::denoise::{Contexts, needed_passes};
-use super::media::Encoded;
+use super::denoise::Contexts;
+use super::media::{Encoded, reference_sound};
 use super::noise::SlotShape;
 use super::observe::{Event, Observer, frames_problem, numerical_problem};
 use super::per::Per;
@@ -30,7 +30,7 @@ pub fn run(
 ) -> Result<(), RunError> {
     let pipeline = &executor.plan().pipeline;
     let stages = request.choose(pipeline)?;
-    let needs_negative = stages.iter().any(|s| needed_passes(s.guidance, s.sampler).contains(&Pass::Negative));
+    let needs_negative = stages.iter().any(|s| s.passes().any(|passes| passes.contains(&Pass::Negative)));
     executor.set_experiments(&request.experiments)?;
     if let Some(placeholder) = request.experiments.placeholder() {
         let latents = placeholders(executor.plan(), request, placeholder)?;
@@ -47,13 +47,18 @@ pub fn run(
     }
     let contexts = Contexts { prompt: &texts[0], negative: texts.get(1) };
 
-    let Encoded { mut latents, mut items, frozen } = encoded;
+    let Encoded { mut latents, items, frozen } = encoded;
     let mut sound = None;
-    for (i, chosen) in stages.iter().enumerate() {
+    let guides = pipeline.inputs.sound.is_some_and(|sound| sound.role == SoundRole::Reference);
+    for (i, (chosen, mut items)) in stages.iter().zip(items).enumerate() {
+        if let (true, true, Some(latent)) = (guides, i > 0, &latents.audio) {
+            items.audio = Some(vec![reference_sound(latent.clone(), pipeline.audio.tokens)]);
+        }
         let mut starts = starts(executor, pipeline, chosen.stage, chosen.sigmas[0], latents)?;
         for (modality, start) in starts.iter_mut() {
             start.items = items.slot(modality).take().unwrap_or_default();
-            start.frozen = frozen.get(modality).is_some();
+            let is_kept = modality == Modality::Audio && chosen.stage.keeps_sound;
+            start.frozen = is_kept || frozen.get(modality).is_some();
         }
         executor.set_adapters(request.adapters.of(&chosen.stage.name))?;
         latents = run_stage(executor, observer, request, chosen, contexts, starts)?;

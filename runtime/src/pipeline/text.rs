@@ -12,7 +12,7 @@ use crate::error::RunError;
 use crate::executor::Executor;
 use crate::tokenizer::Tokenizer;
 
-/// Contexts of one prompt, `[length, width]` each; empty for a stream that the model does not have.
+/// Contexts of one prompt, `[length, width]` each; empty for a modality that the plan does not make.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TextContext {
     /// For the video stream.
@@ -121,13 +121,19 @@ pub fn encode_prompt(
     executor.write(&program, "valid", &inputs.valid)?;
     executor.write(&program, "place", &inputs.place)?;
     executor.run(&program)?;
-    let outputs = ["video", "audio"].map(|name| executor.read(&program, name).map(Cow::into_owned));
-    let [video, audio] = outputs;
-    executor.write("connect", "video", &video?)?;
-    executor.write("connect", "audio", &audio?)?;
+    let connect = executor.program("connect")?;
+    let is_made = |m: &Modality| connect.inputs.iter().any(|slot| slot.name == m.name());
+    let made: Vec<Modality> = Modality::BOTH.into_iter().filter(is_made).collect();
+    let features = made.iter().map(|m| executor.read(&program, m.name()).map(Cow::into_owned));
+    for (modality, features) in made.iter().zip(features.collect::<Result<Vec<_>, _>>()?) {
+        executor.write("connect", modality.name(), &features)?;
+    }
     executor.run("connect")?;
-    Ok(TextContext {
-        video: executor.read("connect", "video_context")?.into_owned(),
-        audio: executor.read("connect", "audio_context")?.into_owned(),
-    })
+    let context = |m: Modality| -> Result<Vec<f32>, RunError> {
+        match made.contains(&m) {
+            true => Ok(executor.read("connect", &format!("{}_context", m.name()))?.into_owned()),
+            false => Ok(Vec::new()),
+        }
+    };
+    Ok(TextContext { video: context(Modality::Video)?, audio: context(Modality::Audio)? })
 }
