@@ -282,6 +282,18 @@ impl<'a> Executor<'a> {
                 tap.called(program, &sites.calls[number], started.elapsed());
             }
             while let Some(value) = values.next_if(|v| v.call == number) {
+                if tap.skips_finite(program, value) && backend.is_finite(value.region(), &value.ty)? == Some(true) {
+                    tap.finite(program, value);
+                    continue;
+                }
+                // What it was computed from may have been left unread; it is still there if nothing was written over it.
+                let inputs = value
+                    .reads
+                    .iter()
+                    .filter_map(|name| sites.values.iter().rfind(|v| v.name == *name && v.call < number));
+                for input in inputs.filter(|v| tap.skips_finite(program, v) && v.region() != value.region()) {
+                    tap.value(program, input, &backend.read(input.region(), input.ty.bytes() as u64)?)?;
+                }
                 tap.value(program, value, &backend.read(value.region(), value.ty.bytes() as u64)?)?;
             }
         }

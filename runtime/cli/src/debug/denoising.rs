@@ -119,6 +119,15 @@ impl Tap for Both<'_> {
         Ok(())
     }
 
+    fn skips_finite(&self, program: &Program, value: &Value) -> bool {
+        self.session.skips_finite(program, value)
+            && self.own.as_ref().is_none_or(|own| own.skips_finite(program, value))
+    }
+
+    fn finite(&mut self, program: &Program, value: &Value) {
+        self.own.iter_mut().for_each(|own| own.finite(program, value));
+    }
+
     fn end(&mut self, program: &Program) -> Result<(), RunError> {
         self.session.end(program)?;
         self.own.iter_mut().try_for_each(|own| own.end(program))
@@ -518,6 +527,14 @@ impl Tap for NanTap {
         }
         self.seen.insert(value.name.clone(), stats);
         Ok(())
+    }
+
+    fn skips_finite(&self, _: &Program, _: &Value) -> bool {
+        true
+    }
+
+    fn finite(&mut self, _: &Program, _: &Value) {
+        self.found.borrow_mut().checked += 1;
     }
 
     fn end(&mut self, program: &Program) -> Result<(), RunError> {

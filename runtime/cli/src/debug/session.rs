@@ -263,6 +263,11 @@ impl Tap for SessionTap<'_> {
         self.0.state.borrow_mut().value(program, value, bytes)
     }
 
+    fn skips_finite(&self, program: &Program, value: &Value) -> bool {
+        // Where nothing but the first bad value is wanted.
+        !self.0.state.borrow().interest(program, value).is_any()
+    }
+
     fn end(&mut self, program: &Program) -> Result<(), RunError> {
         self.0.state.borrow_mut().end(program)
     }

@@ -184,6 +184,36 @@ fn the_first_nan_is_named_with_its_layer() {
 }
 
 #[test]
+fn a_gpu_is_asked_for_sums_instead_of_values_and_names_the_same_layer() {
+    let place = Place::new();
+    if !crate::binary::has_vulkan(&place) {
+        return;
+    }
+    let key = format!("{BLOCK_1}attn1.to_k.weight");
+    let faulty = with_tensor(&place, &tiny().checkpoint, &key, plant_nan);
+    let nan = |checkpoint: &Path| {
+        let args = [
+            &["debug".to_string(), "nan".into()],
+            &tiny().model_args_with(checkpoint, &tiny().gemma)[..],
+            &SHAPE.map(String::from),
+        ];
+        let more = ["--json", "--device", "vulkan:0", "--pipeline", "distilled-one-stage"];
+        place.run(&with(args.concat(), &more))
+    };
+    let done = nan(&faulty);
+    let facts: Value = serde_json::from_str(&done.stdout).unwrap_or_else(|e| panic!("{e}: {}", done.stderr));
+    let value = facts["value"].as_str().unwrap();
+    assert!(
+        done.code == Some(1) && value.starts_with("transformer.blocks.1.") && value.contains("attn1.to_k"),
+        "{facts}"
+    );
+    // What it was computed from is read then, though it was not before.
+    assert!(facts["nan"].as_u64() > Some(0) && !facts["reads"].as_array().unwrap().is_empty(), "{facts}");
+    let done = nan(&tiny().checkpoint);
+    assert_eq!(done.code, Some(0), "{}{}", done.stdout, done.stderr);
+}
+
+#[test]
 fn bisecting_names_the_first_op_that_differs() {
     let place = Place::new();
     let key = format!("{BLOCK_1}attn2.to_v.weight");
@@ -407,6 +437,55 @@ fn decoders_are_traced_and_steps_agree() {
     for step in &steps {
         assert!(step["euler"].as_f64() < Some(1e-3) && step["x0_from_v"].as_f64() < Some(1e-3), "{step}");
     }
+}
+
+#[test]
+fn runs_are_compared_step_by_step_and_shown_block_by_block() {
+    let place = Place::new();
+    let recording = root().join("expected/e2e/ltx2/distilled.safetensors");
+    let meta = ltxc::debug::recording::TensorFile::open(&recording).unwrap().meta();
+    let prompt = meta["params"]["prompt"].as_str().unwrap().to_string();
+    let run = |checkpoint: &Path, more: &[&str]| {
+        let of = |name: &str| root().join(name).display().to_string();
+        let (checkpoint, gemma) = (checkpoint.display().to_string(), of("tiny-gemma3"));
+        let upsampler = of("tiny-ltx2/spatial-upscaler-x2-tiny.safetensors");
+        let model = ["--checkpoint-path", &checkpoint, "--gemma-root", &gemma, "--spatial-upsampler-path", &upsampler];
+        let size = ["-H", "128", "-W", "192", "--num-frames", "9", "-p", &prompt, "--json"];
+        let done = place.run(&[&["debug", "loop"], &model[..], &size, more].concat());
+        let lines = done.stdout.lines().map(|l| serde_json::from_str(l).unwrap_or_else(|e| panic!("{e}: {l}")));
+        (done.code, lines.collect::<Vec<Value>>(), done.stderr)
+    };
+    let compare = ["--compare", &recording.display().to_string()];
+    let (code, rows, errors) = run(&ltx2(), &compare);
+    assert_eq!(code, Some(0), "{rows:?} {errors}");
+    let names: Vec<&str> = rows.iter().filter_map(|r| r["tensor"].as_str()).collect();
+    for name in ["stage1.video.noised", "stage1.step7.audio.denoised", "stage2.step2.video.latent"] {
+        assert!(names.contains(&name), "no `{name}` in {names:?}");
+    }
+    let table = format!("{BLOCK_1}scale_shift_table");
+    let faulty = with_tensor(&place, &ltx2(), &table, |bytes| swap_rows(bytes, 6, 0, 1));
+    let (code, rows, _) = run(&faulty, &compare);
+    let first = rows.last().unwrap()["first_different"].clone();
+    assert_eq!((code, first.as_str()), (Some(1), Some("stage1.step0.video.denoised")), "{rows:?}");
+    // Streams behind every block of every step, and logs as a run writes them.
+    let (_, rows, errors) = run(&ltx2(), &["--blocks", "--debug-stage-sums-path", "sums.log"]);
+    let blocks = || rows.iter().filter(|r| r["block"].is_u64());
+    assert!(blocks().count() >= 2 * 2 * 11, "{} {errors}", blocks().count());
+    assert!(blocks().all(|b| b["std"].as_f64() > Some(0.0) && b["text_ratio"].as_f64() > Some(0.0)), "{rows:?}");
+    let log = String::from_utf8(place.read("sums.log")).unwrap();
+    assert!(log.starts_with("# ltxc ") && log.contains("stage=LTX2DenoisingStage"), "{log}");
+    // The latent of a step, which is noise at first.
+    let latents = |more: &[&str]| {
+        let args = [&["debug".to_string(), "latents".into()], &tiny().model_args()[..], &SHAPE.map(String::from)];
+        place.run(&with(args.concat(), more))
+    };
+    let done = latents(&["--step", "0", "--stage", "stage2", "--json", "--noise"]);
+    let facts: Value = serde_json::from_str(&done.stdout).unwrap_or_else(|e| panic!("{e}: {}", done.stderr));
+    assert_eq!(
+        (facts["tensor"].as_str(), &facts["shape"]),
+        (Some("stage2.step0.video.latent"), &serde_json::json!([1, 8, 2, 2, 2]))
+    );
+    crate::binary::sentence(&latents(&["--step", "99"]), &["`stage1` has no step 99"]);
 }
 
 #[test]

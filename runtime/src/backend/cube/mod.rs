@@ -19,6 +19,7 @@ use std::sync::Arc;
 
 use cubecl::client::ComputeClient;
 use cubecl::server::Handle;
+use ltxc_ir::ops::{Reduce, ReduceKind};
 use ltxc_ir::plan::{
     Copy, Kernel, KernelCall, KernelDevice, KernelForm, Operand, Plan, PlanKernel, Step, Target, Work,
 };
@@ -33,9 +34,13 @@ use super::{
 };
 use crate::error::RunError;
 use crate::memory::MemoryNeed;
+use crate::stats::decoded;
 
 /// Uploads and downloads go in pieces of this size, so that staging memory stays small.
 const STAGING_BYTES: usize = 16 << 20;
+
+/// Values from which on a sum on the device is cheaper than a download.
+const LEAST_SUMMED: usize = 1 << 10;
 
 /// Most bytes of uploads on their way: staging memory is given back when the device has copied from it.
 const MOST_STAGED_BYTES: u64 = 64 << 20;
@@ -369,6 +374,34 @@ impl<'a, R: Known> Backend<'a> for Cube<'a, R> {
         }
         guard::check_poisoned().map_err(|e| self.problem(e))?;
         Ok(Cow::Owned(out))
+    }
+
+    /// By a sum, which nothing that is not finite leaves finite: first of rows, then of their sums.
+    fn is_finite(&self, from: Region, ty: &TensorType) -> Result<Option<bool>, RunError> {
+        let elements = ty.elements();
+        if !ty.dtype.is_float() || elements < LEAST_SUMMED || !from.offset.is_multiple_of(self.alignment) {
+            return Ok(None);
+        }
+        // Rows about as many as columns, so that neither sum has few units.
+        let columns = (1..=elements.isqrt()).rev().find(|c| elements.is_multiple_of(*c)).unwrap_or(1);
+        let types = [[elements / columns, columns], [elements / columns, 1], [1, 1]];
+        let types = types.map(|shape| TensorType::new(ty.dtype, shape));
+        let sum = |axes: &[usize]| Kernel::Reduce(Reduce { kind: ReduceKind::Sum, axes: axes.into() });
+        let summed = || -> Result<Handle, String> {
+            let all = self.buffer(from.buffer).part(from.offset, types[0].bytes() as u64)?;
+            let empty = |ty: &TensorType| self.client.empty(ty.bytes().next_multiple_of(4));
+            let (rows, one) = (empty(&types[1]), empty(&types[2]));
+            let tensor = |i: usize, handle: &Handle| CubeTensor { ty: &types[i], handle: handle.clone() };
+            cube::launch(&self.client, &sum(&[1]), &[tensor(0, &all)], &[tensor(1, &rows)], None)?;
+            cube::launch(&self.client, &sum(&[0]), &[tensor(1, &rows)], &[tensor(2, &one)], None)?;
+            Ok(one)
+        };
+        let one = summed().map_err(|e| self.problem(e))?;
+        self.synchronize()?;
+        let found = self.client.read_one(one).map_err(|e| self.problem(format!("{e:?}")))?;
+        guard::check_poisoned().map_err(|e| self.problem(e))?;
+        let bytes = found.get(..types[2].bytes()).ok_or_else(|| self.problem("a download came short".into()))?;
+        Ok(Some(decoded(&types[2], bytes).iter().all(|sum| sum.is_finite())))
     }
 
     fn bind(&mut self, call: Call<'a>) -> Result<CallId, RunError> {
