@@ -287,12 +287,12 @@ impl<'a> Executor<'a> {
                     continue;
                 }
                 // What it was computed from may have been left unread; it is still there if nothing was written over it.
-                let inputs = value
-                    .reads
-                    .iter()
-                    .filter_map(|name| sites.values.iter().rfind(|v| v.name == *name && v.call < number));
-                for input in inputs.filter(|v| tap.skips_finite(program, v) && v.region() != value.region()) {
-                    tap.value(program, input, &backend.read(input.region(), input.ty.bytes() as u64)?)?;
+                for name in &value.reads {
+                    let input = sites.values.iter().rfind(|v| v.name == *name && v.call < number);
+                    let Some(input) = input.filter(|v| v.region() != value.region()) else { continue };
+                    if tap.skips_finite(program, input) {
+                        tap.value(program, input, &backend.read(input.region(), input.ty.bytes() as u64)?)?;
+                    }
                 }
                 tap.value(program, value, &backend.read(value.region(), value.ty.bytes() as u64)?)?;
             }
