@@ -379,8 +379,12 @@ impl<'a, R: Known> Backend<'a> for Cube<'a, R> {
     /// By a sum, which nothing that is not finite leaves finite: first of rows, then of their sums.
     fn is_finite(&self, from: Region, ty: &TensorType) -> Result<Option<bool>, RunError> {
         let elements = ty.elements();
-        if !ty.dtype.is_float() || elements < LEAST_SUMMED || !from.offset.is_multiple_of(self.alignment) {
+        if !ty.dtype.is_float() {
             return Ok(None);
+        }
+        if elements < LEAST_SUMMED || !from.offset.is_multiple_of(self.alignment) {
+            let bytes = self.read(from, ty.bytes() as u64)?;
+            return Ok(Some(decoded(ty, &bytes).iter().all(|v| v.is_finite())));
         }
         // Rows about as many as columns, so that neither sum has few units.
         let columns = (1..=elements.isqrt()).rev().find(|c| elements.is_multiple_of(*c)).unwrap_or(1);
