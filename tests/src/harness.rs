@@ -96,20 +96,26 @@ pub fn reference(module: &Module, entry: &str, args: &[Tensor], sources: Sources
     Run { results, taps: taps.take() }
 }
 
+/// The file of a test as a source of a plan.
+///
+/// # Panics
+/// If it cannot be read.
+#[track_caller]
+pub fn source(name: &str, file: &TensorFile) -> WeightSource {
+    let opened = WeightFile::open(&file.path).unwrap_or_else(|e| panic!("{e}"));
+    let identity = opened.identity(false).unwrap_or_else(|e| panic!("{e}"));
+    WeightSource { name: name.into(), files: vec![identity], renames: Vec::new() }
+}
+
 /// Compiles `entry` into a plan of one program, which has passed through its file format.
 ///
 /// # Panics
 /// If it does not compile.
 #[track_caller]
 pub fn plan_of(module: &Module, entry: &str, sources: Sources<'_>) -> Plan {
-    let source = |(name, file): &(&str, &TensorFile)| {
-        let opened = WeightFile::open(&file.path).unwrap_or_else(|e| panic!("{e}"));
-        let identity = opened.identity(false).unwrap_or_else(|e| panic!("{e}"));
-        WeightSource { name: name.to_string(), files: vec![identity], renames: Vec::new() }
-    };
     let options = Options { verify: true, ..Options::default() };
     let slots = WeightSource { name: ADAPTER_SLOTS.into(), files: Vec::new(), renames: Vec::new() };
-    let sources = sources.iter().map(source).chain([slots]).collect();
+    let sources = sources.iter().map(|(name, file)| source(name, file)).chain([slots]).collect();
     let mut builder = PlanBuilder::new("ltxc-tests", Target::cpu(), options, sources);
     builder.add("main", "main", module, entry).unwrap_or_else(|e| panic!("{e}"));
     let plan = builder.finish(Pipeline::default()).unwrap_or_else(|e| panic!("{e}"));

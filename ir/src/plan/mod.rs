@@ -15,6 +15,7 @@ pub mod container;
 pub mod fused;
 mod inputs;
 mod kernel;
+mod overwrite;
 mod pipeline;
 mod settings;
 pub mod summary;
@@ -26,6 +27,7 @@ use serde::{Deserialize, Serialize};
 pub use fused::{Access, Form, Fused, Part, PartArg, Source, Work};
 pub use inputs::*;
 pub use kernel::{Copy, Function as MapFunction, InPlace, Kernel, Map, MapStep};
+pub use overwrite::may_overwrite;
 pub use pipeline::*;
 
 use crate::graph::Rate;
@@ -207,7 +209,7 @@ fn without_common_end<'a>(a: &'a str, b: &'a str) -> (&'a str, &'a str) {
     }
 }
 
-/// State shared by the programs of one group: what slow programs leave for fast ones.
+/// State shared by the programs of one group: what slow programs leave for fast ones, and what programs update in place.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Group {
     /// Name, for example `stage1`.

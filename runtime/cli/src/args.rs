@@ -48,6 +48,8 @@ pub enum Command {
     Lora(LoraCommand),
     /// Write synthetic model files in the published format.
     Synth(SynthArgs),
+    /// Let the text encoder write a prompt anew, in detail, and print that.
+    Enhance(EnhanceArgs),
     /// Measure how long the parts of a plan take, and how close to the limits of the device.
     Bench(BenchArgs),
     /// Make ./demo.mp4 with a tiny synthetic model.
@@ -126,6 +128,9 @@ pub struct ShapeArgs {
     /// Room for live LoRAs, whose ranks add up to this at most; without, LoRAs are merged into the weights [default: 0]
     #[arg(long, value_name = "RANK")]
     pub lora_rank: Option<u32>,
+    /// Let the text encoder write the prompt anew, in detail, before it is encoded.
+    #[arg(long)]
+    pub enhance_prompt: bool,
     /// Other tools quantise weights when they load them; here weights are used as they are stored.
     #[arg(long, value_name = "MODE", hide = true, alias = "quant")]
     pub quantization: Option<String>,
@@ -602,6 +607,27 @@ pub struct SynthArgs {
     pub preset: Preset,
     /// Folder to write into.
     pub dir: PathBuf,
+}
+
+/// `ltxc enhance`.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  ltxc enhance --gemma-root gemma-3-12b --prompt \"a red fox in deep snow\"")]
+pub struct EnhanceArgs {
+    /// Folder of the Gemma text encoder, or its hub name.
+    #[arg(long, value_name = "DIR", aliases = ["gemma-path", "text-encoder", "gemma"])]
+    pub gemma_root: PathBuf,
+    /// What to show; `-` reads standard input, `@FILE` a file.
+    #[arg(long, short)]
+    pub prompt: String,
+    /// Seed of the words that are drawn, or `random`.
+    #[arg(long, default_value = "42")]
+    pub seed: String,
+    /// For a video that begins with an image: leave its looks to it.
+    #[arg(long)]
+    pub image_to_video: bool,
+    /// Device: auto, cpu, cuda:N, vulkan:N or metal
+    #[arg(long, default_value = "auto")]
+    pub device: DeviceChoice,
 }
 
 /// `ltxc bench`.

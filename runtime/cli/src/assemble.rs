@@ -2,6 +2,7 @@
 //!
 //! # Programs
 //! - `encode.<n>` and `connect`: text to contexts, a program per bucket of prompt lengths;
+//! - `enhance.prefill` and `enhance.decode`, if prompts are to be enhanced;
 //! - one group per stage and kind of conditioning, named by [`StageClass::name`], with a program for every combination
 //!   of modalities that one step may update;
 //! - `encode_image.<stage>`, `upsample`, `decode.<f>x<h>x<w>`, `decode_audio`.
@@ -10,6 +11,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use ltxc_ir::identity::FileIdentity;
 use ltxc_ir::plan::{
     AudioSettings, Inputs, Modality, ModelInfo, Pass, Pipeline, Stage, StageAdapter, StageClass, StepProgram,
     StreamClass, TextSettings, VideoSettings, WeightSource,
@@ -17,7 +19,7 @@ use ltxc_ir::plan::{
 use ltxc_ir::tiling::TilePlan;
 use ltxc_ir::{DType, Module};
 use ltxc_models::audio::{self, AudioVaeConfig, VocoderConfig, decode_audio};
-use ltxc_models::checkpoint::{Checkpoint, GemmaFolder, Generation, hub};
+use ltxc_models::checkpoint::{Checkpoint, GemmaFolder, Generation, Location, hub};
 use ltxc_models::text::{self, TextConfig, TextWeights};
 use ltxc_models::transformer::{self, BlockSet, Perturbation, StreamSpec, TransformerConfig, TransformerSpec};
 use ltxc_models::upsampler::{Enlarge, UpsamplerConfig, upsample};
@@ -28,6 +30,7 @@ use ltxc_runtime::pipeline::encode;
 use ltxc_runtime::pipeline::needed_passes;
 
 use crate::args::ModelArgs;
+use crate::enhance;
 use crate::job::Shape;
 use crate::pipelines::{Basis, StageDraft, definition, guidance, inputs};
 use crate::tensors;
@@ -106,25 +109,32 @@ impl ModelFiles {
     /// # Errors
     /// A file that cannot be read.
     pub fn sources(&self) -> Result<Vec<WeightSource>> {
-        let stored =
-            |(key, at): (&'_ str, ltxc_models::checkpoint::Location<'_>)| (key.to_string(), at.stored.key.clone());
-        let source = |name: &str, files, keys: Vec<(String, String)>| {
-            let renames = WeightSource::renames_of(keys.iter().map(|(a, b)| (a.as_str(), b.as_str())));
-            WeightSource { name: name.into(), files, renames }
+        let checkpoint = |name: &str, file: &Checkpoint| -> Result<WeightSource> {
+            Ok(source(name, file.identities(self.verify)?, file.tensors()))
         };
-        let mut sources = vec![
-            source(MODEL, self.model.identities(self.verify)?, self.model.tensors().map(stored).collect()),
-            source(GEMMA, self.gemma.identities(self.verify)?, self.gemma.tensors().map(stored).collect()),
-        ];
+        let mut sources = vec![checkpoint(MODEL, &self.model)?, gemma_source(&self.gemma, self.verify)?];
         if let Some(upsampler) = &self.upsampler {
-            sources.push(source(
-                UPSAMPLER,
-                upsampler.identities(self.verify)?,
-                upsampler.tensors().map(stored).collect(),
-            ));
+            sources.push(checkpoint(UPSAMPLER, upsampler)?);
         }
         Ok(sources)
     }
+}
+
+/// The text encoder as a source of a plan.
+///
+/// # Errors
+/// A file that cannot be read.
+pub(crate) fn gemma_source(gemma: &GemmaFolder, verify: bool) -> Result<WeightSource> {
+    Ok(source(GEMMA, gemma.identities(verify)?, gemma.tensors()))
+}
+
+fn source<'k>(
+    name: &str,
+    files: Vec<FileIdentity>,
+    tensors: impl Iterator<Item = (&'k str, Location<'k>)>,
+) -> WeightSource {
+    let keys: Vec<(&str, &str)> = tensors.map(|(key, at)| (key, at.stored.key.as_str())).collect();
+    WeightSource { name: name.into(), files, renames: WeightSource::renames_of(keys.iter().copied()) }
 }
 
 /// A path as it is, or the local copy of a hub name.
@@ -179,6 +189,12 @@ pub fn assemble(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
     let states = if dtype == DType::F16 { DType::F32 } else { dtype };
     for bucket in BUCKETS {
         programs.add("text", &format!("encode.{bucket}"), text::encode(&model.text, &text_weights, bucket, states));
+    }
+    if shape.enhances_prompt {
+        match enhance::programs(&model.text.gemma, &asked[1].1, states) {
+            Ok(built) => programs.built.extend(built),
+            Err(failure) => programs.fail(failure),
+        }
     }
     let connectors = &model.text.connectors;
     programs.add("text", "connect", text::connect(connectors, &model.weights, text::CONTEXT_TOKENS, dtype));
@@ -307,8 +323,13 @@ impl Programs {
     fn add(&mut self, group: &str, name: &str, module: Result<Module, ModelError>) {
         match module {
             Ok(module) => self.built.push(ProgramSource { group: group.into(), name: name.into(), module }),
-            Err(ModelError::Weights { .. }) => {}
-            Err(failure) => drop(self.failure.get_or_insert(failure)),
+            Err(failure) => self.fail(failure),
+        }
+    }
+
+    fn fail(&mut self, failure: ModelError) {
+        if !matches!(failure, ModelError::Weights { .. }) {
+            self.failure.get_or_insert(failure);
         }
     }
 }

@@ -31,6 +31,7 @@ use crate::compile::{cached, read, unfused};
 use crate::debug::flags::{DebugMode, DebugOptions};
 use crate::debug::noise::summary as noise_summary;
 use crate::debug::session::{About, Session};
+use crate::enhance;
 use crate::inputs;
 use crate::job::{self, ImageArg, Shape, pick};
 use crate::pipelines::{definition, describe, stage_choice};
@@ -104,6 +105,7 @@ pub struct Runner {
     weights: WeightFiles,
     tokenizer: PathBuf,
     adapters: StageAdapters,
+    enhances_prompt: bool,
 }
 
 /// What one run chooses.
@@ -148,6 +150,10 @@ impl Runner {
         let loras = Loras::open(&args.adapters, lora_occurrences)?;
         let (plan_path, folders) = plan_and_folders(args, images, &loras, mode)?;
         let (plan, hash) = read(&plan_path)?;
+        let enhances_prompt = args.shape.enhance_prompt;
+        if enhances_prompt {
+            enhance::check(&plan)?;
+        }
         let device = pick(&args.shape.device, Some(&plan))?;
         let weights = WeightFiles::open(&plan, &folders, args.model.verify)?;
         let fits = match loras.is_empty() {
@@ -166,7 +172,7 @@ impl Runner {
             _ => report.note(&format!("device {}: {}", device.name, device.description)),
         }
         let tokenizer = tokenizer.parent().unwrap_or(Path::new(".")).to_path_buf();
-        Ok(Runner { plan, hash, device, weights, tokenizer, adapters })
+        Ok(Runner { plan, hash, device, weights, tokenizer, adapters, enhances_prompt })
     }
 
     /// Hash of the plan.
@@ -195,7 +201,7 @@ impl Runner {
     ) -> Result<Made> {
         let (plan, content) = (&self.plan, choice.content);
         let seed = job::seed(&content.seed)?;
-        let (prompt, negative) = (job::prompt(content)?, job::negative_prompt(content)?);
+        let (said, negative) = (job::prompt(content)?, job::negative_prompt(content)?);
         report.note(&format!("seed {seed}, {} ({})", plan.pipeline.name, plan.pipeline.model.generation));
         let images = job::images(&content.image, &choice.occurrences.image)?;
         let conditioning = images.iter().map(|i| load(i, plan, content.image_codec)).collect::<Result<Vec<_>>>()?;
@@ -205,19 +211,28 @@ impl Runner {
         for stage in &plan.pipeline.stages {
             report.note(&describe(stage, stages.get(&stage.name), &plan.pipeline.modalities()));
         }
+        let media = inputs::load(content, &references, plan)?;
+        let mut output = FileOutput::create(choice.output, plan)?;
+        let tokenizer = Tokenizer::from_folder(&self.tokenizer)?;
+        let mut prompt = said.clone();
+        if self.enhances_prompt {
+            let seed = enhance::seed_of(&plan.pipeline.name, seed);
+            prompt = enhance::enhanced(executor, &tokenizer, &said, !images.is_empty(), seed, report)?;
+            report.note(&format!("enhanced prompt: {prompt}"));
+        }
+        if choice.has_metadata {
+            output.tag(&prompt, self.enhances_prompt.then_some(&said), seed, &self.hash);
+        }
         let request = Request {
             prompt: &prompt,
             negative_prompt: &negative,
             images: &conditioning,
-            media: inputs::load(content, &references, plan)?,
+            media,
             stages,
             noise: Noise { seed, given: BTreeMap::new(), files: noise_files(content) },
             adapters: self.adapters.clone(),
             allow_bad_numerics: content.allow_bad_numerics,
         };
-        let tags = if choice.has_metadata { tags(&prompt, seed, &self.hash) } else { Vec::new() };
-        let mut output = FileOutput::create(choice.output, plan, tags)?;
-        let tokenizer = Tokenizer::from_folder(&self.tokenizer)?;
         match debug.is_on() {
             false => run_pipeline(executor, tokenizer, &request, report, &mut output)?,
             true => {
@@ -313,13 +328,6 @@ fn noise_files(content: &ContentArgs) -> BTreeMap<String, PathBuf> {
     slots.into_iter().filter_map(|(slot, path)| Some((slot.to_string(), path.clone()?))).collect()
 }
 
-fn tags(prompt: &str, seed: u64, hash: &[u8; 32]) -> Vec<(String, String)> {
-    let hex: String = hash.iter().map(|b| format!("{b:02x}")).collect();
-    [("comment", prompt.to_string()), ("seed", seed.to_string()), ("plan_hash", hex)]
-        .map(|(name, value)| (name.to_string(), value))
-        .into()
-}
-
 /// Sampling rate that every format has.
 const COMMON_RATE_HZ: usize = 48_000;
 
@@ -330,7 +338,7 @@ struct FileOutput {
 }
 
 impl FileOutput {
-    fn create(path: &Path, plan: &Plan, tags: Vec<(String, String)>) -> Result<FileOutput> {
+    fn create(path: &Path, plan: &Plan) -> Result<FileOutput> {
         let video = &plan.pipeline.video;
         let made = plan.pipeline.modalities();
         let is_sound = path.extension().is_some_and(|e| e.eq_ignore_ascii_case("wav"));
@@ -340,10 +348,20 @@ impl FileOutput {
         let has_video = made.contains(&Modality::Video) && !is_sound;
         let rate = Rational::new(video.frame_rate.0, video.frame_rate.1)?;
         let format = || VideoFormat::new(video.width as usize, video.height as usize, rate);
-        let mut options = OutputOptions::default();
-        options.tags.extend(tags);
-        let writer = MediaWriter::create(path, has_video.then(format).transpose()?, options)?;
+        let writer = MediaWriter::create(path, has_video.then(format).transpose()?, OutputOptions::default())?;
         Ok(FileOutput { writer, has_video })
+    }
+
+    /// Says in the output how it was made: with which prompt, and what the user said if that was something else.
+    fn tag(&mut self, prompt: &str, said: Option<&String>, seed: u64, plan_hash: &[u8; 32]) {
+        let hex: String = plan_hash.iter().map(|b| format!("{b:02x}")).collect();
+        let tags =
+            [("comment", Some(prompt.into())), ("prompt_given", said.cloned()), ("seed", Some(seed.to_string()))];
+        for (name, value) in tags.into_iter().chain([("plan_hash", Some(hex))]) {
+            if let Some(value) = value {
+                self.writer.tag(name, value);
+            }
+        }
     }
 }
 

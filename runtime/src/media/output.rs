@@ -56,7 +56,7 @@ pub struct OutputOptions {
     pub kind: Option<Kind>,
     /// Video quality on the scale of x264's `crf`; lower is better. The reference writes 19.
     pub crf: u8,
-    /// Names and values that an MP4 file carries, such as the prompt (`comment`), `seed` and `plan_hash`.
+    /// Names and values that an MP4 file carries; see [`MediaWriter::tag`] for later ones.
     pub tags: Vec<(String, String)>,
     /// Called after every frame.
     pub progress: Option<Progress>,
@@ -180,6 +180,11 @@ impl MediaWriter {
             }
         }
         Ok(())
+    }
+
+    /// Adds a name and a value that an MP4 file carries.
+    pub fn tag(&mut self, name: &str, value: String) {
+        self.options.tags.push((name.into(), value));
     }
 
     /// Whether the format holds sound of this rate, in samples per second.

@@ -6,6 +6,7 @@ mod bad_plans;
 mod bench;
 mod binary;
 mod devices;
+mod enhance;
 mod everyday;
 mod inputs;
 mod jobs;
