@@ -10,14 +10,14 @@ use ltxc_ir::plan::{Pipeline, Plan, SlotPlace, container};
 use ltxc_ir::{Builder, DType, Module, Rate, TensorType};
 use ltxc_models::text::{self, GemmaConfig};
 use ltxc_models::{Functions, Weights};
-use ltxc_runtime::backend::{Device, DeviceName, find, open};
+use ltxc_runtime::backend::{Device, open};
 use ltxc_runtime::executor::Executor;
 use ltxc_runtime::pipeline::Silent;
 use ltxc_runtime::pipeline::enhance::{DECODE, GROUP, MOST_WRITTEN, PREFILL, answer, can_enhance, enhance};
 use ltxc_runtime::tokenizer::Turn;
 use ltxc_runtime::weights::WeightFiles;
 use ltxc_tests::compare::{Report, relative_l2};
-use ltxc_tests::harness;
+use ltxc_tests::harness::{self, processor};
 
 use super::Model;
 use crate::pipeline::gpu;
@@ -27,10 +27,6 @@ const LIMIT: f64 = 1e-5;
 
 /// Tokens that are chosen after a text.
 const WRITTEN: usize = 12;
-
-fn processor() -> Device {
-    find(Some("cpu")).named(&DeviceName::Cpu).expect("there is a processor").clone()
-}
 
 /// Scores of what follows `ids`, all of which are read at once.
 fn whole(model: &Model, config: &GemmaConfig, ids: &[i32]) -> Vec<f32> {
