@@ -500,6 +500,9 @@ pub struct ContentArgs {
     /// Clip of which a part is made anew: H.264 in MP4 or MOV, a folder of images, or what ffmpeg reads.
     #[arg(long, value_name = "PATH")]
     pub video_path: Option<PathBuf>,
+    /// The clip is a folder of EXR frames, whose numbers are these; EXR frames are written too, into a folder.
+    #[arg(long, value_enum, value_name = "SPACE", ignore_case = true)]
+    pub hdr: Option<Hdr>,
     /// Where that part begins, in seconds [default: 0]
     #[arg(long, value_name = "SECONDS")]
     pub start_time: Option<f64>,
@@ -539,6 +542,20 @@ pub struct ContentArgs {
     /// Go on with latents or frames that are NaN, infinite or constant.
     #[arg(long)]
     pub allow_bad_numerics: bool,
+}
+
+/// What the numbers of EXR frames are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Hdr {
+    /// Light, primaries of sRGB.
+    #[value(name = "SRGB_LINEAR")]
+    SrgbLinear,
+    /// Light, primaries AP1.
+    #[value(name = "ACESCG")]
+    AcesCg,
+    /// A logarithm of light, primaries AP1.
+    #[value(name = "ACESCCT")]
+    AcesCct,
 }
 
 /// Codec for the H.264 round trip of conditioning images.

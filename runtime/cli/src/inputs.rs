@@ -3,11 +3,15 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use ltxc_ir::DType;
 use ltxc_ir::plan::{Modality, Plan, ReferenceInput};
-use ltxc_runtime::media::{Clip, ClipRate, MediaError, Rational, Window, load_audio, resize_and_crop};
+use ltxc_runtime::media::{
+    Clip, ClipInfo, ClipRate, ColourSpace, ExrSequence, MediaError, Rational, Window, is_exr, load_audio,
+    resize_and_crop,
+};
 use ltxc_runtime::pipeline::{Attention, Media, Reference, SourceClip};
 
-use crate::args::{ContentArgs, ShapeArgs};
+use crate::args::{ContentArgs, Hdr, ShapeArgs};
 
 /// A path with a strength, as given on the command line.
 #[derive(Clone, Debug, PartialEq)]
@@ -45,7 +49,7 @@ pub fn weighted(flag: &str, values: &[String], occurrences: &[usize]) -> Result<
 /// # Errors
 /// A clip that cannot be read, or has no rate while none is given.
 pub fn shape_of_clip(args: &ShapeArgs, path: &Path) -> Result<ShapeArgs> {
-    let info = Clip::open(path)?.info();
+    let info = info(path)?;
     let rate = match info.rate {
         ClipRate::Constant(rate) => Some(rate.to_string()),
         ClipRate::Variable(_) | ClipRate::Free => None,
@@ -62,6 +66,46 @@ pub fn shape_of_clip(args: &ShapeArgs, path: &Path) -> Result<ShapeArgs> {
         frame_rate: args.frame_rate.clone().or(rate),
         ..args.clone()
     })
+}
+
+/// What a clip or a sequence of EXR files is.
+fn info(path: &Path) -> Result<ClipInfo, MediaError> {
+    match is_exr(path) {
+        true => ExrSequence::open(path).map(|sequence| sequence.info()),
+        false => Clip::open(path).map(|clip| clip.info()),
+    }
+}
+
+/// The colour space of a run with a high dynamic range.
+///
+/// # Errors
+/// A run without a clip, or a plan that computes with less than f32.
+pub fn colour_space(content: &ContentArgs, plan: &Plan) -> Result<Option<ColourSpace>> {
+    let Some(hdr) = content.hdr else { return Ok(None) };
+    if content.video_path.is_none() {
+        bail!("`--hdr` says what the EXR frames of a clip are; give the clip with `--video-path`, or leave it out");
+    }
+    if plan.pipeline.dtype != DType::F32 {
+        bail!("`--hdr` needs the precision of f32; compile the plan without `--dtype {}`", plan.pipeline.dtype);
+    }
+    Ok(Some(match hdr {
+        Hdr::SrgbLinear => ColourSpace::SrgbLinear,
+        Hdr::AcesCg => ColourSpace::AcesCg,
+        Hdr::AcesCct => ColourSpace::AcesCct,
+    }))
+}
+
+/// The frames of a clip, as models see them.
+fn frames_of(path: &Path, window: Window, info: ClipInfo, space: Option<ColourSpace>) -> Result<Vec<f32>> {
+    match (is_exr(path), space) {
+        (true, Some(space)) => Ok(ExrSequence::open(path)?.load(window.frames, space)?),
+        (true, None) => bail!(
+            "`{}` holds EXR frames; say what their numbers are with `--hdr SRGB_LINEAR`, `ACESCG` or `ACESCCT`",
+            path.display()
+        ),
+        (false, Some(_)) => bail!("`{}` holds no EXR frames; leave `--hdr` out", path.display()),
+        (false, None) => Ok(Clip::open(path)?.load(window, info.width, info.height)?),
+    }
 }
 
 /// Reads what a run brings.
@@ -81,8 +125,7 @@ pub fn load(content: &ContentArgs, references: &[Weighted], plan: &Plan) -> Resu
         bail!("pipeline `{}` takes no reference videos; leave `{}` out", plan.pipeline.name, given.path.display());
     }
     if let Some(path) = &content.video_path {
-        let clip = Clip::open(path)?;
-        let info = clip.info();
+        let info = info(path)?;
         if (info.width, info.height) != (video.width as usize, video.height as usize) {
             bail!(
                 "`{}` is {}x{}, the plan is for {}x{}; compile it with `--width {} --height {}`, which must be multiples of {}",
@@ -97,7 +140,7 @@ pub fn load(content: &ContentArgs, references: &[Weighted], plan: &Plan) -> Resu
             );
         }
         let window = Window { rate, start_seconds: 0.0, frames: video.frames as usize };
-        let frames = clip.load(window, info.width, info.height)?;
+        let frames = frames_of(path, window, info, colour_space(content, plan)?)?;
         let end = content.end_time.unwrap_or(seconds);
         let kept = match (content.keep_video, content.keep_audio) {
             (true, true) => bail!("`--keep-video` and `--keep-audio` leave nothing to be made anew; give one of them"),
@@ -109,6 +152,7 @@ pub fn load(content: &ContentArgs, references: &[Weighted], plan: &Plan) -> Resu
         media.sound = match load_audio(path, 0.0, seconds) {
             Ok(recording) => Some(recording),
             Err(MediaError::NoSound { .. }) => None,
+            Err(_) if is_exr(path) => None,
             Err(error) => return Err(error.into()),
         };
     }

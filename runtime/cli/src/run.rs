@@ -14,7 +14,8 @@ use ltxc_runtime::audio_frontend::resample;
 use ltxc_runtime::backend::{Device, DeviceKind, open};
 use ltxc_runtime::executor::Executor;
 use ltxc_runtime::media::{
-    Audio, MediaWriter, OutputOptions, Rational, RoundTrip, VideoFormat, Written, image_round_trip, load_image,
+    Audio, ColourSpace, MediaWriter, OutputOptions, Rational, RoundTrip, VideoFormat, Written, image_round_trip,
+    load_image,
 };
 use ltxc_runtime::memory::{MemoryNeed, available, readable};
 use ltxc_runtime::noise_files;
@@ -212,7 +213,8 @@ impl Runner {
             report.note(&describe(stage, stages.get(&stage.name), &plan.pipeline.modalities()));
         }
         let media = inputs::load(content, &references, plan)?;
-        let mut output = FileOutput::create(choice.output, plan)?;
+        let hdr = inputs::colour_space(content, plan)?;
+        let mut output = FileOutput::create(choice.output, plan, hdr)?;
         let tokenizer = Tokenizer::from_folder(&self.tokenizer)?;
         let mut prompt = said.clone();
         if self.enhances_prompt {
@@ -338,7 +340,7 @@ struct FileOutput {
 }
 
 impl FileOutput {
-    fn create(path: &Path, plan: &Plan) -> Result<FileOutput> {
+    fn create(path: &Path, plan: &Plan, hdr: Option<ColourSpace>) -> Result<FileOutput> {
         let video = &plan.pipeline.video;
         let made = plan.pipeline.modalities();
         let is_sound = path.extension().is_some_and(|e| e.eq_ignore_ascii_case("wav"));
@@ -348,7 +350,8 @@ impl FileOutput {
         let has_video = made.contains(&Modality::Video) && !is_sound;
         let rate = Rational::new(video.frame_rate.0, video.frame_rate.1)?;
         let format = || VideoFormat::new(video.width as usize, video.height as usize, rate);
-        let writer = MediaWriter::create(path, has_video.then(format).transpose()?, OutputOptions::default())?;
+        let options = OutputOptions { hdr, ..OutputOptions::default() };
+        let writer = MediaWriter::create(path, has_video.then(format).transpose()?, options)?;
         Ok(FileOutput { writer, has_video })
     }
 
