@@ -47,7 +47,7 @@ pub fn run(folder: &Path, ltxc: &Path, threads: usize) -> Result<Findings> {
         let what = format!("{}×{}, {} frames, {dtype}: predicted, measured", shape[0], shape[1], shape[2]);
         rows.push(Row::compared(&what, "MB", predicted, measured, None));
         cells.extend(need.parts.iter().map(|part| {
-            let parts = [part.total(), part.arena, part.state, part.packed, part.workspace, part.host];
+            let parts = [need.total(part), part.arena, part.state, part.packed, part.workspace, part.host];
             let named = [what.split(':').next().unwrap_or_default().to_string(), part.name.clone()];
             named.into_iter().chain(parts.map(|b| figure(megabytes(b)))).collect()
         }));

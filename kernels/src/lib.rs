@@ -31,5 +31,6 @@ pub mod cpu;
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
 pub mod cube;
 pub mod fusion;
+pub mod scratch;
 #[cfg(test)]
 mod test_plan;

@@ -397,7 +397,9 @@ fn product(up: &[bf16], down: &[bf16], rank: usize, inputs: usize) -> Result<Vec
     let a = whole(cpu.weight(Weight::Mapped(bytemuck::cast_slice(&up), 4))?);
     let b = whole(cpu.weight(Weight::Mapped(bytemuck::cast_slice(down), 2))?);
     let out = whole(cpu.allocate(result.bytes() as u64)?);
-    let call = cpu.bind(Call { work: &work, args: vec![(&left, a), (&right, b)], results: vec![(&result, out)] })?;
+    let call =
+        Call { work: &work, args: vec![(&left, a), (&right, b)], results: vec![(&result, out)], flops: 0, bytes: 0 };
+    let call = cpu.bind(call)?;
     cpu.launch(call)?;
     let bytes = cpu.read(out, result.bytes() as u64)?;
     Ok(bytemuck::pod_collect_to_vec(&bytes))

@@ -36,6 +36,16 @@ pub enum RunError {
     DeviceLimit { device: DeviceName, what: String },
     #[error("`{device}`: {problem}; run `ltxc doctor` to see the devices, or compile and run with `--device cpu`")]
     Device { device: DeviceName, problem: String },
+    #[error(
+        "`{device}` ran out of memory, which others may hold; close other programs, compile a smaller size or fewer frames, or choose another `--device`"
+    )]
+    DeviceMemory { device: DeviceName },
+    #[error(
+        "`{device}` was lost: its driver reset it, or it was unplugged; run again, and if that happens again, update the driver or choose another `--device`"
+    )]
+    DeviceLost { device: DeviceName },
+    #[error("{}", frozen(device, kernel.as_deref()))]
+    Frozen { device: DeviceName, kernel: Option<String> },
     #[error("{0}")]
     Input(String),
     #[error(
@@ -59,6 +69,18 @@ impl RunError {
     pub fn io(path: impl Into<PathBuf>, source: std::io::Error) -> RunError {
         RunError::Io { path: path.into(), source }
     }
+}
+
+/// What is said about kernels that may not be compiled.
+fn frozen(device: &DeviceName, kernel: Option<&str>) -> String {
+    let kernel = kernel.map_or("kernels".into(), |kernel| format!("`{kernel}`"));
+    let way_out = match device {
+        DeviceName::Cuda(_) => {
+            format!("run `ltxc tune PLAN --device {device}` on this machine, or leave `--frozen` out")
+        }
+        _ => "it takes no compiled kernels from a plan, so leave `--frozen` out".into(),
+    };
+    format!("`{device}` would have to compile {kernel}, which `--frozen` forbids; {way_out}")
 }
 
 fn or_named(named: &Option<DeviceName>) -> String {

@@ -4,16 +4,18 @@
 //! for the largest program, so loaded programs stay valid until everything is unloaded.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use ltxc_ir::DType;
-use ltxc_ir::plan::{Plan, Program, Slot, SlotPlace};
+use ltxc_ir::plan::{KernelDevice, Kernels, Plan, Program, Slot, SlotPlace};
 
 use crate::adapters::AdapterSet;
-use crate::backend::{Backend, Binding, BufferId, CallId, Cpu, Frame, Region};
+use crate::backend::{Backend, Binding, BufferId, CallId, Cpu, Frame, KernelCounts, Region};
 use crate::error::RunError;
+use crate::memory::available;
+use crate::prefetch::Prefetcher;
 use crate::stats::Stats;
 use crate::tap::{Role, Sites, Tap, Value, sites};
 use crate::weights::WeightFiles;
@@ -24,6 +26,7 @@ pub struct Executor<'a> {
     backend: Box<dyn Backend<'a> + 'a>,
     binding: Binding<'a>,
     memory: PlanMemory,
+    prefetcher: Prefetcher,
     loaded: BTreeMap<String, Loaded>,
     /// Looks at values, if anyone does.
     tap: Option<Box<dyn Tap + 'a>>,
@@ -80,7 +83,33 @@ impl<'a> Executor<'a> {
         backend.check(plan)?;
         let memory = PlanMemory::new(plan, &mut *backend)?;
         let binding = Binding::new(plan, weights);
-        Ok(Executor { plan, backend, binding, memory, loaded: BTreeMap::new(), tap: None, interrupt })
+        let prefetcher = Prefetcher::default();
+        Ok(Executor { plan, backend, binding, memory, prefetcher, loaded: BTreeMap::new(), tap: None, interrupt })
+    }
+
+    /// From now on nothing is compiled: what would have to be is an error. `kernels` are those that the device was opened
+    /// with.
+    ///
+    /// # Errors
+    /// [`RunError::Frozen`] if the device compiles kernels and these are not for it.
+    pub fn freeze(&mut self, kernels: Option<&Kernels>) -> Result<(), RunError> {
+        if let Some(device) = self.backend.kernel_device()
+            && !kernels.is_some_and(|kernels| kernels.are_compiled_for(&device))
+        {
+            return Err(RunError::Frozen { device: self.backend.device().name.clone(), kernel: None });
+        }
+        self.backend.freeze();
+        Ok(())
+    }
+
+    /// The kernels that were launched so far.
+    pub fn kernels(&self) -> KernelCounts {
+        self.backend.kernels()
+    }
+
+    /// What kernels of a plan must be for to be used; `None` where kernels are part of this program.
+    pub fn kernel_device(&self) -> Option<KernelDevice> {
+        self.backend.kernel_device()
     }
 
     /// The plan that is run.
@@ -107,6 +136,7 @@ impl<'a> Executor<'a> {
         }
         let started = Instant::now();
         let program = self.program(program)?;
+        self.prefetch(program);
         let frame = self.frame(program);
         let mut calls = Vec::new();
         self.binding.bind(&mut *self.backend, program.function, &frame, "", &mut calls)?;
@@ -160,6 +190,17 @@ impl<'a> Executor<'a> {
             }
         }
         Ok(bad)
+    }
+
+    /// Lets the system fetch what `program` reads, then what later ones do: plans hold programs in the order in which a
+    /// run needs them.
+    fn prefetch(&self, program: &Program) {
+        let (mut seen, mut spans) = (BTreeSet::new(), Vec::new());
+        for later in self.plan.programs.iter().skip_while(|p| p.name != program.name) {
+            self.binding.spans(later.function, "", &mut seen, &mut spans);
+        }
+        // As much again stays for whatever else is in memory.
+        self.prefetcher.fetch(spans, available() / 2);
     }
 
     /// Runs programs with these adapters from now on. Where both they and those before leave weights as they are, only

@@ -12,6 +12,7 @@ pub mod media;
 pub mod memory;
 pub mod noise_files;
 pub mod pipeline;
+mod prefetch;
 pub mod random;
 pub mod stats;
 pub mod tap;

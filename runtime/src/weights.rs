@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use half::bf16;
 use ltxc_ir::eval::f8_to_f64;
@@ -20,6 +21,7 @@ use crate::backend::Weight;
 use crate::error::RunError;
 use crate::files::map_file;
 use crate::memory::Memory;
+use crate::prefetch::Span as MappedSpan;
 
 /// The weight files of a plan, mapped.
 pub struct WeightFiles {
@@ -37,7 +39,7 @@ struct Source {
 
 struct MappedFile {
     path: PathBuf,
-    map: Mmap,
+    map: Arc<Mmap>,
 }
 
 struct Located {
@@ -96,7 +98,7 @@ impl WeightFiles {
                 for (key, located) in tensors_of(&path, &map, file)? {
                     tensors.entry(key).or_insert(located);
                 }
-                files.maps.push(MappedFile { path, map });
+                files.maps.push(MappedFile { path, map: Arc::new(map) });
             }
             files.sources.push(Source { plan: source.clone(), tensors, files: first..files.maps.len() });
         }
@@ -153,6 +155,14 @@ impl WeightFiles {
     pub fn paths_of(&self, source: usize) -> Vec<&Path> {
         let files = self.sources.get(source).and_then(|s| self.maps.get(s.files.clone()));
         files.unwrap_or_default().iter().map(|m| m.path.as_path()).collect()
+    }
+
+    /// Where the bytes of a tensor are, if the file has it; `key` is the complete key of the plan.
+    pub(crate) fn span(&self, tensor: &FileTensor, key: &str) -> Option<MappedSpan> {
+        let source = self.sources.get(tensor.source as usize)?;
+        let located = source.tensors.get(&source.plan.file_key(key))?;
+        let map = self.maps[located.file].map.clone();
+        Some(MappedSpan { map, start: located.start, bytes: located.end - located.start })
     }
 
     /// Paths of the mapped files.

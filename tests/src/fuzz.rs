@@ -58,6 +58,37 @@ pub fn sealed(body: &[u8]) -> Vec<u8> {
 /// Where the section of a plan file begins.
 pub const BODY_OFFSET: u64 = 128;
 
+/// Kernels of a plan file: a file as it is, and the content of the section behind a plan.
+pub fn kernels(bytes: &[u8]) {
+    for file in [bytes.to_vec(), sealed_kernels(bytes)] {
+        if let Ok(Some(kernels)) = container::decode_kernels(&file) {
+            assert!(kernels.verify().is_ok());
+            assert!(
+                kernels.kernels.iter().all(|kernel| !kernel.form.text().contains('\0')),
+                "a driver would stop there"
+            );
+        }
+    }
+}
+
+/// The container around the body of a kernel section, behind a plan section with nothing in it.
+pub fn sealed_kernels(body: &[u8]) -> Vec<u8> {
+    let mut file = b"LTXCPLAN".to_vec();
+    file.extend([container::FORMAT, 2].map(u32::to_le_bytes).concat());
+    for (kind, body) in [(1u32, &[][..]), (2, body)] {
+        file.extend([kind, 0].map(u32::to_le_bytes).concat());
+        file.extend([KERNELS_OFFSET, body.len() as u64].map(u64::to_le_bytes).concat());
+        file.extend(container::hash(body));
+    }
+    file.extend(container::hash(&file));
+    file.resize(KERNELS_OFFSET as usize, 0);
+    file.extend(body);
+    file
+}
+
+/// Where the kernel section of such a file begins.
+pub const KERNELS_OFFSET: u64 = 192;
+
 /// Text that may be a graph: parsed, verified, printed and parsed again.
 pub fn ir_text(bytes: &[u8]) {
     let Ok(source) = std::str::from_utf8(bytes) else { return };

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use ltxc_compiler::{Options, PlanBuilder};
-use ltxc_ir::plan::{Pipeline, Stage, Target, WeightSource, container};
+use ltxc_ir::plan::{KernelDevice, KernelForm, Kernels, Pipeline, PlanKernel, Stage, Target, WeightSource, container};
 use ltxc_ir::text::parse;
 use ltxc_ir::tiling::{TilePlan, Tiling};
 use ltxc_runtime::noise_files::{Container, Stored, pt_around};
@@ -204,7 +204,9 @@ fn plans() {
             continue;
         }
         let source = WeightSource { name: "model".into(), files: vec![], renames: vec![] };
-        let mut builder = PlanBuilder::new("fuzz", Target::cpu(), Options::default(), vec![source]);
+        // Every other plan is for a GPU.
+        let target = if seeds.len() % 2 == 0 { Target::cpu() } else { Target::wgpu() };
+        let mut builder = PlanBuilder::new("fuzz", target, Options::default(), vec![source]);
         if builder.add("group", entry, &module, entry).is_err() {
             continue;
         }
@@ -219,6 +221,27 @@ fn plans() {
         assert!(container::decode(file).is_ok());
     }
     smoke("plan", &[seeds, bodies].concat(), fuzz::plan);
+}
+
+#[test]
+fn kernels() {
+    let kernel = |number: u8, form| PlanKernel { hash: [number; 32], name: "k_1".into(), cube_dim: [64, 1, 1], form };
+    let ptx = KernelForm::Ptx { shared_bytes: 512, text: "//\n.version 8.7\n.target sm_90a\n".into() };
+    let kernels = vec![kernel(1, ptx), kernel(2, KernelForm::Source("fn main() {}".into()))];
+    let device = KernelDevice { backend: "cuda".into(), ..KernelDevice::default() };
+    let source = WeightSource { name: "model".into(), files: vec![], renames: vec![] };
+    let plan = PlanBuilder::new("fuzz", Target::cuda(), Options::default(), vec![source]).finish(settings()).unwrap();
+    let kernels = Kernels { device, kernels };
+    let file = container::encode_with(&plan, Some(&kernels)).unwrap();
+    let body = file[file.len() - kernel_section_bytes(&file)..].to_vec();
+    assert_eq!(container::decode_kernels(&fuzz::sealed_kernels(&body)), Ok(Some(kernels)));
+    smoke("kernels", &[file, body], fuzz::kernels);
+}
+
+/// Length of the second section of a plan file.
+fn kernel_section_bytes(file: &[u8]) -> usize {
+    let entry = &file[16 + 56..];
+    u64::from_le_bytes(entry[16..24].try_into().unwrap()) as usize
 }
 
 #[test]

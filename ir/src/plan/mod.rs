@@ -15,6 +15,7 @@ pub mod container;
 pub mod fused;
 mod inputs;
 mod kernel;
+pub mod kernels;
 mod overwrite;
 mod pipeline;
 mod settings;
@@ -27,6 +28,7 @@ use serde::{Deserialize, Serialize};
 pub use fused::{Access, Form, Fused, Part, PartArg, Source, Work};
 pub use inputs::*;
 pub use kernel::{Copy, Function as MapFunction, InPlace, Kernel, Map, MapStep};
+pub use kernels::{KernelDevice, KernelForm, Kernels, PlanKernel};
 pub use overwrite::may_overwrite;
 pub use pipeline::*;
 

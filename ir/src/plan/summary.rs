@@ -56,14 +56,21 @@ pub fn function_costs(plan: &Plan) -> Vec<Cost> {
 /// Every distinct weight of a program: bytes read in place from files, and bytes of memory that a run fills: packed copies
 /// and slots for adapters.
 pub fn weight_bytes(plan: &Plan, program: &Program) -> (u64, u64) {
+    distinct_weight_bytes(plan, std::slice::from_ref(&program))
+}
+
+/// [`weight_bytes`] of programs that share what they have in common.
+pub fn distinct_weight_bytes(plan: &Plan, programs: &[&Program]) -> (u64, u64) {
     let slots = plan.sources.iter().position(|s| s.name == ADAPTER_SLOTS);
     let mut seen: BTreeMap<(u32, String), (u64, bool)> = BTreeMap::new();
-    for_each_weight(plan, program, &mut |prefix, weight| {
-        let Some(first) = weight.origin.tensors().first() else { return };
-        let is_slot = slots == Some(first.source as usize);
-        let is_filled = is_slot || matches!(weight.origin, WeightOrigin::Packed { .. });
-        seen.insert((first.source, format!("{prefix}{}", first.key)), (weight.ty.bytes() as u64, is_filled));
-    });
+    for program in programs {
+        for_each_weight(plan, program, &mut |prefix, weight| {
+            let Some(first) = weight.origin.tensors().first() else { return };
+            let is_slot = slots == Some(first.source as usize);
+            let is_filled = is_slot || matches!(weight.origin, WeightOrigin::Packed { .. });
+            seen.insert((first.source, format!("{prefix}{}", first.key)), (weight.ty.bytes() as u64, is_filled));
+        });
+    }
     seen.values().fold((0, 0), |(mapped, filled): (u64, u64), &(bytes, is_filled)| {
         if is_filled { (mapped, filled.saturating_add(bytes)) } else { (mapped.saturating_add(bytes), filled) }
     })

@@ -6,6 +6,7 @@
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 use ltxc_ir::TensorType;
+use ltxc_ir::ops::PadMode;
 
 use super::CubeTensor;
 use super::compose::Composed;
@@ -24,6 +25,15 @@ pub(crate) struct Call<'a, R: Runtime> {
     pub(crate) workspace: Option<&'a CubeTensor<'a>>,
     /// What happens to elements before they are stored. Only kernels that finish elements are called with any.
     pub(crate) tail: Option<&'a Bound<'a>>,
+    /// Pads of the first operand that are not there, per spatial axis of a convolution.
+    pub(crate) pads: &'a [PadAxis],
+}
+
+/// A pad along an axis: elements in front, and what stands outside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct PadAxis {
+    pub(crate) lo: usize,
+    pub(crate) mode: PadMode,
 }
 
 /// A program with its operands.
@@ -44,6 +54,11 @@ impl<R: Runtime> Call<'_, R> {
     /// The result as words.
     pub(crate) fn out(&self) -> ArrayArg<R> {
         bind(self.out)
+    }
+
+    /// What stands outside of the first operand, per spatial axis.
+    pub(crate) fn outside(&self) -> Vec<PadMode> {
+        self.pads.iter().map(|pad| pad.mode).collect()
     }
 
     /// What happens to elements.

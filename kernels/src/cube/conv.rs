@@ -52,7 +52,7 @@ pub(crate) fn launch<R: Runtime>(op: &Conv, call: &Call<'_, R>) -> Result<(), St
             positions: shapes.out[a],
             extent: shapes.x[a],
             stride: op.stride[a],
-            base: -signed(op.pad[a].0)?,
+            base: -signed(op.pad[a].0 + call.pads.get(a).map_or(0, |pad| pad.lo))?,
             taps: shapes.w[a],
             step: signed(op.dilation[a])?,
             weight_extent: shapes.w[a],
@@ -197,7 +197,7 @@ fn product<R: Runtime>(
         rows: [0, shapes.co, shapes.co],
         batch: [each_in, each_out, each_out],
         is_transposed: false,
-        patches: Some((Patches { axes: axes.len(), channels: each_in, is_dense }, &numbers)),
+        patches: Some((Patches { axes: axes.len(), channels: each_in, is_dense, outside: call.outside() }, &numbers)),
     };
     gemm::launch(&product, call)
 }

@@ -2,9 +2,10 @@
 
 use cubecl::prelude::*;
 use ltxc_ir::DType;
+use ltxc_ir::ops::PadMode;
 
 use super::call::{Call, to_u32};
-use super::patches::{BASE, EXTENT, POSITIONS, STEP, STRIDE, number, split, split_taps};
+use super::patches::{BASE, EXTENT, POSITIONS, STEP, STRIDE, number, source_index, split, split_taps};
 use super::program::{Program, finish};
 use super::storage::{self, encode, load, place};
 
@@ -16,6 +17,8 @@ struct Blueprint {
     out: DType,
     axes: usize,
     is_transposed: bool,
+    /// What stands outside of the input, per axis.
+    outside: Vec<PadMode>,
     /// What happens to elements before they are stored.
     tail: Program,
 }
@@ -31,8 +34,15 @@ pub(crate) fn launch<R: Runtime>(
     let (x, w, out) = (call.args[0].ty, call.args[1].ty, call.out.ty);
     let [ci, co] = [x, out].map(|ty| ty.shape.last().copied().unwrap_or(1));
     let taps: usize = w.shape[..axes].iter().product();
-    let blueprint =
-        Blueprint { x: x.dtype, w: w.dtype, out: out.dtype, axes, is_transposed, tail: call.tail_program() };
+    let blueprint = Blueprint {
+        x: x.dtype,
+        w: w.dtype,
+        out: out.dtype,
+        axes,
+        is_transposed,
+        outside: call.outside(),
+        tail: call.tail_program(),
+    };
     let (count, dim) = call.linear(storage::words(out.dtype, out.elements()))?;
     let mut arg = SequenceArg::new();
     numbers.iter().for_each(|&n| arg.push(n));
@@ -116,8 +126,12 @@ fn convolve(
                             source = source * extent + u32::reinterpret(index);
                         } else {
                             let index = position * stride + moved;
-                            is_inside = is_inside && index >= 0i32 && index < i32::reinterpret(extent);
-                            source = source * extent + u32::reinterpret(index);
+                            let mode = comptime!(blueprint.outside.get(a).copied().unwrap_or(PadMode::Zeros));
+                            if comptime!(mode == PadMode::Zeros) {
+                                is_inside = is_inside && index >= 0i32 && index < i32::reinterpret(extent);
+                            }
+                            let chosen = source_index(index, i32::reinterpret(extent), mode);
+                            source = source * extent + u32::reinterpret(chosen);
                         }
                     }
                     if is_inside {

@@ -41,6 +41,9 @@ pub fn report(error: String) {
 #[cfg(feature = "wgpu")]
 pub fn watch_wgpu(setup: &cubecl::wgpu::WgpuSetup) {
     setup.device.on_uncaptured_error(std::sync::Arc::new(|error| report(error.to_string())));
+    setup
+        .device
+        .set_device_lost_callback(|reason, message| report(format!("the device is lost ({reason:?}): {message}")));
 }
 
 /// Whether all devices of this process are still to be trusted.
@@ -53,6 +56,19 @@ pub fn check_poisoned() -> Result<(), String> {
     }
     let errors = ERRORS.lock().unwrap_or_else(PoisonError::into_inner);
     Err(format!("the device failed: {}", errors.join("; ")))
+}
+
+/// Hands everything that this thread launched to the device, without waiting for it.
+///
+/// # Errors
+/// What the launches since the last call, or the device, complain about so far.
+pub fn submit<R: Runtime>(client: &ComputeClient<R>) -> Result<(), String> {
+    let submitted = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| client.flush()));
+    check_poisoned()?;
+    match submitted {
+        Ok(result) => result.map_err(|error| format!("the device failed: {error:?}")),
+        Err(_) => Err("the device stopped answering".into()),
+    }
 }
 
 /// Waits until everything that this thread launched is done.

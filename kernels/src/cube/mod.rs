@@ -7,6 +7,7 @@
 //! | file | what |
 //! | --- | --- |
 //! | `guard` | failures that CubeCL does not report |
+//! | `tracked`, `ptx` | which kernels a device was asked for, which had to be compiled, and compiled ones from elsewhere |
 //! | `call`, `index` | launching; positions and strides |
 //! | `storage`, `math`, `steps` | dtypes, elementary functions and chains of them inside kernels |
 //! | `matrix_units`, `tuning` | tensor cores and simdgroup matrices: which there are, and how work is cut for them |
@@ -34,6 +35,8 @@ mod movement;
 mod norm;
 mod patches;
 mod program;
+#[cfg(feature = "cuda")]
+pub mod ptx;
 mod reduce;
 mod rope;
 mod rows;
@@ -41,6 +44,7 @@ mod schedule;
 mod steps;
 mod storage;
 mod tile;
+pub mod tracked;
 mod tuning;
 mod work;
 
@@ -49,8 +53,8 @@ use cubecl::server::Handle;
 use ltxc_ir::plan::{Kernel, Map, MapStep};
 use ltxc_ir::{DType, TensorType};
 
-use call::{Bound, Call};
-pub use work::{launch_work, work_launches, work_workspace_bytes};
+use call::{Bound, Call, PadAxis};
+pub use work::Schedule;
 
 /// An operand or result of a kernel call: a sub-range of an arena.
 pub struct CubeTensor<'a> {
@@ -79,11 +83,11 @@ pub fn launch<R: Runtime>(
     let arg_types: Vec<&TensorType> = args.iter().map(|a| a.ty).collect();
     let result_types: Vec<&TensorType> = results.iter().map(|r| r.ty).collect();
     kernel.check(&arg_types, &result_types)?;
-    launch_checked(client, kernel, args, &results[0], workspace, None)
+    launch_checked(client, kernel, args, &results[0], workspace, None, &[])
 }
 
 /// [`launch`] for types that fit the kernel. With a tail, which finishes each element, the result may have another dtype;
-/// see `schedule` for which calls may have one.
+/// with pads the first operand is smaller by them. See `schedule` for which calls may have them.
 fn launch_checked<R: Runtime>(
     client: &ComputeClient<R>,
     kernel: &Kernel,
@@ -91,6 +95,7 @@ fn launch_checked<R: Runtime>(
     out: &CubeTensor<'_>,
     workspace: Option<&CubeTensor<'_>>,
     tail: Option<&Bound<'_>>,
+    pads: &[PadAxis],
 ) -> Result<(), String> {
     guard::install();
     args.iter().chain([out]).try_for_each(call::check_tensor)?;
@@ -98,15 +103,16 @@ fn launch_checked<R: Runtime>(
     if out.ty.elements() == 0 {
         return Ok(());
     }
-    let call = Call { client, args, out, workspace, tail };
+    let call = Call { client, args, out, workspace, tail, pads };
     if !needs_f32(kernel, &arg_types, out.ty) {
         return run(kernel, &call);
     }
     // Rows that are not whole words are computed in f32, and rounded by a map.
     let ty = out.ty.with_dtype(DType::F32);
     let wide = CubeTensor { ty: &ty, handle: call.scratch(ty.elements())? };
-    run(kernel, &Call { client, args, out: &wide, workspace: None, tail: None })?;
-    map::launch(&Map { steps: Vec::new() }, &Call { client, args: &[wide], out, workspace: None, tail: None })
+    run(kernel, &Call { client, args, out: &wide, workspace: None, tail: None, pads })?;
+    let narrowed = Call { client, args: &[wide], out, workspace: None, tail: None, pads: &[] };
+    map::launch(&Map { steps: Vec::new() }, &narrowed)
 }
 
 fn run<R: Runtime>(kernel: &Kernel, call: &Call<'_, R>) -> Result<(), String> {
@@ -131,7 +137,7 @@ fn run<R: Runtime>(kernel: &Kernel, call: &Call<'_, R>) -> Result<(), String> {
 /// What a sum of nothing gives.
 fn fill_zeros<R: Runtime>(call: &Call<'_, R>) -> Result<(), String> {
     let zero = Map { steps: vec![MapStep::Scalar(ltxc_ir::Float(0.0))] };
-    map::launch(&zero, &Call { args: &[], tail: None, ..*call })
+    map::launch(&zero, &Call { args: &[], tail: None, pads: &[], ..*call })
 }
 
 /// Whether units would have to share words of the result, so that it is computed in f32 first.

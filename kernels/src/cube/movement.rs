@@ -5,6 +5,7 @@ use ltxc_ir::ops::{Gather, Pad, PadMode, Update};
 
 use super::call::{Call, to_u32};
 use super::index::{coordinates, numbers};
+use super::patches::source_index;
 use super::storage::{load_bits, place, words};
 
 /// Cubes for the words of the result, and its elements.
@@ -77,24 +78,10 @@ fn pad(
                     let extent = i32::cast_from(*sources.index(a));
                     let index = i32::cast_from(*at.index(a)) - i32::cast_from(*lows.index(a));
                     let is_outside = index < 0i32 || index >= extent;
-                    let source = match comptime!(mode) {
-                        PadMode::Zeros => {
-                            is_zero = is_zero || is_outside;
-                            index
-                        }
-                        PadMode::Edge => {
-                            let raised = select(index < 0i32, 0i32, index);
-                            select(raised >= extent, extent - 1i32, raised)
-                        }
-                        PadMode::Reflect => {
-                            let raised = select(index < 0i32, 0i32 - index, index);
-                            select(raised >= extent, 2i32 * (extent - 1i32) - raised, raised)
-                        }
-                        PadMode::Circular => {
-                            let raised = select(index < 0i32, index + extent, index);
-                            select(raised >= extent, raised - extent, raised)
-                        }
-                    };
+                    let source = source_index(index, extent, mode);
+                    if comptime!(mode == PadMode::Zeros) {
+                        is_zero = is_zero || is_outside;
+                    }
                     element = element * *sources.index(a) + u32::cast_from(source);
                 }
                 if !is_zero {

@@ -3,10 +3,12 @@
 //!
 //! Along an axis, position `q` and tap `t` read element `q · stride + base + t · step`, or 0 outside; they use row
 //! `weight_base + t · weight_step` of the kernel and belong to place `q · out_step + out_base` of the result. That covers
-//! convolutions, and each phase of a transposed one: the places of the result that the same taps reach.
+//! convolutions, and each phase of a transposed one: the places of the result that the same taps reach. Pads in front of a
+//! convolution only change what stands outside.
 
 use cubecl::prelude::*;
 use ltxc_ir::DType;
+use ltxc_ir::ops::PadMode;
 
 use super::call::to_u32;
 use super::matrix_units::{self, Load};
@@ -21,6 +23,8 @@ pub(crate) struct Patches {
     pub(crate) channels: usize,
     /// Whether rows of the product are those of the result, and rows of the kernel are used in order.
     pub(crate) is_dense: bool,
+    /// What stands outside of the input, per axis; zeros if there are none.
+    pub(crate) outside: Vec<PadMode>,
 }
 
 impl Patches {
@@ -264,12 +268,36 @@ fn element(
         let at =
             *starts.index(comptime!(s * (count + 1) + 1 + a)) + i32::cast_from(*taps.index(comptime!(a + 1))) * step;
         let extent = number(axes, a, EXTENT);
-        is_inside = is_inside && at >= 0i32 && at < i32::cast_from(extent);
-        element = element * extent + u32::reinterpret(at);
+        let mode = comptime!(patches.outside.get(a).copied().unwrap_or(PadMode::Zeros));
+        let source = source_index(at, i32::cast_from(extent), mode);
+        if comptime!(mode == PadMode::Zeros) {
+            is_inside = is_inside && at >= 0i32 && at < i32::cast_from(extent);
+        }
+        element = element * extent + u32::reinterpret(source);
     }
     // All groups together have `input_channels`, which is the last number.
     let all = *axes.index(comptime!(count * NUMBERS));
     (element * all + summed % channels, is_inside)
+}
+
+/// The element along an axis that stands at an index, which may lie outside. Zeros have none, and keep the index.
+#[cube]
+pub(crate) fn source_index(index: i32, extent: i32, #[comptime] mode: PadMode) -> i32 {
+    match comptime!(mode) {
+        PadMode::Zeros => index,
+        PadMode::Edge => {
+            let raised = select(index < 0i32, 0i32, index);
+            select(raised >= extent, extent - 1i32, raised)
+        }
+        PadMode::Reflect => {
+            let raised = select(index < 0i32, 0i32 - index, index);
+            select(raised >= extent, 2i32 * (extent - 1i32) - raised, raised)
+        }
+        PadMode::Circular => {
+            let raised = select(index < 0i32, index + extent, index);
+            select(raised >= extent, raised - extent, raised)
+        }
+    }
 }
 
 /// The row of the kernel for a summed element.

@@ -3,15 +3,17 @@
 //! | form | one launch | launches of their own |
 //! | --- | --- | --- |
 //! | rows | neighbours that are maps, norms of one row length, gathers of rows and at most one rotation | reductions, integer maps, parts of other sizes |
-//! | product | the product or convolution with its maps and gathers | pads, copies |
+//! | product | the product or convolution with its pads, maps and gathers | pads that meet on an axis, copies |
 //! | attention | norm and rotation of queries, those of keys, attention with its maps | |
 //! | group norm | the last of its three launches with its maps | |
 //!
 //! Results that are stored on the way to another are stored by a rows launch only. What does not fit runs part by part.
 
 use ltxc_ir::TensorType;
-use ltxc_ir::plan::{Form, Fused, Kernel, Source};
+use ltxc_ir::ops::PadMode;
+use ltxc_ir::plan::{Form, Fused, Kernel, PartArg, Source};
 
+use super::call::PadAxis;
 use super::compose::{self, Composed, Rows};
 use super::fused_rows;
 
@@ -20,10 +22,18 @@ use super::fused_rows;
 pub(crate) enum Step {
     /// One part alone.
     Part(usize),
-    /// Part `anchor` with maps behind it, up to part `last`.
-    Tail { anchor: usize, composed: Composed, last: usize },
+    /// Part `anchor` with pads in front of it, and maps behind it up to part `last`.
+    Tail { anchor: usize, padded: Option<Padded>, composed: Option<Composed>, last: usize },
     /// Maps, norms and rotations.
     Rows(Rows),
+}
+
+/// The first operand of a convolution without its pads.
+#[derive(Clone, Debug)]
+pub(crate) struct Padded {
+    pub(crate) operand: PartArg,
+    /// Per spatial axis.
+    pub(crate) pads: Vec<PadAxis>,
 }
 
 impl Step {
@@ -42,7 +52,11 @@ impl Step {
         let of = |c: &Composed| c.reads.iter().chain(&c.overlaps).copied().collect::<Vec<_>>();
         match self {
             Step::Part(part) => own(*part).collect(),
-            Step::Tail { anchor, composed, .. } => own(*anchor).chain(of(composed)).collect(),
+            Step::Tail { anchor, padded, composed, .. } => {
+                let first = padded.as_ref().map(|p| p.operand.source);
+                let rest = own(*anchor).skip(usize::from(first.is_some()));
+                first.into_iter().chain(rest).chain(composed.iter().flat_map(of)).collect()
+            }
             Step::Rows(rows) => of(&rows.composed),
         }
     }
@@ -62,13 +76,17 @@ pub(crate) fn schedule(fused: &Fused, args: &[&TensorType], results: &[&TensorTy
         (anchor + 1..n).find(is_copy).unwrap_or(n)
     };
     let mut steps = Vec::new();
+    let mut padded = None;
     let anchor = match fused.form() {
         Ok(Form::Rows { .. }) => {
             scheduler.by_rows((0..n).collect(), &mut steps);
             return steps;
         }
         Ok(Form::Product { anchor, .. }) => {
-            steps.extend((0..anchor).map(Step::Part));
+            padded = without_pads(fused, anchor);
+            if padded.is_none() {
+                steps.extend((0..anchor).map(Step::Part));
+            }
             anchor
         }
         Ok(Form::Attention { anchor, .. }) => {
@@ -83,7 +101,7 @@ pub(crate) fn schedule(fused: &Fused, args: &[&TensorType], results: &[&TensorTy
         Err(_) => return (0..n).map(Step::Part).collect(),
     };
     let end = copies(anchor);
-    scheduler.by_tail(anchor, end, &mut steps);
+    scheduler.by_tail(anchor, padded, end, &mut steps);
     steps.extend((end..n).map(Step::Part));
     steps
 }
@@ -129,7 +147,7 @@ impl Scheduler<'_> {
     }
 
     /// The anchor with as much of the maps before part `end` as fits, then the rest.
-    fn by_tail(&self, anchor: usize, end: usize, steps: &mut Vec<Step>) {
+    fn by_tail(&self, anchor: usize, padded: Option<Padded>, end: usize, steps: &mut Vec<Step>) {
         for last in (anchor + 1..end).rev() {
             let group: Vec<usize> = (anchor..=last).collect();
             let result = &self.fused.parts[last].result;
@@ -137,13 +155,40 @@ impl Scheduler<'_> {
                 continue;
             }
             if let Ok(composed) = compose::tail(self.fused, anchor, &group[1..], last, &self.may_overlap) {
-                steps.push(Step::Tail { anchor, composed, last });
+                steps.push(Step::Tail { anchor, padded, composed: Some(composed), last });
                 return self.by_rows((last + 1..end).collect(), steps);
             }
         }
-        steps.push(Step::Part(anchor));
+        steps.push(match padded {
+            Some(_) => Step::Tail { anchor, padded, composed: None, last: anchor },
+            None => Step::Part(anchor),
+        });
         self.by_rows((anchor + 1..end).collect(), steps);
     }
+}
+
+/// What a convolution reads in front of its pads, if it can do their work: each axis that is padded is spatial, and padded
+/// by one of them, or with zeros only.
+fn without_pads(fused: &Fused, anchor: usize) -> Option<Padded> {
+    let Kernel::Conv(op) = &fused.parts[anchor].kernel else { return None };
+    if anchor == 0 {
+        return None;
+    }
+    let own = |&(lo, hi): &(usize, usize)| (lo + hi > 0).then_some(PadAxis { lo: 0, mode: PadMode::Zeros });
+    let mut pads: Vec<Option<PadAxis>> = op.pad.iter().map(own).collect();
+    for part in &fused.parts[..anchor] {
+        let Kernel::Pad(pad) = &part.kernel else { return None };
+        for (axis, &lo) in pad.lo.iter().enumerate().filter(|&(axis, &lo)| lo + pad.hi[axis] > 0) {
+            let known = pads.get_mut(axis.checked_sub(1)?)?;
+            let before = known.unwrap_or(PadAxis { lo: 0, mode: pad.mode });
+            if known.is_some() && (before.mode, pad.mode) != (PadMode::Zeros, PadMode::Zeros) {
+                return None;
+            }
+            *known = Some(PadAxis { lo: before.lo + lo, mode: pad.mode });
+        }
+    }
+    let pads = pads.into_iter().map(|pad| pad.unwrap_or(PadAxis { lo: 0, mode: PadMode::Zeros })).collect();
+    Some(Padded { operand: fused.parts[0].args[0].clone(), pads })
 }
 
 /// Whether the kernel of a part computes each element once and in one place when it stores elements like those of

@@ -1,96 +1,168 @@
-//! Fused calls. What runs in one launch is decided in `schedule`; what flows between launches lies in the workspace.
+//! Calls of a plan on a device. What runs in one launch is decided in `schedule`, once per call; what flows between launches
+//! lies in the workspace.
 
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 use ltxc_ir::TensorType;
-use ltxc_ir::plan::{Copy, Fused, Kernel, Source, Work};
+use ltxc_ir::plan::{Copy, Fused, Kernel, PartArg, Source, Work};
 
 use super::call::{Bound, check_tensor};
 use super::compose::Composed;
-use super::schedule::{Step, schedule};
+use super::schedule::{Padded, Step, schedule};
 use super::{CubeTensor, fused_rows, guard, launch, launch_checked, workspace_bytes};
+use crate::scratch::Scratch;
 
-/// Multiple of all offsets in the workspace.
-const ALIGNMENT: usize = 512;
+/// How a call of a plan runs: made once from its types, launched often.
+#[derive(Clone, Debug)]
+pub struct Schedule {
+    work: Work,
+    /// Of operands and results; launches have no others.
+    types: [Vec<TensorType>; 2],
+    /// The launches of a fused call; a single kernel has none to plan.
+    layout: Option<Layout>,
+    bytes: usize,
+}
 
-/// [`launch`] for everything that a plan can call.
-///
-/// # Errors
-/// As for [`launch`].
-pub fn launch_work<R: Runtime>(
-    client: &ComputeClient<R>,
-    work: &Work,
-    args: &[CubeTensor<'_>],
-    results: &[CubeTensor<'_>],
-    workspace: Option<&CubeTensor<'_>>,
-) -> Result<(), String> {
-    let fused = match work {
-        Work::Kernel(kernel) => return launch(client, kernel, args, results, workspace),
-        Work::Fused(fused) => fused,
-    };
-    let arg_types: Vec<&TensorType> = args.iter().map(|a| a.ty).collect();
-    let result_types: Vec<&TensorType> = results.iter().map(|r| r.ty).collect();
-    fused.check(&arg_types, &result_types)?;
-    let layout = Layout::new(fused, &arg_types, &result_types);
-    let memory = workspace.map(|w| &w.handle).filter(|h| h.size_in_used() >= layout.bytes as u64);
-    let range = |start: usize, bytes: usize| match memory {
-        Some(memory) => Ok(part_of(memory, start, bytes)),
-        None => Err(format!("the workspace is smaller than {} bytes", layout.bytes)),
-    };
-    let mut handles: Vec<Option<Handle>> = Vec::with_capacity(fused.parts.len());
-    for (part, place) in fused.parts.iter().zip(&layout.places) {
-        handles.push(match *place {
-            Place::Nowhere => None,
-            Place::Result(r) => Some(results[r].handle.clone()),
-            Place::Workspace(start) => Some(range(start, part.result.bytes())?),
-        });
+impl Schedule {
+    /// Schedules a call.
+    ///
+    /// # Errors
+    /// If the types do not fit the work.
+    pub fn new(work: &Work, args: &[&TensorType], results: &[&TensorType]) -> Result<Schedule, String> {
+        work.check(args, results)?;
+        let layout = match work {
+            Work::Kernel(_) => None,
+            Work::Fused(fused) => Some(Layout::new(fused, args, results)),
+        };
+        let bytes = match (work, &layout) {
+            (Work::Kernel(kernel), _) => workspace_bytes(kernel, args, results),
+            (_, layout) => layout.as_ref().map_or(0, |layout| layout.bytes),
+        };
+        let owned = |types: &[&TensorType]| types.iter().map(|&ty| ty.clone()).collect();
+        Ok(Schedule { work: work.clone(), types: [owned(args), owned(results)], layout, bytes })
     }
-    let missing = || "a part is read that reaches no memory".to_string();
-    let of_part = |part: usize| handles[part].clone().ok_or_else(missing);
-    let of = |source: Source| match source {
-        Source::Operand(a) => Ok(CubeTensor { ty: args[a as usize].ty, handle: args[a as usize].handle.clone() }),
-        Source::Part(s) => of_part(s as usize).map(|handle| CubeTensor { ty: &fused.parts[s as usize].result, handle }),
-    };
-    let operands = |part: usize| {
-        let tensors =
-            fused.parts[part].args.iter().map(|arg| Ok(CubeTensor { ty: &arg.ty, handle: of(arg.source)?.handle }));
-        tensors.collect::<Result<Vec<CubeTensor<'_>>, String>>()
-    };
-    let bound = |composed| bind_all(composed, &of);
-    let scratch_ty = TensorType::new(ltxc_ir::DType::U8, [layout.bytes - layout.scratch]);
-    let scratch = match scratch_ty.bytes() {
-        0 => None,
-        bytes => Some(CubeTensor { ty: &scratch_ty, handle: range(layout.scratch, bytes)? }),
-    };
-    for step in &layout.steps {
-        match step {
-            Step::Part(part) => {
-                let result = [CubeTensor { ty: &fused.parts[*part].result, handle: of_part(*part)? }];
-                launch(client, &fused.parts[*part].kernel, &operands(*part)?, &result, scratch.as_ref())?;
-            }
-            Step::Tail { anchor, composed, last } => {
-                let kernel = &fused.parts[*anchor].kernel;
-                // As the anchor shapes it, but of the last dtype.
-                let ty = fused.parts[*anchor].result.with_dtype(fused.parts[*last].result.dtype);
-                let out = CubeTensor { ty: &ty, handle: of_part(*last)? };
-                launch_checked(client, kernel, &operands(*anchor)?, &out, scratch.as_ref(), Some(&bound(composed)?))?;
-            }
-            Step::Rows(rows) => {
-                let outs = rows.outs.iter().map(|&(part, _)| of(Source::Part(part as u32)));
-                let outs = outs.collect::<Result<Vec<CubeTensor<'_>>, String>>()?;
-                guard::install();
-                fused_rows::launch(client, rows, &bound(&rows.composed)?, &outs)?;
-            }
+
+    /// Bytes of scratch that the call needs; they may hold anything.
+    pub fn workspace_bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// How many kernels run one after the other; some are a few launches each.
+    pub fn launches(&self) -> usize {
+        self.layout.as_ref().map_or(1, |layout| layout.steps.len())
+    }
+
+    /// Enqueues the call on operands and results of the types that it was scheduled for; otherwise [`launch`].
+    ///
+    /// # Errors
+    /// As for [`launch`].
+    pub fn launch<R: Runtime>(
+        &self,
+        client: &ComputeClient<R>,
+        args: &[CubeTensor<'_>],
+        results: &[CubeTensor<'_>],
+        workspace: Option<&CubeTensor<'_>>,
+    ) -> Result<(), String> {
+        let fits = |types: &[TensorType], tensors: &[CubeTensor<'_>]| types.iter().eq(tensors.iter().map(|t| t.ty));
+        if !fits(&self.types[0], args) || !fits(&self.types[1], results) {
+            return Err(format!("`{}` was scheduled for other types", self.work.name()));
+        }
+        match (&self.work, &self.layout) {
+            (Work::Fused(fused), Some(layout)) => layout.launch(client, fused, args, results, workspace),
+            (Work::Fused(_), None) => Err("a fused call without launches".into()),
+            (Work::Kernel(kernel), _) => launch(client, kernel, args, results, workspace),
         }
     }
-    for (result, &part) in results.iter().zip(&fused.stored) {
-        if let Place::Workspace(_) = layout.places[part as usize] {
-            let from = [CubeTensor { ty: result.ty, handle: of_part(part as usize)? }];
-            let to = [CubeTensor { ty: result.ty, handle: result.handle.clone() }];
-            launch(client, &whole(result.ty), &from, &to, None)?;
+}
+
+impl Layout {
+    fn launch<R: Runtime>(
+        &self,
+        client: &ComputeClient<R>,
+        fused: &Fused,
+        args: &[CubeTensor<'_>],
+        results: &[CubeTensor<'_>],
+        workspace: Option<&CubeTensor<'_>>,
+    ) -> Result<(), String> {
+        let memory = workspace.map(|w| &w.handle).filter(|h| h.size_in_used() >= self.bytes as u64);
+        let range = |start: usize, bytes: usize| match memory {
+            Some(memory) => Ok(part_of(memory, start, bytes)),
+            None => Err(format!("the workspace is smaller than {} bytes", self.bytes)),
+        };
+        let mut handles: Vec<Option<Handle>> = Vec::with_capacity(fused.parts.len());
+        for (part, place) in fused.parts.iter().zip(&self.places) {
+            handles.push(match *place {
+                Place::Nowhere => None,
+                Place::Result(r) => Some(results[r].handle.clone()),
+                Place::Workspace(start) => Some(range(start, part.result.bytes())?),
+            });
         }
+        let missing = || "a part is read that reaches no memory".to_string();
+        let of_part = |part: usize| handles[part].clone().ok_or_else(missing);
+        let of = |source: Source| match source {
+            Source::Operand(a) => Ok(CubeTensor { ty: args[a as usize].ty, handle: args[a as usize].handle.clone() }),
+            Source::Part(s) => {
+                of_part(s as usize).map(|handle| CubeTensor { ty: &fused.parts[s as usize].result, handle })
+            }
+        };
+        let handle = |source: Source| of(source).map(|tensor| tensor.handle);
+        let bound = |composed| bind_all(composed, &of);
+        let scratch_ty = TensorType::new(ltxc_ir::DType::U8, [self.bytes - self.scratch]);
+        let scratch = match scratch_ty.bytes() {
+            0 => None,
+            bytes => Some(CubeTensor { ty: &scratch_ty, handle: range(self.scratch, bytes)? }),
+        };
+        for step in &self.steps {
+            match step {
+                Step::Part(part) => {
+                    let result = [CubeTensor { ty: &fused.parts[*part].result, handle: of_part(*part)? }];
+                    launch(
+                        client,
+                        &fused.parts[*part].kernel,
+                        &operands(&fused.parts[*part].args, &handle)?,
+                        &result,
+                        scratch.as_ref(),
+                    )?;
+                }
+                Step::Tail { anchor, padded, composed, last } => {
+                    let kernel = &fused.parts[*anchor].kernel;
+                    // As the anchor shapes it, but of the last dtype.
+                    let ty = fused.parts[*anchor].result.with_dtype(fused.parts[*last].result.dtype);
+                    let out = CubeTensor { ty: &ty, handle: of_part(*last)? };
+                    let tail = composed.as_ref().map(bound).transpose()?;
+                    let pads = padded.as_ref().map_or(&[][..], |padded| &padded.pads);
+                    let own = &fused.parts[*anchor].args;
+                    let args = match padded {
+                        Some(Padded { operand, .. }) => operands([operand].into_iter().chain(&own[1..]), &handle)?,
+                        None => operands(own, &handle)?,
+                    };
+                    launch_checked(client, kernel, &args, &out, scratch.as_ref(), tail.as_ref(), pads)?;
+                }
+                Step::Rows(rows) => {
+                    let outs = rows.outs.iter().map(|&(part, _)| of(Source::Part(part as u32)));
+                    let outs = outs.collect::<Result<Vec<CubeTensor<'_>>, String>>()?;
+                    guard::install();
+                    fused_rows::launch(client, rows, &bound(&rows.composed)?, &outs)?;
+                }
+            }
+        }
+        for (result, &part) in results.iter().zip(&fused.stored) {
+            if let Place::Workspace(_) = self.places[part as usize] {
+                let from = [CubeTensor { ty: result.ty, handle: of_part(part as usize)? }];
+                let to = [CubeTensor { ty: result.ty, handle: result.handle.clone() }];
+                launch(client, &whole(result.ty), &from, &to, None)?;
+            }
+        }
+        Ok(())
     }
-    Ok(())
+}
+
+/// Operands of a part, whose memory `handle` knows.
+fn operands<'t>(
+    args: impl IntoIterator<Item = &'t PartArg>,
+    handle: &dyn Fn(Source) -> Result<Handle, String>,
+) -> Result<Vec<CubeTensor<'t>>, String> {
+    args.into_iter().map(|arg| Ok(CubeTensor { ty: &arg.ty, handle: handle(arg.source)? })).collect()
 }
 
 /// The operands of a program.
@@ -108,23 +180,8 @@ fn bind_all<'a>(
     Ok(Bound { composed, reads: all(&composed.reads)?, overlaps: all(&composed.overlaps)? })
 }
 
-/// [`workspace_bytes`] for everything that a plan can call.
-pub fn work_workspace_bytes(work: &Work, args: &[&TensorType], results: &[&TensorType]) -> usize {
-    match work {
-        Work::Kernel(kernel) => workspace_bytes(kernel, args, results),
-        Work::Fused(fused) => Layout::new(fused, args, results).bytes,
-    }
-}
-
-/// How many kernels [`launch_work`] runs one after the other for a call that was checked; some are a few launches each.
-pub fn work_launches(work: &Work, args: &[&TensorType], results: &[&TensorType]) -> usize {
-    match work {
-        Work::Kernel(_) => 1,
-        Work::Fused(fused) => schedule(fused, args, results).len(),
-    }
-}
-
 /// Where the result of a part lies.
+#[derive(Clone, Copy, Debug)]
 enum Place {
     /// In no memory.
     Nowhere,
@@ -135,6 +192,7 @@ enum Place {
 }
 
 /// The launches of a fused call, and its workspace.
+#[derive(Clone, Debug)]
 struct Layout {
     steps: Vec<Step>,
     places: Vec<Place>,
@@ -146,7 +204,7 @@ struct Layout {
 impl Layout {
     fn new(fused: &Fused, args: &[&TensorType], results: &[&TensorType]) -> Layout {
         let steps = schedule(fused, args, results);
-        let mut scratch = 0usize;
+        let mut room = Scratch::default();
         let mut places: Vec<Place> = fused.parts.iter().map(|_| Place::Nowhere).collect();
         let mut need = 0usize;
         for (at, step) in steps.iter().enumerate() {
@@ -154,13 +212,21 @@ impl Layout {
                 let result = fused.stored.iter().position(|&part| part as usize == out);
                 places[out] = match result.filter(|&r| is_last_reader(fused, &steps, at, args, results[r])) {
                     Some(r) => Place::Result(r),
-                    None => {
-                        let start = scratch;
-                        let bytes = fused.parts[out].result.bytes().max(1);
-                        scratch = start.saturating_add(bytes.checked_next_multiple_of(ALIGNMENT).unwrap_or(usize::MAX));
-                        Place::Workspace(start)
-                    }
+                    None => Place::Workspace(room.reserve(fused.parts[out].result.bytes() as u64) as usize),
                 };
+            }
+            // What no later step reads makes room; results that wait there are copied at the end.
+            for (made, producer) in steps[..=at].iter().enumerate() {
+                for out in producer.outs() {
+                    let reads = |step: &Step| step.reads(fused).contains(&Source::Part(out as u32));
+                    let last_use = steps.iter().rposition(reads).unwrap_or(made);
+                    match places[out] {
+                        Place::Workspace(start) if last_use == at && !fused.stored.contains(&(out as u32)) => {
+                            room.release(start as u64);
+                        }
+                        _ => {}
+                    }
+                }
             }
             let (anchor, last) = match step {
                 Step::Part(part) => (*part, *part),
@@ -172,12 +238,9 @@ impl Layout {
             let stored = part.result.with_dtype(fused.parts[last].result.dtype);
             need = need.max(workspace_bytes(&part.kernel, &types, &[&stored]));
         }
-        Layout {
-            steps,
-            places,
-            scratch,
-            bytes: scratch.saturating_add(need.checked_next_multiple_of(4).unwrap_or(usize::MAX)),
-        }
+        let scratch = usize::try_from(room.peak()).unwrap_or(usize::MAX);
+        let bytes = scratch.saturating_add(need.checked_next_multiple_of(4).unwrap_or(usize::MAX));
+        Layout { steps, places, scratch, bytes }
     }
 }
 

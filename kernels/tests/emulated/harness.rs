@@ -18,7 +18,7 @@ mod shared;
 
 use laid::Laid;
 pub use runs::{run, run_work};
-pub use shared::{Random, close, reference, unit};
+pub use shared::{Random, call as on_cpu, close, reference, unit};
 
 use super::Device;
 use crate::emulator;

@@ -122,6 +122,16 @@ fn reads_outside_operands_are_found() {
 }
 
 #[test]
+fn accesses_beside_operands_are_found() {
+    for (from, to) in
+        [("buffer_0[", "(buffer_0 - 1)["), ("buffer_1[", "(buffer_1 + 1)["), ("buffer_2[", "(buffer_2 + 1)[")]
+    {
+        let problem = with_fault(|launch| with_text(launch, |text| text.replace(from, to))).unwrap_err();
+        assert!(problem.contains("outside a buffer"), "{to}: {problem}");
+    }
+}
+
+#[test]
 fn wrong_arithmetic_is_found() {
     let found = with_fault(|launch| with_text(launch, |text| text.replacen(" * ", " + ", 1)));
     let (_, _, want) = product();

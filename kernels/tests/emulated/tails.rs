@@ -5,7 +5,7 @@ use ltxc_ir::eval::Tensor;
 use ltxc_ir::ops::{Attention, Binary, Conv, Matmul};
 use ltxc_ir::plan::{Fused, Kernel, Map, MapFunction, MapStep, Part, PartArg, Source, Work};
 use ltxc_ir::{DType, Float, TensorType};
-use ltxc_kernels::cube;
+use ltxc_kernels::cube::Schedule;
 
 use super::harness::{Random, call_all, record, run_work};
 
@@ -65,7 +65,7 @@ impl Call {
         let last = self.parts.len() as u32 - 1;
         let work: Work = Fused { pattern: "tail".into(), parts: self.parts, stored: vec![last] }.into();
         let types: Vec<&TensorType> = self.args.iter().map(|a| &a.ty).collect();
-        assert_eq!(cube::work_launches(&work, &types, &[&want.ty]), 1, "{work:?}");
+        assert_eq!(Schedule::new(&work, &types, &[&want.ty]).unwrap().launches(), 1, "{work:?}");
         let before = Tensor::zeros(want.ty.clone());
         let (launches, ..) = record(&work, &self.args, std::slice::from_ref(&before), &[None]);
         assert!(launches.iter().all(|launch| launch.source.as_ref().unwrap().text.contains("mma_sync")), "{work:?}");

@@ -2,6 +2,8 @@
 
 type Device = crate::devices::TensorCores;
 
+#[path = "bounds.rs"]
+mod bounds;
 #[path = "../simple/cases.rs"]
 mod cases;
 #[path = "harness.rs"]

@@ -138,7 +138,7 @@ impl Memory {
 }
 
 /// The result of a call on memory that held `before`; `in_place` is the operand that it lies on.
-fn call(work: &Work, args: &[Tensor], before: &Tensor, in_place: Option<usize>, threads: usize) -> Vec<u8> {
+pub fn call(work: &Work, args: &[Tensor], before: &Tensor, in_place: Option<usize>, threads: usize) -> Vec<u8> {
     let ty = &before.ty;
     let mut operands: Vec<Memory> = args.iter().map(|a| Memory::new(&a.to_bytes())).collect();
     let mut result = Memory::new(&before.to_bytes());

@@ -41,6 +41,8 @@ pub enum Command {
     Compile(CompileArgs),
     /// Make a video from a prompt, with a plan or straight from model files.
     Run(Box<RunArgs>),
+    /// Compile the kernels of a plan for a device of this machine, and store them in the plan.
+    Tune(TuneArgs),
     /// Show what a plan, or the graph of model files, contains.
     Inspect(InspectArgs),
     /// Show what a LoRA file contains and which models it fits.
@@ -418,9 +420,28 @@ pub struct CompileArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub adapters: AdapterArgs,
+    /// Leave kernels out of the plan; otherwise it carries those of a GPU that is chosen or named by number.
+    #[arg(long)]
+    pub no_kernels: bool,
     /// Where to write the plan.
     #[arg(long, short, value_name = "FILE", default_value = "model.ltxplan", alias = "output-path")]
     pub output: PathBuf,
+}
+
+/// `ltxc tune`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Example:\n  ltxc tune x.ltxplan --device cuda:0   runs of x.ltxplan on this GPU compile nothing"
+)]
+pub struct TuneArgs {
+    /// Plan made by `ltxc compile`.
+    pub plan: PathBuf,
+    /// Device: auto, cuda:N, vulkan:N or metal
+    #[arg(long, default_value = "auto")]
+    pub device: DeviceChoice,
+    /// Where to write the plan [default: where it is]
+    #[arg(long, short, value_name = "FILE", alias = "output-path")]
+    pub output: Option<PathBuf>,
 }
 
 /// `ltxc run`.
@@ -452,6 +473,9 @@ pub struct RunArgs {
     /// Output: .mp4, .wav, or a folder for PNG frames and a WAV file.
     #[arg(long, short, value_name = "PATH", default_value = "out.mp4", alias = "output-path")]
     pub output: PathBuf,
+    /// Fail rather than compile a kernel: use those that the plan carries.
+    #[arg(long)]
+    pub frozen: bool,
     /// Leave prompt and seed out of the output's metadata.
     #[arg(long)]
     pub no_metadata: bool,
@@ -584,6 +608,9 @@ pub struct InspectArgs {
     /// Print the IR text: kernel calls of a plan, ops of model files.
     #[arg(long)]
     pub graph: bool,
+    /// Print the text of the kernels that a plan carries.
+    #[arg(long, conflicts_with = "graph")]
+    pub kernels: bool,
     /// Write a page that draws the plan: steps, memory over time, and the roofline of every kernel.
     #[arg(long, value_name = "FILE", requires = "plan")]
     pub html: Option<PathBuf>,

@@ -6,8 +6,9 @@ use anyhow::{Context, Result};
 use ltxc_compiler::{Fuse, Options, PlanBuilder};
 use ltxc_ir::Module;
 use ltxc_ir::plan::summary::function_costs;
-use ltxc_ir::plan::{ADAPTER_SLOTS, Plan, WeightSource, container};
+use ltxc_ir::plan::{ADAPTER_SLOTS, Kernels, Plan, WeightSource, container};
 use ltxc_kernels::fusion::summaries;
+use ltxc_runtime::backend::DeviceKind;
 use ltxc_runtime::files::write_atomically;
 use ltxc_runtime::memory::{MemoryNeed, readable};
 use serde_json::json;
@@ -15,9 +16,10 @@ use serde_json::json;
 use crate::adapters::Loras;
 use crate::args::{CompileArgs, CompilerArgs, FuseLevel};
 use crate::assemble::{MODEL, ModelFiles, assemble};
-use crate::job::{self, Shape};
+use crate::job::{self, Shape, present};
 use crate::pipelines::definition;
 use crate::report::Report;
+use crate::tune::tune;
 
 /// Compiles a plan. `observe` sees the graph of every program after every pass.
 ///
@@ -82,28 +84,36 @@ pub fn run(args: &CompileArgs, lora_occurrences: &[usize], report: &mut Report) 
         }
     };
     let plan = compile(&files, &shape, options(&args.compiler), &mut { print })?;
-    let bytes = container::encode(&plan)?;
+    let device = present(&args.shape.device)?.filter(|device| device.kind != DeviceKind::Cpu && !args.no_kernels);
+    let kernels = device.map(|device| tune(&plan, &device, report)).transpose()?;
+    let bytes = container::encode_with(&plan, kernels.as_ref())?;
     write_atomically(&args.output, &bytes)?;
     let need = MemoryNeed::of(&plan, rayon::current_num_threads());
     let need = need.with_copies(&plan, &|_, source, key| source == MODEL && files.model.is_fp8(key));
     let fusion = summaries(&plan);
     let costs = function_costs(&plan);
     let of_programs = |f: &dyn Fn(usize) -> u64| plan.programs.iter().map(|p| f(p.function as usize)).sum::<u64>();
-    report.note(&format!(
-        "{} programs, {} kernel calls, {} of memory at most besides mapped weights",
-        plan.programs.len(),
-        of_programs(&|f| costs[f].calls),
-        readable(need.peak())
-    ));
+    report.note(&format!("{} programs, {} kernel calls", plan.programs.len(), of_programs(&|f| costs[f].calls)));
+    report.note(&memory(&need));
     report.note(&format!(
         "fused: {} calls that move {} less than {} kernels would; `ltxc inspect` shows which",
         of_programs(&|f| fusion[f].fused.values().map(|s| s.calls).sum()),
         readable(of_programs(&|f| fusion[f].saved_bytes())),
         of_programs(&|f| fusion[f].fused.values().map(|s| s.kernels).sum()),
     ));
-    let facts = json!({"bytes": bytes.len(), "programs": plan.programs.len(), "peak_bytes": need.peak()});
+    let kernels = kernels.as_ref().map(crate::tune::facts);
+    let facts = json!({"kernels": kernels, "bytes": bytes.len(), "programs": plan.programs.len(), "peak_bytes": need.peak(), "host_peak_bytes": need.host_peak()});
     report.finish(&args.output, facts);
     Ok(())
+}
+
+/// What a plan needs, in words.
+pub fn memory(need: &MemoryNeed) -> String {
+    let host = readable(need.host_peak());
+    match need.is_on_gpu {
+        true => format!("memory: {} of the device at most, and {host} besides mapped weights", readable(need.peak())),
+        false => format!("memory: {host} at most, besides mapped weights"),
+    }
 }
 
 /// The plan for model files, from the cache if it was compiled before.
@@ -142,7 +152,17 @@ pub fn cache_folder() -> Result<PathBuf> {
 /// # Errors
 /// A file that cannot be read or is no plan.
 pub fn read(path: &Path) -> Result<(Plan, [u8; 32])> {
-    let bytes = std::fs::read(path).with_context(|| format!("plan `{}`", path.display()))?;
-    let plan = container::decode(&bytes).with_context(|| format!("plan `{}`", path.display()))?;
-    Ok((plan, container::hash(&bytes)))
+    read_with_kernels(path).map(|(plan, _, hash)| (plan, hash))
+}
+
+/// [`read`], with the kernels that the file carries.
+///
+/// # Errors
+/// A file that cannot be read or is no plan.
+pub fn read_with_kernels(path: &Path) -> Result<(Plan, Option<Kernels>, [u8; 32])> {
+    let name = || format!("plan `{}`", path.display());
+    let bytes = std::fs::read(path).with_context(name)?;
+    let plan = container::decode(&bytes).with_context(name)?;
+    let kernels = container::decode_kernels(&bytes).with_context(name)?;
+    Ok((plan, kernels, container::hash(&bytes)))
 }

@@ -32,6 +32,7 @@ pub fn run(args: &DemoArgs, report: &mut Report) -> Result<()> {
         adapters: AdapterArgs::default(),
         lora_mode: None,
         output: args.output.clone(),
+        frozen: false,
         no_metadata: false,
         debug: Default::default(),
     };

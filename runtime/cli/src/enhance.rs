@@ -7,7 +7,7 @@ use ltxc_ir::plan::{Pipeline, Plan, Target};
 use ltxc_models::checkpoint::GemmaFolder;
 use ltxc_models::text::{GemmaConfig, generate};
 use ltxc_models::{ModelError, Weights};
-use ltxc_runtime::backend::{DeviceKind, open};
+use ltxc_runtime::backend::open;
 use ltxc_runtime::executor::Executor;
 use ltxc_runtime::memory::{MemoryNeed, available};
 use ltxc_runtime::pipeline::enhance::{DECODE, GROUP, PREFILL, can_enhance, enhance};
@@ -100,9 +100,7 @@ pub fn run(args: &EnhanceArgs, json: bool, report: &mut Report) -> Result<()> {
     let plan = plan(&gemma, device.target.clone())?;
     let paths: Vec<_> = gemma.files().iter().map(|file| file.path().to_path_buf()).collect();
     let weights = WeightFiles::open(&plan, &paths, false)?;
-    if device.kind == DeviceKind::Cpu {
-        MemoryNeed::of(&plan, rayon::current_num_threads()).check(available())?;
-    }
+    MemoryNeed::of(&plan, rayon::current_num_threads()).check(available())?;
     let tokenizer = gemma.tokenizer_path();
     let folder = tokenizer.as_ref().and_then(|path| path.parent());
     let tokenizer = Tokenizer::from_folder(folder.context("the text encoder has no tokenizer beside it")?)?;

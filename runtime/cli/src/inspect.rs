@@ -10,9 +10,10 @@ use serde_json::{Value, json};
 
 use crate::args::InspectArgs;
 use crate::assemble::{ModelFiles, assemble};
-use crate::compile::read;
+use crate::compile::read_with_kernels;
 use crate::inspect_html::{self, Limits};
 use crate::job::Shape;
+use crate::tune;
 
 /// `ltxc inspect`.
 ///
@@ -27,7 +28,13 @@ pub fn run(args: &InspectArgs, json: bool) -> Result<()> {
         }
         return Ok(());
     };
-    let (plan, hash) = read(path)?;
+    let (plan, kernels, hash) = read_with_kernels(path)?;
+    if args.kernels {
+        let kernels =
+            kernels.with_context(|| format!("`{}` carries no kernels; `ltxc tune` adds them", path.display()))?;
+        kernels.kernels.iter().for_each(|k| println!("// {} {}\n{}", k.name, hex(&k.hash), k.form.text()));
+        return Ok(());
+    }
     if args.graph {
         print!("{plan}");
         return Ok(());
@@ -41,11 +48,13 @@ pub fn run(args: &InspectArgs, json: bool) -> Result<()> {
         println!("{}", page.display());
         return Ok(());
     }
-    let facts = facts(&plan, &hash, std::fs::metadata(path)?.len());
+    let mut facts = facts(&plan, &hash, std::fs::metadata(path)?.len());
+    facts["kernels"] = kernels.as_ref().map(tune::facts).into();
     if json {
         println!("{facts}")
     } else {
-        print!("{}", text(&plan, &facts))
+        print!("{}", text(&plan, &facts));
+        println!("\n{}", kernels.as_ref().map_or("kernels: none".into(), tune::words));
     }
     Ok(())
 }
@@ -84,15 +93,18 @@ fn facts(plan: &Plan, hash: &[u8; 32], bytes: u64) -> Value {
     let memory: Vec<Value> = (need.parts.iter())
         .map(|p| {
             json!({
-                "part": p.name, "total_bytes": p.total(), "arena_bytes": p.arena, "state_bytes": p.state,
-                "packed_weight_bytes": p.packed, "workspace_bytes": p.workspace, "driver_bytes": p.host,
+                "part": p.name, "total_bytes": need.total(p), "arena_bytes": p.arena, "state_bytes": p.state,
+                "weight_bytes": p.weights, "packed_weight_bytes": p.packed, "workspace_bytes": p.workspace,
+                "driver_bytes": p.host,
             })
         })
         .collect();
     json!({
         "hash": hex(hash), "bytes": bytes, "format": container::FORMAT, "compiler": plan.compiler, "target": plan.target,
         "pipeline": plan.pipeline, "functions": plan.functions.len(), "programs": programs, "weights": sources,
-        "memory": {"peak_bytes": need.peak(), "parts": memory},
+        "memory": {
+            "is_on_gpu": need.is_on_gpu, "peak_bytes": need.peak(), "host_peak_bytes": need.host_peak(), "parts": memory,
+        },
     })
 }
 
@@ -193,14 +205,21 @@ fn text(plan: &Plan, facts: &Value) -> String {
     }
     out += "\nfusion, for one run of each program\n";
     out += &fusion_text(facts);
-    out += "\nmemory over time (besides mapped weights)\n";
+    let is_on_gpu = facts["memory"]["is_on_gpu"] == true;
+    out +=
+        if is_on_gpu { "\nmemory of the device over time\n" } else { "\nmemory over time (besides mapped weights)\n" };
     let peak = facts["memory"]["peak_bytes"].as_u64().unwrap_or(0).max(1);
     for part in facts["memory"]["parts"].as_array().into_iter().flatten() {
         let total = part["total_bytes"].as_u64().unwrap_or(0);
         let bar = "█".repeat((total as u128 * 40 / peak as u128) as usize);
         out += &format!("{:<18} {:>10}  {bar}\n", part["part"].as_str().unwrap_or_default(), readable(total));
     }
-    out += &format!("{:<18} {:>10}\n\nweights\n", "peak", readable(peak));
+    out += &format!("{:<18} {:>10}\n", "peak", readable(peak));
+    if is_on_gpu {
+        let host = facts["memory"]["host_peak_bytes"].as_u64().unwrap_or(0);
+        out += &format!("{:<18} {:>10}, besides mapped weights\n", "of the machine", readable(host));
+    }
+    out += "\nweights\n";
     for source in &plan.sources {
         for file in &source.files {
             out += &format!("{:<10} {file}\n", source.name);

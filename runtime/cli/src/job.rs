@@ -71,14 +71,26 @@ pub fn pick(choice: &DeviceChoice, plan: Option<&Plan>) -> Result<Device, RunErr
     }
 }
 
-/// What to compile for: a device of this machine if its number is given, and any of the kind otherwise.
-fn target(choice: &DeviceChoice) -> Result<Target> {
+/// The device of this machine that is compiled for: one that is chosen, or named by its number.
+///
+/// # Errors
+/// A number that is not there.
+pub fn present(choice: &DeviceChoice) -> Result<Option<Device>, RunError> {
     match choice {
         DeviceChoice::Named(DeviceName::Cuda(Some(_)) | DeviceName::Vulkan(Some(_))) | DeviceChoice::Auto => {
-            Ok(pick(choice, None)?.target)
+            pick(choice, None).map(Some)
         }
-        DeviceChoice::Named(name) => Ok(name.target()),
+        DeviceChoice::Named(_) => Ok(None),
     }
+}
+
+/// What to compile for: a device of this machine, or any of the kind that is named.
+fn target(choice: &DeviceChoice) -> Result<Target> {
+    Ok(match (present(choice)?, choice) {
+        (Some(device), _) => device.target,
+        (None, DeviceChoice::Named(name)) => name.target(),
+        (None, DeviceChoice::Auto) => Target::cpu(),
+    })
 }
 
 /// How the decoder is tiled.

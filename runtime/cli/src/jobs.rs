@@ -68,7 +68,7 @@ pub fn run(args: &RunArgs, path: &Path, command_line: &ArgMatches, report: &mut 
     let loras = Occurrences::of(command_line).lora;
     let runner = Runner::open(args, images, &loras, debug.mode, report)?;
     let jobs = jobs(&folder, runner.plan_hash())?;
-    let mut executor = runner.executor()?;
+    let mut executor = runner.executor(report)?;
     let total = jobs.len();
     let mut failed = 0;
     for (i, job) in jobs.iter().enumerate() {

@@ -20,3 +20,4 @@ pub mod report;
 pub mod run;
 pub mod synth;
 pub mod tensors;
+pub mod tune;

@@ -7,7 +7,7 @@ use clap::{ArgMatches, CommandFactory, FromArgMatches};
 use ltxc::args::{Cli, Command, LoraCommand, with_dashes};
 use ltxc::report::{Report, Style};
 use ltxc::run::Occurrences;
-use ltxc::{bench, compile, debug, demo, doctor, enhance, inspect, jobs, lora, run, synth};
+use ltxc::{bench, compile, debug, demo, doctor, enhance, inspect, jobs, lora, run, synth, tune};
 use ltxc_runtime::RunError;
 
 /// Exit code after Ctrl-C, as shells expect it.
@@ -57,6 +57,7 @@ fn execute(cli: &Cli, matches: &ArgMatches, report: &mut Report) -> anyhow::Resu
             (Some(file), Some(line)) => jobs::run(args, file, line, report),
             (_, line) => run::run(args, &line.map(Occurrences::of).unwrap_or_default(), report),
         },
+        Command::Tune(args) => tune::run(args, report),
         Command::Inspect(args) => inspect::run(args, cli.json),
         Command::Lora(LoraCommand::Inspect(args)) => lora::inspect(args, cli.json),
         Command::Synth(args) => synth::run(args, report),

@@ -7,17 +7,17 @@ use std::sync::atomic::AtomicBool;
 use anyhow::{Context, Result, bail};
 use clap::ArgMatches;
 use ltxc_compiler::Options;
-use ltxc_ir::plan::{Modality, Plan};
+use ltxc_ir::plan::{Kernels, Modality, Plan};
 use ltxc_runtime::RunError;
 use ltxc_runtime::adapters::StageAdapters;
 use ltxc_runtime::audio_frontend::resample;
-use ltxc_runtime::backend::{Device, DeviceKind, open};
+use ltxc_runtime::backend::{Device, KernelCounts, open_with};
 use ltxc_runtime::executor::Executor;
 use ltxc_runtime::media::{
     Audio, ColourSpace, MediaWriter, OutputOptions, Rational, RoundTrip, VideoFormat, Written, image_round_trip,
     load_image,
 };
-use ltxc_runtime::memory::{MemoryNeed, available, readable};
+use ltxc_runtime::memory::{MemoryNeed, available};
 use ltxc_runtime::noise_files;
 use ltxc_runtime::pipeline::{Conditioning, Noise, Output, Request, StageChoice, run as run_pipeline};
 use ltxc_runtime::stats::Stats;
@@ -28,7 +28,7 @@ use serde_json::json;
 use crate::adapters::{self, Loras};
 use crate::args::{ContentArgs, ImageCodec, PipelineName, RunArgs, SamplingArgs};
 use crate::assemble::ModelFiles;
-use crate::compile::{cached, read, unfused};
+use crate::compile::{cached, memory, read_with_kernels, unfused};
 use crate::debug::flags::{DebugMode, DebugOptions};
 use crate::debug::noise::summary as noise_summary;
 use crate::debug::session::{About, Session};
@@ -56,8 +56,10 @@ pub fn run(args: &RunArgs, occurrences: &Occurrences, report: &mut Report) -> Re
         output: &args.output,
         has_metadata: !args.no_metadata,
     };
-    let written = runner.run(&mut runner.executor()?, &choice, debug, report)?;
-    report.finish(&written.path, json!({"frames": written.frames, "bytes": written.bytes, "seed": written.seed}));
+    let made = runner.run(&mut runner.executor(report)?, &choice, debug, report)?;
+    let kernels = json!({"launched": made.kernels.launched, "compiled": made.kernels.compiled});
+    let facts = json!({"frames": made.frames, "bytes": made.bytes, "seed": made.seed, "kernels": kernels});
+    report.finish(&made.path, facts);
     Ok(())
 }
 
@@ -101,12 +103,14 @@ pub fn appended_images(
 /// A plan with its weights and device, to run as often as there are prompts.
 pub struct Runner {
     plan: Plan,
+    kernels: Option<Kernels>,
     hash: [u8; 32],
     device: Device,
     weights: WeightFiles,
     tokenizer: PathBuf,
     adapters: StageAdapters,
     enhances_prompt: bool,
+    is_frozen: bool,
 }
 
 /// What one run chooses.
@@ -133,6 +137,8 @@ pub struct Made {
     pub bytes: u64,
     /// Seed.
     pub seed: u64,
+    /// Launches and compilations so far.
+    pub kernels: KernelCounts,
 }
 
 impl Runner {
@@ -150,7 +156,7 @@ impl Runner {
     ) -> Result<Runner> {
         let loras = Loras::open(&args.adapters, lora_occurrences)?;
         let (plan_path, folders) = plan_and_folders(args, images, &loras, mode)?;
-        let (plan, hash) = read(&plan_path)?;
+        let (plan, kernels, hash) = read_with_kernels(&plan_path)?;
         let enhances_prompt = args.shape.enhance_prompt;
         if enhances_prompt {
             enhance::check(&plan)?;
@@ -163,17 +169,16 @@ impl Runner {
         };
         let adapters = loras.stages(fits, &plan.pipeline, adapters::mode(args.lora_mode, &plan), report)?;
         let tokenizer = find_tokenizer(&plan.pipeline.text, &folders)?;
-        match device.kind {
-            DeviceKind::Cpu => {
-                let need = MemoryNeed::of(&plan, rayon::current_num_threads()).with(&plan, &weights, &adapters);
-                report.note(&format!("memory: {} at most, besides mapped weights", readable(need.peak())));
-                need.check(available())?;
-            }
+        let need = MemoryNeed::of(&plan, rayon::current_num_threads()).with(&plan, &weights, &adapters);
+        if need.is_on_gpu {
             // The executor compares what the plan needs with what the device has.
-            _ => report.note(&format!("device {}: {}", device.name, device.description)),
+            report.note(&format!("device {}: {}", device.name, device.description));
         }
+        report.note(&memory(&need));
+        need.check(available())?;
         let tokenizer = tokenizer.parent().unwrap_or(Path::new(".")).to_path_buf();
-        Ok(Runner { plan, hash, device, weights, tokenizer, adapters, enhances_prompt })
+        let is_frozen = args.frozen;
+        Ok(Runner { plan, kernels, hash, device, weights, tokenizer, adapters, is_frozen, enhances_prompt })
     }
 
     /// Hash of the plan.
@@ -184,9 +189,18 @@ impl Runner {
     /// An executor, which can serve any number of runs.
     ///
     /// # Errors
-    /// A device that cannot be opened, or does not run the plan.
-    pub fn executor(&self) -> Result<Executor<'_>> {
-        Ok(Executor::on(open(&self.device)?, &self.plan, &self.weights, &INTERRUPT)?)
+    /// A device that cannot be opened, or does not run the plan, or would compile a kernel for it where `--frozen` forbids
+    /// that.
+    pub fn executor(&self, report: &mut Report) -> Result<Executor<'_>> {
+        let backend = open_with(&self.device, self.kernels.as_ref())?;
+        let mut executor = Executor::on(backend, &self.plan, &self.weights, &INTERRUPT)?;
+        if self.is_frozen {
+            executor.freeze(self.kernels.as_ref())?;
+        }
+        if let Some(note) = carried(&executor, self.kernels.as_ref()) {
+            report.note(&note);
+        }
+        Ok(executor)
     }
 
     /// Runs once, and collects what `debug` asks for.
@@ -252,8 +266,26 @@ impl Runner {
             report.note(&format!("noise {slot} `{}`: {}", path.display(), noise_summary(&stats)));
         }
         let Written { path, frames, bytes, .. } = output.writer.finish()?;
-        Ok(Made { path, frames, bytes, seed })
+        let kernels = executor.kernels();
+        if kernels.launched > 0 {
+            let KernelCounts { launched, compiled } = kernels;
+            report.note(&format!("kernels: {launched} launched, {compiled} compiled in this run"));
+        }
+        Ok(Made { path, frames, bytes, seed, kernels })
     }
+}
+
+/// What is said about the kernels that a plan carries: compiled code is never used in silence.
+fn carried(executor: &Executor<'_>, kernels: Option<&Kernels>) -> Option<String> {
+    let (kernels, device) = (kernels?, executor.kernel_device()?);
+    Some(match kernels.device == device {
+        true if kernels.are_compiled_for(&device) => {
+            let count = kernels.kernels.len();
+            format!("kernels: {count} compiled ones from the plan, as trustworthy as whoever made it")
+        }
+        true => "kernels: the plan carries sources only, which this backend compiles".into(),
+        false => format!("kernels: those of the plan are for {}, this is {device}; they are not used", kernels.device),
+    })
 }
 
 /// The plan to run and where its weights are. Nothing is compiled for LoRAs that do not fit.

@@ -1,6 +1,6 @@
 //! From the functions of a plan to kernel calls that are bound to memory.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use ltxc_ir::plan::{
     ADAPTER_SLOTS, FileTensor, FunctionCall, Operand, Place, Plan, PlanFunction, PlanWeight, Step, WeightOrigin,
@@ -10,6 +10,7 @@ use super::{Backend, BufferId, Call, CallId, Cpu, Region, Weight};
 use crate::adapters::AdapterSet;
 use crate::error::RunError;
 use crate::memory::Memory;
+use crate::prefetch::Span;
 use crate::weights::WeightFiles;
 
 /// What of a plan is on a device: weights and constants of the functions that were bound.
@@ -112,7 +113,13 @@ impl<'a> Binding<'a> {
                 Step::Kernel(call) => {
                     let placed = |operands: &'a [Operand]| operands.iter().map(|o| (&o.ty, place(o))).collect();
                     let (args, results) = (placed(&call.args), placed(&call.results));
-                    calls.push(backend.bind(Call { work: &call.work, args, results })?);
+                    calls.push(backend.bind(Call {
+                        work: &call.work,
+                        args,
+                        results,
+                        flops: call.flops,
+                        bytes: call.bytes,
+                    })?);
                 }
                 Step::Call(call) => {
                     let callee = callee_frame(call, frame, &place);
@@ -121,6 +128,26 @@ impl<'a> Binding<'a> {
             }
         }
         Ok(())
+    }
+
+    /// Where the weights of `function` and of those that it calls are, in the order in which they are read, without those
+    /// that were `seen`.
+    pub fn spans(&self, function: u32, prefix: &str, seen: &mut BTreeSet<(u32, String)>, spans: &mut Vec<Span>) {
+        let body = &self.plan.functions[function as usize];
+        for tensor in body.weights.iter().flat_map(|weight| weight.origin.tensors()) {
+            let key = format!("{prefix}{}", tensor.key);
+            // One that is missing is reported where it is bound.
+            if let Some(span) = self.files.span(tensor, &key)
+                && seen.insert((tensor.source, key))
+            {
+                spans.push(span);
+            }
+        }
+        for step in &body.steps {
+            if let Step::Call(call) = step {
+                self.spans(call.function, &format!("{prefix}{}", call.prefix), seen, spans);
+            }
+        }
     }
 
     fn constants(&mut self, backend: &mut dyn Backend<'a>, function: u32) -> Result<BufferId, RunError> {

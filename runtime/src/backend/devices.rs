@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use ltxc_ir::plan::{Plan, Target};
+use ltxc_ir::plan::{Kernels, Plan, Target};
 
 use super::{Backend, Cpu};
 use crate::error::RunError;
@@ -208,10 +208,21 @@ impl Found {
 /// # Errors
 /// If its driver refuses.
 pub fn open<'a>(device: &Device) -> Result<Box<dyn Backend<'a> + 'a>, RunError> {
+    open_with(device, None)
+}
+
+/// Opens a device of [`find`], which uses the kernels that a plan carries where they are for it. That is compiled code: as
+/// trustworthy as whoever made the plan. A process that has opened the device before goes on with what it had then.
+///
+/// # Errors
+/// If its driver refuses.
+pub fn open_with<'a>(device: &Device, kernels: Option<&Kernels>) -> Result<Box<dyn Backend<'a> + 'a>, RunError> {
+    // Only CUDA takes compiled kernels.
+    let _ = kernels;
     match &device.name {
         DeviceName::Cpu => Ok(Box::new(Cpu::default())),
         #[cfg(feature = "cuda")]
-        DeviceName::Cuda(_) => super::cube::cuda::open(device),
+        DeviceName::Cuda(_) => super::cube::cuda::open(device, kernels),
         #[cfg(feature = "wgpu")]
         DeviceName::Vulkan(_) | DeviceName::Metal => super::cube::wgpu::open(device),
         #[cfg(not(all(feature = "cuda", feature = "wgpu")))]

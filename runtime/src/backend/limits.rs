@@ -1,12 +1,9 @@
-//! Whether a plan fits a device: kind, sizes of single tensors and arenas, and memory as a whole. All of it is known before
-//! anything is allocated, because plans say what they need.
+//! Whether a plan fits a device: its kind, and sizes of single tensors and arenas. All of it is known before anything is
+//! allocated, because plans say what they need. Memory as a whole is [`crate::memory::MemoryNeed`].
 
-use std::collections::BTreeMap;
-
-use ltxc_ir::plan::summary::weight_bytes;
 use ltxc_ir::plan::{KernelCall, Plan, Step, Work};
 
-use super::{Device, DeviceName};
+use super::Device;
 use crate::error::RunError;
 use crate::memory::readable;
 
@@ -72,54 +69,6 @@ fn kernel_calls(steps: &[Step]) -> impl Iterator<Item = &KernelCall> {
     })
 }
 
-/// Bytes that a plan needs on a device whose calls need `scratch`: arenas and state, and the weights, constants and
-/// scratch of the hungriest group. Groups give their weights back before the next one runs.
-pub(crate) fn device_bytes(plan: &Plan, scratch: &dyn Fn(&KernelCall) -> u64) -> u64 {
-    let scratch = function_scratch(plan, scratch);
-    let mut groups: BTreeMap<u32, (u64, u64)> = BTreeMap::new();
-    for program in &plan.programs {
-        let (weights, workspace) = groups.entry(program.group).or_default();
-        let (mapped, packed) = weight_bytes(plan, program);
-        // Programs of a group share weights; what only one of them reads is small.
-        *weights = (*weights).max(mapped.saturating_add(packed));
-        *workspace = (*workspace).max(scratch.get(program.function as usize).copied().unwrap_or(0));
-    }
-    let group = groups.values().map(|&(weights, workspace)| weights.saturating_add(workspace)).max().unwrap_or(0);
-    let constants = plan.functions.iter().map(|f| f.constants.len() as u64);
-    let fixed = plan.arena_bytes().into_iter().chain([plan.state_bytes()]).chain(constants);
-    fixed.fold(group, u64::saturating_add)
-}
-
-/// Scratch of the hungriest call of each function, callees included.
-fn function_scratch(plan: &Plan, scratch: &dyn Fn(&KernelCall) -> u64) -> Vec<u64> {
-    let mut need: Vec<u64> = Vec::with_capacity(plan.functions.len());
-    for function in &plan.functions {
-        let steps = function.steps.iter().map(|step| match step {
-            Step::Kernel(call) => scratch(call),
-            // Callees stand before their callers in a verified plan.
-            Step::Call(call) => need.get(call.function as usize).copied().unwrap_or(0),
-        });
-        let most = steps.max().unwrap_or(0);
-        need.push(most);
-    }
-    need
-}
-
-/// Refuses a plan that needs more than there is.
-///
-/// # Errors
-/// [`RunError::Memory`].
-pub(crate) fn check_memory(needed: u64, available: u64, device: &DeviceName) -> Result<(), RunError> {
-    if needed <= available {
-        return Ok(());
-    }
-    Err(RunError::Memory {
-        needed: readable(needed),
-        available: format!("{} of `{device}`", readable(available)),
-        remedy: "compile a smaller size or fewer frames, or choose another `--device`".into(),
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use ltxc_ir::plan::{
@@ -129,7 +78,7 @@ mod tests {
     use ltxc_ir::{Rate, TensorType};
 
     use super::*;
-    use crate::backend::DeviceKind;
+    use crate::backend::{DeviceKind, DeviceName};
 
     /// One program that copies a weight of 256 bytes into its frame.
     fn plan() -> Plan {
@@ -199,14 +148,5 @@ mod tests {
         refused(Target { max_bindings: 1, ..Target::wgpu() }, &["binds 2 tensors, not 1"]);
         refused(Target { max_arena_bytes: 2047, ..Target::wgpu() }, &["an arena of 2.0 kB"]);
         refused(Target { alignment: 1024, ..Target::wgpu() }, &["512 bytes, not 1024"]);
-    }
-
-    #[test]
-    fn memory_is_everything_that_lives_at_once() {
-        let needed = device_bytes(&plan(), &|call| call.args[0].ty.bytes() as u64 / 2);
-        assert_eq!(needed, 1024 + 2048 + 16 + 256 + 128);
-        assert!(check_memory(needed, needed, &DeviceName::Metal).is_ok());
-        let message = check_memory(needed, needed - 1, &DeviceName::Metal).unwrap_err().to_string();
-        assert!(message.contains("of `metal`") && message.contains("3.5 kB"), "{message}");
     }
 }

@@ -10,7 +10,8 @@
 //! | `cpu` | this machine's processor |
 //! | `limits` | whether a plan fits a device |
 //! | `devices` | which devices there are |
-//! | `steps` | kernel calls as a GPU takes them: fused calls in parts, operands at aligned offsets |
+//! | `steps` | kernel calls as a GPU takes them: operands at aligned offsets |
+//! | `submission` | how much work a GPU is given at once |
 //! | `cube` | GPUs, through CubeCL |
 //!
 //! Every program runs on the device, those of rate *generation* and *evaluation* too: besides RoPE tables and timestep
@@ -26,16 +27,20 @@ mod devices;
 mod limits;
 #[cfg(any(feature = "wgpu", feature = "cuda", test))]
 mod steps;
+#[cfg(any(feature = "wgpu", feature = "cuda", test))]
+mod submission;
 
 use std::borrow::Cow;
 
 use ltxc_ir::TensorType;
-use ltxc_ir::plan::{Plan, Work};
+use ltxc_ir::plan::{KernelDevice, Plan, PlanKernel, Work};
 
 pub use cpu::Cpu;
-pub use devices::{Device, DeviceKind, DeviceName, Found, find, open};
+pub use devices::{Device, DeviceKind, DeviceName, Found, find, open, open_with};
 
 pub(crate) use binding::{Binding, Frame, callee_frame};
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+pub(crate) use cube::gpu_scratch;
 
 use crate::error::RunError;
 use crate::memory::Memory;
@@ -71,6 +76,10 @@ pub struct Call<'a> {
     pub(crate) work: &'a Work,
     pub(crate) args: Vec<(&'a TensorType, Region)>,
     pub(crate) results: Vec<(&'a TensorType, Region)>,
+    /// Floating point operations, as the plan counts them.
+    pub(crate) flops: u64,
+    /// Bytes read and written.
+    pub(crate) bytes: u64,
 }
 
 /// Bytes of a weight.
@@ -149,6 +158,45 @@ pub trait Backend<'a> {
 
     /// Forgets all calls and buffers and gives their memory back; their numbers mean nothing afterwards.
     fn clear(&mut self);
+
+    /// The kernels that were launched so far. Devices whose kernels are part of this program have none to count.
+    fn kernels(&self) -> KernelCounts {
+        KernelCounts::default()
+    }
+
+    /// From now on what would compile a kernel fails.
+    fn freeze(&mut self) {}
+
+    /// Runs every kernel call of a plan once, on memory with anything in it, so that all kernels are compiled. `done` sees
+    /// how many of how many calls have run.
+    ///
+    /// # Errors
+    /// A plan that the device cannot run, what the launches failed with, and what `done` returns.
+    fn warm(&mut self, _plan: &'a Plan, _done: &mut Progress<'_>) -> Result<(), RunError> {
+        Ok(())
+    }
+
+    /// What the kernels that a plan carries must be for; `None` where kernels are part of this program.
+    fn kernel_device(&self) -> Option<KernelDevice> {
+        None
+    }
+
+    /// What a plan can carry of the kernels that were launched so far, by ascending hash.
+    fn carried(&self) -> Vec<PlanKernel> {
+        Vec::new()
+    }
+}
+
+/// Sees how many of how many calls have run.
+pub type Progress<'p> = dyn FnMut(usize, usize) -> Result<(), RunError> + 'p;
+
+/// How many kernels a device was asked for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct KernelCounts {
+    /// Different kernels that were launched.
+    pub launched: usize,
+    /// Those of them that had to be compiled; the plan carried the others.
+    pub compiled: usize,
 }
 
 /// A place that is not in its buffer: plans are verified, so this is a bug.

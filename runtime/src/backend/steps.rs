@@ -1,9 +1,8 @@
 //! Kernel calls as a GPU takes them.
 //!
 //! A plan allows more than devices do: operands may lie at any offset that their dtype can have, where devices bind memory
-//! at multiples of some bytes; results may end inside a word, where kernels write whole words; and a fused call may have no
-//! kernel of its own. [`steps_of`] turns a call into single kernels that ask for nothing like that:
-//! - the parts of a fused call run one after the other, which is its meaning, with what flows between them in scratch;
+//! at multiples of some bytes; and results may end inside a word, where kernels write whole words. [`steps_of`] turns a call
+//! into calls that ask for nothing like that:
 //! - an operand at an odd offset is copied into scratch first, and such a result is copied to its place;
 //! - a copy needs none of this, because its own offsets count elements.
 //!
@@ -12,12 +11,10 @@
 use std::borrow::Cow;
 
 use ltxc_ir::TensorType;
-use ltxc_ir::plan::{Copy, Fused, Kernel, Part, PartArg, Source, Work};
+use ltxc_ir::plan::{Copy, Kernel, Work};
+use ltxc_kernels::scratch::Scratch;
 
 use super::{Call, Region};
-
-/// Every tensor in scratch starts at a multiple of this, which every device accepts.
-const SCRATCH_ALIGNMENT: u64 = 512;
 
 /// Kernels write whole words of this many bytes.
 const WORD: usize = 4;
@@ -37,128 +34,76 @@ pub(crate) struct Tensor<'a> {
     pub at: At,
 }
 
-/// One kernel.
+/// One call of a device.
 #[derive(Debug)]
-pub(crate) struct KernelStep<'a> {
-    pub kernel: Cow<'a, Kernel>,
+pub(crate) struct WorkStep<'a> {
+    pub work: Cow<'a, Work>,
     pub args: Vec<Tensor<'a>>,
-    pub result: Tensor<'a>,
-    /// Where the kernel's own scratch starts, and its size.
+    pub results: Vec<Tensor<'a>>,
+    /// Where the work's own scratch starts, and its size.
     pub scratch: (u64, u64),
 }
 
-/// What kernels of a device ask for.
-pub(crate) struct Rules<'r> {
+/// What a device asks for.
+pub(crate) struct Rules<'a, 'r> {
     /// Tensors start at multiples of this many bytes.
     pub alignment: u64,
-    /// Scratch of a kernel with these operand types and result type.
-    pub scratch_bytes: &'r dyn Fn(&Kernel, &[&TensorType], &TensorType) -> u64,
+    /// Scratch of a work with these operand and result types.
+    pub scratch_bytes: &'r ScratchBytes<'a, 'r>,
 }
 
+/// Bytes for a work, its operand types and its result types.
+pub(crate) type ScratchBytes<'a, 'r> = dyn Fn(&Cow<'a, Work>, &[&TensorType], &[&TensorType]) -> u64 + 'r;
+
 /// The steps of a call in order, and the scratch that they need.
-pub(crate) fn steps_of<'a>(call: &Call<'a>, rules: &Rules<'_>) -> (Vec<KernelStep<'a>>, u64) {
+pub(crate) fn steps_of<'a>(call: &Call<'a>, rules: &Rules<'a, '_>) -> (Vec<WorkStep<'a>>, u64) {
     let mut writer = Writer { rules, steps: Vec::new(), scratch: Scratch::default() };
     let tensor = |&(ty, region): &(&'a TensorType, Region)| Tensor { ty: Cow::Borrowed(ty), at: At::Region(region) };
     let args: Vec<Tensor<'a>> = call.args.iter().map(tensor).collect();
     let results: Vec<Tensor<'a>> = call.results.iter().map(tensor).collect();
-    match call.work {
-        Work::Kernel(kernel) => writer.kernel(kernel, args, results[0].clone()),
-        Work::Fused(fused) => writer.parts(fused, &args, &results),
-    }
-    (writer.steps, writer.scratch.peak)
+    writer.call(call.work, args, results);
+    (writer.steps, writer.scratch.peak())
 }
 
 struct Writer<'a, 'r> {
-    rules: &'r Rules<'r>,
-    steps: Vec<KernelStep<'a>>,
+    rules: &'r Rules<'a, 'r>,
+    steps: Vec<WorkStep<'a>>,
     scratch: Scratch,
 }
 
 impl<'a> Writer<'a, '_> {
-    /// The parts of a fused call, one after the other.
-    fn parts(&mut self, fused: &'a Fused, args: &[Tensor<'a>], results: &[Tensor<'a>]) {
-        let readers = |source: Source| {
-            let reads = move |i: &usize| fused.parts[*i].args.iter().any(|a| a.source == source);
-            (0..fused.parts.len()).filter(reads)
-        };
-        let mut made: Vec<At> = Vec::with_capacity(fused.parts.len());
-        let mut late: Vec<(Tensor<'a>, Tensor<'a>)> = Vec::new();
-        for (i, part) in fused.parts.iter().enumerate() {
-            let stored = fused.stored.iter().position(|&s| s as usize == i).map(|k| &results[k]);
-            let operands: Vec<Tensor<'a>> = (part.args.iter())
-                .map(|arg| {
-                    let at = match arg.source {
-                        Source::Operand(a) => args[a as usize].at,
-                        Source::Part(p) => made[p as usize],
-                    };
-                    Tensor { ty: Cow::Borrowed(&arg.ty), at }
-                })
-                .collect();
-            // A fused call reads all of an operand before it writes over it; its parts do not wait for each other.
-            let is_free = |result: &Tensor<'a>| {
-                (0..args.len()).filter(|&a| overlaps(&args[a], result)).all(|a| {
-                    readers(Source::Operand(a as u32))
-                        .all(|j| j < i || (j == i && may_overwrite(part, a, args, result)))
-                })
-            };
-            let ty = Cow::Borrowed(&part.result);
-            let result = match stored {
-                Some(result) if is_free(result) => Tensor { ty, at: result.at },
-                _ => Tensor { at: At::Scratch(self.scratch.reserve(part.result.bytes())), ty },
-            };
-            self.kernel(&part.kernel, operands, result.clone());
-            made.push(result.at);
-            match stored {
-                Some(place) if place.at != result.at => {
-                    late.push((result, Tensor { ty: Cow::Borrowed(&part.result), at: place.at }));
-                }
-                _ => {}
-            }
-            // What nobody reads any more makes room.
-            for (p, at) in made[..i].iter().enumerate().filter(|&(p, _)| !fused.stored.contains(&(p as u32))) {
-                if let At::Scratch(start) = *at
-                    && readers(Source::Part(p as u32)).next_back() == Some(i)
-                {
-                    self.scratch.release(start);
-                }
-            }
-        }
-        late.into_iter().for_each(|(from, to)| self.copy(from, to));
-    }
-
-    /// One kernel, with copies around it where operands do not lie as the device asks.
-    fn kernel(&mut self, kernel: &'a Kernel, args: Vec<Tensor<'a>>, result: Tensor<'a>) {
-        if result.ty.elements() == 0 {
+    /// One call, with copies around it where operands do not lie as the device asks.
+    fn call(&mut self, work: &'a Work, args: Vec<Tensor<'a>>, results: Vec<Tensor<'a>>) {
+        if results.iter().all(|result| result.ty.elements() == 0) {
             return;
         }
-        if let Kernel::Copy(op) = kernel {
-            let [from] = &args[..] else { return };
-            return self.step_copy(op.clone(), from.clone(), result);
+        if let (Work::Kernel(Kernel::Copy(op)), [from], [to]) = (work, &args[..], &results[..]) {
+            return self.step_copy(op.clone(), from.clone(), to.clone());
         }
         let mut taken = Vec::new();
-        let args: Vec<Tensor<'a>> = (args.into_iter())
-            .map(|arg| match self.is_aligned(&arg) || arg.ty.elements() == 0 {
-                true => arg,
-                false => {
-                    let start = self.scratch.reserve(arg.ty.bytes());
-                    taken.push(start);
-                    let copy = Tensor { ty: arg.ty.clone(), at: At::Scratch(start) };
-                    self.copy(arg, copy.clone());
-                    copy
-                }
-            })
-            .collect();
-        let ends_in_word = !result.ty.bytes().is_multiple_of(WORD) && matches!(result.at, At::Region(_));
-        let place = match self.is_aligned(&result) && !ends_in_word {
-            true => result.clone(),
-            false => {
-                let start = self.scratch.reserve(result.ty.bytes());
-                taken.push(start);
-                Tensor { ty: result.ty.clone(), at: At::Scratch(start) }
-            }
+        let mut reserve = |scratch: &mut Scratch, ty: &Cow<'a, TensorType>| {
+            let start = scratch.reserve(ty.bytes() as u64);
+            taken.push(start);
+            Tensor { ty: ty.clone(), at: At::Scratch(start) }
         };
-        self.push(Cow::Borrowed(kernel), args, place.clone());
-        if place.at != result.at {
+        let mut own_args = Vec::with_capacity(args.len());
+        for arg in args {
+            if self.is_aligned(&arg) || arg.ty.elements() == 0 {
+                own_args.push(arg);
+            } else {
+                let copy = reserve(&mut self.scratch, &arg.ty);
+                self.copy(arg, copy.clone());
+                own_args.push(copy);
+            }
+        }
+        let mut places = Vec::with_capacity(results.len());
+        for result in &results {
+            let ends_in_word = !result.ty.bytes().is_multiple_of(WORD);
+            let is_kept = self.is_aligned(result) && !ends_in_word;
+            places.push(if is_kept { result.clone() } else { reserve(&mut self.scratch, &result.ty) });
+        }
+        self.push(Cow::Borrowed(work), own_args, places.clone());
+        for (place, result) in places.into_iter().zip(results).filter(|(place, result)| place.at != result.at) {
             self.copy(place, result);
         }
         taken.into_iter().for_each(|start| self.scratch.release(start));
@@ -177,7 +122,7 @@ impl<'a> Writer<'a, '_> {
         let (to, before_to) = self.widened(to);
         op.src_offset += before_from;
         op.dst_offset += before_to;
-        self.push(Cow::Owned(Kernel::Copy(op)), vec![from], to);
+        self.push(Cow::Owned(Work::Kernel(Kernel::Copy(op))), vec![from], vec![to]);
     }
 
     /// The tensor as one line from the aligned place before it to the end of its last word, and the number of elements
@@ -202,60 +147,17 @@ impl<'a> Writer<'a, '_> {
         }
     }
 
-    fn push(&mut self, kernel: Cow<'a, Kernel>, args: Vec<Tensor<'a>>, result: Tensor<'a>) {
-        let types: Vec<&TensorType> = args.iter().map(|a| &*a.ty).collect();
-        let bytes = (self.rules.scratch_bytes)(&kernel, &types, &result.ty);
-        let start = self.scratch.reserve(bytes as usize);
+    fn push(&mut self, work: Cow<'a, Work>, args: Vec<Tensor<'a>>, results: Vec<Tensor<'a>>) {
+        let bytes = (self.rules.scratch_bytes)(&work, &types(&args), &types(&results));
+        let start = self.scratch.reserve(bytes);
         self.scratch.release(start);
-        self.steps.push(KernelStep { kernel, args, result, scratch: (start, bytes) });
+        self.steps.push(WorkStep { work, args, results, scratch: (start, bytes) });
     }
 }
 
-/// Whether a part may write its result over operand `a` of the call, which it reads.
-fn may_overwrite(part: &Part, a: usize, args: &[Tensor<'_>], result: &Tensor<'_>) -> bool {
-    let own = |arg: &PartArg| arg.source == Source::Operand(a as u32);
-    let allows = |(j, arg): (usize, &PartArg)| !own(arg) || (part.kernel.in_place().allows(j) && arg.ty == part.result);
-    args[a].at == result.at && part.args.iter().enumerate().all(allows)
-}
-
-fn overlaps(a: &Tensor<'_>, b: &Tensor<'_>) -> bool {
-    match (a.at, b.at) {
-        (At::Region(x), At::Region(y)) => {
-            let (x_end, y_end) = (x.at(a.ty.bytes() as u64).offset, y.at(b.ty.bytes() as u64).offset);
-            x.buffer == y.buffer && x.offset < y_end && y.offset < x_end
-        }
-        _ => false,
-    }
-}
-
-/// Places in scratch: each as early as it fits.
-#[derive(Default)]
-struct Scratch {
-    /// Start and end of what is reserved, in order.
-    taken: Vec<(u64, u64)>,
-    peak: u64,
-}
-
-impl Scratch {
-    fn reserve(&mut self, bytes: usize) -> u64 {
-        let bytes = (bytes.max(1) as u64).next_multiple_of(SCRATCH_ALIGNMENT);
-        let mut start = 0;
-        let mut index = 0;
-        for &(taken, end) in &self.taken {
-            if taken - start >= bytes {
-                break;
-            }
-            start = end;
-            index += 1;
-        }
-        self.taken.insert(index, (start, start + bytes));
-        self.peak = self.peak.max(start + bytes);
-        start
-    }
-
-    fn release(&mut self, start: u64) {
-        self.taken.retain(|&(taken, _)| taken != start);
-    }
+/// Types of tensors.
+pub(crate) fn types<'t>(tensors: &'t [Tensor<'_>]) -> Vec<&'t TensorType> {
+    tensors.iter().map(|t| &*t.ty).collect()
 }
 
 #[cfg(test)]

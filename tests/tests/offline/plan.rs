@@ -12,7 +12,7 @@ use ltxc::job::Shape;
 use ltxc_compiler::Options;
 use ltxc_ir::plan::{KernelCall, Plan, Step, Target};
 use ltxc_ir::{DType, TensorType};
-use ltxc_kernels::cube::{self, CubeTensor};
+use ltxc_kernels::cube::{CubeTensor, Schedule};
 use ltxc_models::synth::{Preset, synth};
 
 use crate::recorder::{Generation, Launch, Recorder, Source};
@@ -140,9 +140,10 @@ fn launch<G: Gpu>(client: &ComputeClient<Recorder<G>>, call: &KernelCall) -> Res
     let (arg_types, result_types) = (types(&call.args), types(&call.results));
     let args: Vec<CubeTensor<'_>> = arg_types.iter().copied().map(tensor).collect();
     let results: Vec<CubeTensor<'_>> = result_types.iter().copied().map(tensor).collect();
-    let scratch = TensorType::new(DType::U8, [cube::work_workspace_bytes(&call.work, &arg_types, &result_types)]);
+    let schedule = Schedule::new(&call.work, &arg_types, &result_types)?;
+    let scratch = TensorType::new(DType::U8, [schedule.workspace_bytes()]);
     let workspace = CubeTensor { ty: &scratch, handle: memory(scratch.bytes()) };
-    cube::launch_work(client, &call.work, &args, &results, Some(&workspace))?;
+    schedule.launch(client, &args, &results, Some(&workspace))?;
     cubecl::future::block_on(client.sync()).map_err(|e| format!("{e:?}"))?;
     Ok(client.info().take())
 }

@@ -7,14 +7,14 @@ use cubecl::server::Handle;
 use ltxc_ir::eval::Tensor;
 use ltxc_ir::plan::Work;
 use ltxc_ir::{DType, TensorType};
-use ltxc_kernels::cube::{self, CubeTensor};
+use ltxc_kernels::cube::{CubeTensor, Schedule};
 
 /// Multiple of all offsets in the arena.
 const ALIGNMENT: usize = 512;
 
 /// A call whose operands, results and scratch lie in one arena; what is between them, and scratch, are no zeros.
 pub struct Laid<'a> {
-    work: &'a Work,
+    schedule: Schedule,
     types: Vec<&'a TensorType>,
     result_types: Vec<&'a TensorType>,
     scratch_type: TensorType,
@@ -25,10 +25,11 @@ pub struct Laid<'a> {
 
 impl<'a> Laid<'a> {
     /// Lays out a call; results lie on the operands `in_place`, the others on memory that holds `before`.
-    pub fn new(work: &'a Work, args: &'a [Tensor], before: &'a [Tensor], in_place: &[Option<usize>]) -> Laid<'a> {
+    pub fn new(work: &Work, args: &'a [Tensor], before: &'a [Tensor], in_place: &[Option<usize>]) -> Laid<'a> {
         let types: Vec<&TensorType> = args.iter().map(|a| &a.ty).collect();
         let result_types: Vec<&TensorType> = before.iter().map(|b| &b.ty).collect();
-        let scratch = vec![0xa5; cube::work_workspace_bytes(work, &types, &result_types)];
+        let schedule = Schedule::new(work, &types, &result_types).unwrap();
+        let scratch = vec![0xa5; schedule.workspace_bytes()];
         let scratch_type = TensorType::new(DType::U8, [scratch.len()]);
         let (mut starts, mut bytes): (Vec<u64>, Vec<u8>) = (Vec::new(), Vec::new());
         let mut push = |own: &[u8]| {
@@ -43,7 +44,7 @@ impl<'a> Laid<'a> {
             starts.push(start);
         }
         starts.push(push(&scratch));
-        Laid { work, types, result_types, scratch_type, starts, bytes }
+        Laid { schedule, types, result_types, scratch_type, starts, bytes }
     }
 
     /// The arena before the call.
@@ -76,6 +77,6 @@ impl<'a> Laid<'a> {
         let start = rest[self.result_types.len()];
         let bytes = start..start + self.scratch_type.bytes() as u64;
         let workspace = CubeTensor { ty: &self.scratch_type, handle: self.part(memory, bytes) };
-        cube::launch_work(client, self.work, &args, &results, Some(&workspace)).unwrap();
+        self.schedule.launch(client, &args, &results, Some(&workspace)).unwrap();
     }
 }

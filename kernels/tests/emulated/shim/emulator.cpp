@@ -113,21 +113,35 @@ void run_block(bool backwards) {
             emulator_fails("shared memory is written behind its end");
 }
 
-// A range of memory that ends where nobody may read.
+// A range of memory between pages that nobody may touch: at the one behind it when threads run first to last, at the one
+// in front of it when they run last to first. What is left on the other side is no number, and stays as it is.
 struct Buffer {
-    unsigned char *start;
     std::vector<unsigned char> before;
+    size_t room;
+    unsigned char *pages, *start;
 
     explicit Buffer(std::vector<unsigned char> bytes) : before(std::move(bytes)) {
         size_t page = sysconf(_SC_PAGESIZE);
-        // Vectors of kernels have up to 16 bytes.
-        size_t size = (before.size() + 15) / 16 * 16, pages = (size + page - 1) / page * page;
-        auto *memory = static_cast<unsigned char *>(reserve(pages + page));
-        mprotect(memory + pages, page, PROT_NONE);
-        start = memory + pages - size;
+        room = (size() + page - 1) / page * page;
+        unsigned char *memory = static_cast<unsigned char *>(reserve(room + 2 * page));
+        mprotect(memory, page, PROT_NONE);
+        mprotect(memory + page + room, page, PROT_NONE);
+        start = pages = memory + page;
     }
-    void reset() { std::memcpy(start, before.data(), before.size()); }
+    // Vectors of kernels have up to 16 bytes.
+    size_t size() const { return (before.size() + 15) / 16 * 16; }
+    void reset(bool backwards) {
+        std::memset(pages, 0xff, room);
+        start = backwards ? pages : pages + room - size();
+        std::memcpy(start, before.data(), before.size());
+    }
     std::vector<unsigned char> bytes() const { return {start, start + before.size()}; }
+    bool is_alone() const {
+        for (unsigned char *at = pages; at < pages + room; at++)
+            if (*at != 0xff && (at < start || at >= start + before.size()))
+                return false;
+        return true;
+    }
 };
 
 struct Launch {
@@ -189,12 +203,14 @@ int run(void (*kernel)(), int count, char **paths) {
     std::vector<std::vector<unsigned char>> first;
     for (bool backwards : {false, true}) {
         for (Buffer &buffer : launch.buffers)
-            buffer.reset();
+            buffer.reset(backwards);
         for (blockIdx.z = 0; blockIdx.z < gridDim.z; blockIdx.z++)
             for (blockIdx.y = 0; blockIdx.y < gridDim.y; blockIdx.y++)
                 for (blockIdx.x = 0; blockIdx.x < gridDim.x; blockIdx.x++)
                     run_block(backwards);
         for (size_t i = 0; i < launch.buffers.size(); i++) {
+            if (!launch.buffers[i].is_alone())
+                emulator_fails("memory outside a buffer is written");
             auto bytes = launch.buffers[i].bytes();
             if (!backwards)
                 first.push_back(bytes);

@@ -66,18 +66,97 @@ fn doctor_lists_devices_and_what_is_missing() {
     }
 }
 
+/// Whether there is a Vulkan device; where one is required, there is.
+fn has_vulkan(place: &Place) -> bool {
+    let facts: Value = serde_json::from_str(&place.ok(&["doctor", "--json"]).stdout).unwrap();
+    let found = facts["devices"].as_array().unwrap().iter().any(|d| d["name"] == "vulkan:0");
+    let is_required = std::env::var("LTXC_REQUIRE_VULKAN").is_ok_and(|v| v == "1");
+    assert!(found || !is_required, "no Vulkan device: {facts}");
+    if !found {
+        println!("absent: no Vulkan device");
+    }
+    found
+}
+
+/// What the last event of a command with `--json` says.
+fn facts_of(stdout: &str) -> Value {
+    let last: Value = serde_json::from_str(stdout.lines().last().unwrap()).unwrap();
+    assert_eq!(last["event"], "done");
+    last["facts"].clone()
+}
+
 #[test]
 fn a_run_on_vulkan_makes_a_video() {
     let place = Place::new();
-    let facts: Value = serde_json::from_str(&place.ok(&["doctor", "--json"]).stdout).unwrap();
-    if !facts["devices"].as_array().unwrap().iter().any(|d| d["name"] == "vulkan:0") {
-        let is_required = std::env::var("LTXC_REQUIRE_VULKAN").is_ok_and(|v| v == "1");
-        assert!(!is_required, "no Vulkan device: {facts}");
-        return println!("absent: no Vulkan device");
+    if !has_vulkan(&place) {
+        return;
     }
-    compile_for(&place, "vulkan:0", "a.ltxplan");
+    compile_for(&place, "vulkan", "a.ltxplan");
     let done = place.ok(&run("a.ltxplan", &["--device", "vulkan:0", "-q"]));
     assert_eq!(done.stderr, "");
     let movie = ltxc_runtime::media::mp4::read(&place.read("a.mp4")).unwrap();
     assert_eq!(movie.video.unwrap().samples.len(), 9);
+}
+
+#[test]
+fn kernels_are_stored_and_counted() {
+    let place = Place::new();
+    if !has_vulkan(&place) {
+        return;
+    }
+    compile_for(&place, "vulkan", "plain.ltxplan");
+    let inspect =
+        |plan: &str| -> Value { serde_json::from_str(&place.ok(&["inspect", plan, "--json"]).stdout).unwrap() };
+    assert_eq!(inspect("plain.ltxplan")["kernels"], Value::Null);
+    place.refused(&["inspect", "plain.ltxplan", "--kernels"], &["plain.ltxplan", "no kernels", "ltxc tune"]);
+    let tune =
+        |to: &str| facts_of(&place.ok(&["tune", "plain.ltxplan", "--device", "vulkan:0", "-o", to, "--json"]).stdout);
+    let facts = tune("a.ltxplan");
+    tune("b.ltxplan");
+    assert!(place.read("a.ltxplan") == place.read("b.ltxplan"), "the same kernels make the same file");
+    let sources = facts["sources"].as_u64().unwrap();
+    assert!(sources > 20 && facts["compiled"] == 0, "{facts}");
+    assert_eq!(inspect("a.ltxplan")["kernels"]["sources"], sources);
+    assert!(place.ok(&["inspect", "a.ltxplan"]).stdout.contains(&format!("the sources of {sources}")));
+    assert_eq!(place.ok(&["inspect", "a.ltxplan", "--kernels"]).stdout.matches("@compute").count() as u64, sources);
+
+    // The run says how many it compiled: all, and none that the plan does not know.
+    let done = place.ok(&run("a.ltxplan", &["--device", "vulkan:0", "--json"]));
+    let kernels = facts_of(&done.stdout)["kernels"].clone();
+    assert_eq!(kernels["launched"], kernels["compiled"]);
+    let launched = kernels["launched"].as_u64().unwrap();
+    assert!((20..=sources).contains(&launched), "{launched} of {sources}");
+    let text = place.ok(&run("a.ltxplan", &["--device", "vulkan:0"])).stderr;
+    assert!(text.contains(&format!("{launched} launched, {launched} compiled in this run")), "{text}");
+    assert!(text.contains("carries sources only"), "{text}");
+}
+
+#[test]
+fn frozen_runs_compile_nothing() {
+    let place = Place::new();
+    compile_for(&place, "cpu", "cpu.ltxplan");
+    place.ok(&run("cpu.ltxplan", &["--frozen", "-q"]));
+    place.refused(&["tune", "cpu.ltxplan"], &["cpu.ltxplan", "part of this program"]);
+    if !has_vulkan(&place) {
+        return;
+    }
+    compile_for(&place, "vulkan", "a.ltxplan");
+    let words = ["`vulkan:0`", "--frozen", "forbids", "leave `--frozen` out"];
+    place.refused(&run("a.ltxplan", &["--device", "vulkan:0", "--frozen"]), &words);
+}
+
+#[test]
+fn memory_of_a_plan_is_that_of_its_device() {
+    let place = Place::new();
+    let peaks = ["cpu", "vulkan"].map(|device| {
+        compile_for(&place, device, "a.ltxplan");
+        let text = place.ok(&["inspect", "a.ltxplan"]).stdout;
+        assert_eq!(text.contains("memory of the device over time"), device == "vulkan", "{text}");
+        let facts: Value = serde_json::from_str(&place.ok(&["inspect", "a.ltxplan", "--json"]).stdout).unwrap();
+        assert_eq!(facts["memory"]["is_on_gpu"], device == "vulkan");
+        let parts = facts["memory"]["parts"].as_array().unwrap();
+        assert_eq!(parts.iter().any(|part| part["weight_bytes"].as_u64().unwrap() > 0), device == "vulkan");
+        facts["memory"]["peak_bytes"].as_u64().unwrap()
+    });
+    assert_ne!(peaks[0], peaks[1]);
 }

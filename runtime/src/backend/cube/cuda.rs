@@ -5,7 +5,9 @@ use cubecl::Runtime;
 use cubecl::cuda::{CudaDevice, CudaRuntime};
 use cudarc::driver::sys::CUdevice_attribute as Attribute;
 use cudarc::driver::{result, sys};
-use ltxc_ir::plan::Target;
+use ltxc_ir::plan::{KernelDevice, Kernels, Target};
+use ltxc_kernels::cube::ptx;
+use ltxc_kernels::cube::tracked::{LaunchedKernel, Tracked};
 
 use super::Cube;
 use crate::backend::{Backend, Device, DeviceKind, DeviceName};
@@ -31,10 +33,53 @@ pub(crate) fn find() -> Result<Vec<Device>, String> {
             "the CUDA compiler library (libnvrtc) was not found; install it or add it to LD_LIBRARY_PATH".into()
         );
     }
+    check_versions(driver_version()?, compiler_version()?)?;
     if cubecl::cuda::install::cuda_path().is_none() {
         return Err("the CUDA headers were not found; set CUDA_PATH to the folder that has `include`".into());
     }
     (0..count).map(|index| describe(index).map_err(|e| format!("device {index}: {e:?}"))).collect()
+}
+
+/// CUDA version of the driver: 12040 is 12.4.
+fn driver_version() -> Result<i32, String> {
+    let mut version = 0;
+    // SAFETY: the driver writes one number.
+    let result = unsafe { sys::cuDriverGetVersion(&mut version) };
+    result.result().map_err(|e| format!("the driver has no version: {e:?}"))?;
+    Ok(version)
+}
+
+/// CUDA version of the compiler library, counted likewise.
+fn compiler_version() -> Result<i32, String> {
+    let (mut major, mut minor) = (0, 0);
+    // SAFETY: the library writes two numbers.
+    let result = unsafe { cudarc::nvrtc::sys::nvrtcVersion(&mut major, &mut minor) };
+    result.result().map_err(|e| format!("the CUDA compiler library has no version: {e:?}"))?;
+    Ok(1000 * major + 10 * minor)
+}
+
+fn version(number: i32) -> String {
+    format!("{}.{}", number / 1000, number % 1000 / 10)
+}
+
+/// Oldest CUDA whose compiler knows everything that kernels are written with.
+const OLDEST: i32 = 11_080;
+
+/// Whether a driver runs what a compiler of these versions makes. Drivers read the assembly of older compilers only.
+fn check_versions(driver: i32, compiler: i32) -> Result<(), String> {
+    let (driver_words, compiler_words) = (version(driver), version(compiler));
+    if driver < OLDEST || compiler < OLDEST {
+        let oldest = version(OLDEST);
+        return Err(format!(
+            "the driver is for CUDA {driver_words} and the compiler library (libnvrtc) for {compiler_words}; both must be {oldest} or newer, so update them"
+        ));
+    }
+    if compiler > driver {
+        return Err(format!(
+            "the driver, for CUDA {driver_words}, is too old for the compiler library (libnvrtc) of CUDA {compiler_words}; update the driver, or put an older library first in LD_LIBRARY_PATH"
+        ));
+    }
+    Ok(())
 }
 
 fn describe(index: i32) -> Result<Device, result::DriverError> {
@@ -61,18 +106,38 @@ fn describe(index: i32) -> Result<Device, result::DriverError> {
     })
 }
 
-/// Opens a device of [`find`].
-pub(crate) fn open<'a>(device: &Device) -> Result<Box<dyn Backend<'a> + 'a>, RunError> {
+/// Opens a device of [`find`], which finds the kernels that a plan carries if they are for it.
+pub(crate) fn open<'a>(device: &Device, kernels: Option<&Kernels>) -> Result<Box<dyn Backend<'a> + 'a>, RunError> {
     let DeviceName::Cuda(Some(index)) = device.name else {
         return Err(RunError::Internal(format!("`{}` is no CUDA device", device.name)));
     };
     let problem = |problem: String| RunError::Device { device: device.name.clone(), problem };
+    let identity = identity(device).map_err(&problem)?;
+    // Compiled kernels lie in a folder as long as this is open; without one nothing is carried.
+    let folder = tempfile::Builder::new().prefix("ltxc-kernels-").tempdir().ok();
+    let folder = folder.filter(|folder| ptx::keep_in(folder.path()));
+    if let Some(folder) = &folder {
+        // Others would never be found.
+        let fitting = kernels.filter(|kernels| kernels.device == identity);
+        ptx::seed(folder.path(), fitting.map_or(&[], |kernels| &kernels.kernels));
+    }
     // CubeCL panics where the driver refuses.
-    let client = std::panic::catch_unwind(|| CudaRuntime::client(&CudaDevice { index }));
+    let client = std::panic::catch_unwind(|| Tracked::<CudaRuntime>::client(&CudaDevice { index }));
     let client = client.map_err(|_| problem("the driver does not open it".into()))?;
+    client.info().log.describe(identity);
     let total = device.memory_bytes;
     let left = Box::new(move || free_memory(index).unwrap_or(total));
-    Ok(Box::new(Cube::new(device.clone(), LOAD_BYTES, left, client)))
+    let carry = move |launched: &[LaunchedKernel]| {
+        folder.as_ref().map_or(Vec::new(), |folder| ptx::compiled(folder.path(), launched))
+    };
+    Ok(Box::new(Cube::new(device.clone(), LOAD_BYTES, left, client, Box::new(carry))))
+}
+
+/// What compiled code is for: it depends on the architecture and on what the driver reads, not on the device.
+fn identity(device: &Device) -> Result<KernelDevice, String> {
+    let architecture = device.features.first().cloned().unwrap_or_default();
+    let driver = version(driver_version()?);
+    Ok(KernelDevice { backend: "cuda".into(), architecture, driver, generator: super::generator() })
 }
 
 /// Bytes that nobody holds.
@@ -85,5 +150,22 @@ fn free_memory(index: usize) -> Option<u64> {
         let released = result::primary_ctx::release(device);
         released.ok()?;
         free.ok().map(|(free, _)| free as u64)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn drivers_that_are_too_old_are_told() {
+        assert_eq!(check_versions(12_080, 12_080), Ok(()));
+        assert_eq!(check_versions(13_000, 12_040), Ok(()));
+        let message = check_versions(12_020, 12_090).unwrap_err();
+        assert!(message.contains("CUDA 12.2") && message.contains("12.9") && message.contains("update the driver"));
+        for (driver, compiler) in [(11_020, 11_080), (12_000, 11_000)] {
+            let message = check_versions(driver, compiler).unwrap_err();
+            assert!(message.contains("11.8 or newer"), "{message}");
+        }
     }
 }

@@ -12,34 +12,110 @@ pub(super) mod cuda;
 pub(super) mod wgpu;
 
 use std::borrow::Cow;
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use std::sync::Arc;
 
-use cubecl::Runtime;
 use cubecl::client::ComputeClient;
 use cubecl::server::Handle;
-use ltxc_ir::plan::{Copy, Kernel, KernelCall, Plan, Target};
+use ltxc_ir::plan::{
+    Copy, Kernel, KernelCall, KernelDevice, KernelForm, Operand, Plan, PlanKernel, Step, Target, Work,
+};
 use ltxc_ir::{DType, TensorType};
-use ltxc_kernels::cube::{self, CubeTensor, guard};
+use ltxc_kernels::cube::tracked::{KernelLog, Known, LaunchedKernel, Tracked};
+use ltxc_kernels::cube::{self, CubeTensor, Schedule, guard};
 
-use super::steps::{At, KernelStep, Rules, Tensor, steps_of};
-use super::{Backend, BufferId, Call, CallId, Device, Region, Weight, limits, outside};
+use super::steps::{At, Rules, Tensor, WorkStep, steps_of, types};
+use super::submission::Submission;
+use super::{
+    Backend, BufferId, Call, CallId, Device, DeviceName, KernelCounts, Progress, Region, Weight, limits, outside,
+};
 use crate::error::RunError;
+use crate::memory::MemoryNeed;
 
 /// Uploads and downloads go in pieces of this size, so that staging memory stays small.
-const STAGING_BYTES: usize = 32 << 20;
+const STAGING_BYTES: usize = 16 << 20;
 
-/// What a run needs besides the plan's own memory: pieces of uploads on their way, shapes and scalars of launches.
-const OVERHEAD_BYTES: u64 = 128 << 20;
+/// Most bytes of uploads on their way: staging memory is given back when the device has copied from it.
+const MOST_STAGED_BYTES: u64 = 64 << 20;
+
+/// Scratch of a call on a GPU that binds tensors at multiples of `alignment`.
+pub(crate) fn gpu_scratch(call: &KernelCall, alignment: u64) -> u64 {
+    // Buffers start at multiples of everything.
+    let place = |operand: &Operand| Region { buffer: BufferId(0), offset: operand.offset };
+    let args = call.args.iter().map(|a| (&a.ty, place(a))).collect();
+    let results = call.results.iter().map(|r| (&r.ty, place(r))).collect();
+    let call = Call { work: &call.work, args, results, flops: call.flops, bytes: call.bytes };
+    let scratch_bytes = |work: &Cow<'_, Work>, args: &[&TensorType], results: &[&TensorType]| {
+        // What cannot be scheduled is refused when it is bound.
+        Schedule::new(work, args, results).map_or(0, |schedule| schedule.workspace_bytes() as u64)
+    };
+    steps_of(&call, &Rules { alignment, scratch_bytes: &scratch_bytes }).1
+}
+
+/// What a plan can carry of kernels that were launched.
+type Carry = Box<dyn Fn(&[LaunchedKernel]) -> Vec<PlanKernel>>;
+
+/// The sources of kernels, for devices that take nothing else: CubeCL 0.10 gives wgpu text, and no way to give it more.
+#[cfg(feature = "wgpu")]
+fn sources(launched: &[LaunchedKernel]) -> Vec<PlanKernel> {
+    let kernels = launched.iter().filter(|kernel| !kernel.is_checked).map(|kernel| PlanKernel {
+        hash: kernel.hash,
+        name: kernel.name.clone(),
+        cube_dim: kernel.cube_dim,
+        form: KernelForm::Source(in_order(&kernel.source)),
+    });
+    kernels.collect()
+}
+
+/// A source with its variables in order: CubeCL declares them in another one every time, and the same kernels are to be
+/// the same bytes.
+#[cfg(feature = "wgpu")]
+fn in_order(source: &str) -> String {
+    let is_declaration = |line: &&str| line.contains("l_mut_") && !line.contains('=') && line.ends_with(';');
+    let mut lines: Vec<&str> = source.lines().collect();
+    lines.chunk_by_mut(|a, b| is_declaration(a) && is_declaration(b)).for_each(<[&str]>::sort_unstable);
+    lines.join("\n")
+}
+
+/// What printed the sources of kernels. Kernels are this program's, and their words are CubeCL's.
+fn generator() -> String {
+    format!("ltxc {} with CubeCL 0.10.0", env!("CARGO_PKG_VERSION"))
+}
+
+/// A failure in the words of CubeCL or a driver, as an error with a way out.
+fn failure(device: DeviceName, problem: String) -> RunError {
+    let says = |words: &[&str]| {
+        let problem = problem.to_lowercase();
+        words.iter().any(|word| problem.contains(word))
+    };
+    if says(&["out of memory", "out-of-memory", "outofmemory", "out_of_memory", "buffertoobig"]) {
+        return RunError::DeviceMemory { device };
+    }
+    if says(&["device is lost", "device lost", "devicelost", "error_device_lost", "launch_timeout"]) {
+        return RunError::DeviceLost { device };
+    }
+    RunError::Device { device, problem }
+}
 
 /// A device behind the CubeCL runtime `R`.
-struct Cube<'a, R: Runtime> {
+struct Cube<'a, R: Known> {
     device: Device,
     /// Tensors are bound at multiples of this many bytes.
     alignment: u64,
     available: Box<dyn Fn() -> u64>,
-    client: ComputeClient<R>,
+    client: ComputeClient<Tracked<R>>,
+    log: Arc<KernelLog>,
+    carry: Carry,
     buffers: Vec<Buffer>,
-    calls: Vec<Vec<Prepared<'a>>>,
+    calls: Vec<Bound<'a>>,
+    /// Of the works of the plan, by their addresses: a block that is called many times is scheduled once.
+    schedules: RefCell<BTreeMap<*const Work, Rc<Schedule>>>,
     scratch: Option<Buffer>,
+    submission: Submission,
+    /// Bytes of uploads since the device was last waited for.
+    staged: Cell<u64>,
 }
 
 #[derive(Clone)]
@@ -59,12 +135,19 @@ impl Buffer {
     }
 }
 
-/// A kernel with the memory it is bound to.
+/// A call with what it costs.
+struct Bound<'a> {
+    steps: Vec<Prepared<'a>>,
+    flops: u64,
+    bytes: u64,
+}
+
+/// A work with the memory it is bound to.
 struct Prepared<'a> {
-    kernel: Cow<'a, Kernel>,
+    schedule: Rc<Schedule>,
     args: Vec<(Cow<'a, TensorType>, Memory)>,
-    result: (Cow<'a, TensorType>, Memory),
-    /// Type and start of the kernel's own scratch.
+    results: Vec<(Cow<'a, TensorType>, Memory)>,
+    /// Type and start of the work's own scratch.
     scratch: Option<(TensorType, u64)>,
 }
 
@@ -74,21 +157,79 @@ enum Memory {
     Scratch(u64),
 }
 
-impl<'a, R: Runtime> Cube<'a, R> {
-    fn new(device: Device, alignment: u64, available: Box<dyn Fn() -> u64>, client: ComputeClient<R>) -> Cube<'a, R> {
+impl<'a, R: Known> Cube<'a, R> {
+    fn new(
+        device: Device,
+        alignment: u64,
+        available: Box<dyn Fn() -> u64>,
+        client: ComputeClient<Tracked<R>>,
+        carry: Carry,
+    ) -> Cube<'a, R> {
         guard::install();
-        Cube { device, alignment, available, client, buffers: Vec::new(), calls: Vec::new(), scratch: None }
-    }
-
-    fn problem(&self, problem: String) -> RunError {
-        RunError::Device { device: self.device.name.clone(), problem }
-    }
-
-    fn rules(&self) -> Rules<'static> {
-        Rules {
-            alignment: self.alignment,
-            scratch_bytes: &|kernel, args, result| cube::workspace_bytes(kernel, args, &[result]) as u64,
+        let log = client.info().log.clone();
+        Cube {
+            device,
+            alignment,
+            available,
+            client,
+            log,
+            carry,
+            buffers: Vec::new(),
+            calls: Vec::new(),
+            schedules: RefCell::default(),
+            scratch: None,
+            submission: Submission::default(),
+            staged: Cell::new(0),
         }
+    }
+
+    /// What went wrong, in the words of CubeCL or a driver, as an error.
+    fn problem(&self, problem: String) -> RunError {
+        let device = self.device.name.clone();
+        match self.log.take_refused() {
+            kernel @ Some(_) => RunError::Frozen { device, kernel },
+            None => failure(device, problem),
+        }
+    }
+
+    /// Binds a call to memory of its own.
+    fn bind_anywhere(&mut self, call: &'a KernelCall) -> Result<CallId, RunError> {
+        let mut place = |operand: &'a Operand| {
+            // At the offset that it has in its buffer, as far as that matters.
+            let offset = operand.offset % Target::DEVICE_ALIGNMENT;
+            let buffer = self.allocate((operand.ty.bytes() as u64).saturating_add(offset))?;
+            Ok((&operand.ty, Region { buffer, offset }))
+        };
+        let args = call.args.iter().map(&mut place).collect::<Result<_, RunError>>()?;
+        let results = call.results.iter().map(&mut place).collect::<Result<_, RunError>>()?;
+        self.bind(Call { work: &call.work, args, results, flops: call.flops, bytes: call.bytes })
+    }
+
+    /// The steps of a call, and the scratch that they need.
+    fn steps(&self, call: &Call<'a>) -> (Vec<WorkStep<'a>>, u64) {
+        let scratch_bytes = |work: &Cow<'a, Work>, args: &[&TensorType], results: &[&TensorType]| {
+            // What cannot be scheduled is refused when it is prepared.
+            self.schedule(work, args, results).map_or(0, |schedule| schedule.workspace_bytes() as u64)
+        };
+        steps_of(call, &Rules { alignment: self.alignment, scratch_bytes: &scratch_bytes })
+    }
+
+    #[allow(clippy::ptr_arg)] // borrowed works live as long as the plan, owned ones do not
+    fn schedule(
+        &self,
+        work: &Cow<'a, Work>,
+        args: &[&TensorType],
+        results: &[&TensorType],
+    ) -> Result<Rc<Schedule>, String> {
+        // Works of the plan stay where they are as long as this lives; copies that steps add are made anew.
+        let Cow::Borrowed(work) = *work else { return Ok(Rc::new(Schedule::new(work, args, results)?)) };
+        let key: *const Work = work;
+        if let Some(known) = self.schedules.borrow().get(&key) {
+            return Ok(known.clone());
+        }
+        let schedule = Rc::new(Schedule::new(work, args, results)?);
+        self.schedules.borrow_mut().insert(key, schedule.clone());
+        Ok(schedule)
     }
 
     /// Memory of this size, rounded up so that the last word of the last tensor is inside.
@@ -125,6 +266,11 @@ impl<'a, R: Runtime> Cube<'a, R> {
             let tensor = |handle| CubeTensor { ty: &ty, handle };
             let (from, to) = (staged.part(0, held as u64)?, to.part(start, held as u64)?);
             cube::launch(&self.client, &Kernel::Copy(all), &[tensor(from)], &[tensor(to)], None)?;
+            self.staged.set(self.staged.get() + held as u64);
+            if self.staged.get() >= MOST_STAGED_BYTES {
+                self.staged.set(0);
+                guard::sync(&self.client)?;
+            }
         }
         Ok(())
     }
@@ -139,7 +285,8 @@ impl<'a, R: Runtime> Cube<'a, R> {
         &self.buffers[id.0 as usize]
     }
 
-    fn prepare(&self, step: KernelStep<'a>) -> Result<Prepared<'a>, String> {
+    fn prepare(&self, step: WorkStep<'a>) -> Result<Prepared<'a>, String> {
+        let schedule = self.schedule(&step.work, &types(&step.args), &types(&step.results))?;
         let memory = |tensor: Tensor<'a>| match tensor.at {
             At::Region(at) => {
                 let handle = self.buffer(at.buffer).part(at.offset, tensor.ty.bytes() as u64)?;
@@ -147,23 +294,24 @@ impl<'a, R: Runtime> Cube<'a, R> {
             }
             At::Scratch(start) => Ok((tensor.ty, Memory::Scratch(start))),
         };
+        let all = |tensors: Vec<Tensor<'a>>| tensors.into_iter().map(memory).collect::<Result<Vec<_>, String>>();
         let (start, bytes) = step.scratch;
         Ok(Prepared {
-            kernel: step.kernel,
-            args: step.args.into_iter().map(memory).collect::<Result<_, String>>()?,
-            result: memory(step.result)?,
+            schedule,
+            args: all(step.args)?,
+            results: all(step.results)?,
             scratch: (bytes > 0).then(|| (TensorType::new(DType::U8, [bytes as usize]), start)),
         })
     }
 
     fn run(&self, step: &Prepared<'a>) -> Result<(), String> {
         let args = step.args.iter().map(|arg| self.tensor(arg)).collect::<Result<Vec<_>, _>>()?;
-        let result = self.tensor(&step.result)?;
+        let results = step.results.iter().map(|result| self.tensor(result)).collect::<Result<Vec<_>, _>>()?;
         let workspace = match &step.scratch {
             Some((ty, start)) => Some(CubeTensor { ty, handle: self.scratch(ty, *start)? }),
             None => None,
         };
-        cube::launch(&self.client, &step.kernel, &args, &[result], workspace.as_ref())
+        step.schedule.launch(&self.client, &args, &results, workspace.as_ref())
     }
 
     fn tensor<'t>(&self, operand: &'t (Cow<'a, TensorType>, Memory)) -> Result<CubeTensor<'t>, String> {
@@ -180,7 +328,7 @@ impl<'a, R: Runtime> Cube<'a, R> {
     }
 }
 
-impl<'a, R: Runtime> Backend<'a> for Cube<'a, R> {
+impl<'a, R: Known> Backend<'a> for Cube<'a, R> {
     fn device(&self) -> &Device {
         &self.device
     }
@@ -188,15 +336,7 @@ impl<'a, R: Runtime> Backend<'a> for Cube<'a, R> {
     fn check(&self, plan: &Plan) -> Result<(), RunError> {
         limits::check_target(plan, &self.device)?;
         limits::check_sizes(plan, &self.device)?;
-        let scratch = |call: &KernelCall| {
-            let nowhere = Region { buffer: BufferId(0), offset: 0 };
-            let place = |operand: &ltxc_ir::plan::Operand| Region { offset: operand.offset, ..nowhere };
-            let args = call.args.iter().map(|a| (&a.ty, place(a))).collect();
-            let results = call.results.iter().map(|r| (&r.ty, place(r))).collect();
-            steps_of(&Call { work: &call.work, args, results }, &self.rules()).1
-        };
-        let needed = limits::device_bytes(plan, &scratch).saturating_add(OVERHEAD_BYTES);
-        limits::check_memory(needed, (self.available)(), &self.device.name)
+        MemoryNeed::on_gpu(plan, self.alignment).check_gpu((self.available)(), &self.device.name)
     }
 
     fn allocate(&mut self, bytes: u64) -> Result<BufferId, RunError> {
@@ -232,19 +372,26 @@ impl<'a, R: Runtime> Backend<'a> for Cube<'a, R> {
     }
 
     fn bind(&mut self, call: Call<'a>) -> Result<CallId, RunError> {
-        let (steps, scratch) = steps_of(&call, &self.rules());
+        let (steps, scratch) = self.steps(&call);
         if self.scratch.as_ref().map_or(0, |s| s.bytes) < scratch {
             // The old one goes first, so that there is never room needed for both.
             self.scratch = None;
             self.scratch = Some(self.reserve(scratch)?);
         }
         let prepared = steps.into_iter().map(|step| self.prepare(step)).collect::<Result<Vec<_>, _>>();
-        self.calls.push(prepared.map_err(|e| self.problem(e))?);
+        let steps = prepared.map_err(|e| self.problem(e))?;
+        self.calls.push(Bound { steps, flops: call.flops, bytes: call.bytes });
         Ok(CallId(self.calls.len() as u32 - 1))
     }
 
     fn launch(&mut self, call: CallId) -> Result<(), RunError> {
-        self.calls[call.0 as usize].iter().try_for_each(|step| self.run(step)).map_err(|e| self.problem(e))
+        let Bound { flops, bytes, .. } = self.calls[call.0 as usize];
+        if self.submission.is_full_before(flops, bytes) {
+            self.submission = Submission::default();
+            guard::submit(&self.client).map_err(|e| self.problem(e))?;
+        }
+        self.submission.add(flops, bytes);
+        self.calls[call.0 as usize].steps.iter().try_for_each(|step| self.run(step)).map_err(|e| self.problem(e))
     }
 
     fn synchronize(&self) -> Result<(), RunError> {
@@ -253,18 +400,92 @@ impl<'a, R: Runtime> Backend<'a> for Cube<'a, R> {
 
     fn clear(&mut self) {
         self.calls.clear();
+        self.schedules.borrow_mut().clear();
         self.buffers.clear();
         self.scratch = None;
         self.client.memory_cleanup();
     }
+
+    fn kernels(&self) -> KernelCounts {
+        let launched = self.log.launched();
+        KernelCounts { launched: launched.len(), compiled: launched.iter().filter(|k| k.is_compiled).count() }
+    }
+
+    fn freeze(&mut self) {
+        self.log.freeze(true);
+    }
+
+    fn warm(&mut self, plan: &'a Plan, done: &mut Progress<'_>) -> Result<(), RunError> {
+        limits::check_target(plan, &self.device)?;
+        limits::check_sizes(plan, &self.device)?;
+        // Uploads are copies, of words and of the bytes that are left.
+        let small = self.allocate(8)?;
+        self.write(Region { buffer: small, offset: 0 }, &[0; 8])?;
+        self.write(Region { buffer: small, offset: 0 }, &[0; 7])?;
+        let steps = plan.functions.iter().flat_map(|function| &function.steps);
+        let calls: Vec<&KernelCall> = steps
+            .filter_map(|step| match step {
+                Step::Kernel(call) => Some(call),
+                Step::Call(_) => None,
+            })
+            .collect();
+        for (i, &call) in calls.iter().enumerate() {
+            // Recipes run on the processor.
+            let bound = self.bind_anywhere(call)?;
+            self.launch(bound)?;
+            self.synchronize()?;
+            self.clear();
+            done(i + 1, calls.len())?;
+        }
+        Ok(())
+    }
+
+    fn kernel_device(&self) -> Option<KernelDevice> {
+        Some(self.log.device())
+    }
+
+    fn carried(&self) -> Vec<PlanKernel> {
+        (self.carry)(&self.log.launched())
+    }
 }
 
-impl<R: Runtime> Drop for Cube<'_, R> {
+impl<R: Known> Drop for Cube<'_, R> {
     fn drop(&mut self) {
         // CubeCL keeps what is not given back for the life of the process.
         self.calls.clear();
         self.buffers.clear();
         self.scratch = None;
         self.client.memory_cleanup();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[cfg(feature = "wgpu")]
+    #[test]
+    fn variables_are_in_order() {
+        let sources = ["{\nvar l_mut_7: u32;\nvar l_mut_12: f32;\n", "{\nvar l_mut_12: f32;\nvar l_mut_7: u32;\n"];
+        let rest = "l_mut_7 = a;\nl_mut_12 = b;\n}";
+        let ordered = sources.map(|head| in_order(&format!("{head}{rest}")));
+        assert_eq!(ordered[0], ordered[1]);
+        assert!(ordered[0].starts_with("{\nvar ") && ordered[0].ends_with(rest));
+    }
+
+    #[test]
+    fn failures_of_drivers_have_ways_out() {
+        let message = |problem: &str| failure(DeviceName::Metal, problem.into()).to_string();
+        for problem in
+            ["CUDA_ERROR_OUT_OF_MEMORY", "an out-of-memory error happened", "Out of memory", "BufferTooBig(9)"]
+        {
+            let message = message(problem);
+            assert!(message.contains("`metal`") && message.contains("smaller size"), "{message}");
+        }
+        for problem in ["Parent device is lost", "VK_ERROR_DEVICE_LOST", "CUDA_ERROR_LAUNCH_TIMEOUT"] {
+            let message = message(problem);
+            assert!(message.contains("lost") && message.contains("run again"), "{message}");
+        }
+        assert!(message("something else").contains("something else; run `ltxc doctor`"));
     }
 }

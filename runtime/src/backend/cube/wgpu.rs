@@ -1,13 +1,18 @@
 //! Vulkan and Metal devices, through wgpu.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
-use ::wgpu::{Adapter, Backends, DeviceType, Features, Instance, InstanceDescriptor};
+use ::wgpu::{Adapter, Backends, DeviceType, Features, Instance, InstanceDescriptor, Limits};
 use cubecl::Runtime;
+use cubecl::client::ComputeClient;
 use cubecl::future::block_on;
-use cubecl::wgpu::{RuntimeOptions, WgpuDevice, WgpuRuntime, init_setup};
-use ltxc_ir::plan::Target;
+use cubecl::server::ServerUtilities;
+use cubecl::wgpu::{RuntimeOptions, WgpuDevice, WgpuRuntime, WgpuServer, init_setup};
+use cubecl_runtime::allocator::ContiguousMemoryLayoutPolicy;
+use cubecl_runtime::logging::ServerLogger;
+use ltxc_ir::plan::{KernelDevice, Target};
 use ltxc_kernels::cube::guard;
+use ltxc_kernels::cube::tracked::{self, Tracked, TrackedServer};
 
 use super::Cube;
 use crate::backend::{Backend, Device, DeviceKind, DeviceName};
@@ -28,6 +33,11 @@ struct Candidate {
     /// How CubeCL names it.
     id: WgpuDevice,
     alignment: u64,
+    /// What it is, and the version of its driver.
+    model: String,
+    driver: String,
+    /// Whether the driver allows what kernels ask for.
+    usable: Result<(), String>,
 }
 
 /// Devices in the order of their numbers: GPUs, then integrated ones, then software.
@@ -41,19 +51,55 @@ pub(crate) fn open<'a>(device: &Device) -> Result<Box<dyn Backend<'a> + 'a>, Run
     let problem = |problem: &str| RunError::Device { device: device.name.clone(), problem: problem.into() };
     let found = candidates().into_iter().find(|c| c.device.name == device.name);
     let found = found.ok_or_else(|| problem("it is not there any more"))?;
+    found.usable.as_ref().map_err(|shortcoming| problem(shortcoming))?;
     let mut opened = OPENED.lock().unwrap_or_else(PoisonError::into_inner);
-    if !opened.contains(&found.id) {
-        // CubeCL panics where the driver refuses.
-        let setup = std::panic::catch_unwind(|| init_setup::<Api>(&found.id, RuntimeOptions::default()));
-        guard::watch_wgpu(&setup.map_err(|_| problem("the driver does not open it"))?);
-        opened.push(found.id.clone());
-    }
-    let client = WgpuRuntime::client(&found.id);
+    let client = match opened.contains(&found.id) {
+        true => Tracked::<WgpuRuntime>::client(&found.id),
+        false => {
+            // CubeCL panics where the driver refuses.
+            let started = std::panic::catch_unwind(|| start(&found.id));
+            let client = started.map_err(|_| problem("the driver does not open it"))?;
+            client.info().log.describe(KernelDevice {
+                backend: "wgpu".into(),
+                architecture: found.model.clone(),
+                driver: found.driver.clone(),
+                generator: super::generator(),
+            });
+            opened.push(found.id.clone());
+            client
+        }
+    };
     let memory_bytes = found.device.memory_bytes;
     let is_shared = found.device.kind != DeviceKind::Gpu || cfg!(target_os = "macos");
     // How much of a GPU's own memory others hold is not known here.
     let left = Box::new(move || if is_shared { memory_bytes.min(available()) } else { memory_bytes });
-    Ok(Box::new(Cube::new(found.device, found.alignment, left, client)))
+    Ok(Box::new(Cube::new(found.device, found.alignment, left, client, Box::new(super::sources))))
+}
+
+/// A client of a device that nobody has opened. CubeCL gives the servers that it makes to nobody, so the one that is
+/// tracked is made anew, with what CubeCL's own knows of the device.
+fn start(id: &WgpuDevice) -> ComputeClient<Tracked<WgpuRuntime>> {
+    let setup = init_setup::<Api>(id, RuntimeOptions::default());
+    guard::watch_wgpu(&setup);
+    let known = WgpuRuntime::client(id);
+    let properties = known.properties().clone();
+    let options = tracked::compilation_options(&known).unwrap_or_default();
+    let (memory, timing) = (properties.memory.clone(), properties.timing_method);
+    let policy = ContiguousMemoryLayoutPolicy::new(memory.alignment as usize);
+    let utilities = ServerUtilities::new(properties, Arc::new(ServerLogger::default()), setup.backend, policy);
+    let RuntimeOptions { tasks_max, memory_config } = RuntimeOptions::default();
+    let server = WgpuServer::new(
+        memory,
+        memory_config,
+        options,
+        setup.device,
+        setup.queue,
+        tasks_max,
+        setup.backend,
+        timing,
+        utilities,
+    );
+    ComputeClient::init(id, TrackedServer::new(server))
 }
 
 fn candidates() -> Vec<Candidate> {
@@ -107,14 +153,30 @@ fn candidate(adapter: &Adapter, kind: DeviceKind, id: WgpuDevice) -> Candidate {
     let mut words: Vec<String> =
         supported.iter().filter(|(f, _)| features.contains(*f)).map(|(_, word)| word.to_string()).collect();
     words.push(format!("tensors up to {}", readable(target.max_tensor_bytes)));
-    let description = match info.driver_info.as_str() {
-        "" => info.name,
-        driver => format!("{} ({driver})", info.name),
+    let (model, driver) = (info.name, info.driver_info);
+    let description = match driver.as_str() {
+        "" => model.clone(),
+        driver => format!("{model} ({driver})"),
     };
     let memory_bytes = own_memory(adapter).filter(|_| kind == DeviceKind::Gpu).unwrap_or_else(available);
     // The number follows when all are known.
     let device = Device { name: DeviceName::Metal, description, kind, memory_bytes, features: words, target };
-    Candidate { device, id, alignment }
+    Candidate { device, id, alignment, model, driver, usable: check_limits(&limits) }
+}
+
+/// Whether a driver allows what kernels ask for; those of the last years do.
+fn check_limits(limits: &Limits) -> Result<(), String> {
+    let needs = [
+        ("buffers of a kernel", limits.max_storage_buffers_per_shader_stage, 30),
+        ("units of a cube", limits.max_compute_invocations_per_workgroup, 256),
+        ("bytes of shared memory", limits.max_compute_workgroup_storage_size, 16 << 10),
+    ];
+    match needs.iter().find(|(_, allowed, needed)| allowed < needed) {
+        Some((what, allowed, needed)) => {
+            Err(format!("its driver allows {allowed} {what}, kernels need {needed}; update the driver"))
+        }
+        None => Ok(()),
+    }
 }
 
 /// Bytes of the largest heap of the device's own memory.
@@ -135,4 +197,20 @@ fn own_memory(adapter: &Adapter) -> Option<u64> {
 #[cfg(target_os = "macos")]
 fn own_memory(_: &Adapter) -> Option<u64> {
     None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn drivers_that_allow_too_little_are_told() {
+        let enough = Limits { max_storage_buffers_per_shader_stage: 30, ..Limits::default() };
+        assert_eq!(check_limits(&enough), Ok(()));
+        // What WebGPU promises is too little.
+        let message = check_limits(&Limits::default()).unwrap_err();
+        assert!(message.contains("allows 8 buffers") && message.contains("need 30; update the driver"), "{message}");
+        let small = Limits { max_compute_invocations_per_workgroup: 128, ..enough };
+        assert!(check_limits(&small).unwrap_err().contains("128 units"));
+    }
 }
