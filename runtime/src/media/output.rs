@@ -145,9 +145,8 @@ impl MediaWriter {
             (Kind::Frames, None) => return Err(wrong("sound alone", "choose `.wav` or `.mp4`")),
             (Kind::Wav, None) => Sink::Wav(PartialFile::create(path)?),
             (Kind::Frames, Some(_)) => {
-                let is_ours = |name: &str| {
-                    png::is_frame_name(name) || exr_frames::is_frame_name(name) || name == FOLDER_AUDIO
-                };
+                let is_ours =
+                    |name: &str| png::is_frame_name(name) || exr_frames::is_frame_name(name) || name == FOLDER_AUDIO;
                 Sink::Frames { dir: PartialDir::create(path, is_ours)?, bytes: 0 }
             }
             (Kind::Mp4, video) => {
