@@ -15,7 +15,7 @@ use ltxc_runtime::tokenizer::Tokenizer;
 use ltxc_runtime::weights::WeightFiles;
 use serde_json::json;
 
-use crate::args::EnhanceArgs;
+use crate::args::{ContentArgs, EnhanceArgs};
 use crate::assemble::{GEMMA, ProgramSource, gemma_source, local};
 use crate::compile::version;
 use crate::job::{self, pick};
@@ -42,13 +42,16 @@ pub fn programs(config: &GemmaConfig, weights: &Weights<'_>, dtype: DType) -> Re
     [(PREFILL, PIECE), (DECODE, 1)].into_iter().map(program).collect()
 }
 
-/// Refuses a plan that was compiled without prompt enhancement.
+/// Refuses a plan that was compiled without prompt enhancement, and prompts that are encoded already.
 ///
 /// # Errors
-/// How to compile it.
-pub fn check(plan: &Plan) -> Result<()> {
+/// What to do instead.
+pub fn check(plan: &Plan, content: &ContentArgs) -> Result<()> {
     if !can_enhance(plan) {
         bail!("the plan was compiled without `--enhance-prompt`; compile it with that flag, or leave it out here");
+    }
+    if let Some(path) = &content.embeddings {
+        bail!("`{}` holds an encoded prompt, which cannot be enhanced; leave `--enhance-prompt` out", path.display());
     }
     Ok(())
 }

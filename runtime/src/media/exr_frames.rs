@@ -12,6 +12,7 @@ use exr::prelude::traits::{ReadChannels, ReadLayers, ReadSpecificChannel, Writab
 use exr::prelude::{Encoding, Image, Layer, LayerAttributes, SpecificChannels, Text, Vec2, f16};
 
 use super::hdr::ColourSpace;
+use super::image_input::resampled;
 use super::video_input::files_of_folder;
 use super::{ClipInfo, ClipRate, MediaError};
 
@@ -27,6 +28,19 @@ pub struct FloatImage {
     pub height: usize,
     /// `[h, w, 3]`.
     pub rgb: Vec<f32>,
+}
+
+impl FloatImage {
+    /// Resizes a signal in `[0, 1]` to cover `width` × `height`, crops the centre and maps it to `[-1, 1]`, as
+    /// [`super::resize_and_crop`] does with bytes.
+    ///
+    /// # Errors
+    /// Those of [`super::resize_and_crop`].
+    pub fn resize_and_crop(&self, width: usize, height: usize) -> Result<Vec<f32>, MediaError> {
+        let mut out = resampled([self.width, self.height], |i| self.rgb[i], [width, height])?;
+        out.iter_mut().for_each(|v| *v = *v * 2.0 - 1.0);
+        Ok(out)
+    }
 }
 
 /// Whether a path is that of an EXR file, or of a folder that holds some.
@@ -67,25 +81,29 @@ impl ExrSequence {
         self.info
     }
 
-    /// The first `frames` pictures, fewer if there are not as many, as models see them: `[n, h, w, 3]` in `[-1, 1]`.
+    /// Hands on the first `frames` pictures, or all if there are not as many, as signals in `[0, 1]`; returns their number.
     ///
     /// # Errors
-    /// A file that cannot be used, or has another size than the first.
-    pub fn load(&self, frames: usize, space: ColourSpace) -> Result<Vec<f32>, MediaError> {
+    /// A file that cannot be used, or has another size than the first, and what `sink` returns.
+    pub fn read(
+        &self,
+        frames: usize,
+        space: ColourSpace,
+        sink: &mut dyn FnMut(&FloatImage) -> Result<(), MediaError>,
+    ) -> Result<usize, MediaError> {
         let ClipInfo { width, height, .. } = self.info;
         let count = frames.min(self.files.len());
-        let mut out = Vec::with_capacity(count * width * height * 3);
         for file in &self.files[..count] {
-            let image = read(file)?;
+            let mut image = read(file)?;
             if (image.width, image.height) != (width, height) {
                 let (found, expected) = ((image.width, image.height), (width, height));
                 let problem = format!("it is {}x{}, the first frame {}x{}", found.0, found.1, expected.0, expected.1);
                 return Err(MediaError::input(file, problem));
             }
-            let signal = image.rgb.as_chunks::<3>().0.iter().flat_map(|&rgb| space.to_signal(rgb));
-            out.extend(signal.map(|v| v * 2.0 - 1.0));
+            image.rgb.as_chunks_mut::<3>().0.iter_mut().for_each(|rgb| *rgb = space.to_signal(*rgb));
+            sink(&image)?;
         }
-        Ok(out)
+        Ok(count)
     }
 }
 
@@ -206,12 +224,20 @@ mod tests {
         assert_eq!(names, ["f1.EXR", "f2.exr", "f10.exr"]);
         let info = sequence.info();
         assert_eq!((info.width, info.height, info.frames), (4, 2, 3));
-        let found = sequence.load(2, ColourSpace::AcesCct).expect("read");
+        let load = |sequence: &ExrSequence, frames: usize| {
+            let mut found = Vec::new();
+            let read = sequence.read(frames, ColourSpace::AcesCct, &mut |image| {
+                found.extend(image.resize_and_crop(4, 2)?);
+                Ok(())
+            });
+            read.map(|count| (count, found))
+        };
+        // From signals in [0, 1] to what models see.
         let expected: Vec<f32> = picture(4, 2).iter().map(|v| v.clamp(0.0, 1.0) * 2.0 - 1.0).collect();
-        assert_eq!(found, [expected.clone(), expected].concat());
+        assert_eq!(load(&sequence, 2).expect("read"), (2, [expected.clone(), expected].concat()));
         write_to(&folder.path().join("f11.exr"), 6, 2, ColourSpace::AcesCct);
         let sequence = ExrSequence::open(folder.path()).expect("a sequence");
-        let problem = sequence.load(4, ColourSpace::AcesCct).expect_err("another size").to_string();
+        let problem = load(&sequence, 4).expect_err("another size").to_string();
         assert!(problem.contains("f11.exr") && problem.contains("6x2"), "{problem}");
     }
 

@@ -70,6 +70,22 @@ fn clips_that_do_not_fit_are_refused() {
 }
 
 #[test]
+fn one_of_picture_and_sound_can_stay() {
+    let place = Place::new();
+    place.ok(&with(tiny().run_args(), &["-p", "x", "-o", "clip.mp4"]));
+    let movie = |flag: &str, seed: &str| {
+        let flags = ["--video-path", "clip.mp4", "--start-time", "0.1", flag, "--seed", seed, "--no-metadata"];
+        place.ok(&retake(&[&flags[..], &["-o", "a.mp4"]].concat()));
+        let movie = ltxc_runtime::media::mp4::read(&place.read("a.mp4")).unwrap();
+        (movie.video.unwrap().samples, movie.audio.unwrap().frames)
+    };
+    let (kept, other) = (movie("--keep-audio", "1"), movie("--keep-audio", "2"));
+    assert!(kept.1 == other.1 && kept.0 != other.0, "sound stays, the picture is new");
+    let (kept, other) = (movie("--keep-video", "1"), movie("--keep-video", "2"));
+    assert!(kept.0 == other.0 && kept.1 != other.1, "the picture stays, sound is new");
+}
+
+#[test]
 fn other_pipelines_take_no_clips() {
     let place = Place::new();
     let frames = folder(&place, "frames", 9);
@@ -77,7 +93,7 @@ fn other_pipelines_take_no_clips() {
 }
 
 /// Nine frames of black and white, which 8 bits and floats hold alike: `png` images, or EXR files.
-fn stripes(place: &Place, name: &str, is_exr: bool) -> String {
+pub fn stripes(place: &Place, name: &str, is_exr: bool) -> String {
     std::fs::create_dir(place.path(name)).unwrap();
     for frame in 0..9 {
         let value = |i: usize| (i % 64 / 8 + i / 64 / 16 + frame) % 2;
@@ -105,15 +121,8 @@ fn frames_with_a_high_dynamic_range_come_and_go_as_exr() {
     place.ok(&run(&["--video-path", &frames, "--hdr", "ACESCG", "-o", "light"]));
     assert_eq!(place.read("eight/audio.wav"), place.read("hdr/audio.wav"));
     for frame in 0..9 {
-        let eight = image(&place.path(&format!("eight/frame_{frame:05}.png")));
+        let signal = is_like(&place, "hdr", "eight", frame);
         let name = |folder: &str| place.path(&format!("{folder}/frame_{frame:05}.exr"));
-        let signal = exr_frames::read(&name("hdr")).unwrap();
-        assert_eq!((signal.width, signal.height), (64, 64));
-        for (found, byte) in signal.rgb.iter().zip(&eight) {
-            // Bytes are cut off, halves are rounded.
-            let expected = f32::from(*byte) / 255.0;
-            assert!((expected - 1e-3..=expected + 1.0 / 255.0 + 1e-3).contains(found), "{found} for {byte}");
-        }
         // Numbers that are light stand for brighter pictures than signals do, and are written as light.
         let light = exr_frames::read(&name("light")).unwrap();
         assert!(light.rgb.iter().all(|v| v.is_finite() && *v < 223.0) && light.rgb != signal.rgb);
@@ -126,7 +135,16 @@ fn frames_with_a_high_dynamic_range_come_and_go_as_exr() {
     sentence(&place.run(&run(&narrow)), &["needs the precision of f32"]);
 }
 
-/// The bytes of a PNG file.
-fn image(path: &Path) -> Vec<u8> {
-    ltxc_runtime::media::load_image(path).unwrap().rgb().to_vec()
+/// A frame of the EXR files in `hdr`, which must be the signal of what the PNG file in `eight` has in bytes.
+#[track_caller]
+pub fn is_like(place: &Place, hdr: &str, eight: &str, frame: usize) -> exr_frames::FloatImage {
+    let signal = exr_frames::read(&place.path(&format!("{hdr}/frame_{frame:05}.exr"))).unwrap();
+    let bytes = ltxc_runtime::media::load_image(&place.path(&format!("{eight}/frame_{frame:05}.png"))).unwrap();
+    assert_eq!((signal.width, signal.height), (bytes.width(), bytes.height()));
+    for (found, byte) in signal.rgb.iter().zip(bytes.rgb()) {
+        // Bytes are cut off, halves are rounded.
+        let expected = f32::from(*byte) / 255.0;
+        assert!((expected - 1e-3..=expected + 1.0 / 255.0 + 1e-3).contains(found), "{found} for {byte}");
+    }
+    signal
 }
