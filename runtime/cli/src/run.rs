@@ -19,7 +19,7 @@ use ltxc_runtime::media::{
 };
 use ltxc_runtime::memory::{MemoryNeed, available};
 use ltxc_runtime::noise_files;
-use ltxc_runtime::pipeline::{Conditioning, Noise, Output, Request, StageChoice, run as run_pipeline};
+use ltxc_runtime::pipeline::{Bundle, Conditioning, Noise, Output, Request, StageChoice, run as run_pipeline};
 use ltxc_runtime::stats::Stats;
 use ltxc_runtime::tokenizer::Tokenizer;
 use ltxc_runtime::weights::{WeightFiles, find_tokenizer};
@@ -92,7 +92,9 @@ pub struct Room {
     pub images: usize,
     /// Reference videos.
     pub references: usize,
-    /// Whether it says how strongly these act.
+    /// Frames of the shortest of them, where they are counted; the others are used as far.
+    pub reference_frames: Option<usize>,
+    /// Whether it says how strongly they act.
     pub has_attention: bool,
 }
 
@@ -100,17 +102,21 @@ impl Room {
     /// The room for one run of a command, whose content may be that of a job.
     ///
     /// # Errors
-    /// Values of flags that are no frame, strength or CRF; without a plan, content that the pipeline does not take.
+    /// Values of flags that are no frame, strength or CRF; without a plan, content that the pipeline does not take, or
+    /// reference videos that cannot be read.
     pub fn of(args: &RunArgs, content: &ContentArgs, occurrences: &Occurrences) -> Result<Room> {
         let images = job::images(&content.image, &occurrences.image)?;
         let pipeline = args.shape.pipeline.unwrap_or_default();
+        let mut reference_frames = None;
         if args.plan.is_none() {
             inputs::check_given(pipeline, content)?;
+            reference_frames = inputs::shortest(content, occurrences)?;
         }
         let all = definition(pipeline).brings.appends_first_image;
         Ok(Room {
             images: images.iter().filter(|image| all || image.frame > 0).count(),
             references: occurrences.reference.len(),
+            reference_frames,
             has_attention: inputs::attention_strength(content)?.is_some()
                 || !content.conditioning_attention_mask.is_empty(),
         })
@@ -121,6 +127,7 @@ impl Room {
         Room {
             images: self.images.max(other.images),
             references: self.references.max(other.references),
+            reference_frames: [self.reference_frames, other.reference_frames].into_iter().flatten().min(),
             has_attention: self.has_attention || other.has_attention,
         }
     }
@@ -256,7 +263,12 @@ impl Runner {
             images: &conditioning,
             media: inputs::load(content, &references, plan)?,
             stages,
-            noise: Noise { seed, given: BTreeMap::new(), files: noise_files(content) },
+            noise: Noise {
+                seed,
+                given: BTreeMap::new(),
+                files: noise_files(content),
+                bundle: content.noise_bundle.as_deref().map(Bundle::open).transpose()?,
+            },
             adapters: self.adapters.clone(),
             allow_bad_numerics: content.allow_bad_numerics,
         };
@@ -274,6 +286,7 @@ impl Runner {
                 session.finish()?.iter().for_each(|note| report.note(note));
             }
         }
+        request.noise.bundle.iter().try_for_each(Bundle::save)?;
         for (slot, path) in request.noise.files.iter().filter(|(_, path)| path.exists()) {
             let noise = noise_files::pick(path, slot)?;
             let stats = Stats::of(&noise.shape, &noise.values);
@@ -328,7 +341,8 @@ fn plan_and_folders(args: &RunArgs, room: Room, loras: &Loras, mode: DebugMode) 
             ..args.shape.clone()
         };
         let (shape, reference_seconds) = inputs::shape_of_media(&shape, &args.content)?;
-        let shape = Shape { target, reference_seconds, ..Shape::resolve(&shape, room.images)?.with(loras)? };
+        let mut shape = Shape { target, reference_seconds, ..Shape::resolve(&shape, room.images)?.with(loras)? };
+        shape.references.frames = room.reference_frames;
         let files = ModelFiles::open(&args.model, shape.has_two_stages())?;
         job::refuse_quantization(&args.shape, files.model.name(), files.model.has_fp8())?;
         loras.check(&files.model, definition(shape.pipeline).name)?;
@@ -339,6 +353,9 @@ fn plan_and_folders(args: &RunArgs, room: Room, loras: &Loras, mode: DebugMode) 
         let path = cached(&files, &shape, &options)?;
         return Ok((path, [files.paths(), args.weights.clone()].concat()));
     };
+    if plan.extension().is_none() && !plan.exists() {
+        bail!("there is no plan `{}`, and no pipeline of this name; `ltxc help run` lists pipelines", plan.display());
+    }
     if mode == DebugMode::Exact {
         bail!("`--debug-mode exact` compiles the model without fusion; name model files instead of a plan");
     }

@@ -170,6 +170,21 @@ pub fn write(path: &Path, tensor: &Stored) -> Result<(), RunError> {
     write_atomically(path, &Container::of(path)?.encode(tensor)?)
 }
 
+/// Writes a safetensors file with many tensors.
+///
+/// # Errors
+/// A dtype that the format does not have, or a file that cannot be written.
+pub fn write_all<'a>(path: &Path, tensors: impl Iterator<Item = &'a Stored>) -> Result<(), RunError> {
+    let stored: Vec<(&Stored, Vec<u8>)> = tensors.map(|tensor| (tensor, tensor.bytes())).collect();
+    let mut views = Vec::new();
+    for (tensor, bytes) in &stored {
+        let view = TensorView::new(stored_dtype(tensor.dtype)?, tensor.shape.clone(), bytes);
+        views.push((tensor.name.as_str(), view.map_err(|e| bad(path, &e.to_string()))?));
+    }
+    let bytes = safetensors::serialize(views, None).map_err(|e| bad(path, &e.to_string()))?;
+    write_atomically(path, &bytes)
+}
+
 /// Names under which the noise of a slot stands in files, the one that is written first.
 ///
 /// `slot`: `stage1.video`, `stage1.audio`, `stage2.video`, `stage2.audio`, or any other.

@@ -32,7 +32,7 @@ mod tiles;
 
 pub use denoise::needed_passes;
 pub use media::{Attention, Media, Reference, SourceClip};
-pub use noise::{Noise, SlotShape};
+pub use noise::{Bundle, Noise, SlotShape};
 pub use observe::{Event, Observer, Silent};
 pub use per::Per;
 pub use request::{Conditioning, Output, Request, StageChoice};

@@ -230,7 +230,7 @@ fn recorded_shape(recorded: &Recorded) -> ShapeArgs {
 
 /// A run with the plan's noise levels; noise that is not given is drawn.
 fn request<'a>(prompt: &'a str, images: &'a [Conditioning], given: BTreeMap<String, Vec<f32>>) -> Request<'a> {
-    let noise = Noise { seed: 0, given, files: BTreeMap::new() };
+    let noise = Noise { given, ..Noise::default() };
     Request {
         prompt,
         negative_prompt: "",
