@@ -138,9 +138,17 @@ fn check(place: &Place, recording: &Recording) {
     }
     assert!(count > 0 && different * 50 <= count, "{different} of {count} values differ");
 
-    let wav = place.read("frames/audio.wav");
-    let samples = wav[44..].as_chunks::<2>().0.iter().map(|b| f32::from(i16::from_le_bytes(*b)) / 32767.0);
-    let samples: Vec<f32> = samples.collect();
+    let samples_of = |wav: &[u8]| -> Vec<f32> {
+        wav[44..].as_chunks::<2>().0.iter().map(|b| f32::from(i16::from_le_bytes(*b)) / 32767.0).collect()
+    };
+    let samples = samples_of(&place.read("frames/audio.wav"));
+    if recording.param("audio").is_string() {
+        // The library keeps all of a recording, its command line and this one as much as the video is long.
+        let given = samples_of(&std::fs::read(fixtures().join("inputs/audio.wav")).unwrap());
+        assert!(!samples.is_empty() && samples.len() < given.len());
+        assert!(samples.iter().zip(&given).all(|(a, b)| (a - b).abs() <= 1.5 / 32767.0), "another recording");
+        return;
+    }
     let planar: Vec<f32> = (0..2).flat_map(|c| samples.iter().skip(c).step_by(2).copied()).collect();
     let form = Form::of(&recording.file, &recording.meta, "final.waveform", planar.len()).expect("sound");
     assert_eq!(form.elements(), Some(planar.len()));
