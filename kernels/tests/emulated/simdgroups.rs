@@ -2,6 +2,8 @@
 
 type Device = crate::devices::Simdgroups;
 
+#[path = "bounds.rs"]
+mod bounds;
 #[path = "../simple/cases.rs"]
 mod cases;
 #[path = "harness.rs"]
@@ -9,3 +11,5 @@ mod cases;
 mod harness;
 #[path = "../simple/matrix_units.rs"]
 mod matrix_units;
+#[path = "../cube/tiles.rs"]
+mod tiles;

@@ -16,3 +16,5 @@ mod matrix_units;
 mod on_units;
 #[path = "tails.rs"]
 mod tails;
+#[path = "../cube/tiles.rs"]
+mod tiles;
