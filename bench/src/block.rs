@@ -12,7 +12,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use ltxc_compiler::Options;
-use ltxc_ir::{DType, Module, Rate};
+use ltxc_ir::{DType, Rate};
 use ltxc_models::Weights;
 use ltxc_models::checkpoint::WeightFile;
 use ltxc_models::synth::{Preset, tensors};
@@ -119,21 +119,6 @@ pub fn run(settings: &Settings, folder: &Path, python: Option<&Python>) -> Resul
         ));
     }
     Ok(findings)
-}
-
-/// The module of one evaluation around a block, with bf16 weights and inputs.
-///
-/// # Errors
-/// A weight file that cannot be written.
-pub fn subject(settings: &Settings, folder: &Path) -> Result<(Module, WeightFile, BTreeMap<String, Vec<f32>>)> {
-    let (mut config, _) = synthetic::published_configs(settings.preset)?;
-    config["transformer"]["num_layers"] = json!(1);
-    let bench = Bench::new(settings, &config["transformer"])?;
-    let path = folder.join("block-bf16.safetensors");
-    synthetic::write_checkpoint(&path, &config, &tensors::transformer(&config["transformer"])?, DType::BF16)?;
-    let file = WeightFile::open(&path)?;
-    let module = build(&bench.config, &Weights::new(SOURCE, &file), &bench.spec, DType::F32)?;
-    Ok((module, file, bench.values.into_iter().map(|(name, v)| (name, v.data)).collect()))
 }
 
 /// The same inputs for all sides.

@@ -62,6 +62,8 @@ pub struct Apart {
     pub bytes: u64,
     /// Seconds of all of them.
     pub seconds: f64,
+    /// Seconds that fusion gains by the bytes that are not moved any more, at the rate of a large copy.
+    pub predicted_gain: f64,
     /// Relative L2 distance of what both give; `None` if that is too large to compare.
     pub difference: Option<f64>,
 }
@@ -157,12 +159,16 @@ pub fn measure(
     let mut medians = seconds.into_iter().map(|times| median(times).unwrap_or(f64::NAN));
     let fused = medians.next().unwrap_or(f64::NAN);
     let apart = match (&call.work, medians.next()) {
-        (Work::Fused(work), Some(seconds)) => Some(Apart {
-            kernels: work.parts.len(),
-            bytes: bytes_apart(&plan),
-            seconds,
-            difference: difference(&mut executor, &bare)?,
-        }),
+        (Work::Fused(work), Some(seconds)) => {
+            let bytes = bytes_apart(&plan);
+            Some(Apart {
+                kernels: work.parts.len(),
+                bytes,
+                seconds,
+                predicted_gain: bytes.saturating_sub(call.bytes) as f64 / ceilings.copy,
+                difference: difference(&mut executor, &bare)?,
+            })
+        }
         _ => None,
     };
     let dtype = profile::dtype(call);

@@ -60,6 +60,9 @@ pub struct Level {
     pub seconds: f64,
     /// Seconds of full fusion by seconds of this level, the median over rounds.
     pub full_by_this: f64,
+    /// Seconds that full fusion gains over this level by the elementwise bytes that it does not move, at the rate of a large
+    /// copy.
+    pub predicted_gain: f64,
     /// Seconds of the first run, which compiles kernels.
     pub first_seconds: f64,
     /// Part of the device's ceilings that is reached.
@@ -156,6 +159,10 @@ pub fn measure(
     for (level, own) in running.iter().zip(&results) {
         row.levels.push(level.row(ceilings, &running[0].seconds, distance(own, &results[0])));
     }
+    let full_bytes = row.levels.first().map_or(0, |full| full.elementwise_bytes);
+    for level in &mut row.levels {
+        level.predicted_gain = level.elementwise_bytes.saturating_sub(full_bytes) as f64 / ceilings.copy;
+    }
     drop(running);
     std::fs::remove_file(&path)?;
     Ok(row)
@@ -243,6 +250,7 @@ impl<'a> Running<'a> {
             arena_bytes: programs().map(|p| p.arena_bytes.iter().sum::<u64>()).max().unwrap_or(0),
             seconds,
             full_by_this: ratio,
+            predicted_gain: 0.0,
             first_seconds: self.first_seconds,
             share: least / seconds,
             difference,

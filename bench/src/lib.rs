@@ -15,7 +15,6 @@ pub mod compile;
 #[cfg(feature = "cubek")]
 pub mod cubek;
 pub mod e2e;
-pub mod fusion;
 pub mod gemm;
 pub mod image_crf;
 pub mod kernels;
@@ -24,7 +23,6 @@ pub mod machine;
 pub mod measure;
 pub mod memory;
 pub mod page;
-pub mod parts;
 pub mod process;
 pub mod report;
 pub mod session;

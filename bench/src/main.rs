@@ -13,7 +13,7 @@ use ltxc_bench::subjects::VideoSize;
 use ltxc_bench::suite::{self, Suite};
 use ltxc_bench::torch::Torch;
 use ltxc_bench::worker::Python;
-use ltxc_bench::{chart, compile, e2e, fusion, gemm, image_crf, memory, page, process, subjects, text, vae};
+use ltxc_bench::{chart, compile, e2e, gemm, image_crf, memory, page, process, subjects, text, vae};
 use ltxc_ir::DType;
 use ltxc_models::synth::{Preset, SynthModel, synth};
 use ltxc_runtime::backend::{DeviceName, find};
@@ -76,18 +76,6 @@ enum Benchmark {
         /// Frames, rows and columns of the latent.
         #[arg(long, num_args = 3, default_values_t = [3, 8, 12])]
         grid: Vec<usize>,
-    },
-    /// Fused against composite against none: a block and the video decoder.
-    Fusion {
-        /// Model whose sizes are used.
-        #[arg(long, value_enum, default_value_t)]
-        preset: FullSize,
-        /// Frames, rows and columns of the video latent of the block.
-        #[arg(long, num_args = 3, default_values_t = [4, 16, 24])]
-        grid: Vec<usize>,
-        /// Frames, rows and columns of the latent that is decoded.
-        #[arg(long, num_args = 3, default_values_t = [3, 8, 12])]
-        latent: Vec<usize>,
     },
     /// Kernels and components of a model on a device: fused against composite against none, and share of its ceilings.
     Suite(SuiteArgs),
@@ -154,6 +142,9 @@ struct SuiteArgs {
     /// Part of them for single kernels, 0 to 1.
     #[arg(long, default_value_t = 0.5)]
     kernels: f64,
+    /// Only kernels whose name or operand types have this in them.
+    #[arg(long)]
+    only: Option<String>,
 }
 
 /// Full-size models.
@@ -239,14 +230,6 @@ fn measure(
             let settings = vae::Settings { preset: preset.preset(), grid: three(grid)?, rounds };
             (format!("vae {}", settings.preset.name()), "PyTorch, f32", vae::run(&settings, scratch, python)?)
         }
-        Benchmark::Fusion { preset, grid, latent } => {
-            let preset = preset.preset();
-            let settings = fusion::Settings {
-                block: block::Settings { preset, grid: three(grid)?, audio_tokens: 126, text_tokens: 1024, rounds },
-                vae: vae::Settings { preset, grid: three(latent)?, rounds },
-            };
-            (format!("fusion {}", preset.name()), "composite or none", fusion::run(&settings, scratch)?)
-        }
         Benchmark::Gemm => ("gemm".into(), "gemm crate", gemm::run(rounds, python)?),
         #[cfg(feature = "cubek")]
         Benchmark::Cubek { device } => {
@@ -297,6 +280,7 @@ fn run_suite(
         },
         limit: Duration::from_secs_f64(args.seconds.clamp(0.0, 86400.0)),
         kernel_part: args.kernels.clamp(0.0, 1.0),
+        only: args.only.clone(),
     };
     let widths = match args.divisor {
         1 => "published widths".to_string(),

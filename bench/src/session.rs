@@ -167,15 +167,6 @@ impl CallTimes {
         }
     }
 
-    /// Keeps the shorter time of every call, as one round.
-    pub fn keep_best(&mut self, other: CallTimes) {
-        self.runs = 1;
-        for (program, seconds) in other.seconds {
-            let best = self.seconds.entry(program).or_insert_with(|| vec![f64::INFINITY; seconds.len()]);
-            best.iter_mut().zip(&seconds).for_each(|(best, s)| *best = best.min(*s));
-        }
-    }
-
     /// Says that one more round of all programs is in.
     pub fn end_of_round(&mut self) {
         self.runs += 1;

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use ltxc::bench::ceilings::Ceilings;
 use ltxc_compiler::Fuse;
-use ltxc_ir::plan::Plan;
+use ltxc_ir::plan::{KernelCall, Plan};
 use ltxc_runtime::backend::Device;
 use serde::Serialize;
 
@@ -28,6 +28,8 @@ pub struct Settings {
     pub limit: Duration,
     /// Part of the time for kernels; the rest is for components.
     pub kernel_part: f64,
+    /// Only kernels whose name or types have this in them.
+    pub only: Option<String>,
 }
 
 /// What was measured.
@@ -86,7 +88,14 @@ pub fn run(
     };
 
     let plans = subjects.iter().map(|s| levels::plan(s, &device.target, Fuse::Full)).collect::<Result<Vec<Plan>>>()?;
-    let lists = plans.iter().map(|plan| kernels::distinct(plan, &suite.ceilings));
+    let is_wanted = |call: &KernelCall| {
+        let text = || format!("{} {}", call.work.name(), ltxc::bench::profile::types(call));
+        settings.only.as_ref().is_none_or(|only| text().contains(only))
+    };
+    let lists = plans.iter().map(|plan| {
+        let all = kernels::distinct(plan, &suite.ceilings).into_iter();
+        all.filter(|distinct| is_wanted(distinct.call)).collect()
+    });
     let mut queue = in_turns(subjects.iter().zip(lists).collect());
     let (all, deadline) = (queue.len(), until(settings.kernel_part));
     let each = settings.limit.mul_f64(settings.kernel_part / 20.0);
@@ -229,7 +238,11 @@ impl Suite {
             return;
         }
         line(text, "\n## Components by level of fusion\n");
-        line(text, "Ratios are of full fusion to the level, medians over rounds of neighbouring runs.\n");
+        line(
+            text,
+            "Ratios are of full fusion to the level, medians over rounds of neighbouring runs. Gains are of full fusion over",
+        );
+        line(text, "the level; predicted is what the elementwise bytes saved take at the rate of a large copy.\n");
         let columns = [
             "component",
             "fusion",
@@ -238,6 +251,8 @@ impl Suite {
             "MB elementwise",
             "ms",
             "full / this",
+            "ms gained",
+            "ms predicted",
             "of ceiling",
             "first run, ms",
             "difference",
@@ -254,6 +269,8 @@ impl Suite {
                     figure(level.elementwise_bytes as f64 / 1e6),
                     figure(level.seconds * 1e3),
                     if i == 0 { String::new() } else { figure(level.full_by_this) },
+                    if i == 0 { String::new() } else { figure(level.seconds * (1.0 - level.full_by_this) * 1e3) },
+                    if i == 0 { String::new() } else { figure(level.predicted_gain * 1e3) },
                     percent(level.share),
                     figure(level.first_seconds * 1e3),
                     if i == 0 { String::new() } else { format!("{:.1e}", level.difference) },
@@ -287,6 +304,8 @@ impl Suite {
                 "parts",
                 "parts ms",
                 "fused / parts",
+                "ms gained",
+                "ms predicted",
                 "difference",
                 "other",
                 "ltxc / other",
@@ -314,6 +333,8 @@ fn kernel_cells(k: &KernelRow) -> Vec<String> {
         apart(&|a| a.kernels.to_string()),
         apart(&|a| figure(a.seconds * 1e3)),
         apart(&|a| figure(k.seconds / a.seconds)),
+        apart(&|a| figure((a.seconds - k.seconds) * 1e3)),
+        apart(&|a| figure(a.predicted_gain * 1e3)),
         apart(&|a| a.difference.map(|d| format!("{d:.1e}")).unwrap_or_default()),
         other(&|o| o.name.clone()),
         other(&|o| figure(k.seconds / o.seconds)),

@@ -33,10 +33,7 @@ pub struct Settings {
 const GOAL: f64 = 1.25;
 
 /// The module of the decoder, with f32 weights, and a latent.
-///
-/// # Errors
-/// A weight file that cannot be written.
-pub fn subject(settings: &Settings, folder: &Path) -> Result<(Module, WeightFile, BTreeMap<String, Vec<f32>>)> {
+fn subject(settings: &Settings, folder: &Path) -> Result<(Module, WeightFile, BTreeMap<String, Vec<f32>>)> {
     let (config, _) = synthetic::published_configs(settings.preset)?;
     let mut tensors = tensors::video_vae(&config["vae"])?;
     tensors.retain(|t| !t.key.starts_with("vae.encoder."));

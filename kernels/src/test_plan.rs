@@ -7,15 +7,9 @@ use ltxc_ir::tiling::TilePlan;
 /// A plan without functions and programs.
 pub(crate) fn empty() -> Plan {
     let pipeline = Pipeline {
-        name: String::new(),
         dtype: DType::F32,
-        model: Default::default(),
-        video: Default::default(),
-        audio: Default::default(),
-        text: Default::default(),
-        stages: vec![],
-        inputs: Default::default(),
         decode: TilePlan { axes: Default::default(), factors: [1; 3] },
+        ..Pipeline::default()
     };
     Plan {
         compiler: String::new(),

@@ -334,9 +334,9 @@ fn media_bytes(plan: &Plan) -> u64 {
         [count, height, width].iter().fold(3 * 4, |n: u64, &d| n.saturating_mul(u64::from(d)))
     };
     let clip = inputs.clip.as_ref().map_or(0, |_| frames(video.frames, video.height, video.width));
-    let references = inputs.references.as_ref();
-    let references = references.map_or(0, |r| frames(r.frames, r.height, r.width).saturating_mul(u64::from(r.count)));
-    clip.saturating_add(references)
+    let references = inputs.references.iter();
+    let references = references.map(|r| frames(r.frames, r.height, r.width).saturating_mul(u64::from(r.count)));
+    references.fold(clip, u64::saturating_add)
 }
 
 /// The largest number of decoded frames that wait for the tiles that overlap them, in bytes.

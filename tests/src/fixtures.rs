@@ -26,6 +26,15 @@ pub fn expected(name: &str) -> Option<TensorFile> {
         .map(|p| TensorFile::read(&p))
 }
 
+/// The file `name` as recorded with release 1.0.0.
+///
+/// # Panics
+/// If it is absent.
+#[track_caller]
+pub fn of_first_release(name: &str) -> TensorFile {
+    TensorFile::read(&root().join(format!("expected/{name}.safetensors")))
+}
+
 /// Like [`expected`] for a file that must be there.
 ///
 /// # Panics

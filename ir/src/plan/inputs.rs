@@ -9,8 +9,8 @@ use crate::tiling::TilePlan;
 pub struct Inputs {
     /// Whether an image at frame 0 is appended like all others; if not, it replaces the first latent frame.
     pub appends_first_image: bool,
-    /// Videos that guide the first stage.
-    pub references: Option<ReferenceInput>,
+    /// Videos that guide stages: what the first stage takes of them, then the next.
+    pub references: Vec<ReferenceInput>,
     /// A clip of the size of the result, of which a part is made anew.
     pub clip: Option<ClipInput>,
     /// A recording.
@@ -57,11 +57,23 @@ pub struct ClipInput {
     pub tiles: TilePlan,
 }
 
+/// What a recording is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum SoundRole {
+    /// It is kept, and written as it is.
+    #[default]
+    Kept,
+    /// It belongs to the clip, which may also be silent, and a part of it is made anew.
+    Clip,
+    /// It guides: tokens of it stand in front of the sound that is made.
+    Reference,
+}
+
 /// A recording.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct SoundInput {
-    /// Whether it is kept and written as it is; if not, it belongs to the clip, which may also be silent.
-    pub is_kept: bool,
+    /// What it is for.
+    pub role: SoundRole,
     /// Sampling rate of the spectrogram in Hz.
     pub rate_hz: u32,
     /// Length of the Fourier transform.
@@ -74,4 +86,11 @@ pub struct SoundInput {
     pub mel_frames: u32,
     /// Frames of the spectrogram that a latent stands for; the first stands for one.
     pub time_factor: u32,
+}
+
+impl SoundInput {
+    /// Latent tokens that it is encoded to.
+    pub fn tokens(&self) -> u32 {
+        self.mel_frames.saturating_sub(1) / self.time_factor.max(1) + 1
+    }
 }

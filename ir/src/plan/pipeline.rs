@@ -16,6 +16,8 @@ pub struct Pipeline {
     pub name: String,
     /// What kind of checkpoint it runs.
     pub model: ModelInfo,
+    /// The release of the reference whose results it gives.
+    pub release: Release,
     /// Dtype of the activations inside programs; what programs take and give is f32 with either.
     pub dtype: DType,
     /// Size of the video; its length and rate also hold for sound alone.
@@ -41,6 +43,21 @@ impl Pipeline {
         };
         Modality::BOTH.into_iter().filter(made).collect()
     }
+}
+
+/// A release of the reference implementation, where results depend on it.
+///
+/// 1.0.0 differs in this: scale and shift between the modalities follow the other one's noise level (`transformer`), and a
+/// modality that is skipped takes part in the negative pass (`transformer`); conditioning is in the latent that noise is
+/// mixed into; an appended image stands for as many frames as a latent; a frozen modality reports the schedule's noise level;
+/// the sound of the last stage is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+pub enum Release {
+    /// 1.0.0, as published on PyPI.
+    V1_0_0,
+    /// 1.2.0.
+    #[default]
+    V1_2_0,
 }
 
 /// What the plan was compiled from.
@@ -146,6 +163,8 @@ pub struct Stage {
     pub adapters: Vec<StageAdapter>,
     /// Whether the stage starts from the upsampled latent of the one before.
     pub upsampled: bool,
+    /// Whether the sound of the stage before is kept as it is.
+    pub keeps_sound: bool,
     /// Programs for each kind of conditioning a run may bring.
     pub classes: Vec<StageClass>,
 }

@@ -7,7 +7,7 @@
 //!
 //! Settings without stages are those of a plan that only runs programs; they have no tiles either.
 
-use super::{Pipeline, ReferenceInput, Sampler, Stage};
+use super::{Pipeline, ReferenceInput, Sampler, SoundRole, Stage};
 use crate::tiling::{AxisTile, TilePlan};
 
 /// Largest side in pixels; a plan for more cannot be compiled.
@@ -107,10 +107,16 @@ fn check_stage(stage: &Stage, has_video: bool) -> Result<(), String> {
 fn check_inputs(pipeline: &Pipeline) -> Result<(), String> {
     let (video, inputs) = (&pipeline.video, &pipeline.inputs);
     let scale = video.scale.map(|n| n as usize);
-    if (inputs.references.is_some() || inputs.clip.is_some()) && video.channels == 0 {
+    if (!inputs.references.is_empty() || inputs.clip.is_some()) && video.channels == 0 {
         return Err("a clip is taken where no video is made".into());
     }
-    if let Some(references) = &inputs.references {
+    if inputs.references.len() > pipeline.stages.len() {
+        return Err(format!("references for {} stages, of {}", inputs.references.len(), pipeline.stages.len()));
+    }
+    if inputs.references.iter().any(|r| r.count != inputs.references[0].count) {
+        return Err("stages take other numbers of references".into());
+    }
+    for references in &inputs.references {
         let ReferenceInput { count, frames, height, width, space_scale, time_scale, .. } = *references;
         let in_range = |n: u32, most: u32| (1..=most).contains(&n);
         let scales = [space_scale, time_scale].iter().all(|&n| in_range(n, MAX_SCALE));
@@ -125,10 +131,11 @@ fn check_inputs(pipeline: &Pipeline) -> Result<(), String> {
         check_encoder_tiles(&clip.tiles, scale, first.grid)?;
     }
     if let Some(sound) = &inputs.sound {
-        let frames = u64::from(sound.mel_frames);
-        let latents = frames.saturating_sub(1).checked_div(u64::from(sound.time_factor));
-        if pipeline.audio.tokens == 0 || latents.is_none_or(|n| n + 1 != u64::from(pipeline.audio.tokens)) {
-            return Err(format!("a recording of {frames} mel frames is not {} audio tokens", pipeline.audio.tokens));
+        let (frames, tokens) = (sound.mel_frames, pipeline.audio.tokens);
+        let is_reference = sound.role == SoundRole::Reference;
+        let fits = if is_reference { u64::from(sound.tokens()) <= MAX_TOKENS } else { sound.tokens() == tokens };
+        if tokens == 0 || sound.time_factor == 0 || !fits {
+            return Err(format!("a recording of {frames} mel frames is not {tokens} audio tokens"));
         }
     }
     Ok(())

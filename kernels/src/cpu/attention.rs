@@ -1,8 +1,9 @@
 //! `attention`: softmax over blocks of keys, corrected as larger scores appear, so that scores of a whole row are never
 //! kept.
 //!
-//! Keys and values of some heads are packed once, as panels that all threads read. Then a task owns a block of queries
-//! of one head: for each block of keys it multiplies queries and keys into a block of scores, replaces these by
+//! Keys and values of some heads of a batch are packed once, as panels that all threads read. Queries and keys that are
+//! normed or rotated first are so token by token, some heads at a time, which reads memory in its order. Then a task owns
+//! a block of queries of one head: for each block of keys it multiplies queries and keys into a block of scores, replaces these by
 //! exponentials relative to the largest score so far, and adds their product with the values to its sums. What was
 //! summed before is scaled down when the largest score grows. Blocks follow each other in ascending order whatever the
 //! number of threads.
@@ -17,10 +18,10 @@ use std::ops::Range;
 
 use super::element::load;
 use super::gemm::{K_BLOCK, LDA};
-use super::heads::{self, Heads, Steps};
+use super::heads::{Heads, Steps};
 use super::matmul::{LANES, sum_lanes};
 use super::pack::{Matrix, Panels};
-use super::parallel::{Need, Scratch, for_each};
+use super::parallel::{Need, Scratch, Shared, for_each};
 use super::simd::multiversion;
 use super::sink::{Memory, Sink, Sums};
 use super::tile::{Fetch, MAX_ROWS, MAX_WIDTH, Source, Store, Tile, max_rows, width};
@@ -32,8 +33,17 @@ const ROWS: usize = 96;
 /// Keys per block: the summed elements of one tile of the second product.
 const KEYS: usize = K_BLOCK;
 
-/// Heads between the one that is prepared and the one that is fetched: a memory access takes as long as a few of them.
-const AHEAD: usize = 4;
+/// Heads of a panel of keys that are prepared at a time.
+const PREPARED_HEADS: usize = 8;
+
+/// Floats of prepared queries: 4 MB.
+const PREPARED_FLOATS: usize = 1 << 20;
+
+/// Elements per task that prepares queries.
+const PREPARE_TASK: usize = 1 << 14;
+
+/// Work per element that is prepared.
+const PREPARE_WEIGHT: usize = 4;
 
 /// Floats of packed keys and values: 16 MB, what the last cache holds. One head may need more.
 const PACKED_FLOATS: usize = 4 << 20;
@@ -55,7 +65,7 @@ struct Plan {
     /// Head dims of queries and keys, and of values.
     d: usize,
     e: usize,
-    /// Heads of keys that are packed at a time, of all batches.
+    /// Heads of keys that are packed at a time.
     heads: usize,
 }
 
@@ -65,7 +75,23 @@ impl Plan {
         let [s, m, e] = [args[2].shape[1], args[2].shape[2], args[2].shape[3]];
         let plan = Plan { b, t, s, n, m, d, e, heads: 1 };
         let heads = PACKED_FLOATS / plan.packed_head().max(1);
-        Plan { heads: heads.clamp(1, (b * m).max(1)), ..plan }
+        Plan { heads: heads.clamp(1, m.max(1)), ..plan }
+    }
+
+    /// Heads of queries for each of keys.
+    fn queries_per_key(self) -> usize {
+        self.n / self.m.max(1)
+    }
+
+    /// Floats of a prepared row of queries: those of the heads that are packed at a time.
+    fn prepared_row(self) -> usize {
+        self.heads * self.queries_per_key() * self.d
+    }
+
+    /// Rows of queries that are prepared at a time.
+    fn prepared_rows(self) -> usize {
+        let rows = PREPARED_FLOATS / self.prepared_row().max(1) / ROWS * ROWS;
+        rows.clamp(ROWS, self.t.next_multiple_of(ROWS).max(ROWS))
     }
 
     /// Floats of the packed keys of a head.
@@ -88,10 +114,9 @@ impl Plan {
 pub(crate) type Prepare<'a> = [Option<Steps<'a>>; 2];
 
 /// Floats of the slot of a thread while it attends, without the room of the sink.
-fn slot(plan: Plan, prepare: &Prepare<'_>) -> usize {
-    let room = if prepare[0].is_some() { heads::room(plan.d) } else { 0 };
+fn slot(plan: Plan) -> usize {
     let blocks = (plan.dim_blocks() + 1).saturating_mul(ROWS * LDA);
-    blocks.saturating_add(ROWS.saturating_mul(plan.e)).saturating_add(room)
+    blocks.saturating_add(ROWS.saturating_mul(plan.e))
 }
 
 /// Floats of the packed heads.
@@ -99,17 +124,33 @@ fn packed(plan: Plan) -> usize {
     plan.heads.saturating_mul(plan.packed_head()).next_multiple_of(MAX_WIDTH)
 }
 
+/// Floats of the prepared queries.
+fn prepared(plan: Plan, prepare: &Prepare<'_>) -> usize {
+    match prepare[0] {
+        Some(_) => plan.prepared_rows().saturating_mul(plan.prepared_row()).next_multiple_of(MAX_WIDTH),
+        None => 0,
+    }
+}
+
 /// Scratch, besides what a sink needs for each thread.
 pub(crate) fn need(args: &[&TensorType], prepare: &Prepare<'_>) -> Need {
     let plan = Plan::new(args);
-    let mut need = Need { shared: packed(plan), per_thread: slot(plan, prepare) };
+    let shared = packed(plan).saturating_add(prepared(plan, prepare));
+    let mut need = Need { shared, per_thread: slot(plan) };
     for (x, steps) in args.iter().zip(prepare).filter_map(|(x, p)| Some((x, p.as_ref()?))) {
         need.shared = need.shared.saturating_add(steps.shared(x));
-        // Rows of a panel of keys.
-        let room = MAX_WIDTH.saturating_mul(plan.d).saturating_add(steps.room(x));
-        need.per_thread = need.per_thread.max(room);
     }
+    let rooms = [
+        prepare[0].as_ref().map(|steps| steps.room(plan.heads * plan.queries_per_key(), plan.d)),
+        prepare[1].as_ref().map(|steps| panel_rows(plan).saturating_add(steps.room(PREPARED_HEADS, plan.d))),
+    ];
+    need.per_thread = rooms.into_iter().flatten().fold(need.per_thread, usize::max);
     need
+}
+
+/// Floats of the prepared rows of a panel of keys.
+fn panel_rows(plan: Plan) -> usize {
+    (MAX_WIDTH * PREPARED_HEADS).saturating_mul(plan.d)
 }
 
 /// # Safety
@@ -135,7 +176,8 @@ pub(crate) unsafe fn launch_into(
 ) {
     let types: Vec<&TensorType> = args.iter().map(|a| a.ty).collect();
     let plan = Plan::new(&types);
-    let mut kept = scratch.shared().get().wrapping_add(packed(plan));
+    let prepared_queries = Shared::new(scratch.shared().get().wrapping_add(packed(plan)));
+    let mut kept = prepared_queries.get().wrapping_add(prepared(plan, prepare));
     let mut heads = [0, 1].map(|j| {
         let steps = prepare[j].as_ref()?;
         let at = kept;
@@ -144,38 +186,55 @@ pub(crate) unsafe fn launch_into(
         Some(unsafe { Heads::new(args[j], steps, at, scratch) })
     });
     let [queries, keys] = [heads[0].take(), heads[1].take()];
-    let inputs = Inputs { op, plan, args, queries, keys, sink, slot: slot(plan, prepare) };
+    let inputs = Inputs { op, plan, args, keys, sink, slot: slot(plan) };
     let packed = scratch.shared();
-    let key_blocks = plan.s.div_ceil(KEYS);
-    let row_blocks = plan.t.div_ceil(ROWS);
-    let queries_per_key = plan.n / plan.m;
-    for first in (0..plan.b * plan.m).step_by(plan.heads) {
-        let heads = plan.heads.min(plan.b * plan.m - first);
-        for_each(heads * key_blocks, heads * plan.s * (plan.d + plan.e), |task| {
-            let (head, block) = (task / key_blocks, task % key_blocks);
-            let keys = block * KEYS..plan.s.min((block + 1) * KEYS);
-            // SAFETY: every task packs its own keys of the memory of its head.
-            unsafe {
-                let to = packed.get().add(head * plan.packed_head());
-                pack_block(&inputs, first + head, keys, to, scratch.slot());
+    let queries_per_key = plan.queries_per_key();
+    for (batch, first) in (0..plan.b).flat_map(|b| (0..plan.m).step_by(plan.heads).map(move |first| (b, first))) {
+        let heads = first..plan.m.min(first + plan.heads);
+        // SAFETY: the packed heads are `packed(plan)` floats, which the tasks of the last round do not read any more.
+        unsafe { pack(&inputs, batch, heads.clone(), packed, scratch) };
+        let query_heads = heads.start * queries_per_key..heads.end * queries_per_key;
+        let row = query_heads.len() * plan.d;
+        let rows_at_once = if queries.is_some() { plan.prepared_rows() } else { plan.t.max(1) };
+        for start in (0..plan.t).step_by(rows_at_once) {
+            let rows = start..plan.t.min(start + rows_at_once);
+            if let Some(queries) = &queries {
+                let per_task = (PREPARE_TASK / row.max(1)).max(1);
+                for_each(rows.len().div_ceil(per_task), rows.len() * row * PREPARE_WEIGHT, |task| {
+                    // SAFETY: called once per task.
+                    let room = unsafe { scratch.slot() };
+                    for r in task * per_task..rows.len().min((task + 1) * per_task) {
+                        // SAFETY: the heads exist; this task owns the row, which is among the prepared ones.
+                        unsafe {
+                            let out = std::slice::from_raw_parts_mut(prepared_queries.get().add(r * row), row);
+                            queries.token([batch, rows.start + r], query_heads.clone(), out, room);
+                        }
+                    }
+                });
             }
-        });
-        let tasks = heads * queries_per_key * row_blocks;
-        let work = (tasks * ROWS.min(plan.t)).saturating_mul(plan.s).saturating_mul(plan.d + plan.e);
-        for_each(tasks, work, |task| {
-            let (head, block) = (task / row_blocks, task % row_blocks);
-            let key_head = first + head / queries_per_key;
-            let job = Job {
-                inputs: &inputs,
-                batch: key_head / plan.m,
-                head: key_head % plan.m * queries_per_key + head % queries_per_key,
-                rows: block * ROWS..plan.t.min((block + 1) * ROWS),
-                // SAFETY: inside the packed heads.
-                packed: unsafe { packed.get().add(head / queries_per_key * plan.packed_head()) },
-            };
-            // SAFETY: the panels are complete; tasks own disjoint rows of the result; called once per task.
-            unsafe { job.run(scratch.slot()) };
-        });
+            let row_blocks = rows.len().div_ceil(ROWS);
+            let tasks = query_heads.len() * row_blocks;
+            let work = (tasks * ROWS.min(plan.t)).saturating_mul(plan.s).saturating_mul(plan.d + plan.e);
+            for_each(tasks, work, |task| {
+                let (head, block) = (task / row_blocks, rows.start + task % row_blocks * ROWS);
+                let block = block..rows.end.min(block + ROWS);
+                let first = (block.start - rows.start) * row + head * plan.d;
+                let job = Job {
+                    inputs: &inputs,
+                    batch,
+                    head: query_heads.start + head,
+                    // SAFETY: inside the prepared queries.
+                    prepared: queries
+                        .as_ref()
+                        .map(|_| unsafe { (prepared_queries.get().add(first).cast_const(), row) }),
+                    rows: block,
+                    // SAFETY: inside the packed heads.
+                    packed: unsafe { packed.get().add(head / queries_per_key * plan.packed_head()) },
+                };
+                // SAFETY: panels and queries are complete; tasks own disjoint rows of the result; called once per task.
+                unsafe { job.run(scratch.slot()) };
+            });
+        }
     }
 }
 
@@ -184,49 +243,85 @@ struct Inputs<'a> {
     op: &'a Attention,
     plan: Plan,
     args: &'a [Arg<'a>],
-    /// Queries and keys that something is done to.
-    queries: Option<Heads<'a>>,
+    /// Keys that something is done to.
     keys: Option<Heads<'a>>,
     sink: &'a dyn Sink,
     /// Floats of a slot without the room of the sink.
     slot: usize,
 }
 
-/// Packs a block of keys and values of head `head`, counted over all batches: panels of keys, each `d` rows of `width`,
-/// and then panels of columns of the values, each `s` rows of `width`.
+/// Packs some heads of keys and values of a batch, each into a packed head of its own: panels of keys, each `d` rows of
+/// `width`, and then panels of columns of the values, each `s` rows of `width`.
 ///
 /// # Safety
-/// `dst` has room for a packed head, and nothing else uses the part of this block. `slot` has the size that [`need`] says.
-unsafe fn pack_block(inputs: &Inputs<'_>, head: usize, keys: Range<usize>, dst: *mut f32, slot: &mut [f32]) {
-    let (plan, args) = (inputs.plan, inputs.args);
-    let (batch, head, width) = (head / plan.m, head % plan.m, width());
-    let matrix = |arg: &Arg<'_>, dim: usize, transposed| {
+/// `packed` has room for these heads, and nothing else uses it. `scratch` was made for [`need`].
+unsafe fn pack(inputs: &Inputs<'_>, batch: usize, heads: Range<usize>, packed: Shared<f32>, scratch: &Scratch<'_>) {
+    let (plan, width) = (inputs.plan, width());
+    if let Some(keys) = &inputs.keys {
+        let work = (heads.len() * plan.s * plan.d).saturating_mul(PREPARE_WEIGHT);
+        for_each(plan.s.div_ceil(width), work, |panel| {
+            let panel = panel * width..plan.s.min((panel + 1) * width);
+            // SAFETY: every task packs its own panel of all heads, and is called once.
+            unsafe { prepare_panel(keys, plan, batch, heads.clone(), panel, packed.get(), scratch.slot()) };
+        });
+    }
+    let matrix = |arg: &Arg<'_>, head: usize, dim: usize, transposed| {
         let all = Matrix { ptr: arg.ptr, dtype: arg.ty.dtype, stride: plan.m * dim, transposed };
         all.offset((batch * plan.s * plan.m + head) * dim)
     };
-    let (k, v) = (matrix(&args[1], plan.d, true), matrix(&args[2], plan.e, false));
-    // SAFETY: panels lie one after the other in the packed head; keys and columns are inside the operands.
-    unsafe {
-        for key in keys.clone().step_by(width) {
-            let (panel, to) = (key..keys.end.min(key + width), dst.add(key * plan.d));
-            let Some(heads) = &inputs.keys else {
-                k.pack(0..plan.d, panel, width, to);
-                continue;
-            };
-            let (rows, room) = slot.split_at_mut(MAX_WIDTH * plan.d);
-            for (row, key) in rows.chunks_exact_mut(plan.d.max(1)).zip(panel.clone()) {
-                if key + AHEAD < keys.end {
-                    heads.fetch([batch, key + AHEAD, head]);
+    let key_blocks = plan.s.div_ceil(KEYS);
+    for_each(heads.len() * key_blocks, heads.len() * plan.s * (plan.d + plan.e), |task| {
+        let (head, block) = (task / key_blocks, task % key_blocks);
+        let keys = block * KEYS..plan.s.min((block + 1) * KEYS);
+        let k = matrix(&inputs.args[1], heads.start + head, plan.d, true);
+        let v = matrix(&inputs.args[2], heads.start + head, plan.e, false);
+        // SAFETY: every task packs its own keys of the memory of its head; panels lie one after the other; keys and
+        // columns are inside the operands.
+        unsafe {
+            let to = packed.get().add(head * plan.packed_head());
+            if inputs.keys.is_none() {
+                for key in keys.clone().step_by(width) {
+                    k.pack(0..plan.d, key..keys.end.min(key + width), width, to.add(key * plan.d));
                 }
-                row.copy_from_slice(heads.head([batch, key, head], &mut room[..heads::room(plan.d)]));
             }
-            let rows = Matrix { ptr: rows.as_ptr().cast(), dtype: DType::F32, stride: plan.d, transposed: true };
-            rows.pack(0..plan.d, 0..panel.len(), width, to);
+            let values = to.add(plan.packed_keys());
+            for column in (0..plan.e).step_by(width) {
+                let at = values.add(column * plan.s + keys.start * width);
+                v.pack(keys.clone(), column..plan.e.min(column + width), width, at);
+            }
         }
-        let values = dst.add(plan.packed_keys());
-        for column in (0..plan.e).step_by(width) {
-            let at = values.add(column * plan.s + keys.start * width);
-            v.pack(keys.clone(), column..plan.e.min(column + width), width, at);
+    });
+}
+
+/// Prepares a panel of keys of some heads, and packs it.
+///
+/// # Safety
+/// As for [`pack`]; nothing else uses this panel of the packed heads, and `slot` has the size that [`need`] says.
+unsafe fn prepare_panel(
+    keys: &Heads<'_>,
+    plan: Plan,
+    batch: usize,
+    heads: Range<usize>,
+    panel: Range<usize>,
+    packed: *mut f32,
+    slot: &mut [f32],
+) {
+    let (rows, room) = slot.split_at_mut(panel_rows(plan));
+    for first in heads.clone().step_by(PREPARED_HEADS) {
+        let part = first..heads.end.min(first + PREPARED_HEADS);
+        let stride = part.len() * plan.d;
+        for (r, key) in panel.clone().enumerate() {
+            // SAFETY: the heads exist.
+            unsafe { keys.token([batch, key], part.clone(), &mut rows[r * stride..][..stride], room) };
+        }
+        for head in part.clone() {
+            let ptr = rows[(head - first) * plan.d..].as_ptr().cast();
+            let matrix = Matrix { ptr, dtype: DType::F32, stride, transposed: true };
+            // SAFETY: the panel is inside the packed head, its rows were prepared.
+            unsafe {
+                let to = packed.add((head - heads.start) * plan.packed_head() + panel.start * plan.d);
+                matrix.pack(0..plan.d, 0..panel.len(), width(), to);
+            }
         }
     }
 }
@@ -238,6 +333,8 @@ struct Job<'a> {
     /// Of the queries.
     head: usize,
     rows: Range<usize>,
+    /// The first of them, if they were prepared, and floats from one to the next.
+    prepared: Option<(*const f32, usize)>,
     /// Keys and values of the head.
     packed: *const f32,
 }
@@ -260,10 +357,9 @@ impl Job<'_> {
         let (slot, sink_room) = slot.split_at_mut(self.inputs.slot);
         let (queries, rest) = slot.split_at_mut(plan.dim_blocks() * ROWS * LDA);
         let (scores, rest) = rest.split_at_mut(ROWS * LDA);
-        let (sums, room) = rest.split_at_mut(ROWS * e);
-        let sums = &mut sums[..self.rows.len() * e];
+        let sums = &mut rest[..self.rows.len() * e];
         // SAFETY: the rows are inside the queries.
-        unsafe { self.load_queries(queries, room) };
+        unsafe { self.load_queries(queries) };
         let mut seen = [Seen { max: f32::NEG_INFINITY, sum: 0.0 }; ROWS];
         let seen = &mut seen[..self.rows.len()];
         // SAFETY: values follow the keys.
@@ -327,24 +423,18 @@ impl Job<'_> {
     ///
     /// # Safety
     /// The rows are inside the operand.
-    unsafe fn load_queries(&self, queries: &mut [f32], room: &mut [f32]) {
+    unsafe fn load_queries(&self, queries: &mut [f32]) {
         let (q, d) = (&self.inputs.args[0], self.inputs.plan.d);
         for (r, t) in self.rows.clone().enumerate() {
-            if let Some(heads) = self.inputs.queries.as_ref().filter(|_| t + AHEAD < self.rows.end) {
-                heads.fetch([self.batch, t + AHEAD, self.head]);
-            }
-            // SAFETY: there is such a head.
-            let ready = self.inputs.queries.as_ref().map(|h| unsafe { h.head([self.batch, t, self.head], room) });
+            let (dtype, row) = match self.prepared {
+                Some((first, stride)) => (DType::F32, first.wrapping_add(r * stride).cast()),
+                None => (q.ty.dtype, q.ptr.wrapping_add(self.query(t) * d * q.ty.dtype.bytes())),
+            };
             for (block, dims) in (0..d).step_by(K_BLOCK).enumerate() {
                 let k = K_BLOCK.min(d - dims);
-                let element = self.query(t) * d + dims;
                 let dst = &mut queries[(block * ROWS + r) * LDA..][..k];
-                if let Some(head) = ready {
-                    dst.copy_from_slice(&head[dims..dims + k]);
-                    continue;
-                }
                 // SAFETY: the elements are inside the row.
-                unsafe { load(q.ty.dtype, q.ptr.add(element * q.ty.dtype.bytes()), dst) };
+                unsafe { load(dtype, row.add(dims * dtype.bytes()), dst) };
             }
         }
     }

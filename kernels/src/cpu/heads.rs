@@ -1,8 +1,10 @@
 //! Queries and keys that are normed and rotated where attention reads them.
 //!
 //! A norm spans a token with all its heads, or each head. Its factors are made first, in one pass over the operand, and
-//! kept; norm and rotation are then applied to one head at a time, when a block of queries or keys is loaded. Between the
-//! steps values are rounded as if each had been stored.
+//! kept; norm and rotation are then applied to some heads of a token at a time, when queries or keys are loaded. Between
+//! the steps values are rounded as if each had been stored.
+
+use std::ops::Range;
 
 use ltxc_ir::ops::RopeLayout;
 use ltxc_ir::{DType, TensorType};
@@ -11,8 +13,7 @@ use super::Arg;
 use super::element::{load, store};
 use super::norm::{rms_factor, scale_all, scale_by, wide};
 use super::parallel::{Scratch, Shared, for_each};
-use super::rope::{Table, rotate};
-use super::tile::fetch_bytes;
+use super::rope::{Table, rotate_heads};
 
 /// Elements per task of the first pass.
 const TASK: usize = 1 << 14;
@@ -45,15 +46,15 @@ impl Steps<'_> {
         self.norm.as_ref().map_or(0, |n| x.elements() / n.row + n.row)
     }
 
-    /// Floats that a thread needs: a row of the first pass, or what [`Heads::head`] needs.
-    pub(crate) fn room(&self, x: &TensorType) -> usize {
-        self.norm.as_ref().map_or(0, |n| n.row).max(room(x.shape[3]))
+    /// Floats that a thread needs: a row of the first pass, or what [`Heads::token`] needs for so many heads of dim `d`.
+    pub(crate) fn room(&self, heads: usize, d: usize) -> usize {
+        self.norm.as_ref().map_or(0, |n| n.row).max(room(heads, d))
     }
 }
 
-/// Floats that [`Heads::head`] needs.
-pub(crate) fn room(d: usize) -> usize {
-    4 * d
+/// Floats that [`Heads::token`] needs for so many heads of dim `d`: them widened, normed and narrowed again, and angles.
+fn room(heads: usize, d: usize) -> usize {
+    heads.saturating_mul(d).saturating_mul(3).saturating_add(d)
 }
 
 /// Queries or keys with what is done to them: `[b, t, n, d]`.
@@ -104,68 +105,58 @@ impl<'a> Heads<'a> {
         Heads { x, norm, rope }
     }
 
-    /// Asks for what [`Heads::head`] reads. Heads of tokens that follow each other are a page apart, which machines do not
-    /// foresee.
-    pub(crate) fn fetch(&self, [batch, token, head]: [usize; 3]) {
-        let [tokens, heads, d] = [1, 2, 3].map(|a| self.x.ty.shape[a]);
-        let bytes = d * self.x.ty.dtype.bytes();
-        fetch_bytes(self.x.ptr.wrapping_add(((batch * tokens + token) * heads + head) * bytes), bytes);
-        for table in self.rope.iter().flat_map(|(_, tables)| tables) {
-            table.fetch([batch, token, head], d / 2);
-        }
-    }
-
-    /// Head `head` of token `token` of a batch, as f32 where it lies or in `room`, which has [`room`] floats.
+    /// Writes some heads of a token of a batch, as f32, side by side. `room` has what [`Steps::room`] says.
     ///
     /// # Safety
-    /// There is such a head.
-    pub(crate) unsafe fn head<'r>(&self, [batch, token, head]: [usize; 3], room: &'r mut [f32]) -> &'r [f32] {
-        let [tokens, heads, d] = [1, 2, 3].map(|a| self.x.ty.shape[a]);
-        let dtype = self.x.ty.dtype;
-        let (first, rest) = room.split_at_mut(d);
-        let (second, rest) = rest.split_at_mut(d);
-        let (angles, narrow) = rest.split_at_mut(d);
-        let number = (batch * tokens + token) * heads + head;
-        let norm = |norm: &Factors<'_>, x: &[f32], y: &mut [f32], narrow: &mut [f32]| {
-            let (row, column) = if norm.row == d { (number, 0) } else { (batch * tokens + token, head * d) };
-            match norm.weight {
-                Some(w) => scale_by(x, norm.factors[row], &w[column..column + d], y),
-                None => scale_all(x, norm.factors[row], y),
+    /// There are such heads, and `out` has room for them.
+    pub(crate) unsafe fn token(
+        &self,
+        [batch, token]: [usize; 2],
+        heads: Range<usize>,
+        out: &mut [f32],
+        room: &mut [f32],
+    ) {
+        let [tokens, all, d] = [1, 2, 3].map(|a| self.x.ty.shape[a]);
+        let (dtype, count, row) = (self.x.ty.dtype, heads.len() * d, batch * tokens + token);
+        let (wide, rest) = room.split_at_mut(count);
+        let (normed, rest) = rest.split_at_mut(count);
+        let (narrow, angles) = rest.split_at_mut(count);
+        let src = self.x.ptr.wrapping_add((row * all + heads.start) * d * dtype.bytes());
+        // SAFETY: the heads are inside the operand.
+        let x = unsafe { widen(dtype, src, wide) };
+        let out = &mut out[..count];
+        let norm = |norm: &Factors<'_>, y: &mut [f32], narrow: &mut [f32]| {
+            if norm.row == d {
+                for (h, factor) in norm.factors[row * all..][heads.clone()].iter().enumerate() {
+                    scale(&x[h * d..][..d], *factor, norm.weight, &mut y[h * d..][..d]);
+                }
+            } else {
+                scale(x, norm.factors[row], norm.weight.map(|w| &w[heads.start * d..][..count]), y);
             }
             round(dtype, y, narrow);
         };
-        let mut turn =
-            |(layout, [cos, sin]): &(RopeLayout, [Table; 2]), x: &[f32], y: &mut [f32], narrow: &mut [f32]| {
-                let (cos_room, sin_room) = angles.split_at_mut(d / 2);
-                let index = [batch, token, head];
-                // SAFETY: tables broadcast to the heads.
-                unsafe {
-                    let cos = cos.read(index, d / 2, cos_room.as_mut_ptr());
-                    let sin = sin.read(index, d / 2, sin_room.as_mut_ptr());
-                    rotate(*layout, x, cos, sin, y);
-                }
-                round(dtype, y, narrow);
-            };
-        let src = self.x.ptr.wrapping_add(number * d * dtype.bytes());
-        // SAFETY: the head is inside the operand.
-        unsafe {
-            match (&self.norm, &self.rope) {
-                (None, None) => widen(dtype, src, first),
-                (Some(factors), None) => {
-                    norm(factors, widen(dtype, src, first), second, narrow);
-                    second
-                }
-                (None, Some(rope)) => {
-                    turn(rope, widen(dtype, src, first), second, narrow);
-                    second
-                }
-                (Some(factors), Some(rope)) => {
-                    norm(factors, widen(dtype, src, first), second, narrow);
-                    turn(rope, second, first, narrow);
-                    first
-                }
+        let mut turn = |(layout, tables): &(RopeLayout, [Table; 2]), x: &[f32], y: &mut [f32], narrow: &mut [f32]| {
+            // SAFETY: tables broadcast to the heads.
+            unsafe { rotate_heads(*layout, tables, [batch, token, heads.start], d, x, angles, y) };
+            round(dtype, y, narrow);
+        };
+        match (&self.norm, &self.rope) {
+            (None, None) => out.copy_from_slice(x),
+            (Some(factors), None) => norm(factors, out, narrow),
+            (None, Some(rope)) => turn(rope, x, out, narrow),
+            (Some(factors), Some(rope)) => {
+                norm(factors, normed, narrow);
+                turn(rope, normed, out, narrow);
             }
         }
+    }
+}
+
+/// Applies a factor, and a weight if there is one.
+fn scale(x: &[f32], factor: f32, weight: Option<&[f32]>, y: &mut [f32]) {
+    match weight {
+        Some(w) => scale_by(x, factor, w, y),
+        None => scale_all(x, factor, y),
     }
 }
 

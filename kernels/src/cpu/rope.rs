@@ -6,7 +6,6 @@ use ltxc_ir::{DType, TensorType};
 use super::element::{load, store};
 use super::parallel::{Need, Scratch, Shared, for_each};
 use super::simd::multiversion;
-use super::tile::fetch_bytes;
 use super::{Arg, Output};
 
 /// Elements per task, about.
@@ -15,9 +14,10 @@ const TASK: usize = 1 << 14;
 /// Work per element.
 const WEIGHT: usize = 3;
 
-/// Scratch: for each thread a head, its result, and its angles.
+/// Scratch: for each thread a token, its result, and angles of a head.
 pub(crate) fn need(args: &[&TensorType]) -> Need {
-    Need { shared: 0, per_thread: args[0].shape[3].saturating_mul(3) }
+    let [heads, d] = [2, 3].map(|a| args[0].shape[a]);
+    Need { shared: 0, per_thread: heads.saturating_mul(d).saturating_mul(2).saturating_add(d) }
 }
 
 /// # Safety
@@ -26,44 +26,33 @@ pub(crate) unsafe fn launch(op: &Rope, args: &[Arg<'_>], out: &Output<'_>, works
     let x = args[0];
     let scratch = Scratch::new(workspace, need(&[x.ty]));
     let [batches, tokens, heads, d] = [0, 1, 2, 3].map(|a| x.ty.shape[a]);
-    let (dtype, bytes) = (x.ty.dtype, x.ty.dtype.bytes());
+    let (dtype, bytes, n) = (x.ty.dtype, x.ty.dtype.bytes(), heads * d);
     let tables = [Table::new(&args[1]), Table::new(&args[2])];
     let (from, to) = (Shared::new(x.ptr.cast_mut()), Shared::new(out.ptr));
     let rows = batches * tokens;
-    let per_task = (TASK / (heads * d)).max(1);
+    let per_task = (TASK / n.max(1)).max(1);
     for_each(rows.div_ceil(per_task), out.ty.elements() * WEIGHT, |task| {
         // SAFETY: called once per task.
-        let (input, rest) = unsafe { scratch.slot() }.split_at_mut(d);
-        let (result, angles) = rest.split_at_mut(d);
-        let (cos_room, sin_room) = angles.split_at_mut(d / 2);
+        let (input, rest) = unsafe { scratch.slot() }.split_at_mut(n);
+        let (result, angles) = rest.split_at_mut(n);
         for row in task * per_task..rows.min((task + 1) * per_task) {
-            let (batch, token) = (row / tokens, row % tokens);
-            let [mut cos, mut sin]: [&[f32]; 2] = [&[]; 2];
-            for head in 0..heads {
-                if head == 0 || tables.iter().any(|t| t.strides[2] != 0) {
-                    // SAFETY: the head exists; the rooms are used for nothing else until the next one is read.
-                    unsafe {
-                        cos = tables[0].read([batch, token, head], d / 2, cos_room.as_mut_ptr());
-                        sin = tables[1].read([batch, token, head], d / 2, sin_room.as_mut_ptr());
-                    }
-                }
-                let at = (row * heads + head) * d * bytes;
-                let (src, dst) = (from.get().wrapping_add(at), to.get().wrapping_add(at));
-                // SAFETY: the head is inside operand and result, and this task owns it. A result that is not the
-                // operand itself does not overlap it.
-                unsafe {
-                    let x = if dtype == DType::F32 {
-                        std::slice::from_raw_parts(src.cast_const().cast::<f32>(), d)
-                    } else {
-                        load(dtype, src, input);
-                        &*input
-                    };
-                    if dtype == DType::F32 && src != dst {
-                        rotate(op.layout, x, cos, sin, std::slice::from_raw_parts_mut(dst.cast::<f32>(), d));
-                    } else {
-                        rotate(op.layout, x, cos, sin, result);
-                        store(dtype, result, dst);
-                    }
+            let first = [row / tokens, row % tokens, 0];
+            let (src, dst) = (from.get().wrapping_add(row * n * bytes), to.get().wrapping_add(row * n * bytes));
+            // SAFETY: the token is inside operand and result, and this task owns it. A result that is not the operand
+            // itself does not overlap it.
+            unsafe {
+                let x = if dtype == DType::F32 {
+                    std::slice::from_raw_parts(src.cast_const().cast::<f32>(), n)
+                } else {
+                    load(dtype, src, input);
+                    &*input
+                };
+                if dtype == DType::F32 && src != dst {
+                    let y = std::slice::from_raw_parts_mut(dst.cast::<f32>(), n);
+                    rotate_heads(op.layout, &tables, first, d, x, angles, y);
+                } else {
+                    rotate_heads(op.layout, &tables, first, d, x, angles, result);
+                    store(dtype, result, dst);
                 }
             }
         }
@@ -86,12 +75,6 @@ impl Table {
         let strides = arg.ty.strides();
         let strides = [0, 1, 2, 3].map(|a| if arg.ty.shape[a] == 1 { 0 } else { strides[a] });
         Table { ptr: arg.ptr, dtype: arg.ty.dtype, strides }
-    }
-
-    /// Asks for the `n` values of a head.
-    pub(crate) fn fetch(&self, index: [usize; 3], n: usize) {
-        let offset: usize = index.iter().zip(self.strides).map(|(i, s)| i * s).sum();
-        fetch_bytes(self.ptr.wrapping_add(offset * self.dtype.bytes()), n * self.dtype.bytes());
     }
 
     /// The `n` values of a head: where they lie, or widened into `room`.
@@ -120,8 +103,36 @@ impl Table {
     }
 }
 
+/// Rotates heads of a token that lie side by side, from head `first` on. `angles` has room for `d` floats.
+///
+/// # Safety
+/// `tables` broadcast to these heads.
+pub(crate) unsafe fn rotate_heads(
+    layout: RopeLayout,
+    tables: &[Table; 2],
+    [batch, token, first]: [usize; 3],
+    d: usize,
+    x: &[f32],
+    angles: &mut [f32],
+    y: &mut [f32],
+) {
+    let (cos_room, sin_room) = angles.split_at_mut(d / 2);
+    let changes = tables.iter().any(|t| t.strides[2] != 0);
+    let [mut cos, mut sin]: [&[f32]; 2] = [&[]; 2];
+    for (h, (x, y)) in x.chunks_exact(d.max(1)).zip(y.chunks_exact_mut(d.max(1))).enumerate() {
+        if h == 0 || changes {
+            // SAFETY: passed on to the caller; the rooms are used for nothing else until the next angles are read.
+            unsafe {
+                cos = tables[0].read([batch, token, first + h], d / 2, cos_room.as_mut_ptr());
+                sin = tables[1].read([batch, token, first + h], d / 2, sin_room.as_mut_ptr());
+            }
+        }
+        rotate(layout, x, cos, sin, y);
+    }
+}
+
 /// Rotates a head.
-pub(crate) fn rotate(layout: RopeLayout, x: &[f32], cos: &[f32], sin: &[f32], y: &mut [f32]) {
+fn rotate(layout: RopeLayout, x: &[f32], cos: &[f32], sin: &[f32], y: &mut [f32]) {
     match layout {
         RopeLayout::Split => rotate_halves(x, cos, sin, y),
         RopeLayout::Interleaved => rotate_neighbours(x, cos, sin, y),

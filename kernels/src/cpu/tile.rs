@@ -146,12 +146,6 @@ fn fetch_now(p: *const f32) {
     let _ = p;
 }
 
-/// Asks for some bytes in the first cache. Any address is allowed.
-#[inline]
-pub(crate) fn fetch_bytes(p: *const u8, bytes: usize) {
-    (0..bytes.div_ceil(LINE)).for_each(|line| fetch_now(p.wrapping_add(line * LINE).cast()));
-}
-
 /// Asks for the line at `p` in the second cache. Any address is allowed.
 #[inline(always)]
 fn fetch_soon(p: *const u8) {

@@ -134,7 +134,7 @@ fn random_attention_matches() {
     assert!(checked > 200, "{checked} cases are accepted");
 }
 
-/// Queries and keys that are made on the way need no memory.
+/// Queries that are made on the way are so some rows at a time: with their number only the factors of the norm grow.
 #[test]
 fn scratch_does_not_hold_queries() {
     let mut random = Random(22);
@@ -142,9 +142,11 @@ fn scratch_does_not_hold_queries() {
         let case = Case { b: 1, t, s: 64, n: 8, m: 8, d: 64, e: 64, fronts: [front, Front::Both], dtype: DType::F32 };
         case.group(&mut random, false).workspace()
     };
-    let (plain, made) = (workspace(Front::Nothing, 4000), workspace(Front::Both, 4000));
+    let (plain, made, more) =
+        (workspace(Front::Nothing, 4000), workspace(Front::Both, 4000), workspace(Front::Both, 8000));
     // A factor of the norm for every query and head, at most, and a row or two.
     let factors = 4000 * 8 * size_of::<f32>();
-    assert!(made < plain + factors + (64 << 10), "{made} bytes of scratch, {plain} without norm and rotation");
+    assert!(made < plain + factors + (5 << 20), "{made} bytes of scratch, {plain} without norm and rotation");
+    assert!(more <= made + factors + 64, "{more} bytes of scratch for twice the queries of {made}");
     assert!(workspace(Front::Turned, 4000) > plain + 64 * factors, "what runs as a whole is kept");
 }

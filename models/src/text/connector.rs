@@ -84,15 +84,27 @@ pub struct Connectors {
     pub video: ConnectorConfig,
     /// Audio.
     pub audio: ConnectorConfig,
+    /// Those whose context is made, in order; at least one.
+    pub made: Vec<Modality>,
 }
 
 impl Connectors {
+    /// The same where only some contexts are made, which need no weights of the others.
+    pub fn only(self, made: Vec<Modality>) -> Connectors {
+        Connectors { made, ..self }
+    }
+
     /// The connector of `modality`.
     pub fn get(&self, modality: Modality) -> &ConnectorConfig {
         match modality {
             Modality::Video => &self.video,
             Modality::Audio => &self.audio,
         }
+    }
+
+    /// The modalities whose context is made, with the widths of their connectors.
+    pub fn made_widths(&self) -> Vec<(Modality, usize)> {
+        self.made.iter().map(|&m| (m, self.get(m).width())).collect()
     }
 
     /// Widths of the video and audio connector.
@@ -134,24 +146,29 @@ impl Connectors {
             layers: count("audio_connector_num_layers", video.layers),
             ..video.clone()
         };
-        Connectors { video, audio }
+        Connectors { video, audio, made: Modality::ALL.into() }
     }
 
-    /// Number of learnable registers: the rows stored in the files of `weights`, equal for both connectors.
+    /// Number of learnable registers: the rows stored in the files of `weights`, equal for all connectors.
     ///
     /// # Errors
     /// Registers that are missing, that differ in number, or whose number does not divide `tokens`.
     pub fn registers(&self, weights: &Weights, tokens: usize) -> Result<usize, ModelError> {
-        let rows = |modality| match below(weights, modality).shape("learnable_registers").as_deref() {
+        let rows = |&modality: &Modality| match below(weights, modality).shape("learnable_registers").as_deref() {
             Some(&[rows, _]) => Some(rows),
             _ => None,
         };
-        match Modality::ALL.map(rows) {
-            [Some(video), Some(audio)] if video == audio && video > 0 && tokens.is_multiple_of(video) => Ok(video),
-            found => {
+        let found: Vec<Option<usize>> = self.made.iter().map(rows).collect();
+        match found.first() {
+            Some(&Some(rows)) if found.iter().all(|n| *n == Some(rows)) && rows > 0 && tokens.is_multiple_of(rows) => {
+                Ok(rows)
+            }
+            _ => {
+                let names: Vec<&str> = self.made.iter().map(|m| m.name()).collect();
                 let problem = format!(
-                    "does not fit the tensors `learnable_registers`: they have {found:?} rows (video, audio), expected \
-                     the same number twice, which divides {tokens} tokens"
+                    "does not fit the tensors `learnable_registers`: they have {found:?} rows ({}), expected the same \
+                     number everywhere, which divides {tokens} tokens",
+                    names.join(", ")
                 );
                 Err(ModelError::config("transformer.connector_num_learnable_registers", problem))
             }

@@ -12,6 +12,7 @@
 use ltxc_ir::ops::{Compare, ReduceKind};
 use ltxc_ir::{Builder, DType, ValueId};
 
+use super::connector::Modality;
 use crate::fields::Fields;
 use crate::{Block, Functions, Weights};
 
@@ -54,11 +55,11 @@ impl FeatureExtractor {
     }
 }
 
-/// Features for video and audio, `[1, t, width]` each, of the dtype of the states.
+/// Features of every modality in `made`, `[1, t, width]` each, of the dtype of the states.
 ///
 /// - `weights`: the complete set of files with `text_embedding_projection.*`.
 /// - `states`: every hidden state (at least one), `[1, t, hidden]`; `valid`: `f32[t]`, 1 for real tokens, of which the last one is.
-/// - `widths`: widths of the video and audio connector. The rows of pads are finite and mean nothing.
+/// - `made`: modalities, at least one, with the width of their connectors. The rows of pads are finite and mean nothing.
 ///
 /// Problems with weights are recorded in `weights`.
 pub fn features(
@@ -68,17 +69,17 @@ pub fn features(
     weights: &Weights,
     states: &[ValueId],
     valid: ValueId,
-    widths: [usize; 2],
-) -> [ValueId; 2] {
+    made: &[(Modality, usize)],
+) -> Vec<ValueId> {
     let weights = weights.below("text_embedding_projection.");
     let hidden = b.shape(states[0])[2];
     let columns = hidden * states.len();
-    let [video, audio] = match extractor {
+    let features = match extractor {
         FeatureExtractor::Shared => {
-            let [width, audio_width] = widths;
-            if width != audio_width {
+            let width = made.first().map_or(1, |(_, width)| *width);
+            if let Some((_, other)) = made.iter().find(|(_, other)| *other != width) {
                 weights.problem(format!(
-                    "the projection `aggregate_embed` feeds both connectors, which are {width} and {audio_width} wide"
+                    "the projection `aggregate_embed` feeds both connectors, which are {width} and {other} wide"
                 ));
             }
             let normalised = states.iter().enumerate().map(|(i, &state)| {
@@ -89,25 +90,26 @@ pub fn features(
             });
             let flat = flatten(b, &normalised.collect::<Vec<_>>());
             let w = weights.get(b, "aggregate_embed.weight", &[width, columns]);
-            [b.matmul_transposed(flat, w); 2]
+            vec![b.matmul_transposed(flat, w); made.len()]
         }
         FeatureExtractor::PerModality => {
             let normalised: Vec<ValueId> = states.iter().map(|&state| b.rms_norm(state, None, EPS)).collect();
             let flat = flatten(b, &normalised);
-            let project = |name: &str, width: usize| {
+            let project = |&(modality, width): &(Modality, usize)| {
+                let name = format!("{}_aggregate_embed", modality.name());
                 let scaled = b.mul_scalar(flat, (width as f64 / hidden as f64).sqrt());
                 let w = weights.get(b, &format!("{name}.weight"), &[width, columns]);
                 let bias = weights.get(b, &format!("{name}.bias"), &[width]);
                 b.add(b.matmul_transposed(scaled, w), bias)
             };
-            [project("video_aggregate_embed", widths[0]), project("audio_aggregate_embed", widths[1])]
+            made.iter().map(project).collect()
         }
     };
-    // A shared projection is one value: it has the name of the video features.
-    if audio != video {
-        b.name("features_audio", audio);
+    // A shared projection is one value: it has the name of the first features.
+    for ((modality, _), &value) in made.iter().zip(&features).rev() {
+        b.name(&format!("features_{}", modality.name()), value);
     }
-    [b.name("features_video", video), audio]
+    features
 }
 
 /// `[1, t, c]` of every state to `[1, t, c · states]`, the state index fastest.

@@ -37,6 +37,13 @@ impl TextConfig {
     }
 }
 
+impl TextConfig {
+    /// The same where only some contexts are made; see [`Connectors::only`].
+    pub fn only(self, made: Vec<Modality>) -> TextConfig {
+        TextConfig { connectors: self.connectors.only(made), ..self }
+    }
+}
+
 /// Where the weights of the text side are; each view is of a complete set of files.
 pub struct TextWeights<'a> {
     /// Files with the language model.
@@ -55,7 +62,8 @@ pub struct TextWeights<'a> {
 /// - `place`: `i32[1024]`, the row of features (`0..tokens`) and registers (behind them) for each context token: with `n`
 ///   real tokens and `r` registers `tokens − n + p` where `p < n`, `tokens + p mod r` elsewhere.
 ///
-/// Results: `video` and `audio`, f32 `[1, 1024, width]`; `dtype` is that of the activations inside.
+/// Results: `video` and `audio`, f32 `[1, 1024, width]`, as far as their contexts are made; `dtype` is that of the
+/// activations inside.
 ///
 /// # Errors
 /// A bucket outside `1..=1024`, a dtype that activations cannot have, and weights that are missing or do not fit.
@@ -73,9 +81,9 @@ pub fn encode(config: &TextConfig, weights: &TextWeights, tokens: usize, dtype: 
     let place = b.param("place", TensorType::i32([CONTEXT_TOKENS]), Rate::Generation);
 
     let states = gemma(&b, &functions, &config.gemma, &weights.gemma, ids, valid, dtype);
-    let widths = config.connectors.widths();
-    let features = features(&b, &functions, config.extractor, &weights.projection, &states, valid, widths);
-    for (modality, features) in Modality::ALL.into_iter().zip(features) {
+    let made = config.connectors.made_widths();
+    let features = features(&b, &functions, config.extractor, &weights.projection, &states, valid, &made);
+    for ((modality, _), features) in made.into_iter().zip(features) {
         let connector = config.connectors.get(modality);
         let registers = registers(&b, connector, modality, &weights.transformer, rows, dtype);
         let placed = b.gather(b.concat(&[features, registers], 1), place, 1);
@@ -90,8 +98,8 @@ pub fn encode(config: &TextConfig, weights: &TextWeights, tokens: usize, dtype: 
 /// The program from the connectors' inputs to the contexts, for `tokens` tokens ([`CONTEXT_TOKENS`] in every pipeline).
 ///
 /// - `weights`: the complete set of transformer files.
-/// - Parameters of the entry `connect`, constant for a generation: `video` and `audio`, f32 `[1, tokens, width]`,
-///   registers in place; `dtype` is that of the activations inside.
+/// - Parameters of the entry `connect`, constant for a generation: `video` and `audio` as far as their contexts are made,
+///   f32 `[1, tokens, width]`, registers in place; `dtype` is that of the activations inside.
 /// - Results: `video_context` and `audio_context`, of the same types.
 ///
 /// # Errors
@@ -104,11 +112,12 @@ pub fn connect(connectors: &Connectors, weights: &Weights, tokens: usize, dtype:
     }
     let b = Builder::new("connect");
     let functions = Functions::default();
-    let inputs = Modality::ALL.map(|modality| {
+    let input = |&modality: &Modality| {
         let ty = TensorType::f32([1, tokens, connectors.get(modality).width()]);
-        b.param(modality.name(), ty, Rate::Generation)
-    });
-    for (modality, x) in Modality::ALL.into_iter().zip(inputs) {
+        (modality, b.param(modality.name(), ty, Rate::Generation))
+    };
+    let inputs: Vec<_> = connectors.made.iter().map(input).collect();
+    for (modality, x) in inputs {
         let (config, scope) = (connectors.get(modality), format!("{}_connector", modality.name()));
         let x = b.cast(x, dtype);
         let context = b.scope(&scope, || connector(&b, &functions, config, modality, weights, x));

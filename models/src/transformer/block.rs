@@ -81,6 +81,8 @@ pub(super) struct OwnInputs {
 pub(super) struct CrossInputs {
     /// Timesteps' part of rows 0 to 3 of the table, `[r, 4 · width]`.
     pub modulation: ValueId,
+    /// Whether it has one row for all tokens, as in release 1.0.0 of the reference.
+    pub is_even: bool,
     /// Rotation by time.
     pub rotation: Rotation,
     /// Part of the gate row from the other stream's sigma, `[1, width]`; `None` if nothing comes in.
@@ -104,6 +106,7 @@ impl StreamInputs {
             }),
             cross: self.cross.map(|cross| CrossInputs {
                 modulation: f("cross_modulation", cross.modulation),
+                is_even: cross.is_even,
                 rotation: Rotation {
                     cos: f("cross_rope_cos", cross.rotation.cos),
                     sin: f("cross_rope_sin", cross.rotation.sin),
@@ -299,7 +302,7 @@ impl<'a> Block<'a> {
             table,
             timesteps: Some(cross.modulation),
             stride: width,
-            token_rows: s.token_rows,
+            token_rows: s.token_rows.filter(|_| !cross.is_even),
             dtype: self.dtype,
         };
         let gate =

@@ -83,8 +83,7 @@ pub fn build_passes(
     passes: &[Pass],
     dtype: DType,
 ) -> Result<Module, ModelError> {
-    let of = |pass: &Pass| TransformerSpec { perturbation: pass.perturbation.clone(), ..spec.clone() };
-    let specs: Vec<TransformerSpec> = passes.iter().map(of).collect();
+    let specs: Vec<TransformerSpec> = passes.iter().map(|pass| pass.spec(spec)).collect();
     specs.iter().try_for_each(|spec| spec.check(config))?;
     check_compute_dtype(dtype)?;
     let weights = weights.below(KEY_PREFIX);
@@ -96,7 +95,7 @@ pub fn build_passes(
         let skips: Vec<Skips> = (0..config.layers).map(|i| Skips::of_block(spec, i)).collect();
         let write = || {
             let step = Step::new(&b, config, &weights, dtype);
-            let mut step = step.prepare(spec, &params, pass.is_negative, &skips);
+            let mut step = step.prepare(spec, &params, pass, &skips);
             for (i, skips) in skips.iter().enumerate().filter(|(_, skips)| **skips != Skips::EVERYTHING) {
                 let inputs = step.block_inputs(*skips);
                 let (function, name) = (skips.function_name(), format!("blocks.{i}"));

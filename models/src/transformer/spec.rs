@@ -5,6 +5,8 @@
 
 use std::collections::BTreeSet;
 
+use ltxc_ir::plan::Release;
+
 use super::config::{Stream, TransformerConfig};
 use crate::ModelError;
 
@@ -98,6 +100,24 @@ pub struct Pass {
     pub is_negative: bool,
     /// What it leaves out.
     pub perturbation: Perturbation,
+    /// The release of the reference that it follows.
+    pub release: Release,
+}
+
+impl Pass {
+    /// The program of this pass alone. In release 1.0.0 the negative pass updates what the others only look at.
+    pub(super) fn spec(&self, of_all: &TransformerSpec) -> TransformerSpec {
+        let updates_all = self.is_negative && self.release == Release::V1_0_0;
+        let stream = |spec: &Option<StreamSpec>| {
+            let spec = spec.clone()?;
+            Some(StreamSpec { is_enabled: spec.is_enabled || updates_all, ..spec })
+        };
+        TransformerSpec {
+            video: stream(&of_all.video),
+            audio: stream(&of_all.audio),
+            perturbation: self.perturbation.clone(),
+        }
+    }
 }
 
 /// One program of the transformer.

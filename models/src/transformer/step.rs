@@ -2,7 +2,7 @@
 //!
 //! # Easy to get wrong
 //! - Scale and shift between the streams follow the stream's own per-token timesteps, the gate follows the **other**
-//!   stream's scalar sigma (which is 0 if that stream is frozen).
+//!   stream's scalar sigma (which is 0 if that stream is frozen). In release 1.0.0 both follow that sigma.
 //! - Keyframe marks are `mask > 0`, whatever the value.
 //! - The output layer has a LayerNorm, blocks have RMS norms.
 //! - A strength of 0 hides a token; other strengths are added to the scores as logarithms.
@@ -10,13 +10,14 @@
 //! Source: spec/transformer §3, §4, §7.3.
 
 use ltxc_ir::ops::{Compare, HIDDEN_SCORE, Unary};
+use ltxc_ir::plan::Release;
 use ltxc_ir::{Builder, DType, Rate, TensorType, ValueId};
 
 use super::adaln::{Modulation, TimestepEmbedding, timestep_embedding};
 use super::block::{BlockInputs, CrossInputs, OwnInputs, StreamInputs};
 use super::config::{Stream, TransformerConfig};
 use super::rope::{RopeTable, Rotation, rotation};
-use super::spec::{StreamSpec, TransformerSpec};
+use super::spec::{Pass, StreamSpec, TransformerSpec};
 use super::{Skips, linear};
 use crate::Weights;
 
@@ -64,24 +65,25 @@ impl<'a> Step<'a> {
         Stream::BOTH.map(|stream| spec.stream(stream).map(|s| self.stream_params(stream, s, has_negative)))
     }
 
-    /// Prepares both streams for blocks that skip what `skips` lists, with the prompt or the negative one.
+    /// Prepares both streams for blocks that skip what `skips` lists.
     pub fn prepare(
         mut self,
         spec: &TransformerSpec,
         params: &[Option<StreamParams>; 2],
-        is_negative: bool,
+        pass: &Pass,
         skips: &[Skips],
     ) -> Step<'a> {
         let (b, step) = (self.b, &mut self);
         for (stream, own) in Stream::BOTH.into_iter().zip(params) {
             let sender = params[stream.other() as usize];
             let (Some(mut own), Some(s)) = (*own, spec.stream(stream)) else { continue };
-            if let (true, Some(negative)) = (is_negative, own.negative_context) {
+            if let (true, Some(negative)) = (pass.is_negative, own.negative_context) {
                 own.context = negative;
             }
             let own = &own;
-            let prepared =
-                b.scope("prep", || b.scope(stream.name(), || step.prepare_stream(stream, s, own, sender, skips)));
+            let prepared = b.scope("prep", || {
+                b.scope(stream.name(), || step.prepare_stream(stream, s, own, sender, pass.release, skips))
+            });
             *step.stream_mut(stream) = Some(prepared);
         }
         self
@@ -165,6 +167,7 @@ impl<'a> Step<'a> {
         spec: &StreamSpec,
         own: &StreamParams,
         sender: Option<StreamParams>,
+        release: Release,
         skips: &[Skips],
     ) -> Prepared {
         let (b, c, sizes) = (self.b, self.config, self.config.stream(stream));
@@ -186,8 +189,13 @@ impl<'a> Step<'a> {
         let cross = sender.filter(|_| skips.iter().any(Skips::has_cross)).map(|sender| CrossInputs {
             modulation: {
                 let key = format!("av_ca_{}_scale_shift_adaln_single", stream.name());
-                b.name("cross_scale_shift_timestep", self.embed(&key, scaled, sizes.width, 4).modulation)
+                let timesteps = match release {
+                    Release::V1_0_0 => b.mul_scalar(sender.sigma, c.timestep_scale),
+                    Release::V1_2_0 => scaled,
+                };
+                b.name("cross_scale_shift_timestep", self.embed(&key, timesteps, sizes.width, 4).modulation)
             },
+            is_even: release == Release::V1_0_0,
             rotation: self.cross_rotation(own.positions),
             gate: skips.iter().any(|s| s.receives(stream)).then(|| {
                 let key = match stream {

@@ -7,14 +7,17 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use ltxc_ir::plan::summary::tensors;
-use ltxc_ir::plan::{ADAPTER_SLOTS, Pipeline, Plan, StageAdapter};
+use ltxc_ir::plan::{ADAPTER_SLOTS, Pipeline, Plan, SoundRole, Stage, StageAdapter};
+use ltxc_models::ModelError;
 use ltxc_models::checkpoint::{Checkpoint, Generation, layout};
 use ltxc_models::lora::{LoraFile, LoraFit, LoraTargets, Place};
 use ltxc_runtime::adapters::{Adapter, AdapterMode, AdapterSet, Factor, StageAdapters, Stored};
+use ltxc_runtime::pipeline::positions::ReferenceScale;
 use ltxc_runtime::weights::WeightFiles;
 
 use crate::args::{AdapterArgs, LoraMode};
 use crate::assemble::{MODEL, local};
+use crate::pipelines::{Definition, takes_references};
 use crate::report::Report;
 
 /// Strengths beyond this are possible, but hardly ever meant.
@@ -65,6 +68,49 @@ impl Loras {
         self.list.is_empty()
     }
 
+    /// Whether the distilled one is among them.
+    pub fn has_distilled(&self) -> bool {
+        self.of_role(StageAdapter::DISTILLED).next().is_some()
+    }
+
+    /// Rank that slots for all of them need.
+    pub fn rank(&self) -> usize {
+        let ranks = self.list.iter().map(|lora| lora.file.modules().iter().map(|m| m.rank).max().unwrap_or(0));
+        ranks.fold(0, usize::saturating_add)
+    }
+
+    /// How much coarser than the video reference videos are, which headers say.
+    ///
+    /// # Errors
+    /// Two that say different things, or a header that says nothing sensible.
+    pub fn reference_scale(&self) -> Result<ReferenceScale> {
+        type Factor = fn(&LoraFile) -> Result<Option<u32>, ModelError>;
+        let agreed = |what: &str, factor: Factor| -> Result<u32> {
+            let mut found: Option<(&LoraFile, u32)> = None;
+            for Lora { file, .. } in self.of_role(StageAdapter::USER) {
+                // 1 is what headers that say nothing mean.
+                let Some(value) = factor(file)?.filter(|&n| n != 1) else { continue };
+                if let Some((other, earlier)) = found.filter(|(_, earlier)| *earlier != value) {
+                    bail!(
+                        "`{}` takes reference videos with {what} {earlier}, `{}` with {what} {value}; leave one of them out",
+                        other.path().display(),
+                        file.path().display()
+                    );
+                }
+                found = Some((file, value));
+            }
+            Ok(found.map_or(1, |(_, value)| value))
+        };
+        Ok(ReferenceScale {
+            space: agreed("downscale factor", LoraFile::reference_downscale)?,
+            time: agreed("temporal factor", LoraFile::reference_temporal_scale)?,
+        })
+    }
+
+    fn of_role<'a>(&'a self, role: &'a str) -> impl Iterator<Item = &'a Lora> {
+        self.list.iter().filter(move |lora| lora.role == role)
+    }
+
     /// As [`Loras::fit`] for a checkpoint, before anything is compiled for it.
     ///
     /// # Errors
@@ -76,13 +122,63 @@ impl Loras {
         self.fit(&LoraTargets::of(checkpoint), pipeline).map(drop)
     }
 
+    /// Checks that a run of a pipeline has what it cannot do without.
+    ///
+    /// # Errors
+    /// The adapter that is missing, or one too many.
+    pub fn check_complete(&self, pipeline: &Definition) -> Result<()> {
+        if pipeline.needs_distilled_adapter() && !self.has_distilled() {
+            bail!("{}", missing_distilled(pipeline.name));
+        }
+        match pipeline.brings.references {
+            0 => Ok(()),
+            _ => self.in_context(pipeline.name, pipeline.brings.sound).map(drop),
+        }
+    }
+
+    /// The first adapter that knows what references mean. Sound that guides is known to a single one.
+    fn in_context(&self, pipeline: &str, sound: Option<SoundRole>) -> Result<&Lora> {
+        let mut given = self.of_role(StageAdapter::USER);
+        let Some(first) = given.next() else {
+            bail!("pipeline `{pipeline}` needs an IC-LoRA, which knows what references mean; name it with `--lora`");
+        };
+        if let (Some(SoundRole::Reference), Some(second)) = (sound, given.next()) {
+            let path = second.file.path().display();
+            bail!("pipeline `{pipeline}` runs with one LoRA, the one that was made for it; leave `{path}` out");
+        }
+        Ok(first)
+    }
+
+    /// Checks that reference videos of a plan are those that the adapters know.
+    ///
+    /// # Errors
+    /// No adapter that knows any, or one for other sizes.
+    pub fn check_references(&self, pipeline: &Pipeline) -> Result<()> {
+        let Some(planned) = pipeline.inputs.references.first() else { return Ok(()) };
+        let lora = self.in_context(&pipeline.name, pipeline.inputs.sound.map(|sound| sound.role))?;
+        let (scale, own) =
+            (ReferenceScale { space: planned.space_scale, time: planned.time_scale }, self.reference_scale()?);
+        if own != scale {
+            bail!(
+                "the plan takes reference videos with downscale factor {} and temporal factor {}, the LoRA with {} and {}; \
+                 compile the plan with `--lora {}`",
+                scale.space,
+                scale.time,
+                own.space,
+                own.time,
+                lora.file.path().display()
+            );
+        }
+        Ok(())
+    }
+
     /// Checks that all of them fit a model and a pipeline. Returns what they change.
     ///
     /// # Errors
     /// One that was made for another model, or that the pipeline has no use for.
     pub fn fit(&self, targets: &LoraTargets, pipeline: &str) -> Result<Vec<LoraFit>> {
         let fits = self.list.iter().map(|lora| {
-            if lora.file.is_in_context() && !REFERENCES.contains(&pipeline) {
+            if lora.file.is_in_context() && !takes_references(pipeline) {
                 bail!(
                     "`{}` is an IC-LoRA, which needs reference videos; pipeline `{pipeline}` takes none, choose another LoRA",
                     lora.file.path().display()
@@ -134,7 +230,8 @@ impl Loras {
     /// Checks that the stages have a use for every adapter, and all that they need.
     fn check_roles(&self, pipeline: &Pipeline) -> Result<()> {
         let name = &pipeline.name;
-        let has_role = |role: &str| pipeline.stages.iter().any(|s| s.adapters.iter().any(|a| a.role == role));
+        let takes = |stage: &Stage, role: &str| stage.adapters.iter().any(|a| a.role == role);
+        let has_role = |role: &str| pipeline.stages.iter().any(|stage| takes(stage, role));
         for lora in &self.list {
             let (path, count) = (lora.file.path().display(), pipeline.stages.len());
             if !has_role(lora.role) {
@@ -143,16 +240,21 @@ impl Loras {
             if let Some(stage) = lora.stages.iter().flatten().find(|&&stage| stage > count) {
                 bail!("`--lora {path}` is for stage {stage}, pipeline `{name}` has {count}");
             }
+            let acts = |(i, stage): (usize, &Stage)| takes(stage, lora.role) && lora.acts_in(i, lora.role);
+            if !pipeline.stages.iter().enumerate().any(acts) {
+                bail!("`--lora {path}` is for stages of pipeline `{name}` that take no LoRA; leave `stage=…` out");
+            }
         }
-        if has_role(StageAdapter::DISTILLED) && !self.list.iter().any(|lora| lora.role == StageAdapter::DISTILLED) {
-            bail!("pipeline `{name}` needs the distilled LoRA of its model; name it with `--distilled-lora`");
+        if has_role(StageAdapter::DISTILLED) && !self.has_distilled() {
+            bail!("{}", missing_distilled(name));
         }
         Ok(())
     }
 }
 
-/// Pipelines that take reference videos.
-const REFERENCES: [&str; 1] = ["ic-lora"];
+fn missing_distilled(pipeline: &str) -> String {
+    format!("pipeline `{pipeline}` needs the distilled LoRA of its model; name it with `--distilled-lora`")
+}
 
 impl Lora {
     /// `flag` is for messages.

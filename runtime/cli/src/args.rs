@@ -3,13 +3,14 @@
 //! Nothing is resolved here: see [`crate::job`] for what it means.
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use ltxc_models::synth::Preset;
 use ltxc_runtime::backend::DeviceName;
+use ltxc_runtime::experiments::Experiment;
 
 use crate::debug::command::DebugCommand;
 use crate::debug::flags::DebugFlags;
@@ -102,20 +103,17 @@ pub struct ShapeArgs {
     #[arg(long)]
     pub max_keyframes: Option<u32>,
     /// Leave out the second stage of pipeline ic-lora; the video has half the size given.
-    #[arg(hide = true, long)]
+    #[arg(long, alias = "single-stage")]
     pub skip_stage_2: bool,
-    /// Reference videos of a run [default: 1]
-    #[arg(hide = true, long, value_name = "N")]
+    /// Reference videos that a run gives [default: 1, or what --video-conditioning needs]
+    #[arg(long, value_name = "N")]
     pub reference_count: Option<u32>,
-    /// How many times smaller than the first stage reference videos are; the LoRA says it [default: 1]
-    #[arg(hide = true, long, value_name = "N")]
-    pub reference_downscale: Option<u32>,
-    /// Of how many frames reference videos have one; the LoRA says it [default: 1]
-    #[arg(hide = true, long, value_name = "N")]
-    pub reference_stride: Option<u32>,
-    /// Let a run say how strongly reference videos act, everywhere or with a mask.
-    #[arg(hide = true, long)]
+    /// Let a run say how strongly reference videos act, everywhere or with a mask [default: if it does]
+    #[arg(long)]
     pub reference_attention: bool,
+    /// Release of the reference implementation whose results are given [default: 1.2.0]
+    #[arg(long, value_enum, value_name = "VERSION")]
+    pub reference_version: Option<ReferenceVersion>,
     /// Device: auto, cpu, cuda:N, vulkan:N or metal; compile for any one with cuda or vulkan alone
     #[arg(long, default_value = "auto")]
     pub device: DeviceChoice,
@@ -167,6 +165,9 @@ pub struct SamplingArgs {
     /// The same for sound.
     #[arg(long = "audio-stg-guidance-scale", value_name = "SCALE", alias = "stg-audio")]
     pub stg_audio: Option<f64>,
+    /// What the scale of STG holds for [default: video; sound has a scale of its own]
+    #[arg(long, value_enum, value_name = "MODALITY")]
+    pub stg_mode: Option<StgMode>,
     /// Blocks in which that pass leaves out self attention of video.
     #[arg(long = "video-stg-blocks", value_name = "BLOCKS", value_delimiter = ',', alias = "stg-blocks")]
     pub stg_blocks: Option<Vec<u32>>,
@@ -200,6 +201,17 @@ pub struct SamplingArgs {
     /// Projected guidance: share of earlier differences; not 0, the scale counts in full [default: 0]
     #[arg(long, value_name = "SHARE")]
     pub apg_momentum: Option<f64>,
+}
+
+/// What one scale of STG holds for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum StgMode {
+    /// Video alone.
+    Video,
+    /// Sound alone.
+    Audio,
+    /// Both.
+    Both,
 }
 
 /// Samplers.
@@ -322,11 +334,23 @@ impl FromStr for DeviceChoice {
     }
 }
 
+/// Releases of the reference implementation that compute different things.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ReferenceVersion {
+    /// The first one, as published on PyPI.
+    #[value(name = "1.0.0")]
+    V1_0_0,
+    /// The one that everything else here follows.
+    #[value(name = "1.2.0")]
+    V1_2_0,
+}
+
 /// Pipelines that can be compiled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
 pub enum PipelineName {
     /// Distilled model, two stages: half size, latent upscaling, full size.
     #[default]
+    #[value(alias = "generate")]
     Distilled,
     /// Distilled, one stage at full size.
     #[value(alias = "text-to-video")]
@@ -340,14 +364,14 @@ pub enum PipelineName {
     /// The same with a sampler of second order and more pixels, for the best quality.
     #[value(name = "hq", aliases = ["two-stage-hq", "ti2vid_two_stages_hq"])]
     HighQuality,
-    /// Full model, guided, two stages: every image is a keyframe. Its second stage needs a LoRA.
-    #[value(skip)]
+    /// Full model with its distilled LoRA, two stages: every image is a keyframe that the video passes through.
+    #[value(aliases = ["keyframe", "keyframe_interpolation"])]
     Keyframes,
-    /// Full model, guided, two stages: a video for a recording. Its second stage needs a LoRA.
-    #[value(skip)]
+    /// Full model with its distilled LoRA, two stages: a video for a recording, which is kept.
+    #[value(name = "a2v", aliases = ["a2vid_two_stage", "audio-to-video"])]
     AudioToVideo,
-    /// Distilled, two stages, the first one guided by reference videos through a LoRA.
-    #[value(skip)]
+    /// Distilled, two stages, the first one guided by reference videos through an IC-LoRA.
+    #[value(alias = "ic_lora")]
     IcLora,
     /// The first stage of that alone, at the size given.
     #[value(skip)]
@@ -359,6 +383,9 @@ pub enum PipelineName {
     /// Full model, guided, sound alone.
     #[value(name = "t2a", aliases = ["t2a_one_stage", "text-to-audio"])]
     TextToAudio,
+    /// Distilled with the Dub-It LoRA, two stages: a clip is spoken anew, in its own voice.
+    #[value(name = "dubit", alias = "lipdub")]
+    Dub,
 }
 
 /// What the compiler does.
@@ -471,12 +498,30 @@ pub struct RunArgs {
     /// Fail rather than compile a kernel: use those that the plan carries.
     #[arg(long)]
     pub frozen: bool,
-    /// Leave prompt and seed out of the output's metadata.
-    #[arg(long)]
-    pub no_metadata: bool,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub writing: OutputArgs,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub debug: DebugFlags,
+}
+
+/// How outputs are written.
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "Output")]
+pub struct OutputArgs {
+    /// Quality of the video on x264's scale, 0 to 51; lower is better and larger [default: 19]
+    #[arg(long, value_parser = clap::value_parser!(u8).range(0..=51))]
+    pub crf: Option<u8>,
+    /// Write whole frames per second, rounded down, as the reference does; a fractional rate then drifts from the sound.
+    #[arg(long)]
+    pub integer_fps: bool,
+    /// Write how the output was made into a file beside it, `<OUTPUT>.json`.
+    #[arg(long)]
+    pub save_json: bool,
+    /// Leave prompt and seed out of the output's metadata.
+    #[arg(long)]
+    pub no_metadata: bool,
 }
 
 /// What a run may choose freely.
@@ -484,8 +529,11 @@ pub struct RunArgs {
 #[command(next_help_heading = "Content")]
 pub struct ContentArgs {
     /// What to show; `-` reads standard input, `@FILE` a file.
-    #[arg(long, short, required_unless_present = "jobs")]
+    #[arg(long, short, required_unless_present_any = ["jobs", "embeddings"])]
     pub prompt: Option<String>,
+    /// Text contexts made elsewhere, instead of prompts: .safetensors, .npz or .pt, as `ltxc debug text export` writes them.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["prompt", "negative_prompt"])]
+    pub embeddings: Option<PathBuf>,
     /// Many runs: tables `[[job]]` (.toml) or a JSON object per line (.jsonl), with the names of flags as keys.
     #[arg(long, value_name = "FILE")]
     pub jobs: Option<PathBuf>,
@@ -498,23 +546,29 @@ pub struct ContentArgs {
     /// Image to start from or pass through, repeatable: PATH, then FRAME, STRENGTH and CRF if they are not 0, 1 and the model's.
     #[arg(long, num_args = 1..=4, value_names = ["PATH", "FRAME", "STRENGTH", "CRF"], action = clap::ArgAction::Append)]
     pub image: Vec<String>,
-    /// Reference video, repeatable: PATH, then STRENGTH if it is not 1.
-    #[arg(hide = true, long, num_args = 1..=2, value_names = ["PATH", "STRENGTH"], action = clap::ArgAction::Append)]
+    /// Reference video of pipeline ic-lora, repeatable: PATH, then STRENGTH if it is not 1.
+    #[arg(long, num_args = 1..=2, value_names = ["PATH", "STRENGTH"], action = clap::ArgAction::Append)]
     pub video_conditioning: Vec<String>,
-    /// How strongly reference videos act, 0 to 1, in plans compiled with --reference-attention.
-    #[arg(hide = true, long, value_name = "STRENGTH", alias = "conditioning-strength")]
+    /// How strongly reference videos act, 0 to 1 [default: 1]
+    #[arg(long, value_name = "STRENGTH", alias = "conditioning-strength")]
     pub conditioning_attention_strength: Option<f32>,
-    /// Video whose brightness says where they act.
-    #[arg(hide = true, long, value_name = "PATH")]
-    pub conditioning_attention_mask: Option<PathBuf>,
-    /// Recording that the video is made for: WAV, FLAC, MP3, AAC, the sound of a video, or what ffmpeg reads.
-    #[arg(hide = true, long, value_name = "PATH", alias = "audio")]
+    /// Video whose brightness says where they act: PATH, then STRENGTH if it is not 1.
+    #[arg(long, num_args = 1..=2, value_names = ["PATH", "STRENGTH"])]
+    pub conditioning_attention_mask: Vec<String>,
+    /// Clip that pipeline dubit speaks anew: H.264 in MP4 or MOV with sound, or what ffmpeg reads.
+    #[arg(long, value_name = "PATH")]
+    pub reference_video: Option<PathBuf>,
+    /// How closely its picture is followed, 0 to 1 [default: 1]
+    #[arg(long, value_name = "STRENGTH")]
+    pub reference_strength: Option<f64>,
+    /// Recording that a2v makes the video for: WAV, FLAC, MP3, AAC, the sound of a video, or what ffmpeg reads.
+    #[arg(long, value_name = "PATH", alias = "audio")]
     pub audio_path: Option<PathBuf>,
     /// Where it starts, in seconds [default: 0]
-    #[arg(hide = true, long, value_name = "SECONDS", alias = "audio-start")]
+    #[arg(long, value_name = "SECONDS", alias = "audio-start")]
     pub audio_start_time: Option<f64>,
     /// How much of it is used at most, in seconds [default: the length of the video]
-    #[arg(hide = true, long, value_name = "SECONDS")]
+    #[arg(long, value_name = "SECONDS")]
     pub audio_max_duration: Option<f64>,
     /// Clip of which a part is made anew: H.264 in MP4 or MOV, a folder of images, or what ffmpeg reads.
     #[arg(long, value_name = "PATH")]
@@ -540,6 +594,9 @@ pub struct ContentArgs {
     /// Noise levels of the second stage.
     #[arg(long, value_delimiter = ',')]
     pub sigmas_stage2: Option<Vec<f32>>,
+    /// Guidance by noise level: tables `[[level]]` (.toml) with `up_to` and flags of guidance.
+    #[arg(long, value_name = "FILE")]
+    pub guidance_table: Option<PathBuf>,
     /// Noise of stage 1, video: read if the file exists, else written.
     #[arg(long, value_name = "FILE")]
     pub ltx2_initial_latent_path: Option<PathBuf>,
@@ -555,6 +612,22 @@ pub struct ContentArgs {
     /// Codec for the H.264 round trip of images.
     #[arg(long, value_enum, default_value_t)]
     pub image_codec: ImageCodec,
+    /// Folder for the noise of all stages: files in it are read, missing ones are written.
+    #[arg(
+        long,
+        value_name = "DIR",
+        conflicts_with_all = [
+            "ltx2_initial_latent_path", "ltx2_audio_latent_path", "ltx2_refine_noise_path", "ltx2_refine_audio_noise_path"
+        ]
+    )]
+    pub noise_bundle: Option<PathBuf>,
+    /// Decode without the noise that some decoders add to latents.
+    #[arg(long, hide_short_help = true)]
+    pub no_decode_noise: bool,
+    /// Deviate from the model, not a fix of anything; repeatable: placeholder-latents=zero|noise, early-text-layers=N,
+    /// cross-attn-scale=S@FROM. The output is marked.
+    #[arg(long, value_name = "NAME[=VALUE]", hide_short_help = true)]
+    pub experiment: Vec<Experiment>,
     /// Go on with latents or frames that are NaN, infinite or constant.
     #[arg(long)]
     pub allow_bad_numerics: bool,
@@ -668,14 +741,32 @@ fn preset_parser() -> impl TypedValueParser<Value = Preset> {
     names.map(|name| Preset::from_name(&name).unwrap_or(Preset::Tiny))
 }
 
-/// The command line with `-` for `_` in the names of long flags, as other tools write them.
-pub fn with_dashes(args: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
-    let with_dashes = args.into_iter().map(|arg| match arg.to_str() {
+/// The command line in the words of this program, where other tools write it differently: `-` for `_` in the names of long
+/// flags, and `--pipeline=NAME` for a flag or a first argument that names a pipeline.
+pub fn in_our_words(args: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
+    let in_our_words = args.into_iter().enumerate().map(|(i, arg)| match arg.to_str() {
         Some(text) if text.starts_with("--") => {
             let end = text.find('=').unwrap_or(text.len());
-            OsString::from(format!("{}{}", text[..end].replace('_', "-"), &text[end..]))
+            let flag = text[..end].replace('_', "-");
+            match MODES.iter().find(|(mode, _)| *mode == flag && end == text.len()) {
+                Some((_, pipeline)) => format!("--pipeline={pipeline}").into(),
+                None => format!("{flag}{}", &text[end..]).into(),
+            }
+        }
+        // Behind the program and its command.
+        Some(name) if i == 2 && PipelineName::from_str(name, false).is_ok() && !Path::new(name).exists() => {
+            format!("--pipeline={name}").into()
         }
         _ => arg,
     });
-    with_dashes.collect()
+    in_our_words.collect()
 }
+
+/// Flags that choose a pipeline in other tools.
+const MODES: [(&str, &str); 5] = [
+    ("--distilled", "distilled"),
+    ("--one-stage", "one-stage"),
+    ("--two-stage", "two-stage"),
+    ("--two-stages", "two-stage"),
+    ("--two-stages-hq", "hq"),
+];

@@ -10,14 +10,15 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use ltxc_ir::identity::FileIdentity;
 use ltxc_ir::plan::{
-    AudioSettings, Inputs, Modality, ModelInfo, Pass, Pipeline, Stage, StageAdapter, StageClass, StepProgram,
-    StreamClass, TextSettings, VideoSettings, WeightSource,
+    AudioSettings, Inputs, Modality, ModelInfo, Pass, Pipeline, Release, SoundRole, Stage, StageAdapter, StageClass,
+    StepProgram, StreamClass, TextSettings, VideoSettings, WeightSource,
 };
 use ltxc_ir::tiling::TilePlan;
 use ltxc_ir::{DType, Module};
 use ltxc_models::audio::{self, AudioVaeConfig, VocoderConfig, decode_audio};
-use ltxc_models::checkpoint::{Checkpoint, GemmaFolder, Generation, hub};
+use ltxc_models::checkpoint::{Checkpoint, GemmaFolder, Generation, Location, hub};
 use ltxc_models::text::{self, TextConfig, TextWeights};
 use ltxc_models::transformer::{self, BlockSet, Perturbation, StreamSpec, TransformerConfig, TransformerSpec};
 use ltxc_models::upsampler::{Enlarge, UpsamplerConfig, upsample};
@@ -106,25 +107,28 @@ impl ModelFiles {
     /// # Errors
     /// A file that cannot be read.
     pub fn sources(&self) -> Result<Vec<WeightSource>> {
-        let stored =
-            |(key, at): (&'_ str, ltxc_models::checkpoint::Location<'_>)| (key.to_string(), at.stored.key.clone());
-        let source = |name: &str, files, keys: Vec<(String, String)>| {
-            let renames = WeightSource::renames_of(keys.iter().map(|(a, b)| (a.as_str(), b.as_str())));
-            WeightSource { name: name.into(), files, renames }
-        };
-        let mut sources = vec![
-            source(MODEL, self.model.identities(self.verify)?, self.model.tensors().map(stored).collect()),
-            source(GEMMA, self.gemma.identities(self.verify)?, self.gemma.tensors().map(stored).collect()),
-        ];
+        let gemma = weight_source(GEMMA, self.gemma.identities(self.verify)?, self.gemma.tensors());
+        let mut sources = vec![checkpoint_source(MODEL, &self.model, self.verify)?, gemma];
         if let Some(upsampler) = &self.upsampler {
-            sources.push(source(
-                UPSAMPLER,
-                upsampler.identities(self.verify)?,
-                upsampler.tensors().map(stored).collect(),
-            ));
+            sources.push(checkpoint_source(UPSAMPLER, upsampler, self.verify)?);
         }
         Ok(sources)
     }
+}
+
+/// A checkpoint as a source of plans, with the identity of every file.
+pub(crate) fn checkpoint_source(name: &str, checkpoint: &Checkpoint, verify: bool) -> Result<WeightSource> {
+    Ok(weight_source(name, checkpoint.identities(verify)?, checkpoint.tensors()))
+}
+
+fn weight_source<'t>(
+    name: &str,
+    files: Vec<FileIdentity>,
+    tensors: impl Iterator<Item = (&'t str, Location<'t>)>,
+) -> WeightSource {
+    let keys: Vec<(String, String)> = tensors.map(|(key, at)| (key.to_string(), at.stored.key.clone())).collect();
+    let renames = WeightSource::renames_of(keys.iter().map(|(a, b)| (a.as_str(), b.as_str())));
+    WeightSource { name: name.into(), files, renames }
 }
 
 /// A path as it is, or the local copy of a hub name.
@@ -165,7 +169,7 @@ pub struct Assembly {
 /// # Errors
 /// A model that does not fit the pipeline, or sizes that it cannot run.
 pub fn assemble(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
-    let model = Components::read(files, shape.adapter_rank)?;
+    let model = Components::read(files, shape)?;
     model.check(files, shape)?;
     let (dtype, mut programs) = (shape.dtype, Programs::default());
     let mut asked = vec![(MODEL, model.weights.clone()), (GEMMA, Weights::new(GEMMA, &files.gemma))];
@@ -183,25 +187,25 @@ pub fn assemble(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
     let connectors = &model.text.connectors;
     programs.add("text", "connect", text::connect(connectors, &model.weights, text::CONTEXT_TOKENS, dtype));
 
-    let (mut stages, factors) = (model.stages(shape)?, model.video_vae.factors());
+    let (mut stages, factors) = (model.stages(shape)?, model.factors());
     let tokens = model.audio_tokens(shape);
-    let first = stages.first().context("a pipeline has stages")?;
-    let inputs = inputs(shape, first, &model.video_vae, &model.audio_vae, tokens)?;
+    let inputs = inputs(shape, &stages, factors, model.audio_vae.as_ref(), tokens)?;
     for (i, stage) in stages.iter_mut().enumerate() {
-        stage.classes = classes(stage, i == 0, shape, &inputs);
+        stage.classes = classes(stage, i, shape, &inputs, tokens);
     }
     for stage in &stages {
         for class in &stage.classes {
             for program in &class.programs {
                 let spec = model.spec(shape, stage, class, &program.updates);
-                let passes: Vec<_> = program.passes.iter().map(|&p| transformer_pass(stage, p)).collect();
+                let pass = |&pass: &Pass| transformer_pass(stage, pass, shape.release);
+                let passes: Vec<_> = program.passes.iter().map(pass).collect();
                 let module = transformer::build_passes(&model.transformer, &model.weights, &spec, &passes, dtype);
                 programs.add(&class.name, &program.name, module);
             }
         }
-        if shape.makes(Modality::Video) {
+        if let Some(vae) = &model.video_vae {
             let pixels = [1, stage.height as usize, stage.width as usize];
-            let module = video_vae::encode(&model.video_vae, &model.weights, pixels, dtype);
+            let module = video_vae::encode(vae, &model.weights, pixels, dtype);
             programs.add("image", &format!("encode_image.{}", stage.name), module);
         }
     }
@@ -209,12 +213,14 @@ pub fn assemble(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
     let sizes: BTreeSet<[usize; 3]> =
         clips.flat_map(|tiles| tiles.tiles().map(move |t| tiles.pixels(t).map(|axis| axis.len()))).collect();
     for pixels @ [f, h, w] in sizes {
-        let module = video_vae::encode(&model.video_vae, &model.weights, pixels, dtype);
-        programs.add("inputs", &encode::program_name(f, h, w), module);
+        if let Some(vae) = &model.video_vae {
+            let module = video_vae::encode(vae, &model.weights, pixels, dtype);
+            programs.add("inputs", &encode::program_name(f, h, w), module);
+        }
     }
-    if let Some(sound) = &inputs.sound {
+    if let (Some(sound), Some(vae)) = (&inputs.sound, &model.audio_vae) {
         let frames = sound.mel_frames as usize;
-        let module = audio::encode(&model.audio_vae, &model.weights, frames, dtype);
+        let module = audio::encode(vae, &model.weights, frames, dtype);
         programs.add("inputs", "encode_audio", module);
     }
     let last = stages.last().context("a pipeline has stages")?;
@@ -237,7 +243,7 @@ pub fn assemble(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
                 upsampler.name()
             );
         }
-        let (found, expected) = (config.in_channels, model.video_vae.latent_channels);
+        let (found, expected) = (config.in_channels, model.video_vae.as_ref().map_or(0, |vae| vae.latent_channels));
         if found != expected {
             bail!(
                 "the upscaler `{}` takes latents of {found} channels, the video VAE makes {expected}; name the upscaler of this \
@@ -250,18 +256,18 @@ pub fn assemble(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
         asked.push((UPSAMPLER, weights));
     }
     let mut tiles = TilePlan::default();
-    if shape.makes(Modality::Video) {
+    if let Some(vae) = &model.video_vae {
         let grid = last.grid.map(|n| n as usize);
         tiles = TilePlan::decode(grid, factors, &shape.tile.tiling(grid, factors)?)?;
         let sizes: BTreeSet<[usize; 3]> = tiles.tiles().map(|t| t.map(|axis| axis.len())).collect();
         for [f, h, w] in sizes {
-            let module = video_vae::decode(&model.video_vae, &model.weights, [f, h, w], dtype);
+            let module = video_vae::decode(vae, &model.weights, [f, h, w], dtype);
             programs.add("decode", &program_name(f, h, w), module);
         }
     }
-    let keeps_sound = inputs.sound.is_some_and(|sound| sound.is_kept);
-    if shape.makes(Modality::Audio) && !keeps_sound {
-        let module = decode_audio(&model.audio_vae, &model.vocoder, &model.weights, tokens, dtype);
+    let keeps_sound = inputs.sound.is_some_and(|sound| sound.role == SoundRole::Kept);
+    if let (Some((vae, vocoder)), false) = (model.audio_vae.as_ref().zip(model.vocoder.as_ref()), keeps_sound) {
+        let module = decode_audio(vae, vocoder, &model.weights, tokens, dtype);
         programs.add("sound", "decode_audio", module);
     }
 
@@ -271,7 +277,7 @@ pub fn assemble(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
 }
 
 /// What a pass of a stage leaves out, as the transformer is told.
-fn transformer_pass(stage: &Stage, pass: Pass) -> transformer::Pass {
+fn transformer_pass(stage: &Stage, pass: Pass, release: Release) -> transformer::Pass {
     let guidance = stage.guidance.clone().unwrap_or_default();
     // A modality whose own scale is 0 is not perturbed.
     let blocks = |m: Modality| match guidance.of(m) {
@@ -292,7 +298,7 @@ fn transformer_pass(stage: &Stage, pass: Pass) -> transformer::Pass {
         },
     };
     let name = if pass == Pass::Conditioned { "" } else { pass.name() };
-    transformer::Pass { name: name.into(), is_negative: pass == Pass::Negative, perturbation }
+    transformer::Pass { name: name.into(), is_negative: pass == Pass::Negative, perturbation, release }
 }
 
 /// Programs as they are built. One that fails does not keep others from being tried: all have something to report.
@@ -320,25 +326,56 @@ struct Components<'a> {
     weights: Weights<'a>,
     text: TextConfig,
     transformer: TransformerConfig,
-    video_vae: VideoVaeConfig,
-    audio_vae: AudioVaeConfig,
-    vocoder: VocoderConfig,
+    /// Of what is made; files of models for one modality have no others.
+    video_vae: Option<VideoVaeConfig>,
+    audio_vae: Option<AudioVaeConfig>,
+    vocoder: Option<VocoderConfig>,
 }
 
+/// Frames, rows and columns of a latent, for positions where no VAE says it: spec/pipelines §2.1.
+const FACTORS: [usize; 3] = [8, 32, 32];
+
 impl<'a> Components<'a> {
-    fn read(files: &'a ModelFiles, adapter_rank: usize) -> Result<Components<'a>> {
+    fn read(files: &'a ModelFiles, shape: &Shape) -> Result<Components<'a>> {
         let model = &files.model;
         let name = || format!("`{}`", model.name());
+        if shape.makes(Modality::Audio) && model.section("audio_vae").is_err() && model.section("vae").is_ok() {
+            bail!(
+                "`{}` has no sound: its configuration lacks `audio_vae`; add `--no-audio`, or name the whole model",
+                model.name()
+            );
+        }
+        if shape.makes(Modality::Video) && model.section("vae").is_err() && model.section("audio_vae").is_ok() {
+            bail!(
+                "`{}` has no video: its configuration lacks `vae`; choose `--pipeline t2a`, or name the whole model",
+                model.name()
+            );
+        }
+        let section = |modality: Modality, name: &str| match shape.makes(modality) {
+            true => model.section(name).map(Some),
+            false => Ok(None),
+        };
+        let [vae, audio_vae] = [section(Modality::Video, "vae")?, section(Modality::Audio, "audio_vae")?];
+        let vocoder = section(Modality::Audio, "vocoder")?;
+        let made = shape.modalities.iter().map(|m| match m {
+            Modality::Video => text::Modality::Video,
+            Modality::Audio => text::Modality::Audio,
+        });
         // The transformer comes before the text side, which reads the same section and a file of its own.
         Ok(Components {
             checkpoint: model,
-            weights: Weights::new(MODEL, model).with_adapter_slots(adapter_rank),
+            weights: Weights::new(MODEL, model).with_adapter_slots(shape.adapter_rank),
             transformer: TransformerConfig::from_json(model.section("transformer")?).with_context(name)?,
-            text: TextConfig::from_json(files.gemma.config(), model.section("transformer")?)?,
-            video_vae: VideoVaeConfig::from_json(model.section("vae")?).with_context(name)?,
-            audio_vae: AudioVaeConfig::from_json(model.section("audio_vae")?).with_context(name)?,
-            vocoder: VocoderConfig::from_json(model.section("vocoder")?).with_context(name)?,
+            text: TextConfig::from_json(files.gemma.config(), model.section("transformer")?)?.only(made.collect()),
+            video_vae: vae.map(VideoVaeConfig::from_json).transpose().with_context(name)?,
+            audio_vae: audio_vae.map(AudioVaeConfig::from_json).transpose().with_context(name)?,
+            vocoder: vocoder.map(VocoderConfig::from_json).transpose().with_context(name)?,
         })
+    }
+
+    /// Pixels per latent in time, height and width.
+    fn factors(&self) -> [usize; 3] {
+        self.video_vae.as_ref().map_or(FACTORS, VideoVaeConfig::factors)
     }
 
     /// What the parts of one model must agree on, and what the pipeline can run.
@@ -348,28 +385,31 @@ impl<'a> Components<'a> {
         if !matches!(generation, Generation::Ltx2 | Generation::Ltx23) {
             bail!("`{name}` is {}, which is not supported yet; LTX-2 and LTX-2.3 are", generation.name());
         }
-        let (latent, video) = (self.video_vae.latent_channels, self.transformer.video.in_channels);
-        if latent != video {
+        let video = self.transformer.video.in_channels;
+        if let Some(latent) = self.video_vae.as_ref().map(|vae| vae.latent_channels).filter(|&n| n != video) {
             bail!(
                 "`{name}`: the video VAE has {latent} latent channels, the transformer takes {video}; they are not of one model"
             );
         }
-        let (tokens, audio) = (self.audio_vae.token_channels(), self.transformer.audio.in_channels);
-        if tokens != audio {
+        let audio = self.transformer.audio.in_channels;
+        if let Some(tokens) = self.audio_vae.as_ref().map(AudioVaeConfig::token_channels).filter(|&n| n != audio) {
             bail!(
                 "`{name}`: the audio VAE has tokens of {tokens} values, the transformer takes {audio}; they are not of one model"
             );
         }
-        let widths = self.text.connectors.widths();
-        let taken = transformer::Stream::BOTH.map(|s| self.transformer.context_channels(s));
-        if widths != taken {
-            bail!(
-                "`{name}`: the text connectors give {widths:?} channels (video, audio), the transformer takes {taken:?}"
-            );
+        for (modality, width) in self.text.connectors.made_widths() {
+            let stream = match modality {
+                text::Modality::Video => transformer::Stream::Video,
+                text::Modality::Audio => transformer::Stream::Audio,
+            };
+            let (kind, taken) = (stream.name(), self.transformer.context_channels(stream));
+            if width != taken {
+                bail!("`{name}`: the text connector for {kind} gives {width} channels, the transformer takes {taken}");
+            }
         }
         definition(shape.pipeline).check_training(self.checkpoint, shape.has_distilled_adapter)?;
         self.check_projection(files)?;
-        shape.check(self.video_vae.factors())
+        shape.check(self.factors())
     }
 
     /// Checks that the text projection was made for the states of this text encoder.
@@ -395,7 +435,7 @@ impl<'a> Components<'a> {
 
     /// The stages of the pipeline for this model and shape.
     fn stages(&self, shape: &Shape) -> Result<Vec<Stage>> {
-        let [ft, fh, fw] = self.video_vae.factors();
+        let [ft, fh, fw] = self.factors();
         // Every stage before the last has half the size of the next.
         let grid = |shrink: usize| {
             let (height, width) = (shape.height / shrink, shape.width / shrink);
@@ -436,6 +476,7 @@ impl<'a> Components<'a> {
                 guidance,
                 adapters: draft.adapters,
                 upsampled: draft.upsampled,
+                keeps_sound: draft.keeps_sound && shape.makes(Modality::Audio),
                 classes: Vec::new(),
             })
         };
@@ -461,7 +502,7 @@ impl<'a> Components<'a> {
 
     /// Number of audio latents for the length of the video, rounded half to even.
     fn audio_tokens(&self, shape: &Shape) -> usize {
-        let (num, den) = self.audio_vae.latent_rate_hz();
+        let Some((num, den)) = self.audio_vae.as_ref().map(AudioVaeConfig::latent_rate_hz) else { return 0 };
         let seconds = shape.frames as f64 / shape.frame_rate.to_f64();
         ((seconds * num as f64 / den as f64).round_ties_even() as usize).max(1)
     }
@@ -477,9 +518,10 @@ impl<'a> Components<'a> {
         let tokenizer = files.gemma.tokenizer_json()?;
         let version = self.checkpoint.model_version().unwrap_or_default();
         let definition = definition(shape.pipeline);
-        let made = |modality: Modality, n: usize| if shape.makes(modality) { n as u32 } else { 0 };
+        let audio_vae = self.audio_vae.as_ref();
         Ok(Pipeline {
             name: definition.name.into(),
+            release: shape.release,
             model: ModelInfo {
                 generation: self.checkpoint.generation().name().into(),
                 version: version.into(),
@@ -493,15 +535,18 @@ impl<'a> Components<'a> {
                 width: shape.width as u32,
                 frames: shape.frames as u32,
                 frame_rate: (shape.frame_rate.num(), shape.frame_rate.den()),
-                channels: made(Modality::Video, self.video_vae.latent_channels),
-                scale: self.video_vae.factors().map(|n| n as u32),
+                channels: self.video_vae.as_ref().map_or(0, |vae| vae.latent_channels as u32),
+                scale: self.factors().map(|n| n as u32),
                 max_keyframes: shape.max_keyframes as u32,
             },
             audio: AudioSettings {
-                tokens: made(Modality::Audio, self.audio_tokens(shape)),
-                channels: made(Modality::Audio, self.audio_vae.token_channels()),
-                rate_hz: self.vocoder.output_rate_hz as u32,
-                stage: definition.sound_stage as u32,
+                tokens: self.audio_tokens(shape) as u32,
+                channels: audio_vae.map_or(0, |vae| vae.token_channels() as u32),
+                rate_hz: self.vocoder.as_ref().map_or(0, |vocoder| vocoder.output_rate_hz as u32),
+                stage: match shape.release {
+                    Release::V1_0_0 => stages.len().saturating_sub(1) as u32,
+                    Release::V1_2_0 => definition.sound_stage as u32,
+                },
             },
             text: TextSettings {
                 buckets: BUCKETS.map(|n| n as u32).into(),
@@ -517,11 +562,16 @@ impl<'a> Components<'a> {
 }
 
 /// The programs of a stage for each kind of conditioning that a run may bring.
-fn classes(stage: &Stage, is_first: bool, shape: &Shape, inputs: &Inputs) -> Vec<StageClass> {
+/// `index` is that of the stage, `tokens` the number of audio tokens.
+fn classes(stage: &Stage, index: usize, shape: &Shape, inputs: &Inputs, tokens: usize) -> Vec<StageClass> {
     let [_, rows, columns] = stage.grid;
-    let references = inputs.references.as_ref().filter(|_| is_first);
+    let references = inputs.references.get(index);
     // What is kept of a clip has the timestep 0.
-    let kept = u32::from(is_first && inputs.clip.is_some());
+    let kept = u32::from(index == 0 && inputs.clip.is_some());
+    // So has sound that guides; where all sound is kept there is no other.
+    let guide = inputs.sound.filter(|sound| sound.role == SoundRole::Reference);
+    let guides = guide.map_or(0, |sound| if index == 0 { sound.tokens() } else { tokens as u32 });
+    let audio_rows = 1 + kept + u32::from(guide.is_some() && !stage.keeps_sound);
     let class = |keyframes: u32, first_frame: bool| {
         let kind = match (first_frame, keyframes) {
             (false, 0) => String::new(),
@@ -535,7 +585,7 @@ fn classes(stage: &Stage, is_first: bool, shape: &Shape, inputs: &Inputs) -> Vec
             rows: 1 + keyframes + first_frame as u32 + references.map_or(0, |r| r.count) + kept,
             attention: references.is_some_and(|r| r.has_attention),
         };
-        let audio = StreamClass { appended: 0, rows: 1 + kept, attention: false };
+        let audio = StreamClass { appended: guides, rows: audio_rows, attention: false };
         let name = format!("{}{kind}", stage.name);
         StageClass {
             programs: step_programs(&name, stage, shape),

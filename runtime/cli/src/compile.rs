@@ -72,11 +72,10 @@ pub fn version() -> String {
 /// # Errors
 /// As for [`compile()`], and a plan that cannot be written.
 pub fn run(args: &CompileArgs, lora_occurrences: &[usize], report: &mut Report) -> Result<()> {
-    let has_distilled_adapter = !args.adapters.distilled_lora.is_empty();
-    let shape = Shape { has_distilled_adapter, ..Shape::resolve(&args.shape, 0)? };
+    let loras = Loras::open(&args.adapters, lora_occurrences)?;
+    let shape = Shape::resolve(&args.shape, 0)?.with(&loras)?;
     let files = ModelFiles::open(&args.model, shape.has_two_stages())?;
     job::refuse_quantization(&args.shape, files.model.name(), files.model.has_fp8())?;
-    let loras = Loras::open(&args.adapters, lora_occurrences)?;
     loras.check(&files.model, definition(shape.pipeline).name)?;
     let print = |program: &str, pass: &'static str, module: &Module| {
         if args.compiler.print_after.iter().any(|p| p == pass) {

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result};
 use ltxc_models::synth::{Preset, synth};
 
-use crate::args::{AdapterArgs, ContentArgs, DemoArgs, ModelArgs, RunArgs, ShapeArgs};
+use crate::args::{AdapterArgs, ContentArgs, DemoArgs, ModelArgs, OutputArgs, RunArgs, ShapeArgs};
 use crate::report::Report;
 use crate::run::Occurrences;
 use crate::synth::SEED;
@@ -33,7 +33,7 @@ pub fn run(args: &DemoArgs, report: &mut Report) -> Result<()> {
         lora_mode: None,
         output: args.output.clone(),
         frozen: false,
-        no_metadata: false,
+        writing: OutputArgs::default(),
         debug: Default::default(),
     };
     crate::run::run(&run, &Occurrences::default(), report)?;

@@ -3,11 +3,13 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use ltxc_ir::plan::{Modality, Plan, ReferenceInput};
+use ltxc_ir::plan::{Modality, Plan, ReferenceInput, SoundRole};
 use ltxc_runtime::media::{Clip, ClipRate, MediaError, Rational, Window, load_audio, resize_and_crop};
 use ltxc_runtime::pipeline::{Attention, Media, Reference, SourceClip};
 
-use crate::args::{ContentArgs, ShapeArgs};
+use crate::args::{ContentArgs, PipelineName, ShapeArgs};
+use crate::pipelines::{Definition, definition};
+use crate::run::Occurrences;
 
 /// A path with a strength, as given on the command line.
 #[derive(Clone, Debug, PartialEq)]
@@ -40,11 +42,72 @@ pub fn weighted(flag: &str, values: &[String], occurrences: &[usize]) -> Result<
     Ok(out)
 }
 
-/// Size, length and rate that a clip gives to a plan which is compiled for it, where flags do not say otherwise.
+/// Checks that a run brings what its pipeline takes and nothing else, before anything is compiled for it.
+///
+/// # Errors
+/// What is missing or too much, with the flag that gives it.
+pub fn check_given(pipeline: PipelineName, content: &ContentArgs) -> Result<()> {
+    let Definition { name, brings, .. } = definition(pipeline);
+    let dubs = brings.sound == Some(SoundRole::Reference);
+    let is_kept = brings.sound == Some(SoundRole::Kept);
+    for (what, taken, given, flag) in [
+        ("clip", brings.clip, content.video_path.is_some(), "--video-path"),
+        ("recording", is_kept, content.audio_path.is_some(), "--audio-path"),
+        ("reference video", dubs, content.reference_video.is_some(), "--reference-video"),
+        (
+            "reference video",
+            brings.references > 0 && !dubs,
+            !content.video_conditioning.is_empty(),
+            "--video-conditioning",
+        ),
+    ] {
+        match (taken, given) {
+            (true, false) => bail!("pipeline `{name}` needs a {what}; give `{flag}`"),
+            (false, true) => bail!("pipeline `{name}` takes no {what}; leave `{flag}` out"),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// The reference videos of a run.
+///
+/// # Errors
+/// A strength that is no number, or a video that the pipeline does not take.
+pub fn references(content: &ContentArgs, occurrences: &Occurrences, plan: &Plan) -> Result<Vec<Weighted>> {
+    let inputs = &plan.pipeline.inputs;
+    let mut given = weighted("--video-conditioning", &content.video_conditioning, &occurrences.reference)?;
+    let dubs = inputs.sound.is_some_and(|sound| sound.role == SoundRole::Reference);
+    let dubbed = content
+        .reference_video
+        .as_ref()
+        .map(|path| Weighted { path: path.clone(), strength: content.reference_strength.unwrap_or(1.0) });
+    let (taken, other, flag) = match dubs {
+        true => (dubbed.into_iter().collect(), given.pop(), "--video-conditioning"),
+        false => (given, dubbed, "--reference-video"),
+    };
+    if let Some(other) = other {
+        let (name, path) = (&plan.pipeline.name, other.path.display());
+        bail!("pipeline `{name}` has no use for `{flag} {path}`; leave it out");
+    }
+    if content.reference_strength.is_some() && content.reference_video.is_none() {
+        bail!("`--reference-strength` is that of `--reference-video`, which is missing");
+    }
+    Ok(taken)
+}
+
+/// Size, length and rate that a clip gives to a plan which is compiled for it, where flags do not say otherwise, and the
+/// length of its sound in seconds if that guides.
 ///
 /// # Errors
 /// A clip that cannot be read, or has no rate while none is given.
-pub fn shape_of_clip(args: &ShapeArgs, path: &Path) -> Result<ShapeArgs> {
+pub fn shape_of_media(args: &ShapeArgs, content: &ContentArgs) -> Result<(ShapeArgs, Option<f64>)> {
+    let brings = definition(args.pipeline.unwrap_or_default()).brings;
+    let (path, gives_size) = match (&content.video_path, &content.reference_video) {
+        (Some(path), _) if brings.clip => (path, true),
+        (_, Some(path)) if brings.sound == Some(SoundRole::Reference) => (path, false),
+        _ => return Ok((args.clone(), None)),
+    };
     let info = Clip::open(path)?.info();
     let rate = match info.rate {
         ClipRate::Constant(rate) => Some(rate.to_string()),
@@ -54,15 +117,26 @@ pub fn shape_of_clip(args: &ShapeArgs, path: &Path) -> Result<ShapeArgs> {
         bail!("`{}` has no frame rate of its own; give `--frame-rate`", path.display());
     }
     let number = |n: usize| u32::try_from(n).ok();
-    Ok(ShapeArgs {
-        height: args.height.or(number(info.height)),
-        width: args.width.or(number(info.width)),
+    let shape = ShapeArgs {
+        height: args.height.or(number(info.height).filter(|_| gives_size)),
+        width: args.width.or(number(info.width).filter(|_| gives_size)),
         // The encoder takes 8k+1 frames of every known model; others are refused later, with the nearest numbers.
         num_frames: args.num_frames.or(number(info.frames.saturating_sub(1) / 8 * 8 + 1)),
         frame_rate: args.frame_rate.clone().or(rate),
         ..args.clone()
-    })
+    };
+    let seconds = match brings.sound {
+        Some(SoundRole::Reference) => {
+            let sound = load_audio(path, 0.0, MOST_REFERENCE_SECONDS)?;
+            Some(sound.len() as f64 / f64::from(sound.rate_hz))
+        }
+        _ => None,
+    };
+    Ok((shape, seconds))
 }
+
+/// Longest recording that can guide, in seconds; tokens of a minute are many already.
+const MOST_REFERENCE_SECONDS: f64 = 600.0;
 
 /// Reads what a run brings.
 ///
@@ -73,39 +147,24 @@ pub fn load(content: &ContentArgs, references: &[Weighted], plan: &Plan) -> Resu
     let rate = Rational::new(video.frame_rate.0, video.frame_rate.1)?;
     let seconds = f64::from(video.frames) / rate.to_f64();
     let mut media = Media::default();
-    if let Some(planned) = &inputs.references {
-        let load = |given: &Weighted| reference(given, planned, rate);
-        media.references = references.iter().map(load).collect::<Result<_>>()?;
-        media.attention = attention(content, plan, rate)?;
-    } else if let Some(given) = references.first() {
+    let load = |given: &Weighted| -> Result<Reference> {
+        let frames = inputs.references.iter().map(|planned| reference(&given.path, planned, rate));
+        Ok(Reference { frames: frames.collect::<Result<_>>()?, strength: given.strength })
+    };
+    if let (true, Some(given)) = (inputs.references.is_empty(), references.first()) {
         bail!("pipeline `{}` takes no reference videos; leave `{}` out", plan.pipeline.name, given.path.display());
     }
+    media.references = references.iter().map(load).collect::<Result<_>>()?;
+    media.attention = attention(content, plan, rate)?;
+    let guide = inputs.sound.filter(|sound| sound.role == SoundRole::Reference);
+    if let (Some(guide), Some(given)) = (guide, references.first()) {
+        // All that the plan has tokens for, and what the window of the last one sees.
+        let samples = u64::from(guide.mel_frames) * u64::from(guide.hop_length) + u64::from(guide.n_fft);
+        media.sound = Some(load_audio(&given.path, 0.0, samples as f64 / f64::from(guide.rate_hz.max(1)))?);
+    }
     if let Some(path) = &content.video_path {
-        let clip = Clip::open(path)?;
-        let info = clip.info();
-        if (info.width, info.height) != (video.width as usize, video.height as usize) {
-            bail!(
-                "`{}` is {}x{}, the plan is for {}x{}; compile it with `--width {} --height {}`, which must be multiples of {}",
-                path.display(),
-                info.width,
-                info.height,
-                video.width,
-                video.height,
-                info.width,
-                info.height,
-                video.scale[1]
-            );
-        }
-        let window = Window { rate, start_seconds: 0.0, frames: video.frames as usize };
-        let frames = clip.load(window, info.width, info.height)?;
-        let end = content.end_time.unwrap_or(seconds);
-        let kept = match (content.keep_video, content.keep_audio) {
-            (true, true) => bail!("`--keep-video` and `--keep-audio` leave nothing to be made anew; give one of them"),
-            (true, false) => Some(Modality::Video),
-            (false, true) => Some(Modality::Audio),
-            (false, false) => None,
-        };
-        media.clip = Some(SourceClip { frames, start: content.start_time.unwrap_or(0.0), end, kept });
+        media.clip =
+            Some(clip(content, path, plan, Window { rate, start_seconds: 0.0, frames: video.frames as usize })?);
         media.sound = match load_audio(path, 0.0, seconds) {
             Ok(recording) => Some(recording),
             Err(MediaError::NoSound { .. }) => None,
@@ -113,7 +172,7 @@ pub fn load(content: &ContentArgs, references: &[Weighted], plan: &Plan) -> Resu
         };
     }
     if let Some(path) = &content.audio_path {
-        if inputs.clip.is_some() {
+        if let Some(SoundRole::Clip | SoundRole::Reference) = inputs.sound.map(|sound| sound.role) {
             bail!("pipeline `{}` takes its sound from the clip; leave `--audio-path` out", plan.pipeline.name);
         }
         let longest = content.audio_max_duration.unwrap_or(seconds).min(seconds);
@@ -122,15 +181,45 @@ pub fn load(content: &ContentArgs, references: &[Weighted], plan: &Plan) -> Resu
     Ok(media)
 }
 
+/// A clip of which a part is made anew.
+fn clip(content: &ContentArgs, path: &Path, plan: &Plan, window: Window) -> Result<SourceClip> {
+    let video = &plan.pipeline.video;
+    let clip = Clip::open(path)?;
+    let info = clip.info();
+    if plan.pipeline.inputs.clip.is_some() && (info.width, info.height) != (video.width as usize, video.height as usize)
+    {
+        bail!(
+            "`{}` is {}x{}, the plan is for {}x{}; compile it with `--width {} --height {}`, which must be multiples of {}",
+            path.display(),
+            info.width,
+            info.height,
+            video.width,
+            video.height,
+            info.width,
+            info.height,
+            video.scale[1]
+        );
+    }
+    let frames = clip.load(window, info.width, info.height)?;
+    let end = content.end_time.unwrap_or(window.frames as f64 / window.rate.to_f64());
+    let kept = match (content.keep_video, content.keep_audio) {
+        (true, true) => bail!("`--keep-video` and `--keep-audio` leave nothing to be made anew; give one of them"),
+        (true, false) => Some(Modality::Video),
+        (false, true) => Some(Modality::Audio),
+        (false, false) => None,
+    };
+    Ok(SourceClip { frames, start: content.start_time.unwrap_or(0.0), end, kept })
+}
+
 /// Frames 0, 1, 1 + s, 1 + 2 s … of a video, fitted to the size of the plan.
-fn reference(given: &Weighted, planned: &ReferenceInput, rate: Rational) -> Result<Reference> {
+fn reference(path: &Path, planned: &ReferenceInput, rate: Rational) -> Result<Vec<f32>> {
     let (count, step) = (planned.frames as usize, planned.time_scale.max(1) as usize);
     let (width, height) = (planned.width as usize, planned.height as usize);
     let needed = if count < 2 { count } else { 2 + (count - 2) * step };
     let mut frames = Vec::with_capacity(count * width * height * 3);
     let mut index = 0;
     let window = Window { rate, start_seconds: 0.0, frames: needed };
-    let found = Clip::open(&given.path)?.read(window, &mut |image| {
+    let found = Clip::open(path)?.read(window, &mut |image| {
         if index == 0 || (index - 1) % step == 0 {
             frames.extend(resize_and_crop(image, width, height)?);
         }
@@ -140,16 +229,35 @@ fn reference(given: &Weighted, planned: &ReferenceInput, rate: Rational) -> Resu
     if found < needed {
         bail!(
             "`{}` has {found} frames, {needed} are needed; give a longer clip, or compile the plan with fewer `--num-frames`",
-            given.path.display()
+            path.display()
         );
     }
-    Ok(Reference { frames, strength: given.strength })
+    Ok(frames)
+}
+
+/// How strongly references act, if not fully.
+///
+/// # Errors
+/// A strength that is no number, or two of them.
+pub fn attention_strength(content: &ContentArgs) -> Result<Option<f32>> {
+    let beside_mask = content.conditioning_attention_mask.get(1);
+    let strength = match (content.conditioning_attention_strength, beside_mask) {
+        (Some(_), Some(_)) => {
+            bail!("`--conditioning-attention-strength` and the strength behind the mask say the same; give one of them")
+        }
+        (strength, None) => strength,
+        (None, Some(text)) => Some(
+            text.parse()
+                .with_context(|| format!("`--conditioning-attention-mask`: strength `{text}` is not a number"))?,
+        ),
+    };
+    Ok(strength.filter(|&strength| strength != 1.0))
 }
 
 /// How strongly references act; a mask video is made grey, at the size of the first stage.
 fn attention(content: &ContentArgs, plan: &Plan, rate: Rational) -> Result<Option<Attention>> {
-    let strength = content.conditioning_attention_strength;
-    let Some(path) = &content.conditioning_attention_mask else {
+    let strength = attention_strength(content)?;
+    let Some(path) = content.conditioning_attention_mask.first().map(Path::new) else {
         return Ok(strength.map(|strength| Attention { strength, mask: None }));
     };
     let stage = plan.pipeline.stages.first().context("the plan has no stages")?;

@@ -2,13 +2,15 @@
 
 use anyhow::{Context, Result, bail};
 use ltxc_ir::DType;
-use ltxc_ir::plan::{Modality, Plan, Target};
+use ltxc_ir::plan::{Modality, Plan, Release, SoundRole, Target};
 use ltxc_ir::tiling::{AxisTiling, Tiling};
 use ltxc_runtime::RunError;
 use ltxc_runtime::backend::{Device, DeviceName, find};
 use ltxc_runtime::media::Rational;
+use ltxc_runtime::pipeline::positions::ReferenceScale;
 
-use crate::args::{ContentArgs, DeviceChoice, PipelineName, Precision, SamplingArgs, ShapeArgs};
+use crate::adapters::Loras;
+use crate::args::{ContentArgs, DeviceChoice, PipelineName, Precision, ReferenceVersion, SamplingArgs, ShapeArgs};
 use crate::pipelines::definition;
 
 /// What a plan is compiled for.
@@ -42,6 +44,10 @@ pub struct Shape {
     pub sampling: SamplingArgs,
     /// Reference videos, for pipelines that take some.
     pub references: References,
+    /// Length of the recording that guides, for pipelines that take one, in seconds; `None` for that of the video.
+    pub reference_seconds: Option<f64>,
+    /// The release of the reference implementation whose results are given.
+    pub release: Release,
 }
 
 /// Reference videos that a plan has room for.
@@ -49,10 +55,8 @@ pub struct Shape {
 pub struct References {
     /// Number of videos.
     pub count: usize,
-    /// How many times smaller than the first stage they are.
-    pub downscale: usize,
-    /// Of how many frames they have one.
-    pub stride: usize,
+    /// How much coarser than their stage they are.
+    pub scale: ReferenceScale,
     /// Whether a run says how strongly they act.
     pub has_attention: bool,
 }
@@ -108,7 +112,11 @@ pub enum VaeTile {
 }
 
 impl VaeTile {
-    fn parse(text: &str) -> Result<VaeTile> {
+    /// Reads a flag.
+    ///
+    /// # Errors
+    /// Text that is no tiling.
+    pub fn parse(text: &str) -> Result<VaeTile> {
         match text {
             "auto" => return Ok(VaeTile::Auto),
             "off" => return Ok(VaeTile::Off),
@@ -173,6 +181,10 @@ impl Shape {
                 bail!("pipeline `{}` makes sound alone; leave `--no-audio` out", definition(pipeline).name)
             }
         };
+        if let (Some(SoundRole::Kept | SoundRole::Reference), true) = (definition(pipeline).brings.sound, args.no_audio)
+        {
+            bail!("pipeline `{}` is about sound; leave `--no-audio` out", definition(pipeline).name);
+        }
         let size = |value: Option<u32>, default: usize, flag: &str| -> Result<usize> {
             let value = value.map_or(default, |v| v as usize);
             if !(1..=MOST).contains(&value) {
@@ -189,6 +201,15 @@ impl Shape {
             bail!("{keyframes} images behind frame 0 are too many, expected at most {MOST_KEYFRAMES}");
         }
         let rate = args.frame_rate.as_deref().unwrap_or("24");
+        let release = match args.reference_version {
+            Some(ReferenceVersion::V1_0_0) => Release::V1_0_0,
+            Some(ReferenceVersion::V1_2_0) | None => Release::V1_2_0,
+        };
+        let own_tiles = match release {
+            // Release 1.2.0 chooses larger tiles.
+            Release::V1_0_0 => "512x64,64x24",
+            Release::V1_2_0 => "auto",
+        };
         Ok(Shape {
             pipeline,
             height: size(args.height, height, "--height")?.div_ceil(shrink),
@@ -196,7 +217,7 @@ impl Shape {
             frames: size(args.num_frames, 121, "--num-frames")?,
             frame_rate: rate.parse().with_context(|| format!("`--frame-rate {rate}`"))?,
             max_keyframes: keyframes as usize,
-            tile: VaeTile::parse(args.vae_tile.as_deref().unwrap_or("auto"))?,
+            tile: VaeTile::parse(args.vae_tile.as_deref().unwrap_or(own_tiles))?,
             target: target(&args.device)?,
             dtype: match args.dtype.unwrap_or_default() {
                 Precision::F32 => DType::F32,
@@ -209,11 +230,24 @@ impl Shape {
             sampling: args.sampling.clone(),
             references: References {
                 count: count(args.reference_count, "--reference-count")?,
-                downscale: count(args.reference_downscale, "--reference-downscale")?,
-                stride: count(args.reference_stride, "--reference-stride")?,
+                scale: ReferenceScale::SAME,
                 has_attention: args.reference_attention,
             },
+            reference_seconds: None,
+            release,
         })
+    }
+
+    /// The same for these adapters, as far as a plan depends on them.
+    ///
+    /// # Errors
+    /// Adapters that do not agree on the size of reference videos.
+    pub fn with(self, loras: &Loras) -> Result<Shape> {
+        let references = References { scale: loras.reference_scale()?, ..self.references };
+        // Release 1.0.0 adds products in the dtype of the adapter, which live ones do and merged ones do not.
+        let lives = self.release == Release::V1_0_0 && self.adapter_rank == 0;
+        let adapter_rank = if lives { loras.rank() } else { self.adapter_rank };
+        Ok(Shape { has_distilled_adapter: loras.has_distilled(), references, adapter_rank, ..self })
     }
 
     /// Whether the pipeline has a second stage at twice the size.

@@ -8,14 +8,14 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use clap::{Arg, ArgAction, ArgMatches, CommandFactory, FromArgMatches, Parser, parser::ValueSource};
+use clap::{Arg, ArgAction, ArgMatches, Command, CommandFactory, FromArgMatches, Id, Parser, parser::ValueSource};
 use ltxc_runtime::RunError;
 use serde_json::{Map, Value};
 
-use crate::args::{ContentArgs, RunArgs, SamplingArgs};
+use crate::args::{ContentArgs, OutputArgs, RunArgs, SamplingArgs};
 use crate::debug::flags::DebugOptions;
 use crate::report::Report;
-use crate::run::{Choice, Occurrences, Runner, appended_images};
+use crate::run::{Choice, Occurrences, Room, Runner};
 
 /// What a job may choose.
 #[derive(Debug, Parser)]
@@ -25,6 +25,8 @@ struct JobArgs {
     content: ContentArgs,
     #[command(flatten)]
     sampling: SamplingArgs,
+    #[command(flatten)]
+    writing: OutputArgs,
 }
 
 /// A job, ready to run.
@@ -51,22 +53,22 @@ const SEED: &str = "seed";
 /// A file of jobs or a plan that cannot be used, and in the end if any job failed. An interruption ends all of them.
 pub fn run(args: &RunArgs, path: &Path, command_line: &ArgMatches, report: &mut Report) -> Result<()> {
     let tables = tables(path)?;
-    // A plan that is compiled on the way has room for the images of every job.
+    // A plan that is compiled on the way has room for what every job brings.
     let jobs = |folder: &Path, hash: &[u8; 32]| read(path, &tables, command_line, folder, hash);
     let folder = match command_line.value_source("output") {
         Some(ValueSource::CommandLine) => args.output.clone(),
         _ => PathBuf::from("."),
     };
-    let mut images = 0;
+    let mut room = Room::default();
     for job in jobs(&folder, &[0; 32])? {
-        images = images.max(appended_images(args.shape.pipeline, &job.args.content, &job.occurrences)?);
+        room = room.or(Room::of(args, &job.args.content, &job.occurrences)?);
     }
     let debug = DebugOptions::resolve(&args.debug, &|name| std::env::var(name).ok())?;
     if debug.is_on() {
         bail!("flags for debugging look at one run; give them without `--jobs`");
     }
     let loras = Occurrences::of(command_line).lora;
-    let runner = Runner::open(args, images, &loras, debug.mode, report)?;
+    let runner = Runner::open(args, room, &loras, debug.mode, report)?;
     let jobs = jobs(&folder, runner.plan_hash())?;
     let mut executor = runner.executor(report)?;
     let total = jobs.len();
@@ -81,7 +83,7 @@ pub fn run(args: &RunArgs, path: &Path, command_line: &ArgMatches, report: &mut 
             sampling: &job.args.sampling,
             occurrences: &job.occurrences,
             output: &job.output,
-            has_metadata: !args.no_metadata,
+            writing: &job.args.writing,
         };
         match runner.run(&mut executor, &choice, debug.clone(), report) {
             Ok(made) => report.job(i + 1, total, "done", &made.path, None),
@@ -201,17 +203,7 @@ fn job(
     };
     let (name, output) = (text(table.remove(NAME), NAME)?, text(table.remove(OUTPUT), OUTPUT)?);
     let command = JobArgs::command();
-    let mut line = Vec::new();
-    let mut given = Vec::new();
-    for (key, value) in &table {
-        let flag = key.replace('_', "-");
-        let found = command.get_arguments().find(|arg| names(arg).contains(&flag));
-        let Some(arg) = found.filter(|arg| arg.get_id() != "jobs") else {
-            bail!("`{key}` is not a flag that a job can have");
-        };
-        given.push(arg.get_id().clone());
-        push(&mut line, arg, value).with_context(|| format!("`{key}`"))?;
-    }
+    let (mut line, given) = flags_of(&table, &command)?;
     let defaults = command.get_arguments().filter(|arg| {
         let source = command_line
             .try_contains_id(arg.get_id().as_str())
@@ -246,6 +238,24 @@ fn job(
         }
     };
     Ok(Job { number, args, occurrences, output })
+}
+
+/// The flags of `command` whose names are keys of a table, as a command line, and their ids.
+///
+/// # Errors
+/// A key that is no flag, or a value that is none.
+pub fn flags_of(table: &Map<String, Value>, command: &Command) -> Result<(Vec<String>, Vec<Id>)> {
+    let (mut line, mut given) = (Vec::new(), Vec::new());
+    for (key, value) in table {
+        let flag = key.replace('_', "-");
+        let found = command.get_arguments().find(|arg| names(arg).contains(&flag));
+        let Some(arg) = found.filter(|arg| arg.get_id() != "jobs") else {
+            bail!("`{key}` is not a flag that can be given here");
+        };
+        given.push(arg.get_id().clone());
+        push(&mut line, arg, value).with_context(|| format!("`{key}`"))?;
+    }
+    Ok((line, given))
 }
 
 /// The long names of a flag.

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 use std::sync::atomic::Ordering;
 
 use clap::{ArgMatches, CommandFactory, FromArgMatches};
-use ltxc::args::{Cli, Command, LoraCommand, with_dashes};
+use ltxc::args::{Cli, Command, LoraCommand, in_our_words};
 use ltxc::report::{Report, Style};
 use ltxc::run::Occurrences;
 use ltxc::{bench, compile, debug, demo, doctor, inspect, jobs, lora, run, synth, tune};
@@ -17,7 +17,7 @@ fn main() -> ExitCode {
     // Mesa sorts Vulkan devices by asking the display, and complains to standard error where there is none.
     // SAFETY: there is no other thread yet.
     unsafe { std::env::set_var("NODEVICE_SELECT", "1") };
-    let matches = Cli::command().get_matches_from(with_dashes(std::env::args_os()));
+    let matches = Cli::command().get_matches_from(in_our_words(std::env::args_os()));
     let cli = match Cli::from_arg_matches(&matches) {
         Ok(cli) => cli,
         Err(e) => e.exit(),

@@ -7,12 +7,14 @@ use std::sync::atomic::AtomicBool;
 use anyhow::{Context, Result, bail};
 use clap::ArgMatches;
 use ltxc_compiler::Options;
-use ltxc_ir::plan::{Kernels, Modality, Plan};
+use ltxc_ir::plan::{Kernels, Modality, Plan, Release};
 use ltxc_runtime::RunError;
 use ltxc_runtime::adapters::StageAdapters;
 use ltxc_runtime::audio_frontend::resample;
 use ltxc_runtime::backend::{Device, KernelCounts, missing_units, open_with};
 use ltxc_runtime::executor::Executor;
+use ltxc_runtime::experiments::Experiments;
+use ltxc_runtime::files::write_atomically;
 use ltxc_runtime::media::{
     Audio, MediaWriter, OutputOptions, Rational, RoundTrip, VideoFormat, Written, image_round_trip, load_image,
 };
@@ -25,15 +27,16 @@ use ltxc_runtime::weights::{WeightFiles, find_tokenizer};
 use serde_json::json;
 
 use crate::adapters::{self, Loras};
-use crate::args::{ContentArgs, ImageCodec, PipelineName, RunArgs, SamplingArgs};
-use crate::assemble::ModelFiles;
+use crate::args::{ContentArgs, ImageCodec, OutputArgs, RunArgs, SamplingArgs, ShapeArgs};
+use crate::assemble::{GEMMA, ModelFiles};
 use crate::compile::{cached, memory, read_with_kernels, unfused};
 use crate::debug::flags::{DebugMode, DebugOptions};
 use crate::debug::noise::summary as noise_summary;
 use crate::debug::session::{About, Session};
+use crate::debug::text::contexts::embeddings;
 use crate::inputs;
 use crate::job::{self, ImageArg, Shape, pick};
-use crate::pipelines::{definition, describe, stage_choice};
+use crate::pipelines::{definition, describe, levels, stage_choice};
 use crate::report::Report;
 
 /// Set by Ctrl-C; the run stops at the next kernel and removes what it has begun to write.
@@ -44,19 +47,22 @@ pub static INTERRUPT: AtomicBool = AtomicBool::new(false);
 /// # Errors
 /// Anything that stops the run; no output is left then.
 pub fn run(args: &RunArgs, occurrences: &Occurrences, report: &mut Report) -> Result<()> {
-    let images = appended_images(args.shape.pipeline, &args.content, occurrences)?;
+    let room = Room::of(args, &args.content, occurrences)?;
     let debug = DebugOptions::resolve(&args.debug, &|name| std::env::var(name).ok())?;
-    let runner = Runner::open(args, images, &occurrences.lora, debug.mode, report)?;
+    let runner = Runner::open(args, room, &occurrences.lora, debug.mode, report)?;
     let choice = Choice {
         content: &args.content,
         sampling: &args.shape.sampling,
         occurrences,
         output: &args.output,
-        has_metadata: !args.no_metadata,
+        writing: &args.writing,
     };
     let made = runner.run(&mut runner.executor(report)?, &choice, debug, report)?;
     let kernels = json!({"launched": made.kernels.launched, "compiled": made.kernels.compiled});
-    let facts = json!({"frames": made.frames, "bytes": made.bytes, "seed": made.seed, "kernels": kernels});
+    let mut facts = json!({"frames": made.frames, "bytes": made.bytes, "seed": made.seed, "kernels": kernels});
+    if !made.experiments.is_empty() {
+        facts["experiments"] = json!(made.experiments);
+    }
     report.finish(&made.path, facts);
     Ok(())
 }
@@ -84,18 +90,45 @@ impl Occurrences {
     }
 }
 
-/// Number of images that a plan for this content must have room for.
-///
-/// # Errors
-/// Values of `--image` that are no frame, strength or CRF.
-pub fn appended_images(
-    pipeline: Option<PipelineName>,
-    content: &ContentArgs,
-    occurrences: &Occurrences,
-) -> Result<usize> {
-    let images = job::images(&content.image, &occurrences.image)?;
-    let all = definition(pipeline.unwrap_or_default()).brings.appends_first_image;
-    Ok(images.iter().filter(|image| all || image.frame > 0).count())
+/// What a plan for some content must have room for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Room {
+    /// Images that are appended.
+    pub images: usize,
+    /// Reference videos.
+    pub references: usize,
+    /// Whether it says how strongly these act.
+    pub has_attention: bool,
+}
+
+impl Room {
+    /// The room for one run of a command, whose content may be that of a job.
+    ///
+    /// # Errors
+    /// Values of flags that are no frame, strength or CRF; without a plan, content that the pipeline does not take.
+    pub fn of(args: &RunArgs, content: &ContentArgs, occurrences: &Occurrences) -> Result<Room> {
+        let images = job::images(&content.image, &occurrences.image)?;
+        let pipeline = args.shape.pipeline.unwrap_or_default();
+        if args.plan.is_none() {
+            inputs::check_given(pipeline, content)?;
+        }
+        let all = definition(pipeline).brings.appends_first_image;
+        Ok(Room {
+            images: images.iter().filter(|image| all || image.frame > 0).count(),
+            references: occurrences.reference.len(),
+            has_attention: inputs::attention_strength(content)?.is_some()
+                || !content.conditioning_attention_mask.is_empty(),
+        })
+    }
+
+    /// The room for either of two runs.
+    pub fn or(self, other: Room) -> Room {
+        Room {
+            images: self.images.max(other.images),
+            references: self.references.max(other.references),
+            has_attention: self.has_attention || other.has_attention,
+        }
+    }
 }
 
 /// A plan with its weights and device, to run as often as there are prompts.
@@ -105,7 +138,8 @@ pub struct Runner {
     hash: [u8; 32],
     device: Device,
     weights: WeightFiles,
-    tokenizer: PathBuf,
+    /// Folder of the tokenizer; none where contexts come from elsewhere.
+    tokenizer: Option<PathBuf>,
     adapters: StageAdapters,
     is_frozen: bool,
 }
@@ -120,8 +154,8 @@ pub struct Choice<'a> {
     pub occurrences: &'a Occurrences,
     /// Where to write.
     pub output: &'a Path,
-    /// Whether the output says how it was made.
-    pub has_metadata: bool,
+    /// How to write.
+    pub writing: &'a OutputArgs,
 }
 
 /// What one run wrote.
@@ -134,35 +168,44 @@ pub struct Made {
     pub bytes: u64,
     /// Seed.
     pub seed: u64,
+    /// What it deviates from the model in.
+    pub experiments: Vec<String>,
     /// Launches and compilations so far.
     pub kernels: KernelCounts,
 }
 
 impl Runner {
-    /// Opens a plan, or compiles one with room for so many appended images, and finds its weights. `lora_occurrences` says
-    /// how many values each `--lora` had.
+    /// Opens a plan, or compiles one with this room, and finds its weights. `lora_occurrences` says how many values each
+    /// `--lora` had.
     ///
     /// # Errors
     /// A plan, weights or LoRAs that do not fit, or too little memory.
     pub fn open(
         args: &RunArgs,
-        images: usize,
+        room: Room,
         lora_occurrences: &[usize],
         mode: DebugMode,
         report: &mut Report,
     ) -> Result<Runner> {
         let loras = Loras::open(&args.adapters, lora_occurrences)?;
-        let (plan_path, folders) = plan_and_folders(args, images, &loras, mode)?;
+        let (plan_path, folders) = plan_and_folders(args, room, &loras, mode)?;
         let (plan, kernels, hash) = read_with_kernels(&plan_path)?;
         let device = pick(&args.shape.device, Some(&plan))?;
-        let weights = WeightFiles::open(&plan, &folders, args.model.verify)?;
+        // Contexts from elsewhere need no text encoder.
+        let encodes_text = args.content.embeddings.is_none();
+        let unused = if encodes_text { None } else { Some(GEMMA) };
+        let weights = WeightFiles::open_without(&plan, &folders, args.model.verify, unused)?;
         let fits = match loras.is_empty() {
             true => Vec::new(),
             false => loras.fit(&adapters::targets(&plan, &weights)?, &plan.pipeline.name)?,
         };
+        loras.check_references(&plan.pipeline)?;
         let adapters = loras.stages(fits, &plan.pipeline, adapters::mode(args.lora_mode, &plan), report)?;
-        let tokenizer = find_tokenizer(&plan.pipeline.text, &folders)?;
-        let need = MemoryNeed::of(&plan, rayon::current_num_threads()).with(&plan, &weights, &adapters);
+        let experiments = Experiments::new(args.content.experiment.clone(), &plan)?;
+        let tokenizer = encodes_text.then(|| find_tokenizer(&plan.pipeline.text, &folders)).transpose()?;
+        let mut need = MemoryNeed::of(&plan, rayon::current_num_threads()).with(&plan, &weights, &adapters);
+        need = need.with_copies(&plan, &|_, _, key| experiments.changes(key));
+        need.parts.retain(|part| encodes_text || part.name != "text");
         if need.is_on_gpu {
             // The executor compares what the plan needs with what the device has.
             report.note(&format!("device {}: {}", device.name, device.description));
@@ -177,7 +220,7 @@ impl Runner {
         }
         report.note(&memory(&need));
         need.check(available())?;
-        let tokenizer = tokenizer.parent().unwrap_or(Path::new(".")).to_path_buf();
+        let tokenizer = tokenizer.map(|path| path.parent().unwrap_or(Path::new(".")).to_path_buf());
         Ok(Runner { plan, kernels, hash, device, weights, tokenizer, adapters, is_frozen: args.frozen })
     }
 
@@ -217,11 +260,19 @@ impl Runner {
         let (plan, content) = (&self.plan, choice.content);
         let seed = job::seed(&content.seed)?;
         let (prompt, negative) = (job::prompt(content)?, job::negative_prompt(content)?);
-        report.note(&format!("seed {seed}, {} ({})", plan.pipeline.name, plan.pipeline.model.generation));
+        let embeddings = content.embeddings.as_deref().map(|path| embeddings(path, plan)).transpose()?;
+        let experiments = Experiments::new(content.experiment.clone(), plan)?;
+        for label in experiments.labels() {
+            report.note(&format!("EXPERIMENT {label}: this is not what the model does, and the output says so"));
+        }
+        let release = match plan.pipeline.release {
+            Release::V1_0_0 => ", as release 1.0.0 of the reference",
+            Release::V1_2_0 => "",
+        };
+        report.note(&format!("seed {seed}, {} ({}){release}", plan.pipeline.name, plan.pipeline.model.generation));
         let images = job::images(&content.image, &choice.occurrences.image)?;
         let conditioning = images.iter().map(|i| load(i, plan, content.image_codec)).collect::<Result<Vec<_>>>()?;
-        let references =
-            inputs::weighted("--video-conditioning", &content.video_conditioning, &choice.occurrences.reference)?;
+        let references = inputs::references(content, choice.occurrences, plan)?;
         let stages = stage_choices(choice, plan)?;
         for stage in &plan.pipeline.stages {
             report.note(&describe(stage, stages.get(&stage.name), &plan.pipeline.modalities()));
@@ -229,21 +280,44 @@ impl Runner {
         let request = Request {
             prompt: &prompt,
             negative_prompt: &negative,
+            embeddings: embeddings.as_ref(),
             images: &conditioning,
             media: inputs::load(content, &references, plan)?,
             stages,
-            noise: Noise { seed, given: BTreeMap::new(), files: noise_files(content) },
+            noise: Noise {
+                seed,
+                files: noise_files(content, plan)?,
+                spares_decoders: content.no_decode_noise || debug.spares_decoders,
+                ..Noise::default()
+            },
             adapters: self.adapters.clone(),
+            experiments,
             allow_bad_numerics: content.allow_bad_numerics,
         };
-        let tags = if choice.has_metadata { tags(&prompt, seed, &self.hash) } else { Vec::new() };
-        let mut output = FileOutput::create(choice.output, plan, tags)?;
-        let tokenizer = Tokenizer::from_folder(&self.tokenizer)?;
+        let labels = request.experiments.labels();
+        let has_metadata = !choice.writing.no_metadata;
+        let mut tags = if has_metadata { tags(&prompt, seed, &self.hash) } else { Vec::new() };
+        if let Some(path) = content.embeddings.as_ref().filter(|_| has_metadata) {
+            tags.push(("embeddings".into(), path.file_name().unwrap_or_default().to_string_lossy().into_owned()));
+        }
+        if !labels.is_empty() {
+            tags.push(("experiments".into(), labels.join(", ")));
+        }
+        let mut output = FileOutput::create(choice.output, plan, tags, choice.writing)?;
+        let tokenizer = match &self.tokenizer {
+            Some(folder) => Some(Tokenizer::from_folder(folder)?),
+            None if embeddings.is_none() => {
+                bail!("the text encoder was not loaded, because of `--embeddings` for all jobs; give it to every job")
+            }
+            None => None,
+        };
         match debug.is_on() {
             false => run_pipeline(executor, tokenizer, &request, report, &mut output)?,
             true => {
                 let device = self.device.name.to_string();
-                let about = About { hash: self.hash, device, seed, noise: &request.noise.files };
+                let (noise, spares_decoders) = (&request.noise.files, request.noise.spares_decoders);
+                let about =
+                    About { hash: self.hash, device, seed, noise, spares_decoders, experiments: labels.clone() };
                 let session = Session::new(plan, &self.weights, debug, &about)?;
                 executor.set_tap(Some(session.tap()))?;
                 run_pipeline(executor, tokenizer, &request, &mut session.observer(report), &mut output)?;
@@ -256,12 +330,27 @@ impl Runner {
             report.note(&format!("noise {slot} `{}`: {}", path.display(), noise_summary(&stats)));
         }
         let Written { path, frames, bytes, .. } = output.writer.finish()?;
+        if choice.writing.save_json {
+            let mut facts = json!({
+                "output": &path, "prompt": &prompt, "negative_prompt": &negative, "seed": seed, "plan_hash": hex(&self.hash),
+                "compiler": &plan.compiler, "pipeline": &plan.pipeline.name, "model": &plan.pipeline.model.generation,
+                "height": plan.pipeline.video.height, "width": plan.pipeline.video.width, "frames": frames,
+                "frame_rate": [plan.pipeline.video.frame_rate.0, plan.pipeline.video.frame_rate.1],
+            });
+            if let Some(path) = &content.embeddings {
+                facts["embeddings"] = json!(path);
+            }
+            if !labels.is_empty() {
+                facts["experiments"] = json!(labels);
+            }
+            write_atomically(&sidecar(&path), format!("{facts:#}\n").as_bytes())?;
+        }
         let kernels = executor.kernels();
         if kernels.launched > 0 {
             let KernelCounts { launched, compiled } = kernels;
             report.note(&format!("kernels: {launched} launched, {compiled} compiled in this run"));
         }
-        Ok(Made { path, frames, bytes, seed, kernels })
+        Ok(Made { path, frames, bytes, seed, kernels, experiments: labels })
     }
 }
 
@@ -279,7 +368,7 @@ fn carried(executor: &Executor<'_>, kernels: Option<&Kernels>) -> Option<String>
 }
 
 /// The plan to run and where its weights are. Nothing is compiled for LoRAs that do not fit.
-fn plan_and_folders(args: &RunArgs, images: usize, loras: &Loras, mode: DebugMode) -> Result<(PathBuf, Vec<PathBuf>)> {
+fn plan_and_folders(args: &RunArgs, room: Room, loras: &Loras, mode: DebugMode) -> Result<(PathBuf, Vec<PathBuf>)> {
     let Some(plan) = &args.plan else {
         if args.model.checkpoint_path.is_none() {
             bail!(
@@ -287,13 +376,15 @@ fn plan_and_folders(args: &RunArgs, images: usize, loras: &Loras, mode: DebugMod
             );
         }
         let target = pick(&args.shape.device, None)?.target;
-        let takes_clip = definition(args.shape.pipeline.unwrap_or_default()).brings.clip;
-        let shape = match args.content.video_path.as_ref().filter(|_| takes_clip) {
-            Some(clip) => inputs::shape_of_clip(&args.shape, clip)?,
-            None => args.shape.clone(),
+        let named = definition(args.shape.pipeline.unwrap_or_default());
+        loras.check_complete(named)?;
+        let shape = ShapeArgs {
+            reference_count: args.shape.reference_count.or(u32::try_from(room.references).ok().filter(|&n| n > 0)),
+            reference_attention: args.shape.reference_attention || room.has_attention,
+            ..args.shape.clone()
         };
-        let has_distilled_adapter = !args.adapters.distilled_lora.is_empty();
-        let shape = Shape { target, has_distilled_adapter, ..Shape::resolve(&shape, images)? };
+        let (shape, reference_seconds) = inputs::shape_of_media(&shape, &args.content)?;
+        let shape = Shape { target, reference_seconds, ..Shape::resolve(&shape, room.images)?.with(loras)? };
         let files = ModelFiles::open(&args.model, shape.has_two_stages())?;
         job::refuse_quantization(&args.shape, files.model.name(), files.model.has_fp8())?;
         loras.check(&files.model, definition(shape.pipeline).name)?;
@@ -334,7 +425,11 @@ fn stage_choices(choice: &Choice<'_>, plan: &Plan) -> Result<BTreeMap<String, St
     let first = plan.pipeline.stages.first().context("the plan has no stages")?;
     let modalities = plan.pipeline.modalities();
     let steps = content.num_inference_steps;
-    let first_choice = stage_choice(first, &modalities, choice.sampling, steps, content.sigmas.as_deref())?;
+    let mut first_choice = stage_choice(first, &modalities, choice.sampling, steps, content.sigmas.as_deref())?;
+    if let Some(table) = &content.guidance_table {
+        let planned = first_choice.guidance.as_ref().or(first.guidance.as_ref());
+        first_choice.levels = levels(table, planned, &modalities)?;
+    }
     let mut out = BTreeMap::from([(first.name.clone(), first_choice)]);
     if let Some(list) = &content.sigmas_stage2 {
         out.insert("stage2".into(), StageChoice { sigmas: Some(list.clone()), ..StageChoice::default() });
@@ -342,19 +437,37 @@ fn stage_choices(choice: &Choice<'_>, plan: &Plan) -> Result<BTreeMap<String, St
     Ok(out)
 }
 
-fn noise_files(content: &ContentArgs) -> BTreeMap<String, PathBuf> {
+/// Files of noise by slot: those that are named, or those of the bundle for all that the plan makes.
+fn noise_files(content: &ContentArgs, plan: &Plan) -> Result<BTreeMap<String, PathBuf>> {
+    if let Some(folder) = &content.noise_bundle {
+        let stages = plan.pipeline.stages.iter();
+        let made = plan.pipeline.modalities();
+        let slots = stages.flat_map(|s| made.iter().map(move |m| format!("{}.{}", s.name, m.name())));
+        std::fs::create_dir_all(folder).with_context(|| format!("`{}`", folder.display()))?;
+        return Ok(slots.map(|slot| (slot.clone(), noise_files::in_folder(folder, &slot))).collect());
+    }
     let slots = [
         ("stage1.video", &content.ltx2_initial_latent_path),
         ("stage1.audio", &content.ltx2_audio_latent_path),
         ("stage2.video", &content.ltx2_refine_noise_path),
         ("stage2.audio", &content.ltx2_refine_audio_noise_path),
     ];
-    slots.into_iter().filter_map(|(slot, path)| Some((slot.to_string(), path.clone()?))).collect()
+    Ok(slots.into_iter().filter_map(|(slot, path)| Some((slot.to_string(), path.clone()?))).collect())
+}
+
+/// The file that says how `output` was made.
+fn sidecar(output: &Path) -> PathBuf {
+    let mut name = output.as_os_str().to_os_string();
+    name.push(".json");
+    name.into()
+}
+
+fn hex(hash: &[u8; 32]) -> String {
+    hash.iter().map(|b| format!("{b:02x}")).collect()
 }
 
 fn tags(prompt: &str, seed: u64, hash: &[u8; 32]) -> Vec<(String, String)> {
-    let hex: String = hash.iter().map(|b| format!("{b:02x}")).collect();
-    [("comment", prompt.to_string()), ("seed", seed.to_string()), ("plan_hash", hex)]
+    [("comment", prompt.to_string()), ("seed", seed.to_string()), ("plan_hash", hex(hash))]
         .map(|(name, value)| (name.to_string(), value))
         .into()
 }
@@ -369,7 +482,7 @@ struct FileOutput {
 }
 
 impl FileOutput {
-    fn create(path: &Path, plan: &Plan, tags: Vec<(String, String)>) -> Result<FileOutput> {
+    fn create(path: &Path, plan: &Plan, tags: Vec<(String, String)>, writing: &OutputArgs) -> Result<FileOutput> {
         let video = &plan.pipeline.video;
         let made = plan.pipeline.modalities();
         let is_sound = path.extension().is_some_and(|e| e.eq_ignore_ascii_case("wav"));
@@ -377,9 +490,17 @@ impl FileOutput {
             bail!("`{}` is for sound, and the plan makes none; choose `.mp4` or a folder", path.display());
         }
         let has_video = made.contains(&Modality::Video) && !is_sound;
-        let rate = Rational::new(video.frame_rate.0, video.frame_rate.1)?;
+        let (num, den) = video.frame_rate;
+        let rate = match writing.integer_fps {
+            true if num < den => {
+                bail!("`--integer-fps`: {num}/{den} frames per second are less than one; leave it out")
+            }
+            true => Rational::new(num / den, 1)?,
+            false => Rational::new(num, den)?,
+        };
         let format = || VideoFormat::new(video.width as usize, video.height as usize, rate);
         let mut options = OutputOptions::default();
+        options.crf = writing.crf.unwrap_or(options.crf);
         options.tags.extend(tags);
         let writer = MediaWriter::create(path, has_video.then(format).transpose()?, options)?;
         Ok(FileOutput { writer, has_video })

@@ -2,9 +2,9 @@
 
 use std::collections::BTreeSet;
 
-use ltxc_ir::plan::{Guidance, Guider, Modality, Pass, Program, Sampler, Stage, StageClass, StepProgram};
+use ltxc_ir::plan::{Guidance, Guider, Modality, Pass, Program, Release, Sampler, Stage, StageClass, StepProgram};
 
-use super::guidance::{ActiveGuider, Predictions};
+use super::guidance::{ActiveGuider, Levels, Predictions, at_level};
 use super::noise::{Noise, SlotShape};
 use super::observe::{Event, Observer, numerical_problem};
 use super::per::Per;
@@ -33,7 +33,10 @@ pub struct Denoiser<'d, 'p> {
     noise: &'d Noise,
     allow_bad_numerics: bool,
     guiders: Per<ActiveGuider>,
-    /// What guidance and sampler need; the programs may compute more.
+    /// Guidance by noise level.
+    levels: Levels<'d>,
+    sampler: Sampler,
+    /// What guidance and sampler need at the current level; the programs may compute more.
     passes: Vec<Pass>,
     /// Programs whose results for the generation are in the state.
     prepared: BTreeSet<&'p str>,
@@ -49,8 +52,8 @@ pub struct Settings<'d, 'p> {
     pub stage: &'p Stage,
     /// The programs for its conditioning.
     pub class: &'p StageClass,
-    /// Guidance, if there is any.
-    pub guidance: Option<&'d Guidance>,
+    /// Guidance by noise level.
+    pub guidance: Levels<'d>,
     /// Sampler.
     pub sampler: Sampler,
     /// Text.
@@ -86,10 +89,7 @@ impl<'d, 'p> Denoiser<'d, 'p> {
         settings: Settings<'d, 'p>,
     ) -> Denoiser<'d, 'p> {
         let Settings { stage, class, guidance, sampler, contexts, noise, allow_bad_numerics } = settings;
-        let guider = |m: Modality| {
-            class.stream(m)?;
-            Some(ActiveGuider::new(guidance.map_or_else(Guider::default, |g| g.of(m).clone())))
-        };
+        let guider = |m: Modality| class.stream(m).map(|_| ActiveGuider::new(Guider::default()));
         Denoiser {
             executor,
             observer,
@@ -99,7 +99,9 @@ impl<'d, 'p> Denoiser<'d, 'p> {
             noise,
             allow_bad_numerics,
             guiders: Per::new(guider),
-            passes: needed_passes(guidance, sampler),
+            levels: guidance,
+            sampler,
+            passes: Vec::new(),
             prepared: BTreeSet::new(),
             latest: None,
             calls: 0,
@@ -159,12 +161,16 @@ impl<'d, 'p> Denoiser<'d, 'p> {
         sigma: f32,
     ) -> Result<(), RunError> {
         let name = format!("{}.{field}", modality.name());
-        let mut floats = |values: &[f32]| self.executor.write(&program.name, &name, values);
+        let reported = match self.executor.plan().pipeline.release {
+            Release::V1_0_0 => sigma,
+            Release::V1_2_0 => state.sigma(sigma),
+        };
         let sigma = state.sigma(sigma);
+        let mut floats = |values: &[f32]| self.executor.write(&program.name, &name, values);
         match field {
             "latent" => floats(&state.latent),
             "positions" => floats(&state.positions),
-            "sigma" => floats(&[sigma]),
+            "sigma" => floats(&[reported]),
             "timesteps" => {
                 let capacity = self.class.stream(modality).map_or(1, |s| s.rows as usize);
                 let rows = state.rows().0.into_iter().map(|m| m * sigma);
@@ -186,6 +192,13 @@ impl<'d, 'p> Denoiser<'d, 'p> {
 
 impl Model for Denoiser<'_, '_> {
     fn predict(&mut self, states: &Per<State>, sigma: f32, step: usize) -> Result<Per<Prediction>, RunError> {
+        let guidance = at_level(&self.levels, sigma);
+        self.passes = needed_passes(guidance, self.sampler);
+        for (modality, guider) in self.guiders.iter_mut() {
+            if let Some(guidance) = guidance {
+                guider.change(guidance.of(modality));
+            }
+        }
         let skipped = |m: Modality| self.guiders.get(m).is_some_and(|g| g.skips(step));
         let updates: Vec<Modality> = states.iter().map(|(m, _)| m).filter(|&m| !skipped(m)).collect();
         let mut predictions = match updates.is_empty() {

@@ -8,10 +8,19 @@
 //!
 //! Source: spec/pipelines §7.
 
-use ltxc_ir::plan::{CfgRule, Guider, Pass};
+use ltxc_ir::plan::{CfgRule, Guidance, Guider, Pass};
 
 /// Keeps the norms and products of differences finite: ltx_core/components/guiders.py, release 1.2.0.
 const EPSILON: f64 = 1e-8;
+
+/// Guidance by noise level: upper bounds, ascending, and what holds up to them. Empty where there is no guidance.
+pub type Levels<'a> = Vec<(f32, &'a Guidance)>;
+
+/// What holds at a noise level: the entry with the smallest bound that is not below it, or the last.
+pub fn at_level<'a>(levels: &Levels<'a>, sigma: f32) -> Option<&'a Guidance> {
+    let found = levels.iter().find(|(bound, _)| *bound >= sigma).or(levels.last());
+    found.map(|(_, guidance)| *guidance)
+}
 
 /// Predictions of one modality by the passes that were run.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -56,6 +65,13 @@ impl ActiveGuider {
     /// Whether the step reuses the last prediction.
     pub fn skips(&self, step: usize) -> bool {
         self.last.is_some() && !step.is_multiple_of(self.params.skip_step as usize + 1)
+    }
+
+    /// Takes other parameters, and remembers what it did.
+    pub fn change(&mut self, params: &Guider) {
+        if self.params != *params {
+            self.params.clone_from(params);
+        }
     }
 
     /// The last guided prediction.
@@ -170,6 +186,17 @@ mod tests {
         let wave = |phase: f32| (0..64).map(|i| (i as f32 * 0.7 + phase).sin()).collect();
         Pass::ALL.into_iter().enumerate().for_each(|(i, pass)| predictions.insert(pass, wave(i as f32)));
         predictions
+    }
+
+    #[test]
+    fn guidance_holds_up_to_its_noise_level() {
+        let of = |cfg: f64| Guidance { video: Guider { cfg, ..Guider::default() }, ..Guidance::default() };
+        let (low, high) = (of(2.0), of(4.0));
+        let levels = vec![(0.5, &low), (0.9, &high)];
+        let at = |sigma: f32| at_level(&levels, sigma).map(|g| g.video.cfg);
+        // A bound belongs to what it bounds; above all of them the last one holds.
+        assert_eq!([0.1, 0.5, 0.51, 0.9, 1.0].map(at), [2.0, 2.0, 4.0, 4.0, 4.0].map(Some));
+        assert_eq!(at_level(&Vec::new(), 0.5), None);
     }
 
     #[test]

@@ -4,15 +4,16 @@
 //! - A recording that is too short is continued with zeros in the normalised latent, which is no silence.
 //! - The encoders are causal in time: what stands behind a recording does not change the latents before it.
 //! - The weight of a mask video is averaged over whole latents: the first frame alone, then groups of frames.
+//! - A recording that guides is encoded for the first stage; later stages are guided by the sound that this one made.
 //!
-//! Source: spec/pipelines §9.5, §9.7, §9.8; spec/media-io §3.
+//! Source: spec/pipelines §9.5, §9.7, §9.8, §9.11; spec/media-io §3.
 
-use ltxc_ir::plan::{Inputs, Modality, Pipeline, ReferenceInput, SoundInput};
+use ltxc_ir::plan::{Inputs, Modality, Pipeline, ReferenceInput, SoundInput, SoundRole};
 
 use super::conditioning::Item;
 use super::encode::encode_video;
 use super::per::Per;
-use super::positions::{ReferenceScale, reference_positions};
+use super::positions::{ReferenceScale, reference_audio_positions, reference_positions};
 use crate::audio_frontend::{MelFrontend, MelSettings};
 use crate::error::RunError;
 use crate::executor::Executor;
@@ -21,7 +22,7 @@ use crate::media::Recording;
 /// What a run brings besides text and images.
 #[derive(Clone, Debug, Default)]
 pub struct Media {
-    /// Videos that guide the first stage.
+    /// Videos that guide.
     pub references: Vec<Reference>,
     /// How strongly references and target attend to each other; fully if it is not said.
     pub attention: Option<Attention>,
@@ -34,8 +35,8 @@ pub struct Media {
 /// A video that guides.
 #[derive(Clone, Debug)]
 pub struct Reference {
-    /// `[n, height, width, 3]` in `[-1, 1]`, of the size that the plan takes.
-    pub frames: Vec<f32>,
+    /// For every stage that takes it, `[n, height, width, 3]` in `[-1, 1]`, of the size that the plan takes.
+    pub frames: Vec<Vec<f32>>,
     /// 1 shows it to the model as it is, 0 as noise.
     pub strength: f64,
 }
@@ -62,13 +63,13 @@ pub struct SourceClip {
     pub kept: Option<Modality>,
 }
 
-/// Latents of what was brought, and what they do to the first stage.
+/// Latents of what was brought, and what they do to the stages.
 #[derive(Debug, Default)]
 pub(super) struct Encoded {
     /// What the first stage starts from, in token form.
     pub latents: Per<Vec<f32>>,
-    /// Items of the first stage, behind those of images.
-    pub items: Per<Vec<Item>>,
+    /// Items of every stage, behind those of images.
+    pub items: Vec<Per<Vec<Item>>>,
     /// Modalities that are only looked at, in all stages.
     pub frozen: Per<()>,
 }
@@ -81,11 +82,16 @@ impl Media {
     pub(super) fn check(&self, pipeline: &Pipeline) -> Result<(), RunError> {
         let (name, inputs, video) = (&pipeline.name, &pipeline.inputs, &pipeline.video);
         let refused = |problem: String| Err(RunError::Input(problem));
-        let sound_is_optional = inputs.sound.is_some_and(|sound| !sound.is_kept);
+        // A video whose sound guides, too, has a flag of its own.
+        let (reference_flag, sound_flag) = match inputs.sound.map(|sound| sound.role) {
+            Some(SoundRole::Reference) => ("--reference-video", "--reference-video"),
+            _ => ("--video-conditioning", "--audio-path"),
+        };
+        let sound_is_optional = inputs.sound.is_some_and(|sound| sound.role == SoundRole::Clip);
         for (what, taken, given, flag) in [
             ("clip", inputs.clip.is_some(), self.clip.is_some(), "--video-path"),
-            ("recording", inputs.sound.is_some(), self.sound.is_some() || sound_is_optional, "--audio-path"),
-            ("reference video", inputs.references.is_some(), !self.references.is_empty(), "--video-conditioning"),
+            ("recording", inputs.sound.is_some(), self.sound.is_some() || sound_is_optional, sound_flag),
+            ("reference video", !inputs.references.is_empty(), !self.references.is_empty(), reference_flag),
         ] {
             match (taken, given) {
                 (true, false) => return refused(format!("pipeline `{name}` needs a {what}; give `{flag}`")),
@@ -106,16 +112,14 @@ impl Media {
                 ));
             }
         }
-        match &inputs.references {
-            Some(planned) => self.check_references(planned, pipeline),
-            None if self.attention.is_some() => {
-                refused(format!("pipeline `{name}` has no reference videos whose attention could be set"))
-            }
-            None => Ok(()),
+        if inputs.references.is_empty() && self.attention.is_some() {
+            return refused(format!("pipeline `{name}` has no reference videos whose attention could be set"));
         }
+        (inputs.references.iter().enumerate()).try_for_each(|(i, planned)| self.check_references(i, planned, pipeline))
     }
 
-    fn check_references(&self, planned: &ReferenceInput, pipeline: &Pipeline) -> Result<(), RunError> {
+    /// Checks the references of the stage with this index.
+    fn check_references(&self, index: usize, planned: &ReferenceInput, pipeline: &Pipeline) -> Result<(), RunError> {
         let refused = |problem: String| Err(RunError::Input(problem));
         if self.references.len() != planned.count as usize {
             return refused(format!(
@@ -126,7 +130,8 @@ impl Media {
         }
         for (i, reference) in self.references.iter().enumerate() {
             let what = format!("reference video {}", i + 1);
-            check_frames(&what, reference.frames.len(), [planned.frames, planned.height, planned.width])?;
+            let values = reference.frames.get(index).map_or(0, Vec::len);
+            check_frames(&what, values, [planned.frames, planned.height, planned.width])?;
             if !(0.0..=1.0).contains(&reference.strength) {
                 return refused(format!("{what} has strength {}, it must be 0 to 1", reference.strength));
             }
@@ -159,24 +164,29 @@ impl Media {
         let pipeline = &executor.plan().pipeline;
         let Inputs { references, clip, sound, .. } = &pipeline.inputs;
         let channels = pipeline.video.channels as usize;
-        let mut encoded = Encoded::default();
-        if let (Some(planned), Some(clip)) = (clip, &self.clip) {
+        let items = pipeline.stages.iter().map(|_| Per::default()).collect();
+        let mut encoded = Encoded { items, ..Encoded::default() };
+        if let (Some(planned), Some(clip), Some(items)) = (clip, &self.clip, encoded.items.first_mut()) {
             encoded.latents.video = Some(encode_video(executor, &planned.tiles, channels, &clip.frames)?);
             let region = || vec![Item::Region { start: clip.start, end: clip.end }];
-            encoded.items.video = Some(region());
             // A silent clip gets new sound from its start to its end.
-            encoded.items.audio = self.sound.is_some().then(region);
+            *items = Per { video: Some(region()), audio: self.sound.is_some().then(region) };
             if let Some(kept) = clip.kept {
                 *encoded.frozen.slot(kept) = Some(());
             }
         }
         if let (Some(planned), Some(recording)) = (sound, &self.sound) {
-            encoded.latents.audio = Some(encode_sound(executor, planned, pipeline, recording)?);
-            if planned.is_kept {
-                encoded.frozen.audio = Some(());
+            let latent = encode_sound(executor, planned, pipeline, recording)?;
+            match planned.role {
+                SoundRole::Kept => (encoded.latents.audio, encoded.frozen.audio) = (Some(latent), Some(())),
+                SoundRole::Clip => encoded.latents.audio = Some(latent),
+                SoundRole::Reference => {
+                    let item = reference_sound(latent, planned.tokens());
+                    encoded.items.iter_mut().take(1).for_each(|items| items.audio = Some(vec![item.clone()]));
+                }
             }
         }
-        if let Some(planned) = references {
+        for (i, (planned, items)) in references.iter().zip(&mut encoded.items).enumerate() {
             let scale = ReferenceScale { space: planned.space_scale, time: planned.time_scale };
             let positions = reference_positions(planned.grid(), scale, &pipeline.video);
             let attention = match (planned.has_attention, &self.attention) {
@@ -185,17 +195,23 @@ impl Media {
                 (true, Some(attention)) => Some(strengths(attention, planned, pipeline)),
             };
             for reference in &self.references {
-                let latent = encode_video(executor, &planned.tiles, channels, &reference.frames)?;
+                let frames = reference.frames.get(i).map_or(&[][..], Vec::as_slice);
+                let latent = encode_video(executor, &planned.tiles, channels, frames)?;
                 let (positions, attention, strength) = (positions.clone(), attention.clone(), reference.strength);
                 let item = Item::Append { latent, positions, strength, attention };
-                encoded.items.video.get_or_insert_default().push(item);
+                items.video.get_or_insert_default().push(item);
             }
         }
-        if clip.is_some() || sound.is_some() || references.is_some() {
+        if clip.is_some() || sound.is_some() || !references.is_empty() {
             executor.unload_all()?;
         }
         Ok(encoded)
     }
+}
+
+/// The item of `tokens` tokens of sound that guide.
+pub(super) fn reference_sound(latent: Vec<f32>, tokens: u32) -> Item {
+    Item::Append { latent, positions: reference_audio_positions(tokens), strength: 1.0, attention: None }
 }
 
 fn check_frames(what: &str, values: usize, [frames, height, width]: [u32; 3]) -> Result<(), RunError> {

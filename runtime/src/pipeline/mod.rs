@@ -28,7 +28,7 @@ pub mod schedule;
 mod stage;
 pub mod state;
 mod text;
-mod tiles;
+pub mod tiles;
 
 pub use denoise::needed_passes;
 pub use media::{Attention, Media, Reference, SourceClip};
@@ -37,3 +37,4 @@ pub use observe::{Event, Observer, Silent};
 pub use per::Per;
 pub use request::{Conditioning, Output, Request, StageChoice};
 pub use run::run;
+pub use text::{Embeddings, TextContext};

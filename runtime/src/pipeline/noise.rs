@@ -21,6 +21,8 @@ pub struct Noise {
     pub given: BTreeMap<String, Vec<f32>>,
     /// Files by slot name: read if they exist, else written.
     pub files: BTreeMap<String, PathBuf>,
+    /// Whether decoders that add noise to latents decode without it.
+    pub spares_decoders: bool,
 }
 
 /// Layout of a slot: tokens of `channels` values on a grid of `spatial` extents (`[f, h, w]`, or `[t]` for sound, whose

@@ -19,6 +19,11 @@ pub struct ReferenceScale {
     pub time: u32,
 }
 
+impl ReferenceScale {
+    /// As fine as the video.
+    pub const SAME: ReferenceScale = ReferenceScale { space: 1, time: 1 };
+}
+
 /// Positions of a grid of video tokens, `[3, tokens, 2]`.
 pub fn video_positions(grid: [u32; 3], video: &VideoSettings) -> Vec<f32> {
     let fps = frame_rate(video);
@@ -52,6 +57,14 @@ pub fn audio_positions(tokens: u32) -> Vec<f32> {
     // Four mel frames of 160 samples at 16 kHz per latent; the first latent covers one frame (causal).
     let start = |token: u32| (4 * token as i64 + 1 - 4).max(0) as f32 * 160.0 / 16000.0;
     (0..tokens).flat_map(|t| [start(t), start(t + 1)]).collect()
+}
+
+/// Positions of the tokens of a recording that guides, `[1, tokens, 2]` in seconds: they end shortly before the sound begins.
+pub fn reference_audio_positions(tokens: u32) -> Vec<f32> {
+    const GAP: f32 = 0.04; // ltx_pipelines/dubit.py, release 1.2.0
+    let positions = audio_positions(tokens);
+    let end = positions.last().copied().unwrap_or(0.0);
+    positions.into_iter().map(|t| t - end - GAP).collect()
 }
 
 /// First pixel frame of latent frame `t`.

@@ -2,23 +2,29 @@
 
 use std::collections::BTreeMap;
 
-use ltxc_ir::plan::{Guidance, Modality, Pipeline, Sampler, Stage, StageClass, StreamClass};
+use ltxc_ir::plan::{Guidance, Modality, Pass, Pipeline, Sampler, SoundRole, Stage, StageClass, StreamClass};
 
 use super::denoise::{needed_passes, program_of};
+use super::guidance::Levels;
 use super::media::Media;
 use super::noise::Noise;
 use super::per::Per;
 use super::schedule::check_sigmas;
+use super::text::Embeddings;
 use crate::adapters::StageAdapters;
 use crate::error::RunError;
+use crate::experiments::Experiments;
 use crate::media::RgbImage;
 
 /// What a run may choose.
+#[derive(Default)]
 pub struct Request<'a> {
     /// What to show.
     pub prompt: &'a str,
     /// What not to show; only guided pipelines read it.
     pub negative_prompt: &'a str,
+    /// Contexts that were encoded elsewhere, instead of both prompts.
+    pub embeddings: Option<&'a Embeddings>,
     /// Images to start from or to pass through, in the order they were given.
     pub images: &'a [Conditioning],
     /// Clips and recordings.
@@ -29,6 +35,8 @@ pub struct Request<'a> {
     pub noise: Noise,
     /// Adapters of every stage.
     pub adapters: StageAdapters,
+    /// Deviations from the model.
+    pub experiments: Experiments,
     /// Go on with latents that are NaN, infinite or constant.
     pub allow_bad_numerics: bool,
 }
@@ -42,6 +50,8 @@ pub struct StageChoice {
     pub sampler: Option<Sampler>,
     /// Guidance of a stage that is guided.
     pub guidance: Option<Guidance>,
+    /// Guidance by noise level instead: upper bounds, ascending, and what holds up to them; the last holds above, too.
+    pub levels: Vec<(f32, Guidance)>,
 }
 
 /// An image that the video must show.
@@ -76,7 +86,7 @@ pub(super) struct ChosenStage<'a, 'p> {
     pub class: &'p StageClass,
     pub sigmas: &'a [f32],
     pub sampler: Sampler,
-    pub guidance: Option<&'a Guidance>,
+    pub guidance: Levels<'a>,
 }
 
 impl<'a> Request<'a> {
@@ -133,7 +143,11 @@ impl<'a> Request<'a> {
         let sigmas = choice.and_then(|c| c.sigmas.as_deref()).unwrap_or(&stage.sigmas);
         check_sigmas(sigmas).map_err(RunError::Input)?;
         let sampler = choice.and_then(|c| c.sampler).unwrap_or(stage.sampler);
-        let guidance = choice.and_then(|c| c.guidance.as_ref()).or(stage.guidance.as_ref());
+        let constant = choice.and_then(|c| c.guidance.as_ref()).or(stage.guidance.as_ref());
+        let guidance = match choice.map(|c| &c.levels[..]) {
+            Some(levels @ [_, ..]) => levels.iter().map(|(bound, guidance)| (*bound, guidance)).collect(),
+            _ => constant.map(|guidance| (f32::INFINITY, guidance)).into_iter().collect(),
+        };
         let chosen = ChosenStage { stage, class, sigmas, sampler, guidance };
         chosen.check()?;
         Ok(chosen)
@@ -167,23 +181,26 @@ impl<'a> Request<'a> {
     /// What the states of a stage will look like.
     fn needs(&self, pipeline: &Pipeline, stage: &Stage) -> Per<StreamClass> {
         let [_, rows, columns] = stage.grid;
+        let index = pipeline.stages.iter().position(|s| s == stage).unwrap_or(0);
         let (mut video, mut audio) = (StreamClass { rows: 1, ..StreamClass::default() }, StreamClass::default());
         video.appended = self.keyframes(pipeline).saturating_mul(rows).saturating_mul(columns);
         // Every strength is a timestep of its own.
         video.rows += self.images.len() as u32;
         audio.rows = 1;
-        if pipeline.stages.first() == Some(stage) {
-            if let Some(references) = &pipeline.inputs.references {
-                let tokens = references.tokens().saturating_mul(references.count);
-                video.appended = video.appended.saturating_add(tokens);
-                video.rows += references.count;
-                video.attention = references.has_attention;
-            }
-            if pipeline.inputs.clip.is_some() {
-                // What is kept has the timestep 0.
-                video.rows += 1;
-                audio.rows += 1;
-            }
+        if let Some(references) = pipeline.inputs.references.get(index) {
+            let tokens = references.tokens().saturating_mul(references.count);
+            video.appended = video.appended.saturating_add(tokens);
+            video.rows += references.count;
+            video.attention = references.has_attention;
+        }
+        if index == 0 && pipeline.inputs.clip.is_some() {
+            // What is kept has the timestep 0.
+            video.rows += 1;
+            audio.rows += 1;
+        }
+        if let Some(sound) = pipeline.inputs.sound.filter(|sound| sound.role == SoundRole::Reference) {
+            audio.appended = if index == 0 { sound.tokens() } else { pipeline.audio.tokens };
+            audio.rows += u32::from(!stage.keeps_sound);
         }
         Per {
             video: (pipeline.video.channels > 0).then_some(video),
@@ -199,12 +216,22 @@ impl<'a> Request<'a> {
 }
 
 impl ChosenStage<'_, '_> {
+    /// The passes that it needs, at every level of noise that guidance tells apart.
+    pub fn passes(&self) -> impl Iterator<Item = Vec<Pass>> {
+        let guided = self.guidance.iter().map(|(_, guidance)| Some(*guidance));
+        let unguided = self.guidance.is_empty().then_some(None);
+        guided.chain(unguided).map(|guidance| needed_passes(guidance, self.sampler))
+    }
+
     /// Checks that there are programs for everything that guidance and sampler may ask.
     fn check(&self) -> Result<(), RunError> {
         let name = &self.stage.name;
         let refused = |problem: String| Err(RunError::Input(format!("stage `{name}`: {problem}")));
         let modalities = || Modality::BOTH.into_iter().filter(|&m| self.class.stream(m).is_some());
-        if let Some(guidance) = self.guidance {
+        for (bound, guidance) in &self.guidance {
+            if bound.is_nan() {
+                return refused("guidance holds up to a noise level that is not a number".into());
+            }
             let Some(planned) = &self.stage.guidance else {
                 return refused("the plan runs it without guidance".into());
             };
@@ -225,23 +252,24 @@ impl ChosenStage<'_, '_> {
                 }
             }
         }
-        let passes = needed_passes(self.guidance, self.sampler);
         let all: Vec<Modality> = modalities().collect();
-        if program_of(self.class, &passes, &all).is_none() {
-            let names: Vec<&str> = passes.iter().map(|p| p.name()).collect();
-            return refused(format!(
-                "the plan has no program for the passes {}; give the same guidance and sampler to `ltxc compile`",
-                names.join(", ")
-            ));
-        }
-        let skips = |m: &Modality| self.guidance.is_some_and(|g| g.of(*m).skip_step > 0);
-        for skipped in all.iter().filter(|m| skips(m)) {
-            let rest: Vec<Modality> = all.iter().copied().filter(|m| m != skipped).collect();
-            if !rest.is_empty() && program_of(self.class, &passes, &rest).is_none() {
-                let flag = skipped.name();
+        for passes in self.passes() {
+            if program_of(self.class, &passes, &all).is_none() {
+                let names: Vec<&str> = passes.iter().map(|p| p.name()).collect();
                 return refused(format!(
-                    "the plan has no program that skips {flag}; give `--{flag}-skip-step` to `ltxc compile`"
+                    "the plan has no program for the passes {}; give the same guidance and sampler to `ltxc compile`",
+                    names.join(", ")
                 ));
+            }
+            let skips = |m: &Modality| self.guidance.iter().any(|(_, g)| g.of(*m).skip_step > 0);
+            for skipped in all.iter().filter(|m| skips(m)) {
+                let rest: Vec<Modality> = all.iter().copied().filter(|m| m != skipped).collect();
+                if !rest.is_empty() && program_of(self.class, &passes, &rest).is_none() {
+                    let flag = skipped.name();
+                    return refused(format!(
+                        "the plan has no program that skips {flag}; give `--{flag}-skip-step` to `ltxc compile`"
+                    ));
+                }
             }
         }
         Ok(())

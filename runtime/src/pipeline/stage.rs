@@ -2,7 +2,7 @@
 //!
 //! Source: spec/pipelines §3, §4.
 
-use ltxc_ir::plan::{Modality, Pipeline, Stage};
+use ltxc_ir::plan::{Modality, Pipeline, Release, Stage};
 
 use super::conditioning::Item;
 use super::denoise::{Contexts, Denoiser, Settings};
@@ -18,7 +18,7 @@ use crate::executor::Executor;
 use crate::media::resize_and_crop;
 
 /// Mel bins of an audio latent; they are the fastest part of a token. Fixed in every model of the family.
-const MEL_BINS: usize = 16;
+pub(super) const MEL_BINS: usize = 16;
 
 /// What a modality of a stage starts from.
 #[derive(Clone, Debug, Default)]
@@ -58,6 +58,10 @@ pub(super) fn run_stage<'p>(
         let mut state = initial_state(pipeline, stage, modality, start.latent);
         items.slot(modality).take().unwrap_or_default().iter().for_each(|item| item.apply(&mut state));
         start.items.iter().for_each(|item| item.apply(&mut state));
+        if pipeline.release == Release::V1_0_0 {
+            // Items that write the clean latent wrote this one, too.
+            state.latent.clone_from(&state.clean);
+        }
         if start.frozen {
             state.freeze();
         }
@@ -79,7 +83,7 @@ pub(super) fn run_stage<'p>(
     let settings = Settings {
         stage,
         class: chosen.class,
-        guidance: chosen.guidance,
+        guidance: chosen.guidance.clone(),
         sampler: chosen.sampler,
         contexts,
         noise: &request.noise,
@@ -117,7 +121,8 @@ fn items(
         Ok(match conditioning.frame {
             0 if !pipeline.inputs.appends_first_image => Item::Replace { first: 0, latent, strength },
             frame => {
-                let positions = keyframe_positions([1, rows, columns], frame, true, &pipeline.video);
+                let one_frame = pipeline.release != Release::V1_0_0;
+                let positions = keyframe_positions([1, rows, columns], frame, one_frame, &pipeline.video);
                 Item::Append { latent, positions, strength, attention: None }
             }
         })

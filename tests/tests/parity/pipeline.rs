@@ -7,21 +7,23 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 
-use ltxc::args::{ModelArgs, PipelineName, Precision, ShapeArgs};
+use ltxc::adapters::{self, Loras};
+use ltxc::args::{AdapterArgs, ModelArgs, PipelineName, Precision, ReferenceVersion, ShapeArgs};
 use ltxc::assemble::ModelFiles;
 use ltxc::compile::compile;
 use ltxc::job::Shape;
 use ltxc_compiler::Options;
-use ltxc_ir::plan::{Plan, container};
+use ltxc_ir::plan::{Plan, SoundRole, container};
 use ltxc_runtime::RunError;
+use ltxc_runtime::adapters::StageAdapters;
 use ltxc_runtime::backend::{Device, DeviceName, find, open};
 use ltxc_runtime::executor::Executor;
 use ltxc_runtime::media::load_image;
-use ltxc_runtime::pipeline::{Conditioning, Event, Media, Noise, Observer, Output, Request, needed_passes, run};
+use ltxc_runtime::pipeline::{Conditioning, Event, Noise, Observer, Output, Request, needed_passes, run};
 use ltxc_runtime::tokenizer::Tokenizer;
 use ltxc_runtime::weights::WeightFiles;
 use ltxc_tests::compare::{Report, relative_l2};
-use ltxc_tests::fixtures::root;
+use ltxc_tests::fixtures::{self, root};
 use ltxc_tests::recorded::{ByteLimit, Recorded};
 use serde_json::Value;
 
@@ -32,26 +34,66 @@ const RUN_LIMIT: f64 = 1e-3;
 /// Frames as bytes: largest difference, and share of values that differ.
 const BYTE_LIMIT: ByteLimit = (1, 0.02);
 
+/// A recorded run, and the release of the reference that it was recorded with.
+#[derive(Clone, Copy)]
+struct Case {
+    family: &'static str,
+    name: &'static str,
+    release: ReferenceVersion,
+}
+
+impl Case {
+    /// The run as the newer release made it.
+    fn new(family: &'static str, name: &'static str) -> Case {
+        Case { family, name, release: ReferenceVersion::V1_2_0 }
+    }
+
+    /// The same run of the older release.
+    fn of_first_release(self) -> Case {
+        Case { release: ReferenceVersion::V1_0_0, ..self }
+    }
+
+    fn recorded(self) -> Recorded {
+        let name = format!("e2e/{}/{}", self.family, self.name);
+        match self.release {
+            ReferenceVersion::V1_0_0 => Recorded::new(fixtures::of_first_release(&name)),
+            ReferenceVersion::V1_2_0 => Recorded::required(&name),
+        }
+    }
+
+    /// The size of the run.
+    fn shape(self) -> ShapeArgs {
+        ShapeArgs { reference_version: Some(self.release), ..recorded_shape(&self.recorded()) }
+    }
+}
+
 #[test]
 fn distilled_run_of_ltx2() {
-    check_run("ltx2", "distilled");
+    check_run(Case::new("ltx2", "distilled"));
 }
 
 #[test]
 fn distilled_run_of_ltx2_with_images_and_tiles() {
-    check_run("ltx2", "distilled_i2v_tiled");
+    check_run(Case::new("ltx2", "distilled_i2v_tiled"));
 }
 
 #[test]
 fn distilled_run_of_ltx23() {
-    check_run("ltx23", "distilled");
+    check_run(Case::new("ltx23", "distilled"));
+}
+
+#[test]
+fn distilled_runs_of_the_first_release() {
+    for (family, name) in [("ltx2", "distilled"), ("ltx2", "distilled_i2v_tiled"), ("ltx23", "distilled")] {
+        check_run(Case::new(family, name).of_first_release());
+    }
 }
 
 #[test]
 fn distilled_runs_on_a_gpu() {
     let Some(device) = gpu() else { return };
     for (family, name) in [("ltx2", "distilled"), ("ltx2", "distilled_i2v_tiled"), ("ltx23", "distilled")] {
-        check_run_on(&Files { device: device.clone(), ..Files::of(family) }, family, name);
+        check_run_on(&Files { device: device.clone(), ..Files::of(family) }, Case::new(family, name));
     }
 }
 
@@ -138,16 +180,16 @@ fn distilled_runs_in_narrow_dtypes_stay_close_to_f32() {
 }
 
 #[track_caller]
-fn check_run(family: &str, name: &str) {
-    check_run_on(&Files::of(family), family, name);
+fn check_run(case: Case) {
+    check_run_on(&Files::of(case.family), case);
 }
 
 #[track_caller]
-fn check_run_on(model: &Files, family: &str, name: &str) {
-    let mut recorded = Recorded::required(&format!("e2e/{family}/{name}"));
+fn check_run_on(model: &Files, case: Case) {
+    let mut recorded = case.recorded();
     let params = recorded.meta()["params"].clone();
     let images = images(&params);
-    let shape = recorded_shape(&recorded);
+    let shape = case.shape();
     let keyframes = images.iter().filter(|i| i.frame > 0).count();
     let plan = model.compile(&shape, keyframes);
     let prompt = params["prompt"].as_str().expect("a prompt");
@@ -188,17 +230,8 @@ fn recorded_shape(recorded: &Recorded) -> ShapeArgs {
 
 /// A run with the plan's noise levels; noise that is not given is drawn.
 fn request<'a>(prompt: &'a str, images: &'a [Conditioning], given: BTreeMap<String, Vec<f32>>) -> Request<'a> {
-    let noise = Noise { seed: 0, given, files: BTreeMap::new() };
-    Request {
-        prompt,
-        negative_prompt: "",
-        images,
-        media: Media::default(),
-        stages: BTreeMap::new(),
-        noise,
-        adapters: Default::default(),
-        allow_bad_numerics: false,
-    }
+    let noise = Noise { seed: 0, given, ..Noise::default() };
+    Request { prompt, images, noise, ..Request::default() }
 }
 
 /// `64/32` pixels and `16/8` frames as a flag. The recorded object of release 1.2.0 names the tile of each axis; those
@@ -246,7 +279,8 @@ fn check_state(recorded: &mut Recorded, result: &Outcome, plan: &Plan, stage: &s
     // Images pass through the encoder, a first stage through the whole model, before they are here.
     let limit = if stage == "stage1" { 1e-5 } else { RUN_LIMIT };
     // The reference freezes a state after noise was added, and masks were recorded between the two.
-    let is_frozen = modality == "audio" && plan.pipeline.inputs.sound.as_ref().is_some_and(|sound| sound.is_kept);
+    let is_frozen =
+        modality == "audio" && plan.pipeline.inputs.sound.as_ref().is_some_and(|sound| sound.role == SoundRole::Kept);
     let mask = own("denoise_mask");
     assert!(!is_frozen || mask.iter().all(|&m| m == 0.0), "{stage}: a frozen modality is denoised");
     let mask = if is_frozen { &vec![1.0; mask.len()] } else { mask };
@@ -255,6 +289,11 @@ fn check_state(recorded: &mut Recorded, result: &Outcome, plan: &Plan, stage: &s
         [("noise", DRIVER_LIMIT), ("positions", DRIVER_LIMIT), ("noised", limit), ("clean_latent", limit)]
     {
         recorded.check(&format!("{stage}.{modality}.{what}"), own(what), limit);
+    }
+    let attention = format!("{stage}.{modality}.attention_mask");
+    assert_eq!(result.tensors.contains_key(&attention), recorded.has(&attention), "{attention}");
+    if recorded.has(&attention) {
+        recorded.check(&attention, own("attention_mask"), DRIVER_LIMIT);
     }
     let initial = format!("{stage}.{modality}.initial_latent");
     if recorded.has(&initial) {
@@ -351,12 +390,44 @@ impl Files {
 
     /// Compiles, and passes the plan through its file format.
     fn compile(&self, shape: &ShapeArgs, keyframes: usize) -> Plan {
-        let shape = Shape::resolve(shape, keyframes).unwrap_or_else(|e| panic!("{e:#}"));
+        self.compile_for(shape, keyframes, &self.loras(&Value::Null))
+    }
+
+    /// The same for adapters.
+    fn compile_for(&self, shape: &ShapeArgs, keyframes: usize, loras: &Loras) -> Plan {
+        let shape = Shape::resolve(shape, keyframes).and_then(|s| s.with(loras)).unwrap_or_else(|e| panic!("{e:#}"));
         let shape = Shape { target: self.device.target.clone(), ..shape };
         let files = ModelFiles::open(&self.args, shape.has_two_stages()).unwrap_or_else(|e| panic!("{e:#}"));
         let plan = compile(&files, &shape, Options::default(), &mut |_, _, _| {}).unwrap_or_else(|e| panic!("{e:#}"));
         let bytes = container::encode(&plan).unwrap_or_else(|e| panic!("{e}"));
         container::decode(&bytes).unwrap_or_else(|e| panic!("{e}"))
+    }
+
+    /// The adapters of a recorded run.
+    fn loras(&self, params: &Value) -> Loras {
+        let path = |key: &str| Some(self.folders[0].join(params[key].as_str()?).display().to_string());
+        let strength = params["distilled_lora_strength"].as_f64().unwrap_or(1.0);
+        let args = AdapterArgs {
+            lora: path("lora").into_iter().collect(),
+            distilled_lora: path("distilled_lora").map(|path| vec![path, strength.to_string()]).unwrap_or_default(),
+            distilled_lora_strength_stage_1: params["strength_stage_1"].as_f64(),
+            distilled_lora_strength_stage_2: params["strength_stage_2"].as_f64(),
+            ..AdapterArgs::default()
+        };
+        Loras::open(&args, &vec![1; args.lora.len()]).unwrap_or_else(|e| panic!("{e:#}"))
+    }
+
+    /// What they do in the stages of a plan.
+    fn stage_adapters(&self, plan: &Plan, loras: &Loras) -> StageAdapters {
+        if loras.is_empty() {
+            return StageAdapters::default();
+        }
+        let weights = WeightFiles::open(plan, &self.folders, true).unwrap_or_else(|e| panic!("{e}"));
+        let targets = adapters::targets(plan, &weights).unwrap_or_else(|e| panic!("{e:#}"));
+        let fits = loras.fit(&targets, &plan.pipeline.name).unwrap_or_else(|e| panic!("{e:#}"));
+        let mut report = ltxc::report::Report::new(ltxc::report::Style::Quiet);
+        let mode = adapters::mode(None, plan);
+        loras.stages(fits, &plan.pipeline, mode, &mut report).unwrap_or_else(|e| panic!("{e:#}"))
     }
 
     fn run(&self, plan: &Plan, request: &Request<'_>) -> Outcome {

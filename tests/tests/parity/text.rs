@@ -122,9 +122,9 @@ impl Model {
         let tokens = states[0].ty.shape[1];
         let valid = b.param("valid", TensorType::f32([tokens]), Rate::Step);
         let (functions, weights) = (Functions::default(), self.weights());
-        let widths = self.config.connectors.widths();
+        let made = self.config.connectors.made_widths();
         let extractor = self.config.extractor;
-        let features = text::features(&b, &functions, extractor, &weights.projection, &params, valid, widths);
+        let features = text::features(&b, &functions, extractor, &weights.projection, &params, valid, &made);
         for (modality, value) in Modality::ALL.into_iter().zip(features) {
             b.result(modality.name(), value);
         }

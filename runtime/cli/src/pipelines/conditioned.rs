@@ -1,8 +1,8 @@
-//! Pipelines in two stages that are given more than text: keyframes, a recording, or reference videos.
+//! Pipelines in two stages that are given more than text: keyframes, a recording, reference videos, or both of these.
 //!
-//! Source: spec/pipelines §9.5, §9.6, §9.7.
+//! Source: spec/pipelines §9.5, §9.6, §9.7, §9.11.
 
-use ltxc_ir::plan::{Guidance, Guider, StageAdapter};
+use ltxc_ir::plan::{Guidance, Guider, SoundRole, StageAdapter};
 
 use super::{Basis, Brings, Definition, StageDraft, Training, distilled, one_stage, two_stage};
 
@@ -19,7 +19,7 @@ pub const KEYFRAMES: Definition = Definition {
 pub const AUDIO_TO_VIDEO: Definition = Definition {
     name: "a2v",
     stages: |basis| vec![guided_video(basis), two_stage::refinement()],
-    brings: Brings { sound: true, ..Brings::NOTHING },
+    brings: Brings { sound: Some(SoundRole::Kept), ..Brings::NOTHING },
     ..KEYFRAMES
 };
 
@@ -35,7 +35,17 @@ pub const IC_LORA: Definition = Definition {
 pub const IC_LORA_ONE_STAGE: Definition =
     Definition { name: "ic-lora-one-stage", brings: REFERENCES, ..distilled::ONE_STAGE };
 
-const REFERENCES: Brings = Brings { references: true, ..Brings::NOTHING };
+const REFERENCES: Brings = Brings { references: 1, ..Brings::NOTHING };
+
+/// Distilled model: a video is spoken anew. The video and its sound guide both stages, with one LoRA; the second stage keeps
+/// the sound of the first, which is written.
+pub const DUB: Definition = Definition {
+    name: "dubit",
+    stages: |basis| vec![distilled::first(basis), StageDraft { keeps_sound: true, ..distilled::second(basis) }],
+    sound_stage: 0,
+    brings: Brings { references: 2, sound: Some(SoundRole::Reference), ..Brings::NOTHING },
+    ..distilled::TWO_STAGES
+};
 
 /// Without the LoRAs of the user, which know references that this stage does not have.
 fn without_loras(draft: StageDraft) -> StageDraft {

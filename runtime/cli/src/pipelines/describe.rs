@@ -7,10 +7,16 @@ use ltxc_runtime::pipeline::StageChoice;
 pub fn describe(stage: &Stage, choice: Option<&StageChoice>, modalities: &[Modality]) -> String {
     let sigmas = choice.and_then(|c| c.sigmas.as_ref()).unwrap_or(&stage.sigmas);
     let sampler = choice.and_then(|c| c.sampler).unwrap_or(stage.sampler);
-    let guidance = choice.and_then(|c| c.guidance.as_ref()).or(stage.guidance.as_ref());
+    let constant = choice.and_then(|c| c.guidance.as_ref()).or(stage.guidance.as_ref());
+    let levels = choice.map_or(&[][..], |c| &c.levels);
     let mut text = format!("{}: {} steps, {}", stage.name, sigmas.len().saturating_sub(1), sampler_name(sampler));
-    match guidance {
-        None => text += ", no guidance",
+    for (bound, guidance) in levels {
+        text += &format!("; up to noise level {bound}");
+        modalities.iter().for_each(|&m| text += &format!(", {}", guided(guidance, m)));
+    }
+    match constant.filter(|_| levels.is_empty()) {
+        None if levels.is_empty() => text += ", no guidance",
+        None => {}
         Some(guidance) => modalities.iter().for_each(|&m| text += &format!("; {}", guided(guidance, m))),
     }
     text

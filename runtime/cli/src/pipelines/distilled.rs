@@ -38,7 +38,16 @@ pub fn first(basis: &Basis) -> StageDraft {
     };
     let (name, sigmas) = ("stage1", DISTILLED_STAGE_1.into());
     let adapters = adapters(basis);
-    StageDraft { name, sigmas, schedule: Schedule::Distilled, sampler, guidance: None, adapters, upsampled: false }
+    StageDraft {
+        name,
+        sigmas,
+        schedule: Schedule::Distilled,
+        sampler,
+        guidance: None,
+        adapters,
+        upsampled: false,
+        keeps_sound: false,
+    }
 }
 
 /// From the upsampled latent of the first stage.
@@ -51,6 +60,7 @@ pub fn second(basis: &Basis) -> StageDraft {
         guidance: None,
         adapters: adapters(basis),
         upsampled: true,
+        keeps_sound: false,
     }
 }
 

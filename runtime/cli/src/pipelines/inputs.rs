@@ -1,43 +1,49 @@
 //! What a run brings besides text and images, as the plan records it.
 
 use anyhow::{Result, bail};
-use ltxc_ir::plan::{ClipInput, Inputs, Modality, ReferenceInput, SoundInput, Stage};
+use ltxc_ir::plan::{ClipInput, Inputs, ReferenceInput, SoundInput, SoundRole, Stage};
 use ltxc_ir::tiling::{TilePlan, Tiling};
 use ltxc_models::audio::AudioVaeConfig;
-use ltxc_models::video_vae::VideoVaeConfig;
 
 use super::definition;
 use crate::job::Shape;
 
-/// The inputs of a pipeline whose first stage is `first`, with sound of so many tokens.
+/// The inputs of a pipeline of these stages, with `factors` pixels per latent and sound of so many tokens.
 ///
 /// # Errors
-/// References that do not fit the size of the stage.
+/// References that do not fit the size of a stage.
 pub fn inputs(
     shape: &Shape,
-    first: &Stage,
-    video_vae: &VideoVaeConfig,
-    audio_vae: &AudioVaeConfig,
+    stages: &[Stage],
+    factors: [usize; 3],
+    audio_vae: Option<&AudioVaeConfig>,
     tokens: usize,
 ) -> Result<Inputs> {
     let brings = definition(shape.pipeline).brings;
-    let factors = video_vae.factors();
-    let references = match brings.references {
-        true => Some(references(shape, first, factors)?),
-        false => None,
+    let guided = stages.iter().take(brings.references);
+    let references = guided.map(|stage| references(shape, stage, factors)).collect::<Result<_>>()?;
+    let clip = match (brings.clip, stages.first()) {
+        (true, Some(first)) => Some(ClipInput { tiles: tiles(first.grid.map(|n| n as usize), factors)? }),
+        _ => None,
     };
-    let clip = match brings.clip {
-        true => Some(ClipInput { tiles: tiles(first.grid.map(|n| n as usize), factors)? }),
-        false => None,
+    let mel_frames = |role: SoundRole, audio_vae: &AudioVaeConfig| match role {
+        SoundRole::Kept | SoundRole::Clip => audio_vae.mel_frames(tokens),
+        // The whole recording guides, however long it is.
+        SoundRole::Reference => {
+            let seconds = shape.frames as f64 / shape.frame_rate.to_f64();
+            let seconds = shape.reference_seconds.unwrap_or(seconds);
+            // As many as resampling gives, which rounds up; quotients are not exact.
+            let samples = (seconds * audio_vae.sampling_rate_hz as f64 - 1e-6).ceil() as usize;
+            audio_vae.mel_frames(audio_vae.latent_frames(1 + samples / audio_vae.hop_length.max(1)))
+        }
     };
-    let takes_sound = (brings.sound || brings.clip) && shape.makes(Modality::Audio);
-    let sound = takes_sound.then(|| SoundInput {
-        is_kept: brings.sound,
+    let sound = brings.sound.zip(audio_vae).map(|(role, audio_vae)| SoundInput {
+        role,
         rate_hz: audio_vae.sampling_rate_hz as u32,
         n_fft: audio_vae.n_fft as u32,
         hop_length: audio_vae.hop_length as u32,
         mel_bins: audio_vae.mel_bins as u32,
-        mel_frames: audio_vae.mel_frames(tokens) as u32,
+        mel_frames: mel_frames(role, audio_vae) as u32,
         time_factor: audio_vae.time_factor() as u32,
     });
     Ok(Inputs { appends_first_image: brings.appends_first_image, references, clip, sound })
@@ -48,31 +54,32 @@ fn tiles(grid: [usize; 3], factors: [usize; 3]) -> Result<TilePlan> {
     Ok(TilePlan::encode(grid, factors, &Tiling::DEFAULT)?)
 }
 
-/// The reference videos of a first stage.
-fn references(shape: &Shape, first: &Stage, factors: [usize; 3]) -> Result<ReferenceInput> {
+/// The reference videos of a stage.
+fn references(shape: &Shape, stage: &Stage, factors: [usize; 3]) -> Result<ReferenceInput> {
     let [ft, fh, fw] = factors;
     let given = shape.references;
-    for (side, length, factor) in [("height", first.height, fh), ("width", first.width, fw)] {
-        let unit = factor * given.downscale;
+    let (downscale, stride) = (given.scale.space as usize, given.scale.time as usize);
+    for (side, length, factor) in [("height", stage.height, fh), ("width", stage.width, fw)] {
+        let unit = factor * downscale;
         if !(length as usize).is_multiple_of(unit) {
             bail!(
-                "the first stage has a {side} of {length} pixels, references that are {} times smaller need a multiple of \
-                 {unit}; choose another `--{side}`",
-                given.downscale
+                "{} has a {side} of {length} pixels, and its reference videos are {downscale} times smaller, so it needs a \
+                 multiple of {unit}; choose another `--{side}`",
+                stage.name
             );
         }
     }
-    let (height, width) = (first.height as usize / given.downscale, first.width as usize / given.downscale);
+    let (height, width) = (stage.height as usize / downscale, stage.width as usize / downscale);
     // Frame 0, then one of `stride` from frame 1 on; the encoder takes whole latents.
-    let frames = 1 + (shape.frames - 1).div_ceil(given.stride);
+    let frames = 1 + (shape.frames - 1).div_ceil(stride);
     let latents = (frames - 1) / ft + 1;
     Ok(ReferenceInput {
         count: given.count as u32,
         frames: ((latents - 1) * ft + 1) as u32,
         height: height as u32,
         width: width as u32,
-        space_scale: given.downscale as u32,
-        time_scale: given.stride as u32,
+        space_scale: given.scale.space,
+        time_scale: given.scale.time,
         has_attention: given.has_attention,
         tiles: tiles([latents, height / fh, width / fw], factors)?,
     })

@@ -9,6 +9,7 @@ mod conditioned;
 mod describe;
 mod distilled;
 mod inputs;
+mod levels;
 mod one_stage;
 mod retake;
 mod sampling;
@@ -17,12 +18,14 @@ mod two_stage;
 use std::path::Path;
 
 use anyhow::{Result, bail};
-use ltxc_ir::plan::{Guidance, Sampler, Schedule, StageAdapter};
+use clap::ValueEnum;
+use ltxc_ir::plan::{Guidance, Sampler, Schedule, SoundRole, StageAdapter};
 use ltxc_models::checkpoint::{Checkpoint, Generation};
 
 use crate::args::PipelineName;
 pub use describe::describe;
 pub use inputs::inputs;
+pub use levels::levels;
 pub use sampling::{guidance, stage_choice};
 
 /// What a pipeline is.
@@ -50,17 +53,17 @@ pub struct Definition {
 pub struct Brings {
     /// Whether images at frame 0 are appended like all others.
     pub appends_first_image: bool,
-    /// Videos that guide the first stage.
-    pub references: bool,
+    /// Number of stages, from the first one on, that reference videos guide.
+    pub references: usize,
     /// A clip of which a part is made anew.
     pub clip: bool,
-    /// A recording that is kept.
-    pub sound: bool,
+    /// A recording.
+    pub sound: Option<SoundRole>,
 }
 
 impl Brings {
     /// Text and images are all.
-    pub const NOTHING: Brings = Brings { appends_first_image: false, references: false, clip: false, sound: false };
+    pub const NOTHING: Brings = Brings { appends_first_image: false, references: 0, clip: false, sound: None };
 }
 
 /// How a checkpoint was trained.
@@ -100,6 +103,8 @@ pub struct StageDraft {
     pub adapters: Vec<StageAdapter>,
     /// Whether it starts from the upsampled latent of the stage before.
     pub upsampled: bool,
+    /// Whether it keeps the sound of the stage before as it is.
+    pub keeps_sound: bool,
 }
 
 /// The definition of a pipeline.
@@ -117,10 +122,25 @@ pub fn definition(name: PipelineName) -> &'static Definition {
         PipelineName::IcLoraOneStage => &conditioned::IC_LORA_ONE_STAGE,
         PipelineName::Retake => &retake::DISTILLED,
         PipelineName::RetakeGuided => &retake::GUIDED,
+        PipelineName::Dub => &conditioned::DUB,
     }
 }
 
+/// Whether the pipeline that plans call `name` takes reference videos.
+pub fn takes_references(name: &str) -> bool {
+    let all = PipelineName::value_variants().iter().chain(&[PipelineName::IcLoraOneStage]);
+    all.map(|&p| definition(p)).any(|d| d.name == name && d.brings.references > 0)
+}
+
 impl Definition {
+    /// Whether a stage of it needs the distilled adapter.
+    pub fn needs_distilled_adapter(&self) -> bool {
+        // Which adapters a stage has depends on nothing but the last of these.
+        let basis = Basis { generation: Generation::Ltx2, layers: 1, first_tokens: 1, has_distilled_adapter: false };
+        let stages = (self.stages)(&basis);
+        stages.iter().flat_map(|stage| &stage.adapters).any(|a| a.role == StageAdapter::DISTILLED)
+    }
+
     /// Refuses a checkpoint that was trained for other pipelines, as far as its name tells: nothing else does. A full
     /// model with the distilled adapter counts as distilled.
     ///

@@ -47,5 +47,6 @@ pub fn guided(basis: &Basis) -> StageDraft {
         guidance: Some(Guidance { video: guider(3.0), audio: guider(7.0) }),
         adapters: vec![StageAdapter::user()],
         upsampled: false,
+        keeps_sound: false,
     }
 }

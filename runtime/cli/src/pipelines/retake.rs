@@ -2,6 +2,8 @@
 //!
 //! Source: spec/pipelines §9.8.
 
+use ltxc_ir::plan::SoundRole;
+
 use super::{Brings, Definition, distilled, one_stage};
 
 /// With a distilled model.
@@ -10,4 +12,4 @@ pub const DISTILLED: Definition = Definition { name: "retake", brings: CLIP, ..d
 /// With a full model, guided.
 pub const GUIDED: Definition = Definition { name: "retake-guided", brings: CLIP, ..one_stage::VIDEO };
 
-const CLIP: Brings = Brings { clip: true, ..Brings::NOTHING };
+const CLIP: Brings = Brings { clip: true, sound: Some(SoundRole::Clip), ..Brings::NOTHING };

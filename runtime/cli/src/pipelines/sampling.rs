@@ -5,7 +5,7 @@ use ltxc_ir::plan::{CfgRule, Guidance, Guider, Modality, Sampler, Schedule, Stag
 use ltxc_runtime::pipeline::StageChoice;
 use ltxc_runtime::pipeline::schedule::{DEFAULT_TOKENS, DISTILLED_STAGE_1, noise_levels};
 
-use crate::args::{RuleName, SamplerName, SamplingArgs, ScheduleName};
+use crate::args::{RuleName, SamplerName, SamplingArgs, ScheduleName, StgMode};
 
 /// Threshold of projected guidance with momentum where none is given: ltx_core/components/guiders.py, release 1.2.0.
 const MOMENTUM_THRESHOLD: f64 = 5.0;
@@ -25,11 +25,12 @@ pub fn guidance(planned: Option<&Guidance>, args: &SamplingArgs, modalities: &[M
     };
     let mut guided = planned.clone();
     let rule = args.rule()?;
+    let (stg, stg_audio) = args.stg_scales(planned)?;
     let values = [
-        (&mut guided.video, [args.cfg, args.stg, args.modality, args.rescale], &args.stg_blocks, args.video_skip_step),
+        (&mut guided.video, [args.cfg, stg, args.modality, args.rescale], &args.stg_blocks, args.video_skip_step),
         (
             &mut guided.audio,
-            [args.cfg_audio, args.stg_audio, args.modality_audio, args.rescale_audio],
+            [args.cfg_audio, stg_audio, args.modality_audio, args.rescale_audio],
             &args.stg_blocks_audio,
             args.audio_skip_step,
         ),
@@ -91,7 +92,7 @@ pub fn stage_choice(
         Some(_) => guidance(stage.guidance.as_ref(), args, modalities)?,
         None => None,
     };
-    Ok(StageChoice { sigmas: levels, sampler: args.sampler(), guidance })
+    Ok(StageChoice { sigmas: levels, sampler: args.sampler(), guidance, levels: Vec::new() })
 }
 
 impl SamplingArgs {
@@ -104,6 +105,20 @@ impl SamplingArgs {
             SamplerName::Res2s => Sampler::Res2s,
             SamplerName::GradientEstimation => Sampler::GradientEstimation { gamma: self.ge_gamma.unwrap_or(2.0) },
             SamplerName::CfgPlusPlus => Sampler::CfgPlusPlus { eta: 1.0, noise: 1.0 },
+        })
+    }
+
+    /// Scales of STG for video and sound, where they are not those of the plan.
+    fn stg_scales(&self, planned: &Guidance) -> Result<(Option<f64>, Option<f64>)> {
+        let Some(mode) = self.stg_mode else { return Ok((self.stg, self.stg_audio)) };
+        if self.stg_audio.is_some() {
+            bail!("`--stg-mode` says what one scale holds for; leave `--audio-stg-guidance-scale` out");
+        }
+        let (video, audio) = (self.stg.unwrap_or(planned.video.stg), self.stg.unwrap_or(planned.audio.stg));
+        Ok(match mode {
+            StgMode::Video => (Some(video), Some(0.0)),
+            StgMode::Audio => (Some(0.0), Some(audio)),
+            StgMode::Both => (Some(video), Some(audio)),
         })
     }
 
@@ -135,6 +150,7 @@ impl SamplingArgs {
             ("--cfg-rule", self.cfg_rule.is_some()),
             ("--video-stg-guidance-scale", self.stg.is_some()),
             ("--audio-stg-guidance-scale", self.stg_audio.is_some()),
+            ("--stg-mode", self.stg_mode.is_some()),
             ("--video-stg-blocks", blocks(&self.stg_blocks)),
             ("--audio-stg-blocks", blocks(&self.stg_blocks_audio)),
             ("--a2v-guidance-scale", self.modality.is_some()),

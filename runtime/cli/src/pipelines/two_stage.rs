@@ -39,6 +39,7 @@ pub fn refinement() -> StageDraft {
         guidance: None,
         adapters: vec![StageAdapter::user(), StageAdapter::distilled()],
         upsampled: true,
+        keeps_sound: false,
     }
 }
 

@@ -30,6 +30,24 @@ impl Parts {
         self.header.keys().filter(|k| k.contains(part) && *k != "__metadata__").cloned().collect()
     }
 
+    /// Leaves out the tensors whose keys `goes` says.
+    pub fn without(self, goes: impl Fn(&str) -> bool) -> Parts {
+        let mut left = Parts { header: Map::new(), data: Vec::new() };
+        for (key, mut entry) in self.header {
+            if key != "__metadata__" {
+                if goes(&key) {
+                    continue;
+                }
+                let [start, end] = [0, 1].map(|i| entry["data_offsets"][i].as_u64().unwrap() as usize);
+                let at = left.data.len();
+                left.data.extend(&self.data[start..end]);
+                entry["data_offsets"] = vec![at, left.data.len()].into();
+            }
+            left.header.insert(key, entry);
+        }
+        left
+    }
+
     /// Calls the tensor `key` something else.
     pub fn rename(&mut self, key: &str) {
         let tensor = self.header.remove(key).unwrap_or_else(|| panic!("no tensor `{key}`"));

@@ -68,6 +68,22 @@ fn clips_that_do_not_fit_are_refused() {
 }
 
 #[test]
+fn one_of_picture_and_sound_can_stay() {
+    let place = Place::new();
+    place.ok(&with(tiny().run_args(), &["-p", "x", "-o", "clip.mp4"]));
+    let movie = |flag: &str, seed: &str| {
+        let flags = ["--video-path", "clip.mp4", "--start-time", "0.1", flag, "--seed", seed, "--no-metadata"];
+        place.ok(&retake(&[&flags[..], &["-o", "a.mp4"]].concat()));
+        let movie = ltxc_runtime::media::mp4::read(&place.read("a.mp4")).unwrap();
+        (movie.video.unwrap().samples, movie.audio.unwrap().frames)
+    };
+    let (kept, other) = (movie("--keep-audio", "1"), movie("--keep-audio", "2"));
+    assert!(kept.1 == other.1 && kept.0 != other.0, "sound stays, the picture is new");
+    let (kept, other) = (movie("--keep-video", "1"), movie("--keep-video", "2"));
+    assert!(kept.0 == other.0 && kept.1 != other.1, "the picture stays, sound is new");
+}
+
+#[test]
 fn other_pipelines_take_no_clips() {
     let place = Place::new();
     let frames = folder(&place, "frames", 9);

@@ -23,11 +23,11 @@ fn refused(name: &str, flags: &[&str], words: &[&str]) {
 
 #[test]
 fn checkpoints_of_the_other_training_are_refused() {
-    for pipeline in ["one-stage", "two-stage", "hq", "ti2vid_one_stage", "t2a"] {
+    for pipeline in ["one-stage", "two-stage", "hq", "ti2vid_one_stage", "t2a", "keyframes", "a2v", "retake-guided"] {
         let words = ["ltx-2-tiny-distilled.safetensors", "is a distilled model", "CFG", "name the dev checkpoint"];
         refused("ltx-2-tiny-distilled.safetensors", &["--pipeline", pipeline], &words);
     }
-    for pipeline in ["distilled", "distilled-one-stage"] {
+    for pipeline in ["distilled", "distilled-one-stage", "ic-lora", "dubit", "retake"] {
         let words = ["ltx-2-tiny-dev.safetensors", "is a dev model", "name the distilled checkpoint"];
         refused("ltx-2-tiny-dev.safetensors", &["--pipeline", pipeline], &words);
     }
@@ -54,6 +54,11 @@ fn guidance_that_the_model_cannot_follow_is_refused() {
     guided(&["--cfg-rule", "star", "--apg-eta", "1"], &["--apg-", "--cfg-rule apg"]);
     guided(&["--cfg-rule", "none"], &["none", "plain"]);
     refused("model.safetensors", &["--pipeline", "t2a", "--no-audio"], &["sound alone", "--no-audio"]);
+    for pipeline in ["a2v", "dubit"] {
+        let words = format!("pipeline `{pipeline}` is about sound");
+        refused("model.safetensors", &["--pipeline", pipeline, "--no-audio"], &[&words, "leave `--no-audio` out"]);
+    }
+    guided(&["--stg-mode", "both", "--audio-stg-guidance-scale", "1"], &["--stg-mode", "leave `--audio-stg"]);
 }
 
 #[test]
@@ -87,7 +92,7 @@ fn a_plan_says_what_it_was_not_compiled_for() {
 fn two_stages_of_a_full_model_need_its_distilled_lora() {
     let place = Place::new();
     let folder = tiny().folder.display().to_string();
-    for pipeline in ["two-stage", "hq"] {
+    for pipeline in ["two-stage", "hq", "keyframes", "a2v"] {
         place.ok(&compile_as(&place, "model.safetensors", &[&["--pipeline", pipeline], &SHAPE[..]].concat()));
         let args = ["run", "a.ltxplan", "--weights", &folder, "-p", "x", "-o", "a.mp4"];
         place.refused(&args, &[pipeline, "needs the distilled LoRA", "--distilled-lora"]);
@@ -120,4 +125,48 @@ fn sound_alone_and_silent_videos() {
     place.refused(&run("b.wav"), &["b.wav", "the plan makes none"]);
     place.ok(&run("b.mp4"));
     assert!(!place.read("b.mp4").is_empty());
+}
+
+#[test]
+fn guidance_can_depend_on_the_noise_level() {
+    let place = Place::new();
+    place.ok(&compile_as(&place, "model.safetensors", &[&["--pipeline", "one-stage"], &SHAPE[..]].concat()));
+    let folder = tiny().folder.display().to_string();
+    let run = |flags: &[&str]| {
+        let args = ["run", "a.ltxplan", "--weights", &folder, "-p", "x", "--steps", "3", "-o", "a.wav"];
+        [&args, flags].concat().into_iter().map(String::from).collect::<Vec<_>>()
+    };
+    let sound = |flags: &[&str]| {
+        place.ok(&run(flags));
+        place.read("a.wav")
+    };
+    let table = |text: &str| place.write("table.toml", text.as_bytes());
+    table("[[level]]\nup_to = 1.0\naudio-cfg-guidance-scale = 2.0\n");
+    let even = sound(&["--guidance-table", "table.toml"]);
+    assert!(even == sound(&["--cfg-audio", "2"]), "one level is like flags");
+    // Two noise levels of three steps are above 0.5: 1 and 0.9.
+    table("[[level]]\nup_to = 1.0\ncfg_audio = 4\n[[level]]\nup_to = 0.5\ncfg_audio = 2\n");
+    let split = sound(&["--guidance-table", "table.toml"]);
+    assert!(split != even && split != sound(&["--cfg-audio", "4"]), "levels do nothing");
+    table("[[level]]\nup_to = 1.0\nstg = 0\n");
+    place.refused(&run(&["--guidance-table", "table.toml"]), &["stage1", "self attention of video", "ltxc compile"]);
+    place.refused(&run(&["--guidance-table", "gone.toml"]), &["guidance table `gone.toml`"]);
+    let distilled = with(tiny().run_args(), &["-p", "x", "-o", "b.wav", "--guidance-table", "table.toml"]);
+    place.refused(&distilled, &["without guidance", "leave `--guidance-table` out"]);
+}
+
+#[test]
+fn one_scale_of_stg_can_hold_for_either() {
+    let place = Place::new();
+    let compile = |mode: &str| {
+        let flags = ["--pipeline", "one-stage", "--stg", "0.5", "--stg-mode", mode];
+        place.ok(&compile_as(&place, "model.safetensors", &[&flags, &SHAPE[..]].concat()));
+        let folder = tiny().folder.display().to_string();
+        let args = ["run", "a.ltxplan", "--weights", &folder, "-p", "x", "--steps", "1", "-o", "a.wav"];
+        place.ok(&args).stderr
+    };
+    let stderr = compile("audio");
+    assert!(stderr.contains("audio CFG 7, STG 0.5") && !stderr.contains("video CFG 3, STG"), "{stderr}");
+    let stderr = compile("both");
+    assert!(stderr.contains("audio CFG 7, STG 0.5") && stderr.contains("video CFG 3, STG 0.5"), "{stderr}");
 }

@@ -2,7 +2,7 @@
 
 use ltxc::args::PipelineName;
 use ltxc::pipelines::stage_choice;
-use ltxc_ir::plan::Modality;
+use ltxc_ir::plan::{Modality, ReferenceInput};
 use ltxc_runtime::media::{Recording, RgbImage, resize_and_crop};
 use ltxc_runtime::pipeline::{Attention, Media, Reference, SourceClip};
 use ltxc_tests::fixtures::TensorFile;
@@ -10,79 +10,78 @@ use ltxc_tests::fixtures::TensorFile;
 use super::guided::sampling;
 use super::*;
 
+/// The recorded runs, with their pipelines.
+const RUNS: [(&str, &str, PipelineName); 5] = [
+    ("ltx23", "retake", PipelineName::RetakeGuided),
+    ("ltx2", "keyframes", PipelineName::Keyframes),
+    ("ltx23", "a2vid", PipelineName::AudioToVideo),
+    ("ltx2", "ic_lora", PipelineName::IcLora),
+    ("ltx2", "ic_lora_ref2", PipelineName::IcLora),
+];
+
 #[test]
-fn retake_of_a_clip_with_sound() {
-    let shape = ShapeArgs {
-        height: Some(64),
-        width: Some(96),
-        num_frames: Some(17),
-        frame_rate: Some("24".into()),
-        ..ShapeArgs::default()
+fn conditioned_runs() {
+    for (family, name, pipeline) in RUNS {
+        check_conditioned(Case::new(family, name), pipeline);
+    }
+}
+
+#[test]
+fn conditioned_runs_of_the_first_release() {
+    for (family, name, pipeline) in RUNS {
+        check_conditioned(Case::new(family, name).of_first_release(), pipeline);
+    }
+}
+
+#[test]
+fn conditioned_runs_on_a_gpu() {
+    let Some(device) = gpu() else { return };
+    let model = Files { device, ..Files::of("ltx2") };
+    check_conditioned_on(&model, Case::new("ltx2", "ic_lora"), PipelineName::IcLora);
+}
+
+/// The size of a run, and what its plan has room for.
+fn shape(case: Case, params: &Value) -> ShapeArgs {
+    let shape = match case.name {
+        // A clip brings its size.
+        "retake" => ShapeArgs {
+            height: Some(64),
+            width: Some(96),
+            num_frames: Some(17),
+            frame_rate: Some("24".into()),
+            reference_version: Some(case.release),
+            ..ShapeArgs::default()
+        },
+        _ => case.shape(),
     };
-    let run = Conditioned::run("ltx23", "retake", PipelineName::RetakeGuided, shape, |params, plan| {
-        let video = &plan.pipeline.video;
+    ShapeArgs {
+        reference_attention: params["conditioning_attention_strength"].is_number(),
+        skip_stage_2: params["skip_stage_2"].as_bool().unwrap_or(false),
+        ..shape
+    }
+}
+
+/// What a run brings besides text and images.
+fn brought(params: &Value, plan: &Plan) -> Media {
+    let (inputs, video) = (&plan.pipeline.inputs, &plan.pipeline.video);
+    let clip = inputs.clip.as_ref().map(|_| {
         let [start, end] = ["start_time", "end_time"].map(|key| params[key].as_f64().expect("a time"));
         let frames = frames("retake.frames_uint8", video.width as usize, video.height as usize);
-        Media {
-            clip: Some(SourceClip { frames, start, end, kept: None }),
-            sound: Some(waveform("retake.waveform")),
-            ..Media::default()
-        }
+        SourceClip { frames, start, end, kept: None }
     });
-    run.check(&["stage1"], &["stage1"]).finish();
-}
-
-/// Up to the adapter of the second stage.
-#[test]
-fn keyframes_are_appended_in_both_stages() {
-    let shape = recorded_shape(&Recorded::required("e2e/ltx2/keyframes"));
-    let run = Conditioned::run("ltx2", "keyframes", PipelineName::Keyframes, shape, |_, _| Media::default());
-    run.check(&["stage1"], &["stage1", "stage2"]).finish_part();
-}
-
-/// Up to the adapter of the second stage, and with the recording at the end.
-#[test]
-fn a_recording_is_kept_in_both_stages() {
-    let shape = recorded_shape(&Recorded::required("e2e/ltx23/a2vid"));
-    let run = Conditioned::run("ltx23", "a2vid", PipelineName::AudioToVideo, shape, |_, _| Media {
-        sound: Some(waveform("audio.waveform")),
-        ..Media::default()
+    let sound = inputs.sound.map(|sound| match sound.role {
+        SoundRole::Clip => waveform("retake.waveform"),
+        _ => waveform("audio.waveform"),
     });
-    let sound = channels_first(&run.result.sound, 2);
-    let mut recorded = run.check(&["stage1"], &["stage1", "stage2"]);
-    recorded.check("final.waveform", &sound, 0.0);
-    recorded.finish_part();
-}
-
-/// Up to the adapter of the first stage.
-#[test]
-fn reference_videos_are_appended_with_their_attention() {
-    let shape = |name: &str| ShapeArgs {
-        reference_attention: name == "ic_lora",
-        reference_downscale: (name == "ic_lora_ref2").then_some(2),
-        skip_stage_2: name == "ic_lora_ref2",
-        ..recorded_shape(&Recorded::required(&format!("e2e/ltx2/{name}")))
+    let reference = |planned: &ReferenceInput| {
+        let frames = frames("video.frames_uint8", planned.width as usize, planned.height as usize);
+        let strength = params["video_conditioning"][0][1].as_f64().expect("a strength");
+        Reference { frames: vec![frames], strength }
     };
-    for name in ["ic_lora", "ic_lora_ref2"] {
-        let run = Conditioned::run("ltx2", name, PipelineName::IcLora, shape(name), |params, plan| {
-            let planned = plan.pipeline.inputs.references.as_ref().expect("the pipeline takes references");
-            let frames = frames("video.frames_uint8", planned.width as usize, planned.height as usize);
-            let strength = params["video_conditioning"][0][1].as_f64().expect("a strength");
-            let attention = params["conditioning_attention_strength"].as_f64();
-            Media {
-                references: vec![Reference { frames, strength }],
-                attention: attention.map(|strength| Attention { strength: strength as f32, mask: None }),
-                ..Media::default()
-            }
-        });
-        let own = run.result.tensors.get("stage1.video.attention_mask").cloned();
-        let mut recorded = run.check(&[], &["stage1"]);
-        assert_eq!(own.is_some(), recorded.has("stage1.video.attention_mask"));
-        if let Some(own) = own {
-            recorded.check("stage1.video.attention_mask", &own, DRIVER_LIMIT);
-        }
-        recorded.finish_part();
-    }
+    let references = inputs.references.iter().map(reference).collect();
+    let attention = params["conditioning_attention_strength"].as_f64();
+    let attention = attention.map(|strength| Attention { strength: strength as f32, mask: None });
+    Media { references, attention, clip, sound }
 }
 
 fn media() -> TensorFile {
@@ -108,71 +107,50 @@ fn waveform(name: &str) -> Recording {
     Recording { rate_hz: 16_000, channels: sound.to_f32().chunks(samples).map(<[f32]>::to_vec).collect() }
 }
 
-/// A run and its recording.
-struct Conditioned {
-    recorded: Recorded,
-    plan: Plan,
-    result: Outcome,
+#[track_caller]
+fn check_conditioned(case: Case, pipeline: PipelineName) {
+    check_conditioned_on(&Files::of(case.family), case, pipeline);
 }
 
-impl Conditioned {
-    fn run(
-        family: &str,
-        name: &str,
-        pipeline: PipelineName,
-        shape: ShapeArgs,
-        media: impl Fn(&Value, &Plan) -> Media,
-    ) -> Conditioned {
-        let model = Files::of(family);
-        let recorded = Recorded::required(&format!("e2e/{family}/{name}"));
-        let params = recorded.meta()["params"].clone();
-        let (images, sampling) = (images(&params), sampling(&params));
-        let shape = ShapeArgs { pipeline: Some(pipeline), sampling: sampling.clone(), ..shape };
-        let appended = images.iter().filter(|i| i.frame > 0 || pipeline == PipelineName::Keyframes).count();
-        let plan = model.compile(&shape, appended);
-        let steps = params["num_inference_steps"].as_u64().map(|n| n as usize);
-        let first = &plan.pipeline.stages[0];
-        let choice = stage_choice(first, &Modality::BOTH, &sampling, steps, None).unwrap_or_else(|e| panic!("{e:#}"));
-        let request = Request {
-            negative_prompt: params["negative_prompt"].as_str().unwrap_or_default(),
-            media: media(&params, &plan),
-            stages: BTreeMap::from([(first.name.clone(), choice)]),
-            ..request(params["prompt"].as_str().expect("a prompt"), &images, recorded_noise(&recorded, &plan))
-        };
-        let result = model.run(&plan, &request);
-        Conditioned { recorded, plan, result }
-    }
+/// Compares everything that was recorded, from the noise to the last frame and the sound.
+#[track_caller]
+fn check_conditioned_on(model: &Files, case: Case, pipeline: PipelineName) {
+    let mut recorded = case.recorded();
+    let params = recorded.meta()["params"].clone();
+    let (images, sampling, loras) = (images(&params), sampling(&params), model.loras(&params));
+    let shape = ShapeArgs { pipeline: Some(pipeline), sampling: sampling.clone(), ..shape(case, &params) };
+    let appended = images.iter().filter(|i| i.frame > 0 || pipeline == PipelineName::Keyframes).count();
+    let plan = model.compile_for(&shape, appended, &loras);
+    let steps = params["num_inference_steps"].as_u64().map(|n| n as usize);
+    let first = &plan.pipeline.stages[0];
+    let choice = stage_choice(first, &Modality::BOTH, &sampling, steps, None).unwrap_or_else(|e| panic!("{e:#}"));
+    let request = Request {
+        negative_prompt: params["negative_prompt"].as_str().unwrap_or_default(),
+        media: brought(&params, &plan),
+        stages: BTreeMap::from([(first.name.clone(), choice)]),
+        adapters: model.stage_adapters(&plan, &loras),
+        ..request(params["prompt"].as_str().expect("a prompt"), &images, recorded_noise(&recorded, &plan))
+    };
+    let result = model.run(&plan, &request);
 
-    /// Compares all steps of some stages, what others start from, and the outputs if all steps of all stages are.
-    #[track_caller]
-    fn check(self, whole: &[&str], started: &[&str]) -> Recorded {
-        let Conditioned { mut recorded, plan, result } = self;
-        for stage in started {
-            let sigmas = format!("{stage}.sigmas");
-            recorded.check(&sigmas, &result.tensors[&sigmas], DRIVER_LIMIT);
-            for modality in ["video", "audio"] {
-                check_state(&mut recorded, &result, &plan, stage, modality);
-            }
+    for stage in &plan.pipeline.stages {
+        let sigmas = format!("{}.sigmas", stage.name);
+        recorded.check(&sigmas, &result.tensors[&sigmas], DRIVER_LIMIT);
+        for modality in ["video", "audio"] {
+            check_stage(&mut recorded, &result, &plan, &stage.name, modality);
         }
-        for stage in whole {
-            for modality in ["video", "audio"] {
-                check_steps(&mut recorded, &result, stage, modality);
-            }
-        }
-        if whole.contains(&"stage1") {
-            // The recording numbers the model's evaluations, of which there is one per pass.
-            let first = &plan.pipeline.stages[0];
-            let passes = needed_passes(first.guidance.as_ref(), first.sampler);
-            for (call, pass) in passes.iter().enumerate() {
-                for modality in ["video", "audio"] {
-                    let own = &result.tensors[&format!("stage1.call0.{}.{modality}.x0", pass.name())];
-                    recorded.check(&format!("x0_call{call}.{modality}"), own, RUN_LIMIT);
-                }
-            }
-        }
-        if whole.len() == plan.pipeline.stages.len() {
-            check_outputs(&mut recorded, &result, &plan);
-        }
-        recorded
     }
+    // The recording numbers the model's evaluations, of which a step has one per pass.
+    let passes = needed_passes(first.guidance.as_ref(), first.sampler);
+    let calls = (0..).take_while(|call| recorded.has(&format!("x0_call{call}.video"))).count();
+    assert!(calls > 0, "no evaluation was recorded");
+    for call in 0..calls {
+        let (step, pass) = (call / passes.len(), passes[call % passes.len()].name());
+        for modality in ["video", "audio"] {
+            let own = &result.tensors[&format!("stage1.call{step}.{pass}.{modality}.x0")];
+            recorded.check(&format!("x0_call{call}.{modality}"), own, RUN_LIMIT);
+        }
+    }
+    check_outputs(&mut recorded, &result, &plan);
+    recorded.finish();
 }

@@ -1,38 +1,33 @@
 //! Guided runs: several passes per step, of which some modality may skip some.
 
-use ltxc::adapters::{self, Loras};
-use ltxc::args::{AdapterArgs, PipelineName, SamplingArgs};
+use ltxc::args::{PipelineName, SamplingArgs};
 use ltxc::pipelines::stage_choice;
 use ltxc_ir::plan::Modality;
 use ltxc_ir::plan::summary::function_costs;
 
-use ltxc_runtime::adapters::StageAdapters;
-
 use super::*;
 
+/// The recorded runs, with their pipelines.
+const RUNS: [(&str, &str, PipelineName); 5] = [
+    ("ltx2", "one_stage", PipelineName::OneStage),
+    ("ltx23", "one_stage", PipelineName::OneStage),
+    ("ltx23", "one_stage_i2v_skip", PipelineName::OneStage),
+    ("ltx2", "two_stages_i2v", PipelineName::TwoStage),
+    ("ltx23", "two_stages_hq", PipelineName::HighQuality),
+];
+
 #[test]
-fn one_stage_run_of_ltx2() {
-    check_guided("ltx2", "one_stage", PipelineName::OneStage);
+fn guided_runs() {
+    for (family, name, pipeline) in RUNS {
+        check_guided(Case::new(family, name), pipeline);
+    }
 }
 
 #[test]
-fn one_stage_run_of_ltx23() {
-    check_guided("ltx23", "one_stage", PipelineName::OneStage);
-}
-
-#[test]
-fn one_stage_run_with_an_image_and_skipped_steps() {
-    check_guided("ltx23", "one_stage_i2v_skip", PipelineName::OneStage);
-}
-
-#[test]
-fn two_stage_run_with_an_image() {
-    check_guided("ltx2", "two_stages_i2v", PipelineName::TwoStage);
-}
-
-#[test]
-fn high_quality_run() {
-    check_guided("ltx23", "two_stages_hq", PipelineName::HighQuality);
+fn guided_runs_of_the_first_release() {
+    for (family, name, pipeline) in RUNS {
+        check_guided(Case::new(family, name).of_first_release(), pipeline);
+    }
 }
 
 /// The flags that a recorded run stands for.
@@ -64,22 +59,23 @@ pub fn sampling(params: &Value) -> SamplingArgs {
 fn guided_runs_on_a_gpu() {
     let Some(device) = gpu() else { return };
     let model = Files { device, ..Files::of("ltx23") };
-    check_guided_on(&model, "ltx23", "one_stage_i2v_skip", PipelineName::OneStage);
+    check_guided_on(&model, Case::new("ltx23", "one_stage_i2v_skip"), PipelineName::OneStage);
 }
 
 #[track_caller]
-fn check_guided(family: &str, name: &str, pipeline: PipelineName) {
-    check_guided_on(&Files::of(family), family, name, pipeline);
+fn check_guided(case: Case, pipeline: PipelineName) {
+    check_guided_on(&Files::of(case.family), case, pipeline);
 }
 
 #[track_caller]
-fn check_guided_on(model: &Files, family: &str, name: &str, pipeline: PipelineName) {
-    let mut recorded = Recorded::required(&format!("e2e/{family}/{name}"));
+fn check_guided_on(model: &Files, case: Case, pipeline: PipelineName) {
+    let mut recorded = case.recorded();
     let params = recorded.meta()["params"].clone();
     let images = images(&params);
     let sampling = sampling(&params);
-    let shape = ShapeArgs { pipeline: Some(pipeline), sampling: sampling.clone(), ..recorded_shape(&recorded) };
-    let plan = model.compile(&shape, images.iter().filter(|i| i.frame > 0).count());
+    let loras = model.loras(&params);
+    let shape = ShapeArgs { pipeline: Some(pipeline), sampling: sampling.clone(), ..case.shape() };
+    let plan = model.compile_for(&shape, images.iter().filter(|i| i.frame > 0).count(), &loras);
     let [prompt, negative] = ["prompt", "negative_prompt"].map(|key| params[key].as_str().expect("a prompt"));
     let steps = params["num_inference_steps"].as_u64().map(|n| n as usize);
     let first = &plan.pipeline.stages[0];
@@ -89,7 +85,7 @@ fn check_guided_on(model: &Files, family: &str, name: &str, pipeline: PipelineNa
     let request = Request {
         negative_prompt: negative,
         stages: BTreeMap::from([(first.name.clone(), choice)]),
-        adapters: stage_adapters(model, &plan, &params),
+        adapters: model.stage_adapters(&plan, &loras),
         ..request(prompt, &images, noise)
     };
     let result = model.run(&plan, &request);
@@ -117,26 +113,6 @@ fn check_guided_on(model: &Files, family: &str, name: &str, pipeline: PipelineNa
 
     let again = model.run(&plan, &request);
     assert_eq!((result.tensors, result.frames, result.sound), (again.tensors, again.frames, again.sound));
-}
-
-/// Adapters of the stages, if the run was recorded with the distilled one.
-fn stage_adapters(model: &Files, plan: &Plan, params: &Value) -> StageAdapters {
-    let Some(file) = params["distilled_lora"].as_str() else { return StageAdapters::default() };
-    let path = model.folders[0].join(file);
-    let strength = params["distilled_lora_strength"].as_f64().unwrap_or(1.0);
-    let args = AdapterArgs {
-        distilled_lora: vec![path.display().to_string(), strength.to_string()],
-        distilled_lora_strength_stage_1: params["strength_stage_1"].as_f64(),
-        distilled_lora_strength_stage_2: params["strength_stage_2"].as_f64(),
-        ..AdapterArgs::default()
-    };
-    let weights = WeightFiles::open(plan, &model.folders, true).unwrap_or_else(|e| panic!("{e}"));
-    let loras = Loras::open(&args, &[]).unwrap_or_else(|e| panic!("{e:#}"));
-    let targets = adapters::targets(plan, &weights).unwrap_or_else(|e| panic!("{e:#}"));
-    let fits = loras.fit(&targets, &plan.pipeline.name).unwrap_or_else(|e| panic!("{e:#}"));
-    let mode = adapters::mode(None, plan);
-    let mut report = ltxc::report::Report::new(ltxc::report::Style::Quiet);
-    loras.stages(fits, &plan.pipeline, mode, &mut report).unwrap_or_else(|e| panic!("{e:#}"))
 }
 
 /// Recorded noise of the steps of a stage, in the order in which it was drawn.

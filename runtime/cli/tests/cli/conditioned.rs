@@ -1,0 +1,311 @@
+//! Pipelines that are given keyframes, a recording, reference videos, or a clip to dub: prompt to file, and what is said when
+//! something is missing or does not fit.
+
+use std::path::Path;
+
+use ltxc_runtime::media::mp4::{Movie, read};
+
+use crate::binary::{Place, SHAPE, fixtures, with};
+
+fn fixture(name: &str) -> String {
+    fixtures().join(name).display().to_string()
+}
+
+/// `run --pipeline` with the files of a family; outputs are 9 frames of 128x128.
+fn run(family: &str, pipeline: &str, more: &[&str]) -> Vec<String> {
+    let (model, upsampler) = match family {
+        "ltx2" => ("tiny-ltx2/ltx-2-tiny.safetensors", "tiny-ltx2/spatial-upscaler-x2-tiny.safetensors"),
+        _ => ("tiny-ltx23/ltx-2.3-tiny.safetensors", "tiny-ltx23/spatial-upscaler-x2-ltx23-tiny.safetensors"),
+    };
+    let files = [fixture(model), fixture("tiny-gemma3"), fixture(upsampler)];
+    let flags = [
+        ("--checkpoint-path", files[0].as_str()),
+        ("--gemma-root", &files[1]),
+        ("--spatial-upsampler-path", &files[2]),
+        ("--pipeline", pipeline),
+        ("--device", "cpu"),
+        ("--height", "128"),
+        ("--width", "128"),
+        ("--num-frames", "9"),
+        ("-p", "rain"),
+        ("-o", "a.mp4"),
+    ];
+    // What is asked for replaces the usual, and no pipeline is none.
+    let usual = flags.into_iter().filter(|(flag, value)| !more.contains(flag) && !value.is_empty());
+    let usual = usual.flat_map(|(flag, value)| [flag.to_string(), value.to_string()]);
+    with(["run".to_string()].into_iter().chain(usual).collect(), more)
+}
+
+/// Runs, and reads what it wrote.
+#[track_caller]
+fn movie(place: &Place, args: &[String]) -> Movie {
+    place.ok(args);
+    read(&place.read("a.mp4")).unwrap()
+}
+
+#[track_caller]
+fn size(movie: &Movie) -> (usize, usize, usize) {
+    let video = movie.video.as_ref().expect("a picture");
+    (video.width as usize, video.height as usize, video.samples.len())
+}
+
+/// A folder of `n` grey images of 64x64, each a little brighter.
+fn folder(place: &Place, name: &str, n: u8) -> String {
+    std::fs::create_dir(place.path(name)).unwrap();
+    for i in 0..n {
+        let mut png = Vec::new();
+        ltxc_runtime::media::png::write(64, 64, &[40 + 3 * i; 64 * 64 * 3], &mut png).unwrap();
+        place.write(&format!("{name}/{i:02}.png"), &png);
+    }
+    name.into()
+}
+
+/// Refused before anything is compiled.
+#[track_caller]
+fn refused(place: &Place, args: &[String], words: &[&str]) {
+    place.refused(args, words);
+    assert!(!place.path("cache").exists(), "something was compiled");
+}
+
+#[test]
+fn videos_pass_through_keyframes() {
+    let place = Place::new();
+    let (first, last) = (fixture("inputs/image0.png"), fixture("inputs/image2.png"));
+    let distilled = fixture("tiny-ltx2/distilled-lora-tiny.safetensors");
+    let images = ["--image", &first, "0", "--image", &last, "8", "0.9", "--num-inference-steps", "2"];
+    let run = |pipeline: &str, more: &[&str]| run("ltx2", pipeline, &[&images[..], more].concat());
+    refused(&place, &run("keyframes", &[]), &["pipeline `keyframes` needs the distilled LoRA", "--distilled-lora"]);
+    let made = movie(&place, &run("keyframes", &["--distilled-lora", &distilled]));
+    assert_eq!(size(&made), (128, 128, 9));
+    assert!(made.audio.is_some());
+    // The official name of the pipeline, and other bytes than where the first image replaces a latent.
+    let again = movie(&place, &run("keyframe_interpolation", &["--distilled-lora", &distilled]));
+    assert_eq!(again.video, made.video);
+    let replaced = movie(&place, &run("two-stage", &["--distilled-lora", &distilled]));
+    assert_ne!(replaced.video, made.video);
+}
+
+#[test]
+fn a_recording_is_kept() {
+    let place = Place::new();
+    let (sound, distilled) = (fixture("inputs/audio.wav"), fixture("tiny-ltx23/distilled-lora-tiny.safetensors"));
+    let run = |more: &[&str]| {
+        run("ltx23", "a2v", &[&["--distilled-lora", &distilled, "--num-inference-steps", "2"], more].concat())
+    };
+    let made = movie(&place, &run(&["--audio-path", &sound]));
+    assert_eq!(size(&made), (128, 128, 9));
+    // 9 frames at 24 per second, at the recording's 16 kHz.
+    assert_eq!(made.audio.expect("the recording").rate_hz, 16_000);
+    place.ok(&run(&["--audio-path", &sound, "--audio-start-time", "0.2", "-o", "a.wav"]));
+    let (written, original) = (place.read("a.wav"), std::fs::read(&sound).unwrap());
+    let left = |bytes: &[u8], at: usize| i16::from_le_bytes([bytes[at], bytes[at + 1]]);
+    let channels = i16::from_le_bytes([original[22], original[23]]) as usize;
+    for i in [0, 1, 100, 4000] {
+        let (found, expected) = (left(&written, 44 + 4 * i), left(&original, 44 + 2 * channels * (3200 + i)));
+        assert!((found - expected).abs() <= 1, "sample {i} is {found}, it was {expected}");
+    }
+    std::fs::remove_file(place.path("a.mp4")).unwrap();
+    place.refused(&run(&[]), &["pipeline `a2v` needs a recording", "--audio-path"]);
+    place.refused(&run(&["--audio-path", "gone.wav"]), &["gone.wav"]);
+    place.refused(&run(&["--audio-path", &sound, "--audio-start-time", "99"]), &["audio.wav", "99"]);
+}
+
+#[test]
+fn references_have_the_size_that_the_lora_says() {
+    let place = Place::new();
+    let frames = folder(&place, "frames", 9);
+    let (plain, half) =
+        (fixture("tiny-ltx2/ic-lora-tiny.safetensors"), fixture("tiny-ltx2/ic-lora-ref2-tiny.safetensors"));
+    let run = |more: &[&str]| run("ltx2", "ic-lora", &[&["--video-conditioning", &frames], more].concat());
+    refused(&place, &run(&[]), &["pipeline `ic-lora` needs an IC-LoRA", "--lora"]);
+    refused(&place, &run(&["--lora", &half, "--height", "192"]), &["height of 96 pixels", "multiple of 64"]);
+    let whole = movie(&place, &run(&["--lora", &plain]));
+    let halved = movie(&place, &run(&["--lora", &half]));
+    assert_eq!((size(&whole), size(&halved)), ((128, 128, 9), (128, 128, 9)));
+    assert_ne!(whole.video, halved.video);
+    let one = movie(&place, &run(&["--lora", &half, "--skip-stage-2"]));
+    assert_eq!(size(&one), (64, 64, 9));
+
+    // What acts less is another picture, and a strength of 1 is none.
+    let weaker = movie(&place, &run(&["--lora", &half, "--conditioning-attention-strength", "0.5"]));
+    let full = movie(&place, &run(&["--lora", &half, "--conditioning-attention-strength", "1"]));
+    assert_eq!(full.video, halved.video);
+    assert_ne!(weaker.video, halved.video);
+    let masked = movie(&place, &run(&["--lora", &half, "--conditioning-attention-mask", &frames, "0.5"]));
+    assert!(masked.video != weaker.video && masked.video != halved.video);
+}
+
+#[test]
+fn references_that_do_not_fit_are_refused() {
+    let place = Place::new();
+    let (frames, short) = (folder(&place, "frames", 9), folder(&place, "short", 8));
+    let half = fixture("tiny-ltx2/ic-lora-ref2-tiny.safetensors");
+    let run = |more: &[&str]| run("ltx2", "ic-lora", &[&["--lora", &half], more].concat());
+    place.ok(&run(&["--video-conditioning", &frames, "-o", "a.wav"]));
+    for (flags, words) in [
+        (&[][..], &["needs a reference video", "--video-conditioning"][..]),
+        (&["--video-conditioning", &short], &["`short` has 8 frames, 9 are needed"]),
+        (&["--video-conditioning", "gone.mp4"], &["gone.mp4"]),
+        (&["--video-conditioning", &frames, "2"], &["strength 2", "0 to 1"]),
+        (&["--video-conditioning", &frames, "x"], &["strength `x` is not a number"]),
+        (
+            &["--video-conditioning", &frames, "--reference-video", "b.mp4"],
+            &["takes no reference video", "leave `--reference-video` out"],
+        ),
+        (
+            &["--video-conditioning", &frames, "--audio-path", "b.wav"],
+            &["takes no recording", "leave `--audio-path` out"],
+        ),
+    ] {
+        place.refused(&run(&[&["-o", "b.wav"], flags].concat()), words);
+    }
+    let attention = ["--video-conditioning", &frames, "--conditioning-attention-strength"];
+    place.ok(&run(&[&attention[..], &["0.5", "-o", "a.wav"]].concat()));
+    place.refused(&run(&[&attention[..], &["1.5", "-o", "b.wav"]].concat()), &["strength 1.5", "0 to 1"]);
+    let twice = [&attention[..], &["0.5", "--conditioning-attention-mask", &frames, "0.5", "-o", "b.wav"]].concat();
+    place.refused(&run(&twice), &["give one of them"]);
+    let mask = ["--video-conditioning", &frames, "--conditioning-attention-mask", &short, "-o", "b.wav"];
+    place.refused(&run(&mask), &["the mask `short` has 8 frames, the video has 9"]);
+    place.refused(
+        &run(&["--video-conditioning", &frames, "--lora", &half, "1", "stage=2"]),
+        &["take no LoRA", "stage="],
+    );
+}
+
+#[test]
+fn a_plan_for_references_says_what_they_are() {
+    let place = Place::new();
+    let frames = folder(&place, "frames", 9);
+    let (plain, half) =
+        (fixture("tiny-ltx2/ic-lora-tiny.safetensors"), fixture("tiny-ltx2/ic-lora-ref2-tiny.safetensors"));
+    let mut compile = run("ltx2", "ic-lora", &["--reference-count", "2", "--lora", &half]);
+    compile[0] = "compile".into();
+    compile.retain(|arg| arg != "-p" && arg != "rain");
+    let output = compile.iter().position(|arg| arg == "a.mp4").unwrap();
+    compile[output] = "a.ltxplan".into();
+    place.ok(&compile);
+    let weights = fixtures().display().to_string();
+    let run = |more: &[&str]| {
+        let start = ["run", "a.ltxplan", "--weights", &weights, "-p", "x", "-o", "a.wav"].map(String::from);
+        with(start.into(), more)
+    };
+    let video = ["--video-conditioning", &frames];
+    let both = [&video[..], &video].concat();
+    place.refused(&run(&both), &["pipeline `ic-lora` needs an IC-LoRA"]);
+    let words = ["downscale factor 2", "the LoRA with 1 and 1", "compile the plan with `--lora"];
+    place.refused(&run(&[&both[..], &["--lora", &plain]].concat()), &words);
+    let lora = ["--lora", &half];
+    place.refused(
+        &run(&[&video[..], &lora].concat()),
+        &["takes 2 reference videos, 1 are given", "--reference-count 1"],
+    );
+    let acts = ["--conditioning-attention-strength", "0.5"];
+    place.refused(&run(&[&both[..], &lora, &acts].concat()), &["without strengths", "--reference-attention"]);
+    place.ok(&run(&[&both[..], &lora].concat()));
+}
+
+#[test]
+fn a_clip_is_dubbed_in_its_own_length() {
+    let place = Place::new();
+    // Any clip with sound: what another pipeline makes. Its 17 frames are not those of the flags.
+    place.ok(&run("ltx2", "distilled", &["--num-frames", "17", "-o", "clip.mp4"]));
+    std::fs::remove_dir_all(place.path("cache")).unwrap();
+    let lora = fixture("tiny-ltx2/ic-lora-ref2-tiny.safetensors");
+    let dub = |pipeline: &str, more: &[&str]| {
+        let mut args = run("ltx2", pipeline, more);
+        let frames = args.iter().position(|arg| arg == "--num-frames").unwrap();
+        args.drain(frames..frames + 2);
+        args
+    };
+    refused(&place, &dub("dubit", &["--reference-video", "clip.mp4"]), &["pipeline `dubit` needs an IC-LoRA"]);
+    let two = ["--reference-video", "clip.mp4", "--lora", &lora, "--lora", &lora];
+    refused(&place, &dub("dubit", &two), &["runs with one LoRA", "leave `"]);
+    let made = movie(&place, &dub("dubit", &["--reference-video", "clip.mp4", "--lora", &lora]));
+    assert_eq!(size(&made), (128, 128, 17));
+    assert!(made.audio.is_some());
+    let again = movie(&place, &dub("lipdub", &["--reference-video", "clip.mp4", "--lora", &lora]));
+    assert_eq!((&again.video, &again.audio), (&made.video, &made.audio));
+    let weaker = ["--reference-video", "clip.mp4", "--reference-strength", "0.5", "--lora", &lora];
+    assert_ne!(movie(&place, &dub("dubit", &weaker)).video, made.video);
+
+    place.refused(&run("ltx2", "dubit", &["--lora", &lora]), &["needs a reference video", "--reference-video"]);
+    let silent = folder(&place, "silent", 17);
+    let flags = ["--reference-video", &silent, "--frame-rate", "24", "--lora", &lora];
+    place.refused(&dub("dubit", &flags), &["silent", "no sound"]);
+    let other = ["--reference-video", "clip.mp4", "--video-conditioning", &silent, "--lora", &lora];
+    place.refused(&dub("dubit", &other), &["takes no reference video", "leave `--video-conditioning` out"]);
+}
+
+/// LoRAs of other pipelines are refused as ever, and those with references where there are none.
+#[test]
+fn loras_with_references_are_refused_elsewhere() {
+    let place = Place::new();
+    let lora = fixture("tiny-ltx2/ic-lora-ref2-tiny.safetensors");
+    let distilled = fixture("tiny-ltx2/distilled-lora-tiny.safetensors");
+    let (frames, sound) = (folder(&place, "frames", 9), fixture("inputs/audio.wav"));
+    for (pipeline, brings) in [("keyframes", &[][..]), ("a2v", &["--audio-path", &sound])] {
+        let args = run("ltx2", pipeline, &[&["--lora", &lora, "--distilled-lora", &distilled], brings].concat());
+        refused(&place, &args, &["is an IC-LoRA", &format!("pipeline `{pipeline}` takes none")]);
+    }
+    let other = fixture("tiny-ltx23/distilled-lora-tiny.safetensors");
+    refused(
+        &place,
+        &run("ltx2", "ic-lora", &["--video-conditioning", &frames, "--lora", &other]),
+        &["looks like a LoRA of LTX-2.3"],
+    );
+    refused(&place, &run("ltx2", "keyframes", &["--distilled-lora", &other]), &["looks like a LoRA of LTX-2.3"]);
+    let skipped = run("ltx2", "keyframes", &["--skip-stage-2", "--distilled-lora", &distilled]);
+    refused(&place, &skipped, &["`--skip-stage-2` is for pipeline `ic-lora`"]);
+}
+
+#[test]
+fn pipelines_have_the_names_of_other_tools() {
+    let place = Place::new();
+    let own = |args: &[&str]| run("ltx2", "", args);
+    let sentence = |args: &[String], words: &[&str]| refused(&place, args, words);
+    for (flag, name) in [("--two-stage", "two-stage"), ("--two-stages-hq", "hq"), ("--two_stages", "two-stage")] {
+        sentence(&own(&[flag]), &[&format!("pipeline `{name}` needs the distilled LoRA")]);
+    }
+    sentence(&own(&["--two-stage", "--pipeline", "hq"]), &["--pipeline", "multiple times"]);
+    let lora = "needs the distilled LoRA";
+    for (name, words) in [
+        ("ti2vid_two_stages", lora),
+        ("ti2vid_two_stages_hq", lora),
+        ("keyframe", lora),
+        ("a2vid_two_stage", "pipeline `a2v` needs a recording"),
+        ("ic_lora", "pipeline `ic-lora` needs a reference video"),
+        ("lipdub", "pipeline `dubit` needs a reference video"),
+    ] {
+        let mut args = own(&[]);
+        args.insert(1, name.into());
+        sentence(&args, &[words]);
+    }
+    let mut args = own(&["-o", "a.wav"]);
+    args.insert(1, "generate".into());
+    place.ok(&args);
+    assert!(Path::new(&place.path("a.wav")).exists());
+}
+
+#[test]
+fn outputs_are_written_as_asked() {
+    let place = Place::new();
+    let run = |more: &[&str]| with(crate::binary::tiny().run_args(), &[&["-p", "rain", "-o", "a.mp4"], more].concat());
+    let fine = movie(&place, &run(&["--crf", "5"]));
+    let coarse = movie(&place, &run(&["--crf", "45", "--save-json"]));
+    let bytes = |movie: &Movie| movie.video.as_ref().unwrap().samples.iter().map(|s| s.data.len()).sum::<usize>();
+    assert!(bytes(&coarse) < bytes(&fine));
+    let facts: serde_json::Value = serde_json::from_slice(&place.read("a.mp4.json")).unwrap();
+    assert_eq!((&facts["prompt"], &facts["seed"], &facts["frames"]), (&"rain".into(), &10.into(), &9.into()));
+    assert_eq!(facts["plan_hash"].as_str().map(str::len), Some(64));
+    place.refused(&run(&["--crf", "52"]), &["52", "--crf"]);
+
+    let compile = ["compile".to_string()].into_iter().chain(crate::binary::tiny().model_args()).collect();
+    place.ok(&with(compile, &[&SHAPE[..], &["--frame-rate", "24000/1001", "-o", "slow.ltxplan"]].concat()));
+    let weights = crate::binary::tiny().folder.display().to_string();
+    let slow = |more: &[&str]| {
+        let args = ["run", "slow.ltxplan", "--weights", &weights, "-p", "x", "-o", "a.mp4"].map(String::from);
+        movie(&place, &with(args.into(), more)).video.unwrap().fps
+    };
+    let rate = |num, den| ltxc_runtime::media::Rational::new(num, den).unwrap();
+    assert_eq!((slow(&[]), slow(&["--integer-fps"])), (rate(24000, 1001), rate(23, 1)));
+}
