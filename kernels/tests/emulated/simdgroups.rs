@@ -3,6 +3,7 @@
 type Device = crate::devices::Simdgroups;
 
 #[path = "bounds.rs"]
+#[allow(dead_code)] // which kernels there are is looked at once
 mod bounds;
 #[path = "../simple/cases.rs"]
 mod cases;

@@ -18,3 +18,8 @@ mod on_units;
 mod tails;
 #[path = "../cube/tiles.rs"]
 mod tiles;
+
+#[test]
+fn no_kernel_is_left_out() {
+    assert_eq!(bounds::left_out(), [""; 0]);
+}
