@@ -11,7 +11,7 @@ use ltxc_ir::plan::{Kernels, Modality, Plan, Release};
 use ltxc_runtime::RunError;
 use ltxc_runtime::adapters::StageAdapters;
 use ltxc_runtime::audio_frontend::resample;
-use ltxc_runtime::backend::{Device, KernelCounts, open_with};
+use ltxc_runtime::backend::{Device, KernelCounts, missing_units, open_with};
 use ltxc_runtime::executor::Executor;
 use ltxc_runtime::experiments::Experiments;
 use ltxc_runtime::files::write_atomically;
@@ -209,6 +209,14 @@ impl Runner {
         if need.is_on_gpu {
             // The executor compares what the plan needs with what the device has.
             report.note(&format!("device {}: {}", device.name, device.description));
+        }
+        let missing = missing_units(&plan, &device);
+        if !missing.is_empty() {
+            let names = missing.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+            report.note(&format!(
+                "matrix units: the plan is for {names}, which {} lacks; products run without, slower",
+                device.name
+            ));
         }
         report.note(&memory(&need));
         need.check(available())?;
