@@ -14,6 +14,7 @@ use ltxc_ir::plan::{KernelDevice, Kernels, Plan, Program, Slot, SlotPlace};
 use crate::adapters::AdapterSet;
 use crate::backend::{Backend, Binding, BufferId, CallId, Cpu, Frame, KernelCounts, Region};
 use crate::error::RunError;
+use crate::experiments::Experiments;
 use crate::memory::available;
 use crate::prefetch::Prefetcher;
 use crate::stats::Stats;
@@ -218,6 +219,18 @@ impl<'a> Executor<'a> {
             self.unload_all()?;
         }
         self.binding.set_adapters(&mut *self.backend, adapters)
+    }
+
+    /// Runs programs with these experiments from now on; if they differ from those before, weights are bound anew.
+    ///
+    /// # Errors
+    /// If the memory cannot be reserved anew.
+    pub fn set_experiments(&mut self, experiments: &Experiments) -> Result<(), RunError> {
+        if experiments == self.binding.experiments() {
+            return Ok(());
+        }
+        self.binding.set_experiments(experiments.clone());
+        self.unload_all()
     }
 
     /// Forgets all loaded programs, packed weights and values, and gives their memory back.

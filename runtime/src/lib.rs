@@ -7,6 +7,7 @@ pub mod audio_frontend;
 pub mod backend;
 pub mod error;
 pub mod executor;
+pub mod experiments;
 pub mod files;
 pub mod media;
 pub mod memory;

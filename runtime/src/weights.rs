@@ -88,11 +88,24 @@ impl WeightFiles {
     /// # Errors
     /// A file that is not there or has other content.
     pub fn open(plan: &Plan, folders: &[PathBuf], full: bool) -> Result<WeightFiles, RunError> {
+        WeightFiles::open_without(plan, folders, full, None)
+    }
+
+    /// The same, but files of the source `unused` are not looked for; programs that need them cannot be loaded.
+    ///
+    /// # Errors
+    /// Those of [`WeightFiles::open`].
+    pub fn open_without(
+        plan: &Plan,
+        folders: &[PathBuf],
+        full: bool,
+        unused: Option<&str>,
+    ) -> Result<WeightFiles, RunError> {
         let candidates = files_below(folders, |p| p.extension().is_some_and(|e| e == "safetensors"));
         let mut files = WeightFiles { sources: Vec::new(), maps: Vec::new() };
         for source in &plan.sources {
             let (mut tensors, first) = (BTreeMap::new(), files.maps.len());
-            for identity in &source.files {
+            for identity in source.files.iter().filter(|_| unused != Some(source.name.as_str())) {
                 let (path, map) = find(source, identity, &candidates, folders, full)?;
                 let file = files.maps.len();
                 for (key, located) in tensors_of(&path, &map, file)? {

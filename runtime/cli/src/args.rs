@@ -10,6 +10,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use ltxc_models::synth::Preset;
 use ltxc_runtime::backend::DeviceName;
+use ltxc_runtime::experiments::Experiment;
 
 use crate::debug::command::DebugCommand;
 use crate::debug::flags::DebugFlags;
@@ -534,8 +535,11 @@ pub struct OutputArgs {
 #[command(next_help_heading = "Content")]
 pub struct ContentArgs {
     /// What to show; `-` reads standard input, `@FILE` a file.
-    #[arg(long, short, required_unless_present = "jobs")]
+    #[arg(long, short, required_unless_present_any = ["jobs", "embeddings"])]
     pub prompt: Option<String>,
+    /// Text contexts made elsewhere, instead of prompts: .safetensors, .npz or .pt, as `ltxc debug text export` writes them.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["prompt", "negative_prompt"])]
+    pub embeddings: Option<PathBuf>,
     /// Many runs: tables `[[job]]` (.toml) or a JSON object per line (.jsonl), with the names of flags as keys.
     #[arg(long, value_name = "FILE")]
     pub jobs: Option<PathBuf>,
@@ -611,12 +615,25 @@ pub struct ContentArgs {
     /// Noise of stage 2, sound.
     #[arg(long, value_name = "FILE")]
     pub ltx2_refine_audio_noise_path: Option<PathBuf>,
-    /// All other noise of a run, appended tokens and fresh noise of steps included: read if the file exists, else written.
-    #[arg(long, value_name = "FILE")]
-    pub noise_bundle: Option<PathBuf>,
     /// Codec for the H.264 round trip of images.
     #[arg(long, value_enum, default_value_t)]
     pub image_codec: ImageCodec,
+    /// Folder for the noise of all stages: files in it are read, missing ones are written.
+    #[arg(
+        long,
+        value_name = "DIR",
+        conflicts_with_all = [
+            "ltx2_initial_latent_path", "ltx2_audio_latent_path", "ltx2_refine_noise_path", "ltx2_refine_audio_noise_path"
+        ]
+    )]
+    pub noise_bundle: Option<PathBuf>,
+    /// Decode without the noise that some decoders add to latents.
+    #[arg(long, hide_short_help = true)]
+    pub no_decode_noise: bool,
+    /// Deviate from the model, not a fix of anything; repeatable: placeholder-latents=zero|noise, early-text-layers=N,
+    /// cross-attn-scale=S@FROM. The output is marked.
+    #[arg(long, value_name = "NAME[=VALUE]", hide_short_help = true)]
+    pub experiment: Vec<Experiment>,
     /// Go on with latents or frames that are NaN, infinite or constant.
     #[arg(long)]
     pub allow_bad_numerics: bool,

@@ -10,6 +10,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use ltxc_ir::identity::FileIdentity;
 use ltxc_ir::plan::{
     AudioSettings, Inputs, Modality, ModelInfo, Pass, Pipeline, Release, SoundRole, Stage, StageAdapter, StageClass,
     StepProgram, StreamClass, TextSettings, VideoSettings, WeightSource,
@@ -17,7 +18,7 @@ use ltxc_ir::plan::{
 use ltxc_ir::tiling::TilePlan;
 use ltxc_ir::{DType, Module};
 use ltxc_models::audio::{self, AudioVaeConfig, VocoderConfig, decode_audio};
-use ltxc_models::checkpoint::{Checkpoint, GemmaFolder, Generation, hub};
+use ltxc_models::checkpoint::{Checkpoint, GemmaFolder, Generation, Location, hub};
 use ltxc_models::text::{self, TextConfig, TextWeights};
 use ltxc_models::transformer::{self, BlockSet, Perturbation, StreamSpec, TransformerConfig, TransformerSpec};
 use ltxc_models::upsampler::{Enlarge, UpsamplerConfig, upsample};
@@ -106,25 +107,28 @@ impl ModelFiles {
     /// # Errors
     /// A file that cannot be read.
     pub fn sources(&self) -> Result<Vec<WeightSource>> {
-        let stored =
-            |(key, at): (&'_ str, ltxc_models::checkpoint::Location<'_>)| (key.to_string(), at.stored.key.clone());
-        let source = |name: &str, files, keys: Vec<(String, String)>| {
-            let renames = WeightSource::renames_of(keys.iter().map(|(a, b)| (a.as_str(), b.as_str())));
-            WeightSource { name: name.into(), files, renames }
-        };
-        let mut sources = vec![
-            source(MODEL, self.model.identities(self.verify)?, self.model.tensors().map(stored).collect()),
-            source(GEMMA, self.gemma.identities(self.verify)?, self.gemma.tensors().map(stored).collect()),
-        ];
+        let gemma = weight_source(GEMMA, self.gemma.identities(self.verify)?, self.gemma.tensors());
+        let mut sources = vec![checkpoint_source(MODEL, &self.model, self.verify)?, gemma];
         if let Some(upsampler) = &self.upsampler {
-            sources.push(source(
-                UPSAMPLER,
-                upsampler.identities(self.verify)?,
-                upsampler.tensors().map(stored).collect(),
-            ));
+            sources.push(checkpoint_source(UPSAMPLER, upsampler, self.verify)?);
         }
         Ok(sources)
     }
+}
+
+/// A checkpoint as a source of plans, with the identity of every file.
+pub(crate) fn checkpoint_source(name: &str, checkpoint: &Checkpoint, verify: bool) -> Result<WeightSource> {
+    Ok(weight_source(name, checkpoint.identities(verify)?, checkpoint.tensors()))
+}
+
+fn weight_source<'t>(
+    name: &str,
+    files: Vec<FileIdentity>,
+    tensors: impl Iterator<Item = (&'t str, Location<'t>)>,
+) -> WeightSource {
+    let keys: Vec<(String, String)> = tensors.map(|(key, at)| (key.to_string(), at.stored.key.clone())).collect();
+    let renames = WeightSource::renames_of(keys.iter().map(|(a, b)| (a.as_str(), b.as_str())));
+    WeightSource { name: name.into(), files, renames }
 }
 
 /// A path as it is, or the local copy of a hub name.

@@ -114,7 +114,11 @@ pub enum VaeTile {
 }
 
 impl VaeTile {
-    fn parse(text: &str) -> Result<VaeTile> {
+    /// Reads a flag.
+    ///
+    /// # Errors
+    /// Text that is no tiling.
+    pub fn parse(text: &str) -> Result<VaeTile> {
         match text {
             "auto" => return Ok(VaeTile::Auto),
             "off" => return Ok(VaeTile::Off),

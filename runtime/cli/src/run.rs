@@ -11,15 +11,16 @@ use ltxc_ir::plan::{Kernels, Modality, Plan, Release};
 use ltxc_runtime::RunError;
 use ltxc_runtime::adapters::StageAdapters;
 use ltxc_runtime::audio_frontend::resample;
-use ltxc_runtime::backend::{Device, KernelCounts, open_with};
+use ltxc_runtime::backend::{Device, KernelCounts, missing_units, open_with};
 use ltxc_runtime::executor::Executor;
+use ltxc_runtime::experiments::Experiments;
 use ltxc_runtime::files::write_atomically;
 use ltxc_runtime::media::{
     Audio, MediaWriter, OutputOptions, Rational, RoundTrip, VideoFormat, Written, image_round_trip, load_image,
 };
 use ltxc_runtime::memory::{MemoryNeed, available};
 use ltxc_runtime::noise_files;
-use ltxc_runtime::pipeline::{Bundle, Conditioning, Noise, Output, Request, StageChoice, run as run_pipeline};
+use ltxc_runtime::pipeline::{Conditioning, Noise, Output, Request, StageChoice, run as run_pipeline};
 use ltxc_runtime::stats::Stats;
 use ltxc_runtime::tokenizer::Tokenizer;
 use ltxc_runtime::weights::{WeightFiles, find_tokenizer};
@@ -27,11 +28,12 @@ use serde_json::json;
 
 use crate::adapters::{self, Loras};
 use crate::args::{ContentArgs, ImageCodec, OutputArgs, RunArgs, SamplingArgs, ShapeArgs};
-use crate::assemble::ModelFiles;
+use crate::assemble::{GEMMA, ModelFiles};
 use crate::compile::{cached, memory, read_with_kernels, unfused};
 use crate::debug::flags::{DebugMode, DebugOptions};
 use crate::debug::noise::summary as noise_summary;
 use crate::debug::session::{About, Session};
+use crate::debug::text::contexts::embeddings;
 use crate::inputs;
 use crate::job::{self, ImageArg, Shape, pick};
 use crate::pipelines::{definition, describe, levels, stage_choice};
@@ -57,7 +59,10 @@ pub fn run(args: &RunArgs, occurrences: &Occurrences, report: &mut Report) -> Re
     };
     let made = runner.run(&mut runner.executor(report)?, &choice, debug, report)?;
     let kernels = json!({"launched": made.kernels.launched, "compiled": made.kernels.compiled});
-    let facts = json!({"frames": made.frames, "bytes": made.bytes, "seed": made.seed, "kernels": kernels});
+    let mut facts = json!({"frames": made.frames, "bytes": made.bytes, "seed": made.seed, "kernels": kernels});
+    if !made.experiments.is_empty() {
+        facts["experiments"] = json!(made.experiments);
+    }
     report.finish(&made.path, facts);
     Ok(())
 }
@@ -140,7 +145,8 @@ pub struct Runner {
     hash: [u8; 32],
     device: Device,
     weights: WeightFiles,
-    tokenizer: PathBuf,
+    /// Folder of the tokenizer; none where contexts come from elsewhere.
+    tokenizer: Option<PathBuf>,
     adapters: StageAdapters,
     is_frozen: bool,
 }
@@ -169,6 +175,8 @@ pub struct Made {
     pub bytes: u64,
     /// Seed.
     pub seed: u64,
+    /// What it deviates from the model in.
+    pub experiments: Vec<String>,
     /// Launches and compilations so far.
     pub kernels: KernelCounts,
 }
@@ -190,22 +198,36 @@ impl Runner {
         let (plan_path, folders) = plan_and_folders(args, room, &loras, mode)?;
         let (plan, kernels, hash) = read_with_kernels(&plan_path)?;
         let device = pick(&args.shape.device, Some(&plan))?;
-        let weights = WeightFiles::open(&plan, &folders, args.model.verify)?;
+        // Contexts from elsewhere need no text encoder.
+        let encodes_text = args.content.embeddings.is_none();
+        let unused = if encodes_text { None } else { Some(GEMMA) };
+        let weights = WeightFiles::open_without(&plan, &folders, args.model.verify, unused)?;
         let fits = match loras.is_empty() {
             true => Vec::new(),
             false => loras.fit(&adapters::targets(&plan, &weights)?, &plan.pipeline.name)?,
         };
         loras.check_references(&plan.pipeline)?;
         let adapters = loras.stages(fits, &plan.pipeline, adapters::mode(args.lora_mode, &plan), report)?;
-        let tokenizer = find_tokenizer(&plan.pipeline.text, &folders)?;
-        let need = MemoryNeed::of(&plan, rayon::current_num_threads()).with(&plan, &weights, &adapters);
+        let experiments = Experiments::new(args.content.experiment.clone(), &plan)?;
+        let tokenizer = encodes_text.then(|| find_tokenizer(&plan.pipeline.text, &folders)).transpose()?;
+        let mut need = MemoryNeed::of(&plan, rayon::current_num_threads()).with(&plan, &weights, &adapters);
+        need = need.with_copies(&plan, &|_, _, key| experiments.changes(key));
+        need.parts.retain(|part| encodes_text || part.name != "text");
         if need.is_on_gpu {
             // The executor compares what the plan needs with what the device has.
             report.note(&format!("device {}: {}", device.name, device.description));
         }
+        let missing = missing_units(&plan, &device);
+        if !missing.is_empty() {
+            let names = missing.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+            report.note(&format!(
+                "matrix units: the plan is for {names}, which {} lacks; products run without, slower",
+                device.name
+            ));
+        }
         report.note(&memory(&need));
         need.check(available())?;
-        let tokenizer = tokenizer.parent().unwrap_or(Path::new(".")).to_path_buf();
+        let tokenizer = tokenizer.map(|path| path.parent().unwrap_or(Path::new(".")).to_path_buf());
         Ok(Runner { plan, kernels, hash, device, weights, tokenizer, adapters, is_frozen: args.frozen })
     }
 
@@ -245,6 +267,11 @@ impl Runner {
         let (plan, content) = (&self.plan, choice.content);
         let seed = job::seed(&content.seed)?;
         let (prompt, negative) = (job::prompt(content)?, job::negative_prompt(content)?);
+        let embeddings = content.embeddings.as_deref().map(|path| embeddings(path, plan)).transpose()?;
+        let experiments = Experiments::new(content.experiment.clone(), plan)?;
+        for label in experiments.labels() {
+            report.note(&format!("EXPERIMENT {label}: this is not what the model does, and the output says so"));
+        }
         let release = match plan.pipeline.release {
             Release::V1_0_0 => ", as release 1.0.0 of the reference",
             Release::V1_2_0 => "",
@@ -260,33 +287,50 @@ impl Runner {
         let request = Request {
             prompt: &prompt,
             negative_prompt: &negative,
+            embeddings: embeddings.as_ref(),
             images: &conditioning,
             media: inputs::load(content, &references, plan)?,
             stages,
             noise: Noise {
                 seed,
-                given: BTreeMap::new(),
-                files: noise_files(content),
-                bundle: content.noise_bundle.as_deref().map(Bundle::open).transpose()?,
+                files: noise_files(content, plan)?,
+                spares_decoders: content.no_decode_noise || debug.spares_decoders,
+                ..Noise::default()
             },
             adapters: self.adapters.clone(),
+            experiments,
             allow_bad_numerics: content.allow_bad_numerics,
         };
-        let tags = if choice.writing.no_metadata { Vec::new() } else { tags(&prompt, seed, &self.hash) };
+        let labels = request.experiments.labels();
+        let has_metadata = !choice.writing.no_metadata;
+        let mut tags = if has_metadata { tags(&prompt, seed, &self.hash) } else { Vec::new() };
+        if let Some(path) = content.embeddings.as_ref().filter(|_| has_metadata) {
+            tags.push(("embeddings".into(), path.file_name().unwrap_or_default().to_string_lossy().into_owned()));
+        }
+        if !labels.is_empty() {
+            tags.push(("experiments".into(), labels.join(", ")));
+        }
         let mut output = FileOutput::create(choice.output, plan, tags, choice.writing)?;
-        let tokenizer = Tokenizer::from_folder(&self.tokenizer)?;
+        let tokenizer = match &self.tokenizer {
+            Some(folder) => Some(Tokenizer::from_folder(folder)?),
+            None if embeddings.is_none() => {
+                bail!("the text encoder was not loaded, because of `--embeddings` for all jobs; give it to every job")
+            }
+            None => None,
+        };
         match debug.is_on() {
             false => run_pipeline(executor, tokenizer, &request, report, &mut output)?,
             true => {
                 let device = self.device.name.to_string();
-                let about = About { hash: self.hash, device, seed, noise: &request.noise.files };
+                let (noise, spares_decoders) = (&request.noise.files, request.noise.spares_decoders);
+                let about =
+                    About { hash: self.hash, device, seed, noise, spares_decoders, experiments: labels.clone() };
                 let session = Session::new(plan, &self.weights, debug, &about)?;
                 executor.set_tap(Some(session.tap()))?;
                 run_pipeline(executor, tokenizer, &request, &mut session.observer(report), &mut output)?;
                 session.finish()?.iter().for_each(|note| report.note(note));
             }
         }
-        request.noise.bundle.iter().try_for_each(Bundle::save)?;
         for (slot, path) in request.noise.files.iter().filter(|(_, path)| path.exists()) {
             let noise = noise_files::pick(path, slot)?;
             let stats = Stats::of(&noise.shape, &noise.values);
@@ -294,12 +338,18 @@ impl Runner {
         }
         let Written { path, frames, bytes, .. } = output.writer.finish()?;
         if choice.writing.save_json {
-            let facts = json!({
+            let mut facts = json!({
                 "output": &path, "prompt": &prompt, "negative_prompt": &negative, "seed": seed, "plan_hash": hex(&self.hash),
                 "compiler": &plan.compiler, "pipeline": &plan.pipeline.name, "model": &plan.pipeline.model.generation,
                 "height": plan.pipeline.video.height, "width": plan.pipeline.video.width, "frames": frames,
                 "frame_rate": [plan.pipeline.video.frame_rate.0, plan.pipeline.video.frame_rate.1],
             });
+            if let Some(path) = &content.embeddings {
+                facts["embeddings"] = json!(path);
+            }
+            if !labels.is_empty() {
+                facts["experiments"] = json!(labels);
+            }
             write_atomically(&sidecar(&path), format!("{facts:#}\n").as_bytes())?;
         }
         let kernels = executor.kernels();
@@ -307,7 +357,7 @@ impl Runner {
             let KernelCounts { launched, compiled } = kernels;
             report.note(&format!("kernels: {launched} launched, {compiled} compiled in this run"));
         }
-        Ok(Made { path, frames, bytes, seed, kernels })
+        Ok(Made { path, frames, bytes, seed, kernels, experiments: labels })
     }
 }
 
@@ -398,14 +448,22 @@ fn stage_choices(choice: &Choice<'_>, plan: &Plan) -> Result<BTreeMap<String, St
     Ok(out)
 }
 
-fn noise_files(content: &ContentArgs) -> BTreeMap<String, PathBuf> {
+/// Files of noise by slot: those that are named, or those of the bundle for all that the plan makes.
+fn noise_files(content: &ContentArgs, plan: &Plan) -> Result<BTreeMap<String, PathBuf>> {
+    if let Some(folder) = &content.noise_bundle {
+        let stages = plan.pipeline.stages.iter();
+        let made = plan.pipeline.modalities();
+        let slots = stages.flat_map(|s| made.iter().map(move |m| format!("{}.{}", s.name, m.name())));
+        std::fs::create_dir_all(folder).with_context(|| format!("`{}`", folder.display()))?;
+        return Ok(slots.map(|slot| (slot.clone(), noise_files::in_folder(folder, &slot))).collect());
+    }
     let slots = [
         ("stage1.video", &content.ltx2_initial_latent_path),
         ("stage1.audio", &content.ltx2_audio_latent_path),
         ("stage2.video", &content.ltx2_refine_noise_path),
         ("stage2.audio", &content.ltx2_refine_audio_noise_path),
     ];
-    slots.into_iter().filter_map(|(slot, path)| Some((slot.to_string(), path.clone()?))).collect()
+    Ok(slots.into_iter().filter_map(|(slot, path)| Some((slot.to_string(), path.clone()?))).collect())
 }
 
 /// The file that says how `output` was made.

@@ -9,6 +9,7 @@ use ltxc_ir::plan::{
 use super::{Backend, BufferId, Call, CallId, Cpu, Region, Weight};
 use crate::adapters::AdapterSet;
 use crate::error::RunError;
+use crate::experiments::Experiments;
 use crate::memory::Memory;
 use crate::prefetch::Span;
 use crate::weights::WeightFiles;
@@ -18,6 +19,7 @@ pub(crate) struct Binding<'a> {
     plan: &'a Plan,
     files: &'a WeightFiles,
     adapters: AdapterSet,
+    experiments: Experiments,
     /// By function.
     constants: BTreeMap<u32, BufferId>,
     weights: BTreeMap<WeightKey, BoundWeight<'a>>,
@@ -42,8 +44,8 @@ pub(crate) struct Frame {
 
 impl<'a> Binding<'a> {
     pub fn new(plan: &'a Plan, files: &'a WeightFiles) -> Binding<'a> {
-        let adapters = AdapterSet::default();
-        Binding { plan, files, adapters, constants: BTreeMap::new(), weights: BTreeMap::new() }
+        let (adapters, experiments) = (AdapterSet::default(), Experiments::default());
+        Binding { plan, files, adapters, experiments, constants: BTreeMap::new(), weights: BTreeMap::new() }
     }
 
     /// The adapters that weights are bound with.
@@ -69,6 +71,16 @@ impl<'a> Binding<'a> {
             }
         }
         Ok(())
+    }
+
+    /// The experiments that weights are bound with.
+    pub fn experiments(&self) -> &Experiments {
+        &self.experiments
+    }
+
+    /// Binds weights with these experiments from now on. What is bound already stays as it is.
+    pub fn set_experiments(&mut self, experiments: Experiments) {
+        self.experiments = experiments;
     }
 
     fn is_slot(&self, tensor: &FileTensor) -> bool {
@@ -193,7 +205,7 @@ impl<'a> Binding<'a> {
         }
     }
 
-    /// A tensor of a file with what adapters add to it, or a slot for adapters.
+    /// A tensor of a file with what adapters add to it and experiments change in it, or a slot for adapters.
     fn tensor(&self, tensor: &FileTensor, key: &str) -> Result<Weight<'a>, RunError> {
         if self.is_slot(tensor) {
             return Ok(Weight::Made(self.adapters.slot(key, &tensor.ty)?));
@@ -201,7 +213,9 @@ impl<'a> Binding<'a> {
         let stored = self.files.tensor(tensor, key)?;
         let source = self.plan.sources.get(tensor.source as usize).map_or("", |s| &s.name);
         let merged = self.adapters.merged(source, key, &tensor.ty, stored.bytes())?;
-        Ok(merged.map_or(stored, Weight::Made))
+        let weight = merged.map_or(stored, Weight::Made);
+        let edited = self.experiments.edited(key, &tensor.ty, weight.bytes())?;
+        Ok(edited.map_or(weight, Weight::Made))
     }
 
     /// Runs a recipe. On the CPU for every device: the tensors are mapped in host memory, most recipes only move them, and

@@ -1,4 +1,5 @@
-//! Files of noise: `.safetensors`, `.npy`, `.npz` and `.pt`, so that runs of several tools can start from the same values.
+//! Files of tensors that tools exchange: `.safetensors`, `.npy`, `.npz` and `.pt`, so that runs of several tools can start
+//! from the same noise and the same contexts.
 //!
 //! | file | what |
 //! | --- | --- |
@@ -70,7 +71,7 @@ impl Container {
             "pt" | "pth" => Container::Pt,
             _ => {
                 return Err(RunError::Input(format!(
-                    "`{}` has no extension of a noise file; name it .safetensors, .npy, .npz or .pt",
+                    "`{}` has no extension of a file of tensors; name it .safetensors, .npy, .npz or .pt",
                     path.display()
                 )));
             }
@@ -82,22 +83,34 @@ impl Container {
     /// # Errors
     /// A dtype that the format does not have, or more values than it can count.
     pub fn encode(self, tensor: &Stored) -> Result<Vec<u8>, RunError> {
-        let bytes = tensor.bytes();
-        let encoded = match self {
-            Container::Safetensors => {
-                let dtype = stored_dtype(tensor.dtype)?;
-                TensorView::new(dtype, tensor.shape.clone(), &bytes)
-                    .and_then(|view| safetensors::serialize([(tensor.name.as_str(), view)], None))
-                    .map_err(|e| e.to_string())
+        self.encode_all(std::slice::from_ref(tensor))
+    }
+
+    /// The bytes of a file that holds `tensors` under their names.
+    ///
+    /// # Errors
+    /// Those of [`Container::encode`], and several tensors in a format that holds one.
+    pub fn encode_all(self, tensors: &[Stored]) -> Result<Vec<u8>, RunError> {
+        let encoded = match (self, tensors) {
+            (Container::Safetensors, _) => {
+                let bytes: Vec<Vec<u8>> = tensors.iter().map(Stored::bytes).collect();
+                let views = tensors.iter().zip(&bytes).map(|(tensor, bytes)| {
+                    let view = TensorView::new(stored_dtype(tensor.dtype)?, tensor.shape.clone(), bytes);
+                    view.map(|view| (tensor.name.as_str(), view)).map_err(|e| RunError::Internal(e.to_string()))
+                });
+                let views = views.collect::<Result<Vec<_>, RunError>>()?;
+                safetensors::serialize(views, None).map_err(|e| e.to_string())
             }
-            Container::Npy => npy::encode(tensor),
-            Container::Npz => {
-                let name = if tensor.name.is_empty() { "noise" } else { &tensor.name };
-                npy::encode(tensor).and_then(|array| archive::encode(&[(format!("{name}.npy"), array)]))
+            (Container::Npy, [tensor]) => npy::encode(tensor),
+            (Container::Npy, _) => Err(format!("an `.npy` file holds one tensor, not {}; use .npz", tensors.len())),
+            (Container::Npz, _) => {
+                let name = |tensor: &Stored| if tensor.name.is_empty() { "noise".into() } else { tensor.name.clone() };
+                let arrays = tensors.iter().map(|t| Ok((format!("{}.npy", name(t)), npy::encode(t)?)));
+                arrays.collect::<Result<Vec<_>, Problem>>().and_then(|arrays| archive::encode(&arrays))
             }
-            Container::Pt => pt::encode(tensor),
+            (Container::Pt, _) => pt::encode(tensors),
         };
-        encoded.map_err(|problem| RunError::Input(format!("noise cannot be written: {problem}")))
+        encoded.map_err(|problem| RunError::Input(format!("tensors cannot be written: {problem}")))
     }
 
     /// The tensors in the bytes of a file.
@@ -134,14 +147,11 @@ impl Stored {
         Tensor { ty, data: ltxc_ir::eval::Data::Float(wide) }.to_bytes()
     }
 
-    /// Values of a dtype and shape from bytes.
+    /// Values of a dtype and shape from bytes. Integers and flags become numbers.
     ///
     /// # Errors
-    /// Bytes of another number, a shape that overflows, or a dtype that no noise has.
+    /// Bytes of another number, or a shape that overflows.
     pub(crate) fn from_bytes(name: &str, dtype: DType, shape: &[usize], bytes: &[u8]) -> Result<Stored, Problem> {
-        if !dtype.is_float() {
-            return Err(format!("values are {dtype}, expected floating point"));
-        }
         let ty = TensorType::new(dtype, shape.to_vec());
         match ty.checked_bytes() {
             Some(expected) if expected == bytes.len() => {}
@@ -150,6 +160,12 @@ impl Stored {
         let values = crate::stats::decoded(&ty, bytes);
         Ok(Stored { name: name.into(), dtype, shape: shape.into(), values })
     }
+}
+
+/// Integers of 64 bits, which masks often are, as tensors of 32.
+fn narrowed(bytes: &[u8]) -> Vec<u8> {
+    let narrow = |b: &[u8; 8]| i64::from_le_bytes(*b).clamp(i32::MIN.into(), i32::MAX.into()) as i32;
+    bytes.as_chunks::<8>().0.iter().flat_map(|b| narrow(b).to_le_bytes()).collect()
 }
 
 /// Reads all tensors of a file.
@@ -167,22 +183,15 @@ pub fn read(path: &Path) -> Result<Vec<Stored>, RunError> {
 /// # Errors
 /// A file that cannot be written.
 pub fn write(path: &Path, tensor: &Stored) -> Result<(), RunError> {
-    write_atomically(path, &Container::of(path)?.encode(tensor)?)
+    write_all(path, std::slice::from_ref(tensor))
 }
 
-/// Writes a safetensors file with many tensors.
+/// Writes a file with these tensors.
 ///
 /// # Errors
-/// A dtype that the format does not have, or a file that cannot be written.
-pub fn write_all<'a>(path: &Path, tensors: impl Iterator<Item = &'a Stored>) -> Result<(), RunError> {
-    let stored: Vec<(&Stored, Vec<u8>)> = tensors.map(|tensor| (tensor, tensor.bytes())).collect();
-    let mut views = Vec::new();
-    for (tensor, bytes) in &stored {
-        let view = TensorView::new(stored_dtype(tensor.dtype)?, tensor.shape.clone(), bytes);
-        views.push((tensor.name.as_str(), view.map_err(|e| bad(path, &e.to_string()))?));
-    }
-    let bytes = safetensors::serialize(views, None).map_err(|e| bad(path, &e.to_string()))?;
-    write_atomically(path, &bytes)
+/// A file that cannot be written.
+pub fn write_all(path: &Path, tensors: &[Stored]) -> Result<(), RunError> {
+    write_atomically(path, &Container::of(path)?.encode_all(tensors)?)
 }
 
 /// Names under which the noise of a slot stands in files, the one that is written first.
@@ -202,6 +211,9 @@ pub fn keys(slot: &str) -> &'static [&'static str] {
 /// Several tensors, none of which has a name of this slot.
 pub fn pick(path: &Path, slot: &str) -> Result<Stored, RunError> {
     let mut tensors = read(path)?;
+    if let Some(tensor) = tensors.iter().find(|t| !t.dtype.is_float()) {
+        return Err(bad(path, &format!("`{}` is {}, expected floating point", tensor.name, tensor.dtype)));
+    }
     if tensors.len() == 1 && (tensors[0].name.is_empty() || keys(slot).contains(&tensors[0].name.as_str())) {
         return Ok(tensors.remove(0));
     }
@@ -216,6 +228,13 @@ pub fn pick(path: &Path, slot: &str) -> Result<Stored, RunError> {
     }
 }
 
+/// The file of a slot in a folder of noise files, as `<slot>.<extension>`: the one that is there, else a new one.
+pub fn in_folder(folder: &Path, slot: &str) -> PathBuf {
+    let named = |extension: &str| folder.join(format!("{slot}.{extension}"));
+    let known = ["safetensors", "npy", "npz", "pt"].map(named);
+    known.iter().find(|path| path.exists()).unwrap_or(&known[0]).clone()
+}
+
 /// The name under which the noise of `slot` is written to a file of this kind.
 pub fn key_for(container: Container, slot: &str) -> &'static str {
     match container {
@@ -226,15 +245,20 @@ pub fn key_for(container: Container, slot: &str) -> &'static str {
 }
 
 fn bad(path: &Path, problem: &str) -> RunError {
-    RunError::Input(format!("noise file `{}`: {problem}", path.display()))
+    RunError::Input(format!("file of tensors `{}`: {problem}", path.display()))
 }
 
 fn decode_safetensors(bytes: &[u8]) -> Result<Vec<Stored>, Problem> {
     let file = SafeTensors::deserialize(bytes).map_err(|e| e.to_string())?;
     let mut tensors = Vec::new();
     for (name, view) in file.tensors() {
-        let dtype = dtype_of(view.dtype()).ok_or_else(|| format!("`{name}` is {:?}", view.dtype()))?;
-        let tensor = Stored::from_bytes(&name, dtype, view.shape(), view.data());
+        let tensor = match dtype_of(view.dtype()) {
+            Some(dtype) => Stored::from_bytes(&name, dtype, view.shape(), view.data()),
+            None if view.dtype() == Dtype::I64 => {
+                Stored::from_bytes(&name, DType::I32, view.shape(), &narrowed(view.data()))
+            }
+            None => Err(format!("it is {:?}", view.dtype())),
+        };
         tensors.push(tensor.map_err(|e| format!("`{name}`: {e}"))?);
     }
     tensors.sort_by(|a, b| a.name.cmp(&b.name));
@@ -273,6 +297,15 @@ mod tests {
                 assert_eq!(container.decode(&bytes).unwrap(), [tensor], "{container:?} {dtype}");
             }
         }
+    }
+
+    #[test]
+    fn several_tensors_stand_under_their_names() {
+        let tensors = [Stored::f32("a", &[1, 2], vec![1.0, 2.0]), Stored::f32("b", &[3], vec![3.0, 4.0, 5.0])];
+        for container in [Container::Safetensors, Container::Npz, Container::Pt] {
+            assert_eq!(container.decode(&container.encode_all(&tensors).unwrap()).unwrap(), tensors, "{container:?}");
+        }
+        assert!(Container::Npy.encode_all(&tensors).unwrap_err().to_string().contains("one tensor"));
     }
 
     #[test]

@@ -11,7 +11,7 @@ const MAGIC: &[u8] = b"\x93NUMPY";
 /// Longest header; real ones have 118 bytes.
 const MOST_HEADER: usize = 4096;
 
-/// Reads an array of floating point numbers in C order.
+/// Reads an array of numbers or flags in C order.
 pub(super) fn decode(bytes: &[u8], name: &str) -> Result<Stored, Problem> {
     let rest = bytes.strip_prefix(MAGIC).ok_or("no NumPy array")?;
     let (length, rest) = match rest {
@@ -41,7 +41,10 @@ pub(super) fn decode(bytes: &[u8], name: &str) -> Result<Stored, Problem> {
                 data.as_chunks::<8>().0.iter().flat_map(|&c| (f64::from_le_bytes(c) as f32).to_le_bytes()).collect();
             Stored::from_bytes(name, DType::F32, &shape, &narrow)
         }
-        other => Err(format!("values are `{other}`, expected <f4, <f2 or <f8")),
+        "<i4" => Stored::from_bytes(name, DType::I32, &shape, data),
+        "<i8" => Stored::from_bytes(name, DType::I32, &shape, &super::narrowed(data)),
+        "|b1" => Stored::from_bytes(name, DType::Bool, &shape, data),
+        other => Err(format!("values are `{other}`, expected <f4, <f2, <f8, <i4, <i8 or |b1")),
     }
 }
 

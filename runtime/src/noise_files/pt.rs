@@ -58,7 +58,10 @@ fn tensor(name: &str, callee: &str, args: &[Value], files: &BTreeMap<&str, &[u8]
         "torch FloatStorage" => (DType::F32, 4),
         "torch HalfStorage" => (DType::F16, 2),
         "torch BFloat16Storage" => (DType::BF16, 2),
-        other => return Err(bad(&format!("it is stored as `{other}`, expected f32, f16 or bf16"))),
+        "torch IntStorage" => (DType::I32, 4),
+        "torch LongStorage" => (DType::I32, 8),
+        "torch BoolStorage" => (DType::Bool, 1),
+        other => return Err(bad(&format!("it is stored as `{other}`, expected f32, f16, bf16, i32, i64 or flags"))),
     };
     let number = |v: &Value| match v {
         Value::Int(n) => usize::try_from(*n).ok(),
@@ -90,57 +93,73 @@ fn tensor(name: &str, callee: &str, args: &[Value], files: &BTreeMap<&str, &[u8]
         let start = at.filter(|&at| at < count).ok_or_else(|| bad("it reaches beyond its storage"))? * width;
         picked.extend_from_slice(&bytes[start..start + width]);
     }
+    let picked = if width == 8 { super::narrowed(&picked) } else { picked };
     Stored::from_bytes(name, dtype, &shape, &picked).map_err(|e| bad(&e))
 }
 
-/// A file with one tensor: in a dictionary under its name, or bare if it has none.
-pub(super) fn encode(tensor: &Stored) -> Result<Vec<u8>, Problem> {
+/// A file with tensors: in a dictionary under their names, or bare if it is one without a name.
+pub(super) fn encode(tensors: &[Stored]) -> Result<Vec<u8>, Problem> {
+    let mut p = Vec::from(b"\x80\x02");
+    let is_bare = matches!(tensors, [tensor] if tensor.name.is_empty());
+    if !is_bare {
+        p.push(b'}');
+    }
+    for (number, tensor) in tensors.iter().enumerate() {
+        if !is_bare {
+            text(&mut p, &tensor.name);
+        }
+        describe(&mut p, tensor, number)?;
+        if !is_bare {
+            p.push(b's');
+        }
+    }
+    p.push(b'.');
+    let storages: Vec<Vec<u8>> = tensors.iter().map(Stored::bytes).collect();
+    file(&p, &storages)
+}
+
+/// The call that rebuilds a tensor, whose storage has a number.
+fn describe(p: &mut Vec<u8>, tensor: &Stored, number: usize) -> Result<(), Problem> {
     let storage = match tensor.dtype {
         DType::F32 => "FloatStorage",
         DType::F16 => "HalfStorage",
         DType::BF16 => "BFloat16Storage",
         other => return Err(format!("a `.pt` file of {other} is not written; use f32, bf16 or f16")),
     };
-    let mut p = Vec::from(b"\x80\x02");
-    if !tensor.name.is_empty() {
-        p.push(b'}');
-        text(&mut p, &tensor.name);
-    }
     p.extend(b"ctorch._utils\n_rebuild_tensor_v2\n((");
-    text(&mut p, "storage");
+    text(p, "storage");
     p.extend(format!("ctorch\n{storage}\n").into_bytes());
-    text(&mut p, "0");
-    text(&mut p, "cpu");
-    int(&mut p, tensor.values.len())?;
+    text(p, &number.to_string());
+    text(p, "cpu");
+    int(p, tensor.values.len())?;
     p.extend(b"tQ");
-    int(&mut p, 0)?;
+    int(p, 0)?;
     let mut strides = vec![1usize; tensor.shape.len()];
     for axis in (0..strides.len().saturating_sub(1)).rev() {
         strides[axis] = strides[axis + 1].saturating_mul(tensor.shape[axis + 1].max(1));
     }
     for list in [&tensor.shape, &strides] {
         p.push(b'(');
-        list.iter().try_for_each(|&n| int(&mut p, n))?;
+        list.iter().try_for_each(|&n| int(p, n))?;
         p.push(b't');
     }
     // Requires no gradient; no hooks.
     p.extend(b"\x89ccollections\nOrderedDict\n)RtR");
-    if !tensor.name.is_empty() {
-        p.push(b's');
-    }
-    p.push(b'.');
-    around(&p, &tensor.bytes())
+    Ok(())
 }
 
 /// The file around a pickle and the bytes of its one storage.
 pub fn around(pickle: &[u8], storage: &[u8]) -> Result<Vec<u8>, Problem> {
-    let file = |name: &str, content: &[u8]| (format!("{FOLDER}/{name}"), content.to_vec());
-    archive::encode(&[
-        file("data.pkl", pickle),
-        file("byteorder", b"little"),
-        file("data/0", storage),
-        file("version", b"3\n"),
-    ])
+    file(pickle, &[storage.to_vec()])
+}
+
+/// The file around a pickle and the bytes of its storages, in the order of their numbers.
+fn file(pickle: &[u8], storages: &[Vec<u8>]) -> Result<Vec<u8>, Problem> {
+    let entry = |name: &str, content: &[u8]| (format!("{FOLDER}/{name}"), content.to_vec());
+    let mut entries = vec![entry("data.pkl", pickle), entry("byteorder", b"little")];
+    entries.extend(storages.iter().enumerate().map(|(i, bytes)| entry(&format!("data/{i}"), bytes)));
+    entries.push(entry("version", b"3\n"));
+    archive::encode(&entries)
 }
 
 fn text(p: &mut Vec<u8>, text: &str) {

@@ -47,12 +47,9 @@ pub fn decode_video(
         for &row in rows {
             for &column in columns {
                 let program = program_name(time.len(), row.len(), column.len());
-                executor.write(
-                    &program,
-                    "latent",
-                    &crop(latent, grid, video.channels as usize, [time, row, column]),
-                )?;
-                write_noise(executor, &program, noise, decoded)?;
+                let latent = crop(latent, grid, video.channels as usize, [time, row, column]);
+                executor.write(&program, "latent", &latent)?;
+                write_noise(executor, &program, noise, &latent, decoded)?;
                 executor.run(&program)?;
                 let frames = executor.read(&program, "frames")?;
                 sum.add(&frames, plan.pixels([time, row, column]))?;
@@ -71,12 +68,25 @@ pub fn decode_video(
 }
 
 /// Draws what a decoder with timestep conditioning or injected noise needs; other programs have no such inputs.
-fn write_noise(executor: &mut Executor<'_>, program: &str, noise: &Noise, tile: usize) -> Result<(), RunError> {
+///
+/// Where decoders are to be spared, the latent itself takes the place of the noise that is mixed into it, so that the
+/// mixture is the latent, and injected noise is 0.
+fn write_noise(
+    executor: &mut Executor<'_>,
+    program: &str,
+    noise: &Noise,
+    latent: &[f32],
+    tile: usize,
+) -> Result<(), RunError> {
     // Decode timestep of conditioned decoders: spec/video-vae §6.4.
     const TIMESTEP: f32 = 0.05;
     for slot in &executor.program(program)?.inputs {
         if slot.name == "timestep" {
             executor.write(program, "timestep", &[TIMESTEP])?;
+        } else if noise.spares_decoders && slot.name == "noise" {
+            executor.write(program, "noise", latent)?;
+        } else if noise.spares_decoders && slot.name.starts_with("noise") {
+            executor.write(program, &slot.name, &vec![0.0f32; slot.ty.elements()])?;
         } else if slot.name.starts_with("noise") {
             let shape = SlotShape { spatial: slot.ty.shape.clone(), channels: 1, inner: 1 };
             let values = noise.draw(&format!("decode.tile.{tile:03}.{}", slot.name), &shape)?;

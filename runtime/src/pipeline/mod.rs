@@ -28,12 +28,13 @@ pub mod schedule;
 mod stage;
 pub mod state;
 mod text;
-mod tiles;
+pub mod tiles;
 
 pub use denoise::needed_passes;
 pub use media::{Attention, Media, Reference, SourceClip};
-pub use noise::{Bundle, Noise, SlotShape};
+pub use noise::{Noise, SlotShape};
 pub use observe::{Event, Observer, Silent};
 pub use per::Per;
 pub use request::{Conditioning, Output, Request, StageChoice};
 pub use run::run;
+pub use text::{Embeddings, TextContext};

@@ -1,11 +1,10 @@
 //! Where noise comes from: recorded files where they exist, else the generator; what was drawn can be saved.
 //!
 //! A slot is one tensor of noise. The four slots of a two-stage run have files of their own (load if present, else save,
-//! never overwrite), and one file, the bundle, can have all. Everything else is drawn from the stream of its name.
+//! never overwrite). Everything else is drawn from the stream of its name.
 //!
 //! Source: spec/pipelines §10.3, §10.4; spec/debug-tools §6.
 
-use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -22,18 +21,8 @@ pub struct Noise {
     pub given: BTreeMap<String, Vec<f32>>,
     /// Files by slot name: read if they exist, else written.
     pub files: BTreeMap<String, PathBuf>,
-    /// One file for everything else.
-    pub bundle: Option<Bundle>,
-}
-
-/// A file with all noise of a run, by slot name.
-#[derive(Clone, Debug)]
-pub struct Bundle {
-    path: PathBuf,
-    /// What is in the file; `None` if there is none yet.
-    known: Option<BTreeMap<String, Stored>>,
-    /// What a run has drawn, to be written.
-    drawn: RefCell<BTreeMap<String, Stored>>,
+    /// Whether decoders that add noise to latents decode without it.
+    pub spares_decoders: bool,
 }
 
 /// Layout of a slot: tokens of `channels` values on a grid of `spatial` extents (`[f, h, w]`, or `[t]` for sound, whose
@@ -138,68 +127,25 @@ impl Noise {
             }
             return Ok(values.clone());
         }
-        let drawn = || NormalStream::new(self.seed, slot).draw(shape.len());
-        let values = match (self.files.get(slot), &self.bundle) {
-            (Some(path), _) if path.exists() => values_of(noise_files::pick(path, slot)?, path, shape)?,
-            (Some(path), _) => {
-                let values = drawn();
-                write(path, slot, shape, &values)?;
-                values
-            }
-            (None, Some(Bundle { path, known: Some(known), .. })) => {
-                let Some(stored) = known.get(slot) else {
-                    return Err(RunError::Input(format!(
-                        "noise bundle `{}` has no `{slot}`; give the pipeline, steps and images that it was made with",
-                        path.display()
-                    )));
-                };
-                values_of(stored.clone(), path, shape)?
-            }
-            (None, _) => drawn(),
+        let Some(path) = self.files.get(slot) else {
+            return Ok(NormalStream::new(self.seed, slot).draw(shape.len()));
         };
-        if let Some(bundle) = self.bundle.as_ref().filter(|bundle| bundle.known.is_none()) {
-            let stored = Stored::f32(slot, &shape.native(), shape.to_native(&values));
-            bundle.drawn.borrow_mut().insert(slot.into(), stored);
+        if path.exists() {
+            return read(path, slot, shape);
         }
+        let values = NormalStream::new(self.seed, slot).draw(shape.len());
+        write(path, slot, shape, &values)?;
         Ok(values)
     }
 }
 
-impl Bundle {
-    /// The bundle at `path`, which is read if it exists and otherwise written by [`Bundle::save`].
-    ///
-    /// # Errors
-    /// A file that is no `.safetensors`, or damaged.
-    pub fn open(path: &Path) -> Result<Bundle, RunError> {
-        if Container::of(path)? != Container::Safetensors {
-            return Err(RunError::Input(format!("noise bundle `{}` must be a .safetensors file", path.display())));
-        }
-        let known = match path.exists() {
-            true => Some(noise_files::read(path)?.into_iter().map(|stored| (stored.name.clone(), stored)).collect()),
-            false => None,
-        };
-        Ok(Bundle { path: path.into(), known, drawn: RefCell::default() })
-    }
-
-    /// Writes what a run has drawn, unless the file was there before.
-    ///
-    /// # Errors
-    /// A file that cannot be written.
-    pub fn save(&self) -> Result<(), RunError> {
-        match self.known {
-            Some(_) => Ok(()),
-            None => noise_files::write_all(&self.path, self.drawn.borrow().values()),
-        }
-    }
-}
-
-/// The values of noise from the file `path`, in token form.
-fn values_of(tensor: Stored, path: &Path, shape: &SlotShape) -> Result<Vec<f32>, RunError> {
+/// The noise of a slot from a file, in token form.
+fn read(path: &Path, slot: &str, shape: &SlotShape) -> Result<Vec<f32>, RunError> {
+    let tensor = noise_files::pick(path, slot)?;
     let tokens = [1, shape.tokens(), shape.channels];
     if tensor.shape == shape.native() {
         Ok(shape.to_tokens(&tensor.values))
-    } else if tensor.shape == tokens || (shape.channels == 1 && tensor.values.len() == shape.len()) {
-        // Noise of steps is a list of values here, whatever its shape was where it comes from.
+    } else if tensor.shape == tokens {
         Ok(tensor.values)
     } else {
         Err(RunError::Input(format!(

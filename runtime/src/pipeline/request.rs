@@ -10,16 +10,21 @@ use super::media::Media;
 use super::noise::Noise;
 use super::per::Per;
 use super::schedule::check_sigmas;
+use super::text::Embeddings;
 use crate::adapters::StageAdapters;
 use crate::error::RunError;
+use crate::experiments::Experiments;
 use crate::media::RgbImage;
 
 /// What a run may choose.
+#[derive(Default)]
 pub struct Request<'a> {
     /// What to show.
     pub prompt: &'a str,
     /// What not to show; only guided pipelines read it.
     pub negative_prompt: &'a str,
+    /// Contexts that were encoded elsewhere, instead of both prompts.
+    pub embeddings: Option<&'a Embeddings>,
     /// Images to start from or to pass through, in the order they were given.
     pub images: &'a [Conditioning],
     /// Clips and recordings.
@@ -30,6 +35,8 @@ pub struct Request<'a> {
     pub noise: Noise,
     /// Adapters of every stage.
     pub adapters: StageAdapters,
+    /// Deviations from the model.
+    pub experiments: Experiments,
     /// Go on with latents that are NaN, infinite or constant.
     pub allow_bad_numerics: bool,
 }

@@ -1,27 +1,29 @@
 //! A run, whatever the pipeline: encode text → stages → decode. What differs between pipelines stands in the plan.
 
-use ltxc_ir::plan::{Modality, Pass, Pipeline, SoundRole, Stage};
+use ltxc_ir::plan::{Modality, Pass, Pipeline, Plan, SoundRole, Stage};
 
 use super::decode::decode_video;
 use super::denoise::Contexts;
 use super::media::{Encoded, reference_sound};
+use super::noise::SlotShape;
 use super::observe::{Event, Observer, frames_problem, numerical_problem};
 use super::per::Per;
 use super::request::{Output, Request};
-use super::stage::{Start, run_stage};
-use super::text::encode_prompt;
+use super::stage::{MEL_BINS, Start, run_stage};
+use super::text::{TextContext, encode_prompt};
 use crate::error::RunError;
 use crate::executor::Executor;
+use crate::experiments::Placeholder;
 use crate::media::Recording;
 use crate::tokenizer::Tokenizer;
 
-/// Runs the pipeline of the executor's plan.
+/// Runs the pipeline of the executor's plan. Without contexts from elsewhere ([`Request::embeddings`]) it needs a tokenizer.
 ///
 /// # Errors
 /// A request that the plan has no room for, bad numerics, an interruption, or what `output` returns.
 pub fn run(
     executor: &mut Executor<'_>,
-    tokenizer: Tokenizer,
+    tokenizer: impl Into<Option<Tokenizer>>,
     request: &Request<'_>,
     observer: &mut dyn Observer,
     output: &mut dyn Output,
@@ -29,18 +31,15 @@ pub fn run(
     let pipeline = &executor.plan().pipeline;
     let stages = request.choose(pipeline)?;
     let needs_negative = stages.iter().any(|s| s.passes().any(|passes| passes.contains(&Pass::Negative)));
-    let prompts = [request.prompt, request.negative_prompt];
-    let prompts = &prompts[..if needs_negative { 2 } else { 1 }];
-    observer.event(Event::Stage { name: "text", steps: prompts.len() });
-    executor.set_adapters(request.adapters.of_text(pipeline))?;
-    let mut texts = Vec::new();
-    for (i, prompt) in prompts.iter().enumerate() {
-        texts.push(encode_prompt(executor, &pipeline.text, &tokenizer, prompt, observer)?);
-        observer.event(Event::Step { stage: "text", index: i + 1 });
+    executor.set_experiments(&request.experiments)?;
+    if let Some(placeholder) = request.experiments.placeholder() {
+        let latents = placeholders(executor.plan(), request, placeholder)?;
+        return decode(executor, request, observer, output, latents);
     }
-    drop(tokenizer);
-    // The text encoder is the largest component besides the transformer; neither should wait for the other in memory.
-    executor.unload_all()?;
+    let mut texts = match request.embeddings {
+        Some(embeddings) => embeddings.contexts(executor.plan(), needs_negative)?,
+        None => encode_prompts(executor, tokenizer.into(), request, needs_negative, observer)?,
+    };
     let encoded = request.media.encode(executor)?;
     if let ([prompt, negative], true) = (&mut texts[..], encoded.frozen.audio.is_some()) {
         // Nothing is to be avoided in a sound that stays.
@@ -68,13 +67,72 @@ pub fn run(
             sound = latents.audio.clone();
         }
     }
+    let recording = request.media.sound.as_ref().filter(|_| frozen.audio.is_some());
+    let made = Per { video: latents.video, audio: sound.filter(|_| recording.is_none()) };
+    decode(executor, request, observer, output, made)?;
+    recording.map_or(Ok(()), |recording| write_recording(recording, observer, output))
+}
+
+/// The contexts of the prompt, and of the negative one if it is needed.
+fn encode_prompts(
+    executor: &mut Executor<'_>,
+    tokenizer: Option<Tokenizer>,
+    request: &Request<'_>,
+    needs_negative: bool,
+    observer: &mut dyn Observer,
+) -> Result<Vec<TextContext>, RunError> {
+    let tokenizer = tokenizer.ok_or_else(|| RunError::Internal("there is no tokenizer for the prompt".into()))?;
+    let pipeline = &executor.plan().pipeline;
+    let prompts = [request.prompt, request.negative_prompt];
+    let prompts = &prompts[..if needs_negative { 2 } else { 1 }];
+    observer.event(Event::Stage { name: "text", steps: prompts.len() });
+    executor.set_adapters(request.adapters.of_text(pipeline))?;
+    let mut texts = Vec::new();
+    for (i, prompt) in prompts.iter().enumerate() {
+        texts.push(encode_prompt(executor, &pipeline.text, &tokenizer, prompt, observer)?);
+        observer.event(Event::Step { stage: "text", index: i + 1 });
+    }
+    // The text encoder is the largest component besides the transformer; neither should wait for the other in memory.
+    executor.unload_all()?;
+    Ok(texts)
+}
+
+/// What an experiment decodes instead of what would be denoised.
+fn placeholders(plan: &Plan, request: &Request<'_>, placeholder: Placeholder) -> Result<Per<Vec<f32>>, RunError> {
+    let pipeline = &plan.pipeline;
+    let stage = pipeline.stages.last().ok_or_else(|| RunError::Internal("the plan has no stages".into()))?;
+    // Sound that stays as it was brought has no decoder.
+    let mut made = pipeline.modalities();
+    made.retain(|m| *m == Modality::Video || plan.program("decode_audio").is_some());
+    let latent = |modality: Modality| {
+        let (spatial, channels, inner) = match modality {
+            Modality::Video => (stage.grid.iter().map(|&n| n as usize).collect(), pipeline.video.channels, 1),
+            Modality::Audio => (vec![pipeline.audio.tokens as usize], pipeline.audio.channels, MEL_BINS),
+        };
+        let shape = SlotShape { spatial, channels: channels as usize, inner };
+        match placeholder {
+            Placeholder::Zero => Ok(vec![0.0; shape.len()]),
+            Placeholder::Noise => request.noise.draw(&format!("{}.{}", stage.name, modality.name()), &shape),
+        }
+    };
+    let wanted = Per::new(|m| made.contains(&m).then_some(m));
+    wanted.try_map(|_, modality| latent(modality))
+}
+
+/// Decodes latents of target tokens, the video first.
+fn decode(
+    executor: &mut Executor<'_>,
+    request: &Request<'_>,
+    observer: &mut dyn Observer,
+    output: &mut dyn Output,
+    latents: Per<Vec<f32>>,
+) -> Result<(), RunError> {
+    let pipeline = &executor.plan().pipeline;
     if let Some(latent) = latents.video {
         observer.event(Event::Tensor { name: "final.video_latent".into(), values: &latent });
         write_video(executor, pipeline, request, &latent, observer, output)?;
     }
-    if let Some(recording) = request.media.sound.as_ref().filter(|_| frozen.audio.is_some()) {
-        write_recording(recording, observer, output)?;
-    } else if let Some(latent) = sound {
+    if let Some(latent) = latents.audio {
         observer.event(Event::Tensor { name: "final.audio_latent".into(), values: &latent });
         write_sound(executor, pipeline, request, &latent, observer, output)?;
     }

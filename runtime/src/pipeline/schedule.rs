@@ -36,15 +36,20 @@ pub fn noise_levels(schedule: Schedule, own: &[f32], steps: usize) -> Result<Vec
 /// Level of the last step after stretching: ltx_core/components/schedulers.py, release 1.2.0, as all constants below.
 pub const TERMINAL: f64 = 0.1;
 
+/// Logarithm of the shift of [`shifted`] for a number of tokens.
+pub fn mu(tokens: u32) -> f64 {
+    const SHIFT: [(f64, f64); 2] = [(1024.0, 0.95), (4096.0, 2.05)];
+    let [(t0, base), (t1, max)] = SHIFT;
+    let slope = (max - base) / (t1 - t0);
+    tokens as f64 * slope + (base - slope * t0)
+}
+
 /// Evenly spaced levels, shifted by the number of tokens, and stretched so that the last step starts at `terminal`.
 ///
 /// In f32 and in the order of the reference, which divides by multiplying with a reciprocal: near 1 its roundings are what
 /// is left of the distances from 1 that are stretched.
 pub fn shifted(steps: usize, tokens: u32, terminal: Option<f64>) -> Vec<f64> {
-    const SHIFT: [(f64, f64); 2] = [(1024.0, 0.95), (4096.0, 2.05)];
-    let [(t0, base), (t1, max)] = SHIFT;
-    let slope = (max - base) / (t1 - t0);
-    let shift = (tokens as f64 * slope + (base - slope * t0)).exp() as f32;
+    let shift = mu(tokens).exp() as f32;
     let level = |i: usize| {
         let u = (1.0 - i as f64 / steps as f64) as f32;
         if i == steps { 0.0 } else { (1.0 / (shift + (1.0 / u - 1.0))) * shift }

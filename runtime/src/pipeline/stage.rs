@@ -18,7 +18,7 @@ use crate::executor::Executor;
 use crate::media::resize_and_crop;
 
 /// Mel bins of an audio latent; they are the fastest part of a token. Fixed in every model of the family.
-const MEL_BINS: usize = 16;
+pub(super) const MEL_BINS: usize = 16;
 
 /// What a modality of a stage starts from.
 #[derive(Clone, Debug, Default)]

@@ -5,7 +5,7 @@
 
 use std::borrow::Cow;
 
-use ltxc_ir::plan::{Modality, TextSettings};
+use ltxc_ir::plan::{Modality, Plan, TextSettings};
 
 use super::observe::{Event, Observer};
 use crate::error::RunError;
@@ -28,6 +28,64 @@ impl TextContext {
             Modality::Video => &self.video,
             Modality::Audio => &self.audio,
         }
+    }
+}
+
+/// Contexts that were encoded elsewhere.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Embeddings {
+    /// Where they come from, for messages.
+    pub name: String,
+    /// Of the prompt.
+    pub prompt: TextContext,
+    /// Of the negative prompt.
+    pub negative: Option<TextContext>,
+}
+
+impl Embeddings {
+    /// Shapes of contexts that the programs of a plan take: video, audio.
+    ///
+    /// # Errors
+    /// A plan without a text side.
+    pub fn shapes(plan: &Plan) -> Result<[Vec<usize>; 2], RunError> {
+        let shape = |m: Modality| {
+            let slot = plan.program("connect").and_then(|p| p.output(&format!("{}_context", m.name())));
+            slot.map(|slot| slot.ty.shape.clone())
+        };
+        match Modality::BOTH.map(shape) {
+            [Some(video), Some(audio)] => Ok([video, audio]),
+            _ => Err(RunError::Internal("the plan has no program that makes contexts".into())),
+        }
+    }
+
+    /// The contexts of a run, the negative ones only if they are needed.
+    ///
+    /// # Errors
+    /// Contexts of another size than the plan takes, or none for the negative prompt where they are needed.
+    pub(super) fn contexts(&self, plan: &Plan, needs_negative: bool) -> Result<Vec<TextContext>, RunError> {
+        if needs_negative && self.negative.is_none() {
+            return Err(RunError::Input(format!(
+                "`{}` has no contexts of a negative prompt, which this pipeline is guided by; write them with `ltxc debug \
+                 text export --negative-prompt`",
+                self.name
+            )));
+        }
+        let given = std::iter::once(&self.prompt).chain(self.negative.as_ref().filter(|_| needs_negative));
+        let contexts: Vec<TextContext> = given.cloned().collect();
+        let shapes = Embeddings::shapes(plan)?;
+        for context in &contexts {
+            for (modality, shape) in Modality::BOTH.into_iter().zip(&shapes) {
+                let found = context.of(modality).len();
+                if found != shape.iter().product::<usize>() {
+                    return Err(RunError::Input(format!(
+                        "the {} context of `{}` has {found} values, the plan takes {shape:?}",
+                        modality.name(),
+                        self.name
+                    )));
+                }
+            }
+        }
+        Ok(contexts)
     }
 }
 

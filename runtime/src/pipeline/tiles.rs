@@ -5,7 +5,7 @@ use ltxc_ir::tiling::{Axis, AxisTile};
 use crate::error::RunError;
 
 /// The part of `[f, h, w, c]` that a tile covers; `grid` is `[h, w]`.
-pub(super) fn crop(values: &[f32], grid: [usize; 2], channels: usize, tile: [AxisTile; 3]) -> Vec<f32> {
+pub fn crop(values: &[f32], grid: [usize; 2], channels: usize, tile: [AxisTile; 3]) -> Vec<f32> {
     let [time, row, column] = tile;
     let mut out = Vec::with_capacity(time.len() * row.len() * column.len() * channels);
     for f in time.start..time.end {
@@ -18,7 +18,7 @@ pub(super) fn crop(values: &[f32], grid: [usize; 2], channels: usize, tile: [Axi
 }
 
 /// A sum of weighted tiles, `[f, h, w, c]`, handed out from the front as frames become complete.
-pub(super) struct Sum {
+pub struct Sum {
     size: [usize; 2],
     channels: usize,
     /// Sums of the weights per axis, where they are not 1.

@@ -19,7 +19,7 @@ use ltxc_runtime::adapters::StageAdapters;
 use ltxc_runtime::backend::{Device, DeviceName, find, open};
 use ltxc_runtime::executor::Executor;
 use ltxc_runtime::media::load_image;
-use ltxc_runtime::pipeline::{Conditioning, Event, Media, Noise, Observer, Output, Request, needed_passes, run};
+use ltxc_runtime::pipeline::{Conditioning, Event, Noise, Observer, Output, Request, needed_passes, run};
 use ltxc_runtime::tokenizer::Tokenizer;
 use ltxc_runtime::weights::WeightFiles;
 use ltxc_tests::compare::{Report, relative_l2};
@@ -230,17 +230,8 @@ fn recorded_shape(recorded: &Recorded) -> ShapeArgs {
 
 /// A run with the plan's noise levels; noise that is not given is drawn.
 fn request<'a>(prompt: &'a str, images: &'a [Conditioning], given: BTreeMap<String, Vec<f32>>) -> Request<'a> {
-    let noise = Noise { given, ..Noise::default() };
-    Request {
-        prompt,
-        negative_prompt: "",
-        images,
-        media: Media::default(),
-        stages: BTreeMap::new(),
-        noise,
-        adapters: Default::default(),
-        allow_bad_numerics: false,
-    }
+    let noise = Noise { seed: 0, given, ..Noise::default() };
+    Request { prompt, images, noise, ..Request::default() }
 }
 
 /// `64/32` pixels and `16/8` frames as a flag. The recorded object of release 1.2.0 names the tile of each axis; those

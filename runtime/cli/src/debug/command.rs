@@ -5,9 +5,11 @@ use clap::Subcommand;
 
 use super::bisect::{self, BisectArgs};
 use super::compare::{self, CompareArgs};
-use super::denoising::{self, LatentsArgs, LoopArgs, NanArgs, PositionsArgs};
+use super::denoising::{self, LoopArgs, NanArgs};
+use super::latents::{self, LatentsArgs};
 use super::noise::{self, NoiseCommand};
 use super::parity::{self, ParityArgs};
+use super::positions::{self, PositionsArgs};
 use super::schedule::{self, ScheduleArgs};
 use super::text::{self, TextCommand};
 use super::vae::{self, VaeCommand};
@@ -32,18 +34,18 @@ pub enum DebugCommand {
     /// Look into the text side.
     #[command(subcommand)]
     Text(TextCommand),
-    /// Look into the video VAE.
+    /// Look into video VAE, upsampler and audio decoders.
     #[command(subcommand)]
     Vae(VaeCommand),
     /// Statistics of every denoising step, and whether prediction, velocity and steps agree.
     Loop(LoopArgs),
     /// Find the first value that is NaN or infinite.
     Nan(NanArgs),
-    /// Statistics and spatial coherence of a latent in a file.
+    /// Statistics and spatial coherence of a latent in a file, or of a step of a run.
     Latents(LatentsArgs),
     /// Noise levels of every schedule, and whether they equal those of a file.
     Schedule(ScheduleArgs),
-    /// Positions of tokens, and whether they equal those of a file.
+    /// Positions of tokens and rotary tables, and whether they equal those of a file.
     Positions(PositionsArgs),
     /// Tell a picture from noise, one colour and standstill, in a video file or a folder of frames.
     VideoStats(VideoStatsArgs),
@@ -65,9 +67,9 @@ pub fn run(command: &DebugCommand, json: bool) -> Result<bool> {
         DebugCommand::Vae(command) => vae::run(command, json),
         DebugCommand::Loop(args) => denoising::run_loop(args, json),
         DebugCommand::Nan(args) => denoising::run_nan(args, json),
-        DebugCommand::Latents(args) => denoising::run_latents(args, json),
+        DebugCommand::Latents(args) => latents::run(args, json),
         DebugCommand::Schedule(args) => schedule::run(args, json),
-        DebugCommand::Positions(args) => denoising::run_positions(args, json),
+        DebugCommand::Positions(args) => positions::run(args, json),
         DebugCommand::VideoStats(args) => video_stats::run(args, json),
     }
 }

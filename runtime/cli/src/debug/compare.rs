@@ -17,8 +17,9 @@ use super::entries::{Entry, Log, parse};
 pub struct CompareArgs {
     /// Our log, of any kind.
     pub ours: PathBuf,
-    /// The log to compare with; kinds may be mixed.
-    pub theirs: PathBuf,
+    /// The log to compare with; kinds may be mixed [default: the file that FASTVIDEO_DEBUG_REF_SUMS_PATH or
+    /// LTX2_REFERENCE_GEMMA_LOG names]
+    pub theirs: Option<PathBuf>,
     /// Relative tolerance.
     #[arg(long, default_value_t = 5e-3)]
     pub tol_rel: f64,
@@ -32,6 +33,9 @@ pub struct CompareArgs {
     #[arg(long, default_value_t = 20)]
     pub top: usize,
 }
+
+/// Variables that name the log of a reference.
+const REFERENCES: [&str; 2] = ["FASTVIDEO_DEBUG_REF_SUMS_PATH", "LTX2_REFERENCE_GEMMA_LOG"];
 
 /// One matched pair.
 #[derive(Clone, Debug)]
@@ -85,7 +89,9 @@ pub fn run(args: &CompareArgs, json_output: bool) -> Result<bool> {
         Some(path) => parse_map(&std::fs::read_to_string(path).with_context(|| format!("map `{}`", path.display()))?)?,
         None => BTreeMap::new(),
     };
-    let comparison = compare(&read(&args.ours)?, &read(&args.theirs)?, &map, args.tol_rel, args.tol_abs);
+    let theirs = args.theirs.clone().or_else(|| REFERENCES.iter().find_map(std::env::var_os).map(PathBuf::from));
+    let Some(theirs) = theirs else { bail!("there is no log to compare with; name it, or set `{}`", REFERENCES[0]) };
+    let comparison = compare(&read(&args.ours)?, &read(&theirs)?, &map, args.tol_rel, args.tol_abs);
     if comparison.pairs.is_empty() {
         bail!(
             "the logs have no key in common; ours has `{}`, theirs `{}`; give `--map` if names differ",
@@ -138,7 +144,8 @@ pub fn compare(ours: &Log, theirs: &Log, map: &BTreeMap<String, String>, tol_rel
     let mut rest: Vec<String> = known.into_keys().map(|(key, _)| key).collect();
     rest.dedup();
     found.unmatched.1 = rest;
-    let only_sums = found.pairs.iter().all(|p| p.key.ends_with("sum") || p.key.contains(".latents"));
+    let only_sums =
+        found.pairs.iter().all(|p| p.key.ends_with("sum") || p.key.ends_with("_f64") || p.key.contains(".latents"));
     if only_sums && !found.pairs.is_empty() {
         let note = "only sums are compared; a sum near zero hides a large difference, traces with abs_mean do not";
         found.warnings.push(note.into());
@@ -192,6 +199,10 @@ fn conditions(ours: &Log, theirs: &Log) -> Vec<String> {
         {
             warnings.push(format!("{what}: {a} and {b}"));
         }
+    }
+    let experiments = |log: &Log| log.header.get("experiments").cloned().unwrap_or_else(|| "none".into());
+    if experiments(ours) != experiments(theirs) {
+        warnings.push(format!("the runs are different experiments: {} and {}", experiments(ours), experiments(theirs)));
     }
     let noise = |log: &Log| -> Vec<(String, String)> {
         log.header.iter().filter(|(k, _)| k.starts_with("noise.")).map(|(k, v)| (k.clone(), v.clone())).collect()

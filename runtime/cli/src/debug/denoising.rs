@@ -1,26 +1,27 @@
-//! Looking at denoising: the steps of a run, latents, positions, and the first value that is not finite.
+//! Looking at denoising: the steps of a run, and the first value that is not finite.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::rc::Rc;
+use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use clap::Args;
 use ltxc_compiler::Options;
-use ltxc_ir::plan::{Plan, Program, VideoSettings};
+use ltxc_ir::plan::{Plan, Program, container};
 use ltxc_runtime::RunError;
-use ltxc_runtime::noise_files;
-use ltxc_runtime::pipeline::Noise;
-use ltxc_runtime::pipeline::positions::{audio_positions, video_positions};
+use ltxc_runtime::pipeline::{Noise, Silent};
 use ltxc_runtime::stats::{Stats, decoded};
-use ltxc_runtime::tap::{Role, Tap, Value};
+use ltxc_runtime::tap::{CallInfo, Role, Tap, Value};
+use ltxc_runtime::weights::WeightFiles;
 use serde_json::json;
 
+use super::flags::{DebugFlags, DebugMode, DebugOptions};
 use super::names::{component, full_name};
 use super::pipeline::{Pipeline, Tensors, plan_for};
-use super::recording::{Distance, TensorFile};
-use super::video_stats::structure;
+use super::recording::{Distance, Form, TensorFile, thinned};
+use super::session::{About, Session};
 use crate::args::{ModelArgs, ShapeArgs};
 use crate::assemble::ModelFiles;
 use crate::compile::unfused;
@@ -41,14 +42,24 @@ pub struct RunOf {
     /// Seed of all noise.
     #[arg(long, default_value_t = 10)]
     pub seed: u64,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub debug: DebugFlags,
 }
 
 impl RunOf {
-    /// Compiles and runs; `tap` looks at values of the plan that it is given.
-    fn run(&self, options: Options, tap: impl FnOnce(&Plan) -> Option<Box<dyn Tap>>) -> Result<(Plan, Tensors)> {
+    /// Compiles and runs; `tap` looks at values of the plan that it is given. Noise that is not in `given` is drawn.
+    pub(super) fn run(
+        &self,
+        options: Options,
+        given: BTreeMap<String, Vec<f32>>,
+        tap: impl FnOnce(&Plan) -> Option<Box<dyn Tap>>,
+    ) -> Result<(Plan, Tensors)> {
+        let debug = DebugOptions::resolve(&self.debug, &|name| std::env::var(name).ok())?;
         let device = pick(&self.shape.device, None)?;
         let shape = Shape::resolve(&self.shape, 0)?;
         let files = ModelFiles::open(&self.model, shape.has_two_stages())?;
+        let options = if debug.mode == DebugMode::Exact { unfused() } else { options };
         let plan = plan_for(&files, &shape, &device, options)?;
         let pipeline = Pipeline {
             plan: &plan,
@@ -57,10 +68,72 @@ impl RunOf {
             prompt: &self.prompt,
             negative_prompt: "",
             images: &[],
-            noise: Noise { seed: self.seed, ..Noise::default() },
+            noise: Noise { seed: self.seed, given, ..Noise::default() },
         };
-        let tensors = pipeline.run(tap(&plan))?;
+        let tap = tap(&plan);
+        if !debug.is_on() {
+            let tensors = pipeline.run(tap)?;
+            return Ok((plan, tensors));
+        }
+        let weights = WeightFiles::open(&plan, &files.paths(), false)?;
+        let about = About {
+            hash: container::hash(&container::encode(&plan)?),
+            device: device.name.to_string(),
+            seed: self.seed,
+            noise: &BTreeMap::new(),
+            spares_decoders: false,
+            experiments: Vec::new(),
+        };
+        let session = Session::new(&plan, &weights, debug, &about)?;
+        let both = Both { own: tap, session: session.tap() };
+        let tensors = pipeline.run_watched(Some(Box::new(both)), &mut session.observer(&mut Silent))?;
+        session.finish()?.iter().for_each(|note| eprintln!("{note}"));
+        drop((session, weights));
         Ok((plan, tensors))
+    }
+}
+
+/// The tap of a command, and that of the logs that it was asked for.
+struct Both<'a> {
+    own: Option<Box<dyn Tap + 'a>>,
+    session: Box<dyn Tap + 'a>,
+}
+
+impl Tap for Both<'_> {
+    fn wants(&mut self, program: &Program, value: &Value) -> bool {
+        let own = self.own.as_mut().is_some_and(|own| own.wants(program, value));
+        self.session.wants(program, value) || own
+    }
+
+    fn begin(&mut self, program: &Program) {
+        self.session.begin(program);
+        self.own.iter_mut().for_each(|own| own.begin(program));
+    }
+
+    fn value(&mut self, program: &Program, value: &Value, bytes: &[u8]) -> Result<(), RunError> {
+        for tap in self.own.iter_mut().chain(std::iter::once(&mut self.session)) {
+            if tap.wants(program, value) {
+                tap.value(program, value, bytes)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn end(&mut self, program: &Program) -> Result<(), RunError> {
+        self.session.end(program)?;
+        self.own.iter_mut().try_for_each(|own| own.end(program))
+    }
+
+    fn times_calls(&self) -> bool {
+        self.session.times_calls()
+    }
+
+    fn called(&mut self, program: &Program, call: &CallInfo, elapsed: Duration) {
+        self.session.called(program, call, elapsed);
+    }
+
+    fn loaded(&mut self, program: &Program, elapsed: Duration) {
+        self.session.loaded(program, elapsed);
     }
 }
 
@@ -70,7 +143,16 @@ pub struct LoopArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub run: RunOf,
+    /// Show how streams grow from block to block, and how much of them comes from the text. Compiles without fusion.
+    #[arg(long)]
+    pub blocks: bool,
+    /// Compare with the tensors of this recording, from whose noise the run starts: `stage1.step0.video.latent` and so on.
+    #[arg(long, value_name = "FILE", alias = "ref")]
+    pub compare: Option<PathBuf>,
 }
+
+/// Relative L2 by which a run may differ from a recording.
+const COMPARED_LIMIT: f64 = 1e-3;
 
 /// What one step of one modality did.
 #[derive(Clone, Debug)]
@@ -166,11 +248,18 @@ impl StepFacts {
 /// A run that fails.
 pub fn run_loop(args: &LoopArgs, json_output: bool) -> Result<bool> {
     let velocities = Rc::new(RefCell::new(Velocities::default()));
-    let (plan, ran) = args.run.run(Options::default(), |plan| {
-        let tap = VelocityTap { plan: plan.clone(), kept: velocities.clone() };
+    let recording = args.compare.as_deref().map(TensorFile::open).transpose()?;
+    let given = recording.as_ref().map(recorded_noise).unwrap_or_default();
+    // What attention to the text gives has no memory of its own in fused kernels.
+    let options = if args.blocks { unfused() } else { Options::default() };
+    let (plan, ran) = args.run.run(options, given, |plan| {
+        let tap = VelocityTap { plan: plan.clone(), blocks: args.blocks, kept: velocities.clone() };
         Some(Box::new(tap))
     })?;
     let velocities = velocities.take();
+    if let Some(recording) = &recording {
+        return compare_run(&ran, recording, json_output);
+    }
     let facts = step_facts(&ran.tensors, &velocities.values);
     let mut ok = true;
     if !json_output {
@@ -205,6 +294,7 @@ pub fn run_loop(args: &LoopArgs, json_output: bool) -> Result<bool> {
         );
         flags.iter().for_each(|flag| println!("  RED FLAG: {flag}"));
     }
+    velocities.blocks.iter().for_each(|(at, block)| print_block(at, block, json_output));
     if let Some(latent) = ran.tensors.get("final.video_latent") {
         let s = Stats::of(&[latent.len()], latent);
         let is_odd = !(0.7..=1.6).contains(&s.std);
@@ -220,31 +310,121 @@ pub fn run_loop(args: &LoopArgs, json_output: bool) -> Result<bool> {
     Ok(ok)
 }
 
+/// The noise of a recorded run, by slot.
+fn recorded_noise(recording: &TensorFile) -> BTreeMap<String, Vec<f32>> {
+    let noise = recording.iter().filter_map(|(name, t)| Some((name.strip_suffix(".noise")?.to_string(), t.to_f32())));
+    noise.filter(|(slot, _)| slot.split('.').count() == 2).collect()
+}
+
+/// Compares the tensors of a run with recorded ones, in the order in which they came.
+fn compare_run(ran: &Tensors, recording: &TensorFile, json_output: bool) -> Result<bool> {
+    let (mut first, mut compared) = (None, 0);
+    let meta = recording.meta();
+    for name in &ran.order {
+        let found = &ran.tensors[name];
+        // Recordings name predictions after steps, of which each has one evaluation here.
+        let recorded = match name.strip_suffix(".denoised") {
+            Some(_) => name.replace(".call", ".step"),
+            None => name.clone(),
+        };
+        let layout_differs = name.starts_with("final.") || name.ends_with("initial_latent");
+        let Some(form) = Form::of(recording, &meta, &recorded, found.len()).filter(|_| !layout_differs) else {
+            continue;
+        };
+        let error = Distance::of(&thinned(found, form.step), &form.values).relative_l2;
+        let differs = error.is_nan() || error > COMPARED_LIMIT;
+        compared += 1;
+        if differs && first.is_none() {
+            first = Some(recorded.clone());
+        }
+        if json_output {
+            let error = if error.is_finite() { json!(error) } else { json!("inf") };
+            println!("{}", json!({"tensor": recorded, "relative_l2": error, "differs": differs}));
+        } else {
+            println!("{recorded:<40} relative L2 {error:.2e}{}", if differs { "  < differs" } else { "" });
+        }
+    }
+    if compared == 0 {
+        bail!("`{}` has no tensor of such a run, for example `stage1.step0.video.latent`", recording.path.display());
+    }
+    match &first {
+        Some(name) if json_output => println!("{}", json!({"first_different": name})),
+        Some(name) => println!("first difference: {name}"),
+        None => {}
+    }
+    Ok(first.is_none())
+}
+
+/// A stream behind a block.
+#[derive(Clone, Copy, Debug, Default)]
+struct BlockFacts {
+    /// Standard deviation.
+    std: f64,
+    /// Norm of the stream, and of what attention to the text gave.
+    norm: f64,
+    text: Option<f64>,
+}
+
+/// Stage, step from 0, block, stream.
+type BlockAt = (String, usize, usize, &'static str);
+
+fn print_block((stage, step, block, stream): &BlockAt, facts: &BlockFacts, json_output: bool) {
+    let ratio = facts.text.map(|text| text / facts.norm.max(1e-30));
+    if json_output {
+        println!(
+            "{}",
+            json!({"stage": stage, "step": step, "block": block, "stream": stream, "std": facts.std, "text_ratio": ratio})
+        );
+        return;
+    }
+    let ratio = ratio.map_or("-".into(), |r| format!("{r:.5}"));
+    println!(
+        "{:<22} block {block:<3} std {:>12.5}  |attn2|/|stream| {ratio}",
+        format!("{stage}.{step} {stream}"),
+        facts.std
+    );
+}
+
 /// Velocities by stage, step and modality.
 #[derive(Default)]
 struct Velocities {
     values: BTreeMap<String, Vec<f32>>,
+    /// Streams behind blocks.
+    blocks: BTreeMap<BlockAt, BlockFacts>,
     /// How often the step program of a stage has run.
     runs: BTreeMap<String, usize>,
 }
 
 struct VelocityTap {
     plan: Plan,
+    /// Whether blocks are looked at, too.
+    blocks: bool,
     kept: Rc<RefCell<Velocities>>,
 }
 
 impl Tap for VelocityTap {
     fn wants(&mut self, program: &Program, value: &Value) -> bool {
-        component(&self.plan, program) == "transformer"
-            && value.role == Role::Output
-            // The conditioned pass; those of others have the name of the pass in front.
-            && ["video.velocity", "audio.velocity"].contains(&value.name.as_str())
+        // The conditioned pass; values of others have the name of the pass in front.
+        let is_velocity =
+            value.role == Role::Output && ["video.velocity", "audio.velocity"].contains(&value.name.as_str());
+        let is_block = self.blocks && value.role == Role::Inner && block_part(&value.name).is_some();
+        component(&self.plan, program) == "transformer" && (is_velocity || is_block)
     }
 
     fn value(&mut self, program: &Program, value: &Value, bytes: &[u8]) -> Result<(), RunError> {
         let mut kept = self.kept.borrow_mut();
         let stage = program.name.split('.').next().unwrap_or_default().to_string();
         let run = kept.runs.get(&stage).copied().unwrap_or(0);
+        if let Some((block, stream, is_text)) = block_part(&value.name) {
+            let values = decoded(&value.ty, bytes);
+            let norm = values.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt();
+            let facts = kept.blocks.entry((stage, run, block, stream)).or_default();
+            match is_text {
+                true => facts.text = Some(norm),
+                false => (facts.std, facts.norm) = (Stats::of(&[values.len()], &values).std, norm),
+            }
+            return Ok(());
+        }
         let modality = value.name.split('.').next().unwrap_or_default();
         kept.values.insert(format!("{stage}.{run}.{modality}"), decoded(&value.ty, bytes));
         Ok(())
@@ -257,6 +437,19 @@ impl Tap for VelocityTap {
         }
         Ok(())
     }
+}
+
+/// Block and stream of a value that is a stream behind a block, or what attention to the text gives in it.
+fn block_part(name: &str) -> Option<(usize, &'static str, bool)> {
+    let (block, rest) = name.strip_prefix("blocks.")?.split_once('.')?;
+    let (stream, is_text) = match rest {
+        "video" => ("video", false),
+        "audio" => ("audio", false),
+        "attn2" => ("video", true),
+        "audio_attn2" => ("audio", true),
+        _ => return None,
+    };
+    Some((block.parse().ok()?, stream, is_text))
 }
 
 /// `ltxc debug nan`.
@@ -339,7 +532,7 @@ impl Tap for NanTap {
 /// A run that fails for another reason.
 pub fn run_nan(args: &NanArgs, json_output: bool) -> Result<bool> {
     let found = Rc::new(RefCell::new(Found::default()));
-    let result = args.run.run(unfused(), |plan| {
+    let result = args.run.run(unfused(), BTreeMap::new(), |plan| {
         let (runs, seen) = (BTreeMap::new(), BTreeMap::new());
         Some(Box::new(NanTap { plan: plan.clone(), full: args.full, runs, seen, found: found.clone() }))
     });
@@ -376,188 +569,6 @@ pub fn run_nan(args: &NanArgs, json_output: bool) -> Result<bool> {
         println!("all {} values are finite", found.checked);
     }
     Ok(found.findings.is_empty())
-}
-
-/// `ltxc debug latents`.
-#[derive(Debug, Args)]
-pub struct LatentsArgs {
-    /// File with latents of shape (1, c, f, h, w): .safetensors, .npy, .npz or .pt.
-    pub file: PathBuf,
-    /// Tensor of the file, if it has several.
-    #[arg(long)]
-    pub tensor: Option<String>,
-    /// What it should be: an encoded or finished latent is coherent, noise is not.
-    #[arg(long, default_value_t = false)]
-    pub noise: bool,
-}
-
-/// `ltxc debug latents`. Returns whether the latents look like what they should be.
-///
-/// # Errors
-/// A file without such a tensor.
-pub fn run_latents(args: &LatentsArgs, json_output: bool) -> Result<bool> {
-    let tensors = noise_files::read(&args.file)?;
-    let chosen = match &args.tensor {
-        Some(name) => tensors.iter().find(|t| t.name == *name),
-        None => tensors.iter().find(|t| t.shape.len() == 5),
-    };
-    let tensor =
-        chosen.with_context(|| format!("`{}` has no such tensor of shape (1, c, f, h, w)", args.file.display()))?;
-    let &[_, c, f, h, w] = &tensor.shape[..] else {
-        bail!("`{}` is {:?}, expected (1, c, f, h, w)", tensor.name, tensor.shape)
-    };
-    let s = Stats::of(&tensor.shape, &tensor.values);
-    let plane = |channel: usize, frame: usize| -> Vec<f64> {
-        let at = (channel * f + frame) * h * w;
-        tensor.values[at..at + h * w].iter().map(|&v| f64::from(v)).collect()
-    };
-    let planes = || (0..c).flat_map(|k| (0..f).map(move |i| (k, i)));
-    let n = (c * f).max(1) as f64;
-    let autocorrelation = planes().map(|(k, i)| structure(&plane(k, i), w).autocorrelation).sum::<f64>() / n;
-    let stds: Vec<f64> = (0..c)
-        .map(|k| {
-            let channel = &tensor.values[k * f * h * w..(k + 1) * f * h * w];
-            Stats::of(&[channel.len()], channel).std
-        })
-        .collect();
-    let change = planes()
-        .filter(|(_, i)| *i > 0)
-        .map(|(k, i)| {
-            plane(k, i).iter().zip(plane(k, i - 1)).map(|(a, b)| (a - b).abs()).sum::<f64>() / (h * w).max(1) as f64
-        })
-        .sum::<f64>()
-        / (c * f.saturating_sub(1)).max(1) as f64;
-    let dc = s.mean.abs() / s.std.max(1e-30);
-    let mut flags = Vec::new();
-    if s.is_bad() {
-        flags.push(format!("{} NaN and {} infinite values", s.nan, s.infinite));
-    }
-    match (args.noise, autocorrelation) {
-        (false, r) if r < 0.7 => {
-            flags.push(format!("neighbours correlate by {r:.2}; latents of pictures reach 0.7 and more"))
-        }
-        (true, r) if r > 0.3 => flags.push(format!("neighbours correlate by {r:.2}; noise stays below 0.3")),
-        _ => {}
-    }
-    if !args.noise && !(0.7..=1.6).contains(&s.std) {
-        flags.push(format!("standard deviation {:.3}, expected 0.7 to 1.6", s.std));
-    }
-    let (low, high) = (stds.iter().copied().fold(f64::INFINITY, f64::min), stds.iter().copied().fold(0.0, f64::max));
-    if json_output {
-        println!(
-            "{}",
-            json!({"tensor": tensor.name, "shape": tensor.shape, "mean": s.mean, "std": s.std, "min": s.min, "max": s.max,
-            "channel_std": stds, "dc_ratio": dc, "temporal_difference": change, "autocorrelation": autocorrelation, "flags": flags})
-        );
-    } else {
-        println!(
-            "{} {}\nmean {:.4} std {:.4} [{:.3}, {:.3}]",
-            tensor.name,
-            s.shape_text(),
-            s.mean,
-            s.std,
-            s.min,
-            s.max
-        );
-        println!("std by channel {low:.4} to {high:.4}, DC ratio {dc:.4}, temporal difference {change:.4}");
-        println!("spatial autocorrelation {autocorrelation:.4}\n{}", histogram(&tensor.values));
-        flags.iter().for_each(|flag| println!("RED FLAG: {flag}"));
-    }
-    Ok(flags.is_empty())
-}
-
-/// Shares of values in steps of 1 from −4 to 4.
-fn histogram(values: &[f32]) -> String {
-    let n = values.len().max(1) as f64;
-    let bar = |low: f32| {
-        let count = values.iter().filter(|&&v| (low..low + 1.0).contains(&v)).count() as f64 / n;
-        format!("{low:>4} {:>6.2} % {}", count * 100.0, "█".repeat((count * 60.0) as usize))
-    };
-    (-4..4).map(|i| bar(i as f32)).collect::<Vec<_>>().join("\n")
-}
-
-/// `ltxc debug positions`.
-#[derive(Debug, Args)]
-pub struct PositionsArgs {
-    /// Frames, rows and columns of the latent.
-    #[arg(long, value_name = "F,H,W", value_delimiter = ',', default_value = "3,2,3")]
-    pub grid: Vec<u32>,
-    /// Frames per second.
-    #[arg(long, default_value_t = 24)]
-    pub frame_rate: u32,
-    /// Audio tokens; those of the length of the video if not given.
-    #[arg(long)]
-    pub audio_tokens: Option<u32>,
-    /// Compare with `video.positions` and `audio.positions` of this safetensors file.
-    #[arg(long, value_name = "FILE")]
-    pub compare: Option<PathBuf>,
-}
-
-/// `ltxc debug positions`. Returns whether they equal those of the file.
-///
-/// # Errors
-/// A file that cannot be read.
-pub fn run_positions(args: &PositionsArgs, json_output: bool) -> Result<bool> {
-    let &[f, h, w] = &args.grid[..] else { bail!("`--grid` takes frames, rows and columns") };
-    if [f, h, w, args.frame_rate].iter().any(|n| !(1..=4096).contains(n)) {
-        bail!("the grid and the frame rate must be 1 to 4096");
-    }
-    let settings = VideoSettings {
-        height: h * 32,
-        width: w * 32,
-        frames: (f - 1) * 8 + 1,
-        frame_rate: (args.frame_rate, 1),
-        channels: 128,
-        scale: [8, 32, 32],
-        max_keyframes: 0,
-    };
-    let seconds = f64::from(settings.frames) / f64::from(args.frame_rate);
-    let tokens = args.audio_tokens.unwrap_or(((seconds * 25.0).round_ties_even() as u32).max(1));
-    let (video, audio) = (video_positions([f, h, w], &settings), audio_positions(tokens));
-    let spans = |values: &[f32], step: usize| -> Vec<(f32, f32)> {
-        values.chunks(2).step_by(step).take(4).map(|p| (p[0], p[1])).collect()
-    };
-    let video_spans = spans(&video[..(f * h * w) as usize * 2], (h * w) as usize);
-    let audio_spans = spans(&audio, 1);
-    let mut ok = true;
-    let mut compared = Vec::new();
-    if let Some(path) = &args.compare {
-        let file = TensorFile::open(path)?;
-        for (name, found) in [("video.positions", &video), ("audio.positions", &audio)] {
-            let known = file.iter().find(|(key, _)| *key == name || key.ends_with(&format!(".{name}")));
-            let Some((key, tensor)) = known else { continue };
-            let expected = tensor.to_f32();
-            let distance = Distance::of(found, &expected);
-            // Positions that were rounded to bf16 on the way have no bits below the eighth.
-            let is_bf16 =
-                expected.iter().all(|v| v.to_bits() & 0xffff == 0) && found.iter().any(|v| v.to_bits() & 0xffff != 0);
-            let equal = distance.max_abs <= 1e-6;
-            ok &= equal;
-            let why = match (equal, found.len() == expected.len(), is_bf16) {
-                (true, ..) => "equal".to_string(),
-                (_, false, _) => {
-                    format!("{} values, ours are {}: another number of tokens", expected.len(), found.len())
-                }
-                (_, _, true) => "theirs were rounded to bf16".into(),
-                _ => format!("largest difference {:.3e}", distance.max_abs),
-            };
-            compared.push((key.to_string(), why));
-        }
-        if compared.is_empty() {
-            bail!("`{}` has no `video.positions` or `audio.positions`", path.display());
-        }
-    }
-    if json_output {
-        println!(
-            "{}",
-            json!({"video_seconds": video_spans, "audio_seconds": audio_spans, "audio_tokens": tokens, "compared": compared, "ok": ok})
-        );
-        return Ok(ok);
-    }
-    println!("video, seconds of the first latent frames: {video_spans:?}");
-    println!("audio, seconds of the first of {tokens} tokens: {audio_spans:?}");
-    compared.iter().for_each(|(name, why)| println!("{name}: {why}"));
-    Ok(ok)
 }
 
 #[cfg(test)]

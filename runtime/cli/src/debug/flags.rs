@@ -1,4 +1,8 @@
 //! What `ltxc run` can tell about a run: flags, and the environment variables of other tools that mean the same.
+//!
+//! Some of those ask for what is always so here: `FASTVIDEO_STAGE_LOGGING` for the time of every stage,
+//! `FASTVIDEO_ATTENTION_BACKEND=TORCH_SDPA` and `LTX2_REFERENCE_ATTN=pytorch` for the plain algorithm of attention, which
+//! headers of logs name.
 
 use std::path::PathBuf;
 
@@ -68,6 +72,9 @@ pub struct DebugFlags {
     /// Go on at the end of log files that exist, instead of beginning anew.
     #[arg(long, hide_short_help = true)]
     pub debug_append: bool,
+    /// Sums in f64 beside those in f32, in fields that end in `_f64`.
+    #[arg(long, hide_short_help = true)]
+    pub debug_f64: bool,
     /// Statistics of activations as JSON lines.
     #[arg(long, hide_short_help = true)]
     pub trace_activations: bool,
@@ -195,6 +202,10 @@ pub struct DebugOptions {
     pub check_nan: bool,
     /// Where to write a profile.
     pub profile: Option<PathBuf>,
+    /// Whether decoders add no noise to latents.
+    pub spares_decoders: bool,
+    /// Whether sums in f64 stand beside those in f32.
+    pub has_f64: bool,
 }
 
 /// What an activation trace holds.
@@ -277,6 +288,8 @@ impl DebugOptions {
             trace: trace(flags, &env, &is_set)?,
             check_nan: flags.check_nan,
             profile: flags.profile.clone(),
+            spares_decoders: is_set(&["LTX2_DISABLE_VAE_NOISE"]),
+            has_f64: flags.debug_f64,
         })
     }
 

@@ -28,6 +28,8 @@ pub struct Line {
 pub enum Field {
     /// A number with six decimals.
     Number(f64),
+    /// A sum in f32, and the same sum in f64, which logs show on request.
+    Sum(f64, f64),
     /// A whole number.
     Count(usize),
     /// Extents.
@@ -52,7 +54,19 @@ impl Line {
 
     /// The line with a sum.
     pub fn sum(self, name: &str, stats: &Stats) -> Line {
-        self.number(name, f64::from(stats.sum))
+        self.field(name, Field::Sum(f64::from(stats.sum), stats.sum_f64))
+    }
+
+    /// The line with every sum in f64, too, under its name and `_f64`.
+    fn with_f64(&self) -> Line {
+        let fields = self.fields.iter().flat_map(|(name, field)| {
+            let wide = match field {
+                Field::Sum(_, wide) => Some((format!("{name}_f64"), Field::Number(*wide))),
+                _ => None,
+            };
+            std::iter::once((name.clone(), field.clone())).chain(wide)
+        });
+        Line { fields: fields.collect(), ..self.clone() }
     }
 
     /// The line with a field of any kind.
@@ -84,7 +98,7 @@ impl Line {
 impl Field {
     fn text(&self) -> String {
         match self {
-            Field::Number(v) => format!("{v:.6}"),
+            Field::Number(v) | Field::Sum(v, _) => format!("{v:.6}"),
             Field::Count(n) => n.to_string(),
             Field::Shape(shape) => shape_text(shape),
             Field::Head(values) => {
@@ -96,7 +110,7 @@ impl Field {
 
     fn json(&self) -> Value {
         match self {
-            Field::Number(v) => json!(v),
+            Field::Number(v) | Field::Sum(v, _) => json!(v),
             Field::Count(n) => json!(n),
             Field::Shape(shape) => json!(shape),
             Field::Head(values) => json!(values),
@@ -117,6 +131,7 @@ pub fn shape_text(shape: &[usize]) -> String {
 pub struct Sink {
     format: LogFormat,
     prefix: LogPrefix,
+    has_f64: bool,
     text: Option<Out>,
     json: Option<Out>,
 }
@@ -153,9 +168,14 @@ impl Sink {
             LogFormat::Jsonl => Some(Out::open(path, append)?),
             LogFormat::Both => Some(Out::open(path.map(beside).as_deref(), append)?),
         };
-        let mut sink = Sink { format, prefix, text, json };
+        let mut sink = Sink { format, prefix, has_f64: false, text, json };
         sink.comment(header)?;
         Ok(sink)
+    }
+
+    /// The log with sums in f64 beside those in f32, or without.
+    pub fn with_f64(self, has_f64: bool) -> Sink {
+        Sink { has_f64, ..self }
     }
 
     /// Writes a line that parsers skip.
@@ -174,6 +194,8 @@ impl Sink {
     /// # Errors
     /// A disk that is full, or another reason not to write.
     pub fn line(&mut self, line: &Line, step: Option<usize>, pass: Option<&str>) -> Result<(), RunError> {
+        let wide = self.has_f64.then(|| line.with_f64());
+        let line = wide.as_ref().unwrap_or(line);
         if let Some(out) = &mut self.text {
             out.line(&line.text(self.prefix))?;
         }
@@ -237,6 +259,10 @@ mod tests {
         assert_eq!(
             line.json(Some(2), None).to_string(),
             r#"{"key":"gemma_feature","shape":[1,2,3],"step":2,"sum":3.0}"#
+        );
+        assert_eq!(
+            line.with_f64().text(LogPrefix::Ltxc),
+            "ltxc:gemma_feature:sum=3.000000 sum_f64=3.000000 shape=(1, 2, 3)"
         );
         let stage = Line { separator: " ", ..Line::new("stage=X").number("latents", -1.5) };
         assert_eq!(stage.text(LogPrefix::Ltxc), "ltxc:stage=X latents=-1.500000");

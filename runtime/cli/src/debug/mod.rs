@@ -10,7 +10,7 @@
 //! | `recording`, `parity` | recorded tensors of the reference, and how ours compare with them |
 //! | `modules`, `pipeline` | one graph, or a whole run, for its values instead of its picture |
 //! | `bisect` | the first op that differs between two settings |
-//! | `noise`, `weights`, `text`, `vae`, `denoising`, `schedule`, `video_stats` | one part of a model or run each |
+//! | `noise`, `weights`, `manifest`, `text`, `vae`, `denoising`, `latents`, `positions`, `schedule`, `video_stats` | one part of a model or run each |
 
 pub mod bisect;
 pub mod command;
@@ -18,12 +18,15 @@ pub mod compare;
 pub mod denoising;
 pub mod entries;
 pub mod flags;
+mod latents;
 pub mod log;
+mod manifest;
 pub mod modules;
 pub mod names;
 pub mod noise;
 pub mod parity;
 pub mod pipeline;
+mod positions;
 pub mod profile;
 pub mod recording;
 pub mod schedule;

@@ -75,6 +75,20 @@ impl Bench<'_> {
     /// # Errors
     /// A graph that does not compile, or a device that cannot run it.
     pub fn run(&self, module: &Module, entry: &str, args: &[Tensor]) -> Result<Ran> {
+        self.run_keeping(module, entry, args, &|_| true)
+    }
+
+    /// The same, keeping only the values inside whose names `keep` wants.
+    ///
+    /// # Errors
+    /// Those of [`Bench::run`].
+    pub fn run_keeping(
+        &self,
+        module: &Module,
+        entry: &str,
+        args: &[Tensor],
+        keep: &dyn Fn(&str) -> bool,
+    ) -> Result<Ran> {
         let target = self.device.target.clone();
         let mut builder = PlanBuilder::new(&version(), target, self.options.clone(), self.sources.clone());
         builder.add("main", "main", module, entry)?;
@@ -82,16 +96,16 @@ impl Bench<'_> {
         let function = module.function(entry).with_context(|| format!("the module has no `{entry}`"))?;
         let named: BTreeMap<&str, &Tensor> =
             function.params.iter().map(|p| function.name_of(p.value)).zip(args).collect();
-        let mut ran = self.run_plan(&plan, &named)?;
+        let mut ran = self.run_plan(&plan, &named, keep)?;
         ran.results.retain(|name, _| function.results.iter().any(|r| r.name == *name));
         Ok(ran)
     }
 
-    fn run_plan(&self, plan: &Plan, args: &BTreeMap<&str, &Tensor>) -> Result<Ran> {
+    fn run_plan(&self, plan: &Plan, args: &BTreeMap<&str, &Tensor>, keep: &dyn Fn(&str) -> bool) -> Result<Ran> {
         let weights = WeightFiles::open(plan, &self.paths, false)?;
         let kept = Rc::new(RefCell::new(Vec::new()));
         let mut executor = Executor::on(open(self.device)?, plan, &weights, &INTERRUPT)?;
-        executor.set_tap(Some(Box::new(Keep(kept.clone()))))?;
+        executor.set_tap(Some(Box::new(Keep { kept: kept.clone(), wants: keep })))?;
         let mut results = BTreeMap::new();
         for rate in [Rate::Generation, Rate::Evaluation, Rate::Step] {
             for program in plan.programs.iter().filter(|p| p.rate == rate) {
@@ -115,17 +129,20 @@ impl Bench<'_> {
     }
 }
 
-/// Keeps every named value.
-struct Keep(Rc<RefCell<Vec<Kept>>>);
+/// Keeps named values.
+struct Keep<'k> {
+    kept: Rc<RefCell<Vec<Kept>>>,
+    wants: &'k dyn Fn(&str) -> bool,
+}
 
-impl Tap for Keep {
+impl Tap for Keep<'_> {
     fn wants(&mut self, _: &Program, value: &Value) -> bool {
-        value.role == Role::Inner && value.is_named()
+        value.role == Role::Inner && value.is_named() && (self.wants)(&value.name)
     }
 
     fn value(&mut self, _: &Program, value: &Value, bytes: &[u8]) -> Result<(), RunError> {
         let values = decoded(&value.ty, bytes);
-        self.0.borrow_mut().push(Kept { name: value.name.clone(), ty: value.ty.clone(), values });
+        self.kept.borrow_mut().push(Kept { name: value.name.clone(), ty: value.ty.clone(), values });
         Ok(())
     }
 }

@@ -9,7 +9,7 @@ use ltxc_ir::plan::Plan;
 use ltxc_runtime::RunError;
 use ltxc_runtime::backend::{Device, open};
 use ltxc_runtime::executor::Executor;
-use ltxc_runtime::pipeline::{Conditioning, Event, Media, Noise, Observer, Output, Request, run};
+use ltxc_runtime::pipeline::{Conditioning, Event, Noise, Observer, Output, Request, Silent, run};
 use ltxc_runtime::tap::Tap;
 use ltxc_runtime::tokenizer::Tokenizer;
 use ltxc_runtime::weights::{WeightFiles, find_tokenizer};
@@ -65,6 +65,14 @@ impl Pipeline<'_> {
     /// # Errors
     /// Weights that are missing, or a device that cannot run the plan.
     pub fn run(self, tap: Option<Box<dyn Tap + '_>>) -> Result<Tensors> {
+        self.run_watched(tap, &mut Silent)
+    }
+
+    /// The same, telling `next` of all events.
+    ///
+    /// # Errors
+    /// Those of [`Pipeline::run`].
+    pub fn run_watched(self, tap: Option<Box<dyn Tap + '_>>, next: &mut dyn Observer) -> Result<Tensors> {
         let weights = WeightFiles::open(self.plan, &self.paths, false)?;
         let tokenizer = find_tokenizer(&self.plan.pipeline.text, &self.paths)?;
         let tokenizer = Tokenizer::from_folder(tokenizer.parent().unwrap_or(Path::new(".")))?;
@@ -74,42 +82,49 @@ impl Pipeline<'_> {
             prompt: self.prompt,
             negative_prompt: self.negative_prompt,
             images: self.images,
-            media: Media::default(),
-            stages: BTreeMap::new(),
             noise: self.noise,
-            adapters: Default::default(),
             allow_bad_numerics: true,
+            ..Request::default()
         };
-        let (mut observer, mut output) = (Collected::default(), Collected::default());
-        run(&mut executor, tokenizer, &request, &mut observer, &mut output)?;
-        let Tensors { tensors, order, .. } = observer.0;
-        Ok(Tensors { tensors, order, ..output.0 })
+        let mut collected = Tensors::default();
+        let mut output = Written::default();
+        run(&mut executor, tokenizer, &request, &mut Collecting { tensors: &mut collected, next }, &mut output)?;
+        Ok(Tensors { frames: output.frames, sound: output.sound, ..collected })
+    }
+}
+
+struct Collecting<'a> {
+    tensors: &'a mut Tensors,
+    next: &'a mut dyn Observer,
+}
+
+impl Observer for Collecting<'_> {
+    fn event(&mut self, event: Event<'_>) {
+        if let Event::Tensor { name, values } = &event {
+            if !self.tensors.tensors.contains_key(name) {
+                self.tensors.order.push(name.clone());
+            }
+            // Frames come in chunks.
+            self.tensors.tensors.entry(name.clone()).or_default().extend_from_slice(values);
+        }
+        self.next.event(event);
     }
 }
 
 #[derive(Default)]
-struct Collected(Tensors);
-
-impl Observer for Collected {
-    fn event(&mut self, event: Event<'_>) {
-        if let Event::Tensor { name, values } = event {
-            if !self.0.tensors.contains_key(&name) {
-                self.0.order.push(name.clone());
-            }
-            // Frames come in chunks.
-            self.0.tensors.entry(name).or_default().extend_from_slice(values);
-        }
-    }
+struct Written {
+    frames: Vec<f32>,
+    sound: Vec<f32>,
 }
 
-impl Output for Collected {
+impl Output for Written {
     fn frames(&mut self, rgb: &[f32]) -> Result<(), RunError> {
-        self.0.frames.extend_from_slice(rgb);
+        self.frames.extend_from_slice(rgb);
         Ok(())
     }
 
     fn sound(&mut self, samples: &[f32], _: u32) -> Result<(), RunError> {
-        self.0.sound.extend_from_slice(samples);
+        self.sound.extend_from_slice(samples);
         Ok(())
     }
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Result, bail};
 use clap::Args;
 use ltxc_runtime::pipeline::schedule::{
-    DEFAULT_TOKENS, DISTILLED_STAGE_1, DISTILLED_STAGE_2, MOST_STEPS, TERMINAL, beta, linear_quadratic, shifted,
+    DEFAULT_TOKENS, DISTILLED_STAGE_1, DISTILLED_STAGE_2, MOST_STEPS, TERMINAL, beta, linear_quadratic, mu, shifted,
 };
 use serde_json::json;
 
@@ -66,11 +66,14 @@ pub fn run(args: &ScheduleArgs, json_output: bool) -> Result<bool> {
             ("distilled_stage2", levels("distilled_stage2").unwrap_or_default()),
         ];
         for (name, list) in all {
+            // Only this one is shifted.
+            let mu = (name == "ltx2").then(|| mu(args.tokens));
             if json_output {
-                println!("{}", json!({"schedule": name, "levels": list}));
+                println!("{}", json!({"schedule": name, "mu": mu, "levels": list}));
             } else {
                 let shown: Vec<String> = list.iter().map(|s| format!("{s:.6}")).collect();
-                println!("{name:<18} {}", shown.join(" "));
+                let mu = mu.map(|mu| format!("μ {mu:.4}: ")).unwrap_or_default();
+                println!("{name:<18} {mu}{}", shown.join(" "));
             }
         }
         return Ok(true);

@@ -15,7 +15,7 @@ use ltxc_ir::{DType, Rate, TensorType};
 use ltxc_runtime::RunError;
 use ltxc_runtime::files::write_atomically;
 use ltxc_runtime::pipeline::{Event, Observer};
-use ltxc_runtime::stats::{Stats, decoded, sum_f32};
+use ltxc_runtime::stats::{Stats, decoded};
 use ltxc_runtime::tap::{CallInfo, Role, Tap, Value};
 use ltxc_runtime::weights::WeightFiles;
 use safetensors::Dtype;
@@ -26,7 +26,7 @@ use super::log::{Field, Line, Sink};
 use super::names::{Modules, PASSES, component, full_name, pass_of};
 use super::profile::Profile;
 use super::sums::{
-    Collected, DETAIL, MODULE_TRACE_NAMES, MODULE_TRACE_STATS, StageSums, Values, detail_line, model_lines,
+    Collected, DETAIL, MODULE_TRACE_NAMES, MODULE_TRACE_STATS, StageSums, Sum, Values, detail_line, model_lines,
     module_line, trace_record, traced,
 };
 
@@ -41,7 +41,7 @@ struct State<'p> {
     options: DebugOptions,
     modules: Modules,
     /// Sums of the patchify weights, for logs of the transformer.
-    patchify: Option<[f32; 4]>,
+    patchify: Option<[Sum; 4]>,
     stage_sums: Option<Sink>,
     model_sums: Option<Sink>,
     model_detail: Option<Sink>,
@@ -62,7 +62,7 @@ struct State<'p> {
     valid: usize,
     /// The last layer's state, which is none of the hidden states if nothing but the final norm follows; and the sum of all.
     pending: Option<(usize, Stats)>,
-    stack: f64,
+    stack: Sum,
     captured: Vec<(String, TensorType, Vec<u8>)>,
     /// How often each name was captured.
     names: BTreeMap<String, usize>,
@@ -82,6 +82,10 @@ pub struct About<'a> {
     pub seed: u64,
     /// Files of noise, by slot.
     pub noise: &'a BTreeMap<String, PathBuf>,
+    /// Whether decoders add no noise to latents.
+    pub spares_decoders: bool,
+    /// Experiments of the run.
+    pub experiments: Vec<String>,
 }
 
 impl<'p> Session<'p> {
@@ -98,7 +102,8 @@ impl<'p> Session<'p> {
         let header = header(plan, &options, about);
         let open = |wanted: &Option<Option<PathBuf>>| -> Result<Option<Sink>, RunError> {
             let Some(path) = wanted else { return Ok(None) };
-            Sink::open(path.as_deref(), options.format, options.prefix, options.append, &header).map(Some)
+            let sink = Sink::open(path.as_deref(), options.format, options.prefix, options.append, &header)?;
+            Ok(Some(sink.with_f64(options.has_f64)))
         };
         let open_json =
             |path: Option<&Path>| Sink::open(path, LogFormat::Jsonl, options.prefix, options.append, &header);
@@ -127,7 +132,7 @@ impl<'p> Session<'p> {
             values: Values::new(),
             valid: 0,
             pending: None,
-            stack: 0.0,
+            stack: Sum::default(),
             captured: Vec::new(),
             names: BTreeMap::new(),
             seen: BTreeMap::new(),
@@ -196,8 +201,13 @@ fn header(plan: &Plan, options: &DebugOptions, about: &About<'_>) -> String {
             format!(" noise.{slot}={}", content.unwrap_or_else(|_| "new".into()))
         })
         .collect();
+    let experiments = match &about.experiments[..] {
+        [] => String::new(),
+        labels => format!(" experiments={}", labels.join(",")),
+    };
+    let decoder_noise = if about.spares_decoders { "off" } else { "on" };
     format!(
-        "{} plan={hash} device={} dtype={} seed={} mode={mode} attention=plain{}",
+        "{} plan={hash} device={} dtype={} seed={} mode={mode} attention=plain decoder_noise={decoder_noise}{}{experiments}",
         plan.compiler,
         about.device,
         plan.pipeline.dtype,
@@ -207,12 +217,12 @@ fn header(plan: &Plan, options: &DebugOptions, about: &About<'_>) -> String {
 }
 
 /// Sums of weights and biases of both patchify projections.
-fn patchify_sums(plan: &Plan, weights: &WeightFiles) -> Option<[f32; 4]> {
+fn patchify_sums(plan: &Plan, weights: &WeightFiles) -> Option<[Sum; 4]> {
     let tensors = || plan.functions.iter().flat_map(|f| &f.weights).flat_map(|w| w.origin.tensors());
     let sum = |name: &str| {
         let tensor = tensors().find(|t| t.key.ends_with(&format!("diffusion_model.{name}")))?;
         let weight = weights.tensor(tensor, &tensor.key).ok()?;
-        Some(sum_f32(&decoded(&tensor.ty, weight.bytes())))
+        Some(Sum::of(&decoded(&tensor.ty, weight.bytes())))
     };
     Some([
         sum("patchify_proj.weight")?,
@@ -448,7 +458,7 @@ impl State<'_> {
                     (true, _) => "ltx2_audio_negative_embeds",
                 };
                 let stage = self.sums.entry("LTX2TextEncodingStage".into()).or_default();
-                stage.add(field, f64::from(stats.sum));
+                stage.add(field, Sum::from_stats(&stats));
                 if let Some(sink) = &mut self.model_sums {
                     let shape = Field::Shape(stats.ty.shape.clone());
                     sink.line(&Line::new(key).sum("sum", &stats).field("shape", shape), None, None)?;
@@ -486,7 +496,7 @@ impl State<'_> {
     fn write_pending(&mut self, next: Option<usize>) -> Result<(), RunError> {
         let Some((i, stats)) = self.pending.take() else { return Ok(()) };
         let Some(sink) = self.gemma.as_mut().filter(|_| next != Some(i)) else { return Ok(()) };
-        self.stack += f64::from(stats.sum);
+        self.stack += Sum::from_stats(&stats);
         sink.line(&Line::new(format!("gemma_hidden_state_{i}")).sum("sum", &stats), None, None)
     }
 
@@ -496,7 +506,7 @@ impl State<'_> {
         }
         if component(self.plan, program) == "text_encoder" && self.gemma.is_some() {
             self.write_pending(None)?;
-            let line = Line::new("gemma_hidden_states_stack").number("sum", std::mem::take(&mut self.stack));
+            let line = Line::new("gemma_hidden_states_stack").field("sum", std::mem::take(&mut self.stack).field());
             if let Some(sink) = &mut self.gemma {
                 sink.line(&line, None, None)?;
             }
@@ -544,7 +554,7 @@ impl State<'_> {
         if self.stage_sums.is_none() {
             return;
         }
-        let sum = || f64::from(sum_f32(values));
+        let sum = || Sum::of(values);
         let parts: Vec<&str> = name.split('.').collect();
         let side = |modality: &str, main: &str, audio: &str| {
             if modality == "video" { main.to_string() } else { audio.to_string() }
@@ -552,7 +562,7 @@ impl State<'_> {
         match parts[..] {
             ["final", "frames"] => {
                 let shown: Vec<f32> = values.iter().map(|v| ((v + 1.0) * 0.5).clamp(0.0, 1.0)).collect();
-                self.sums.entry("DecodingStage".into()).or_default().add("output", f64::from(sum_f32(&shown)));
+                self.sums.entry("DecodingStage".into()).or_default().add("output", Sum::of(&shown));
             }
             ["final", "waveform"] => {
                 self.sums.entry("LTX2AudioDecodingStage".into()).or_default().add("audio", sum());

@@ -18,8 +18,42 @@ pub const DETAIL: [&str; 8] =
 /// Sums of a stage, in the order in which they are printed. Side tensors come last, in order of arrival.
 #[derive(Debug, Default)]
 pub struct StageSums {
-    main: BTreeMap<usize, f64>,
-    extra: Vec<(String, f64)>,
+    main: BTreeMap<usize, Sum>,
+    extra: Vec<(String, Sum)>,
+}
+
+/// A sum in f32, in the documented order, and in f64.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Sum {
+    /// In f32; sums of several tensors are added up in f64.
+    pub narrow: f64,
+    /// In f64.
+    pub wide: f64,
+}
+
+impl Sum {
+    /// The sums of some values.
+    pub fn of(values: &[f32]) -> Sum {
+        let wide = values.iter().map(|&v| f64::from(v)).sum();
+        Sum { narrow: f64::from(ltxc_runtime::stats::sum_f32(values)), wide }
+    }
+
+    /// The sums of a tensor.
+    pub fn from_stats(stats: &Stats) -> Sum {
+        Sum { narrow: f64::from(stats.sum), wide: stats.sum_f64 }
+    }
+
+    /// As a field of a line.
+    pub fn field(self) -> Field {
+        Field::Sum(self.narrow, self.wide)
+    }
+}
+
+impl std::ops::AddAssign for Sum {
+    fn add_assign(&mut self, other: Sum) {
+        self.narrow += other.narrow;
+        self.wide += other.wide;
+    }
 }
 
 /// Names on the line of a stage, in order.
@@ -28,7 +62,7 @@ const STAGE_FIELDS: [&str; 7] =
 
 impl StageSums {
     /// Adds to the sum of a field; lists of tensors are summed together. A field that no stage has is a side tensor.
-    pub fn add(&mut self, field: &str, sum: f64) {
+    pub fn add(&mut self, field: &str, sum: Sum) {
         match STAGE_FIELDS.iter().position(|f| *f == field) {
             Some(at) => *self.main.entry(at).or_default() += sum,
             None => match self.extra.iter_mut().find(|(name, _)| name == field) {
@@ -45,10 +79,10 @@ impl StageSums {
         }
         let mut line = Line { separator: " ", ..Line::new(format!("stage={stage}")) };
         for (&at, &sum) in &self.main {
-            line = line.number(STAGE_FIELDS[at], sum);
+            line = line.field(STAGE_FIELDS[at], sum.field());
         }
         for (name, sum) in &self.extra {
-            line = line.number(&format!("extra.{name}"), *sum);
+            line = line.field(&format!("extra.{name}"), sum.field());
         }
         Some(line)
     }
@@ -68,7 +102,7 @@ pub type Values = BTreeMap<String, Collected>;
 /// The lines of one pass of the transformer; `pass` stands in front of the paths of its values.
 ///
 /// The sum of the timesteps is that of one row for each token, as the reference has it; ours are rows of distinct values.
-pub fn model_lines(values: &Values, pass: &str, patchify: Option<[f32; 4]>) -> Vec<Line> {
+pub fn model_lines(values: &Values, pass: &str, patchify: Option<[Sum; 4]>) -> Vec<Line> {
     let mut lines = Vec::new();
     for modality in ["video", "audio"] {
         lines.extend(modality_line(values, modality));
@@ -76,7 +110,7 @@ pub fn model_lines(values: &Values, pass: &str, patchify: Option<[f32; 4]>) -> V
     if let Some(sums) = patchify {
         let names = ["video_w_sum", "video_b_sum", "audio_w_sum", "audio_b_sum"];
         let line = Line::new("patchify_proj");
-        lines.push(names.iter().zip(sums).fold(line, |line, (name, sum)| line.number(name, f64::from(sum))));
+        lines.push(names.iter().zip(sums).fold(line, |line, (name, sum)| line.field(name, sum.field())));
     }
     for modality in ["video", "audio"] {
         lines.extend(prepared_line(values, pass, modality));
@@ -248,10 +282,10 @@ mod tests {
     fn stage_lines_keep_their_order_and_leave_out_what_is_absent() {
         let mut sums = StageSums::default();
         assert!(sums.line("X").is_none());
-        sums.add("ltx2_audio_latents", 2.0);
-        sums.add("prompt_embeds", 1.0);
-        sums.add("latents", 3.0);
-        sums.add("prompt_embeds", 0.5);
+        sums.add("ltx2_audio_latents", Sum { narrow: 2.0, wide: 2.0 });
+        sums.add("prompt_embeds", Sum { narrow: 1.0, wide: 1.0 });
+        sums.add("latents", Sum { narrow: 3.0, wide: 3.0 });
+        sums.add("prompt_embeds", Sum { narrow: 0.5, wide: 0.5 });
         let text = sums.line("X").unwrap().text(Default::default());
         assert_eq!(text, "ltxc:stage=X latents=3.000000 prompt_embeds=1.500000 extra.ltx2_audio_latents=2.000000");
     }

@@ -14,8 +14,11 @@ use ltxc_models::transformer::{self, StreamSpec, TransformerConfig, TransformerS
 use ltxc_models::video_vae::{self, VideoVaeConfig};
 use ltxc_runtime::stats::{Stats, decoded};
 use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 
+use super::manifest;
 use super::recording::Distance;
+use crate::args::PipelineName;
 use crate::assemble::MODEL;
 use crate::tensors::UNUSED;
 
@@ -42,7 +45,14 @@ const TEXT_SIDE: [&str; 1] = ["text_embedding_projection."];
 #[derive(Debug, Args)]
 pub struct WeightsArgs {
     /// Model: a single file, a folder, or a split file.
-    pub checkpoint: PathBuf,
+    #[arg(required_unless_present = "download_manifest")]
+    pub checkpoint: Option<PathBuf>,
+    /// Only list which published files a pipeline needs and which are here, in the Hugging Face cache or below --folder.
+    #[arg(long, value_enum, value_name = "PIPELINE")]
+    pub download_manifest: Option<PipelineName>,
+    /// Folder to look for them in; repeatable.
+    #[arg(long, value_name = "DIR", requires = "download_manifest")]
+    pub folder: Vec<PathBuf>,
     /// Statistics and checksums of every tensor.
     #[arg(long)]
     pub stats: bool,
@@ -65,7 +75,12 @@ pub struct WeightsArgs {
 /// # Errors
 /// Files that cannot be read.
 pub fn run(args: &WeightsArgs, json_output: bool) -> Result<bool> {
-    let checkpoint = Checkpoint::open(&args.checkpoint)?;
+    let checkpoint = args.checkpoint.as_ref().map(|path| Checkpoint::open(path)).transpose()?;
+    if let Some(pipeline) = args.download_manifest {
+        let generation = checkpoint.as_ref().map(Checkpoint::generation);
+        return Ok(manifest::print(pipeline, generation, &args.folder, json_output));
+    }
+    let Some(checkpoint) = checkpoint else { bail!("there is no model to look into; name its file or folder") };
     let audit = audit(&checkpoint);
     let mut ok = audit.problems.is_empty() && audit.unknown.is_empty();
     if json_output {
@@ -115,7 +130,8 @@ fn audit(checkpoint: &Checkpoint) -> Audit {
     }
     let weights = Weights::new(MODEL, checkpoint);
     let absent = ask_for_everything(checkpoint, &weights);
-    let problems = weights.problems().into_iter().map(|p| p.text).collect();
+    let mut problems: Vec<String> = weights.problems().into_iter().map(|p| p.text).collect();
+    problems.extend(gate_problem(checkpoint));
     // What quantised files have beside a weight belongs to it.
     let is_companion =
         |key: &str| ["weight_scale", "input_scale", "weight_scale_2"].iter().any(|s| key.rsplit('.').next() == Some(s));
@@ -126,6 +142,18 @@ fn audit(checkpoint: &Checkpoint) -> Audit {
     };
     let unknown = checkpoint.tensors().map(|(key, _)| key).filter(|key| !is_known(key)).map(String::from).collect();
     Audit { components, dtypes, problems, absent, unknown }
+}
+
+/// A factor of the timestep of gates between sound and picture that no released model has. It is what code takes where the
+/// configuration does not say, and mutes speech.
+fn gate_problem(checkpoint: &Checkpoint) -> Option<String> {
+    let config = TransformerConfig::from_json(checkpoint.section("transformer").ok()?).ok()?;
+    let (gate, own) = (config.gate_timestep_scale, config.timestep_scale);
+    (gate == 1.0 && own != 1.0).then(|| {
+        format!(
+            "`transformer.av_ca_timestep_scale_multiplier` is 1 or missing, released models have {own}; read it from the file"
+        )
+    })
 }
 
 /// Builds the smallest graph of every component, so that each tensor a model needs is asked for. Returns what is not there.
@@ -245,9 +273,9 @@ fn values(checkpoint: &Checkpoint, key: &str) -> Option<(TensorType, Vec<f32>)> 
 /// Prints a line about a tensor; returns whether it is finite.
 fn print_stats(checkpoint: &Checkpoint, key: &str, at: &Location<'_>, json_output: bool) -> bool {
     let bytes = checkpoint.data(key).unwrap_or_default();
-    let hash = blake3::hash(bytes).to_hex().to_string();
+    let hash: String = Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect();
     let Some((ty, values)) = values(checkpoint, key) else {
-        println!("{key} {} {:?} blake3={}", at.stored.dtype, at.stored.shape, &hash[..16]);
+        println!("{key} {} {:?} sha256={hash}", at.stored.dtype, at.stored.shape);
         return true;
     };
     let s = Stats::of_typed(ty, &values);
@@ -256,11 +284,11 @@ fn print_stats(checkpoint: &Checkpoint, key: &str, at: &Location<'_>, json_outpu
             "{}",
             json!({"key": key, "shape": s.ty.shape, "dtype": s.ty.dtype.to_string(), "sum": s.sum, "abs_mean": s.abs_mean,
                 "min": s.min, "max": s.max, "std": s.std, "nan": s.nan, "infinite": s.infinite, "zeros": s.zeros,
-                "checksum": s.checksum, "blake3": hash})
+                "checksum": s.checksum, "sha256": hash})
         );
     } else {
         println!(
-            "{key} {} {} sum={:.6} abs_mean={:.6} min={:.6} max={:.6} std={:.6} nan={} inf={} zeros={} checksum={:.6} blake3={}",
+            "{key} {} {} sum={:.6} abs_mean={:.6} min={:.6} max={:.6} std={:.6} nan={} inf={} zeros={} checksum={:.6} sha256={hash}",
             s.ty.dtype,
             s.shape_text(),
             s.sum,
@@ -271,8 +299,7 @@ fn print_stats(checkpoint: &Checkpoint, key: &str, at: &Location<'_>, json_outpu
             s.nan,
             s.infinite,
             s.zeros,
-            s.checksum,
-            &hash[..16]
+            s.checksum
         );
     }
     !s.is_bad()
@@ -315,8 +342,17 @@ fn row_names(key: &str, rows: usize) -> Vec<String> {
     }
 }
 
-/// Prints the rows of modulation tables. A scale is used as `1 + scale`, so that rows of shift and scale that were swapped
-/// have another size: in trained models the mean magnitude of the gates is above that of both. Returns whether rows look right.
+/// Mean of the scales in the output tables of released models, about; shifts are about 0.
+const OUTPUT_SCALE: f64 = -0.32; // measured on LTX-2 19B, spec/debug-tools §10
+
+/// Whether the rows of an output table look swapped: the shift is where the scales of released models are, the scale is not.
+fn looks_swapped(shift: f64, scale: f64) -> bool {
+    let is_scale = |mean: f64| (mean - OUTPUT_SCALE).abs() < 0.5 * OUTPUT_SCALE.abs();
+    is_scale(shift) && !is_scale(scale)
+}
+
+/// Prints the rows of modulation tables; a scale is used as `1 + scale`. Returns whether rows look right. Of rows inside of
+/// blocks only a comparison with other files (`--against`) can tell.
 fn print_modulation(checkpoint: &Checkpoint, block: usize) -> Result<bool> {
     let prefix = format!("{BLOCKS}.{block}.");
     let is_table =
@@ -330,6 +366,11 @@ fn print_modulation(checkpoint: &Checkpoint, block: usize) -> Result<bool> {
         let Some((ty, values)) = values(checkpoint, &key) else { continue };
         let [rows, width] = ty.shape[..] else { continue };
         println!("{key} {ty}");
+        let mean = |row: usize| Stats::of(&[width], &values[row * width..(row + 1) * width]).mean;
+        if rows == 2 && looks_swapped(mean(0), mean(1)) {
+            println!("  RED FLAG: shift and scale look swapped");
+            ok = false;
+        }
         for (i, name) in row_names(&key, rows).iter().enumerate() {
             let s = Stats::of(&[width], &values[i * width..(i + 1) * width]);
             let effective =
@@ -356,7 +397,11 @@ fn compare(a: &Checkpoint, b: &Checkpoint, wanted: &dyn Fn(&str) -> bool, json_o
         let distance = Distance::of(&x, &y);
         match distance.max_abs {
             0.0 => equal += 1,
-            most => different.push((key.to_string(), format!("relative L2 {:.2e}", distance.relative_l2), most)),
+            most => {
+                let what = swapped_rows(key, &ty, &x, &y);
+                let what = what.unwrap_or_else(|| format!("relative L2 {:.2e}", distance.relative_l2));
+                different.push((key.to_string(), what, most));
+            }
         }
     }
     only.extend(
@@ -383,6 +428,21 @@ fn compare(a: &Checkpoint, b: &Checkpoint, wanted: &dyn Fn(&str) -> bool, json_o
     ok
 }
 
+/// What of two modulation tables that hold the same rows in another order was swapped.
+fn swapped_rows(key: &str, ty: &TensorType, x: &[f32], y: &[f32]) -> Option<String> {
+    let &[rows, width] = &ty.shape[..] else { return None };
+    if !key.contains("scale_shift_table") || rows < 2 {
+        return None;
+    }
+    let row = |values: &[f32], i: usize| values[i * width..(i + 1) * width].to_vec();
+    let place = |i: usize| (0..rows).find(|&j| row(y, j) == row(x, i));
+    let places: Vec<usize> = (0..rows).map(place).collect::<Option<_>>()?;
+    let names = row_names(key, rows);
+    let moved: Vec<&str> =
+        places.iter().enumerate().filter(|(i, j)| i != *j).filter_map(|(i, _)| Some(names.get(i)?.as_str())).collect();
+    (!moved.is_empty()).then(|| format!("the same rows in another order: {}", moved.join(", ")))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -392,5 +452,14 @@ mod tests {
         assert_eq!(row_names("x.scale_shift_table", 2), ["shift", "scale"]);
         assert_eq!(row_names("x.scale_shift_table", 6)[4], "feed-forward scale");
         assert_eq!(row_names("scale_shift_table_a2v_ca_video", 5)[0], "a2v scale");
+    }
+
+    #[test]
+    fn swapped_rows_are_told() {
+        let ty = TensorType::f32([2, 2]);
+        let found = swapped_rows("x.scale_shift_table", &ty, &[1.0, 2.0, 3.0, 4.0], &[3.0, 4.0, 1.0, 2.0]);
+        assert_eq!(found.as_deref(), Some("the same rows in another order: shift, scale"));
+        assert_eq!(swapped_rows("x.scale_shift_table", &ty, &[1.0, 2.0, 3.0, 4.0], &[1.0, 2.0, 3.0, 5.0]), None);
+        assert!(looks_swapped(-0.32, 0.01) && !looks_swapped(0.01, -0.32) && !looks_swapped(0.0, 0.0));
     }
 }

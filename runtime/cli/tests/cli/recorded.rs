@@ -193,38 +193,3 @@ fn images_and_text_from_noise_to_frames() {
     run("ltx2", "two_stages_i2v", "two-stage");
     run("ltx23", "distilled", "distilled");
 }
-
-/// One file has all noise of a run, fresh noise of steps included, and replays it under any seed.
-#[test]
-fn bundles_replay_all_noise() {
-    let place = Place::new();
-    let run = |seed: &str, more: &[&str]| {
-        let tiny = crate::binary::tiny();
-        let usual = ["-p", "x", "--sampler", "euler-a", "--steps", "2", "-o", "a.wav", "--seed", seed];
-        crate::binary::with(tiny.run_args(), &[&usual[..], more].concat())
-    };
-    let sound = |seed: &str, more: &[&str]| {
-        place.ok(&run(seed, more));
-        place.read("a.wav")
-    };
-    let bundle = ["--noise-bundle", "noise.safetensors"];
-    let first = sound("1", &bundle);
-    let written = place.read("noise.safetensors");
-    let names: Vec<String> = ltxc_runtime::noise_files::read(&place.path("noise.safetensors"))
-        .unwrap()
-        .into_iter()
-        .map(|t| t.name)
-        .collect();
-    for name in ["stage1.video", "stage1.audio", "stage2.video", "stage1.step.000.video"] {
-        assert!(names.iter().any(|n| n == name), "`{name}` is not in {names:?}");
-    }
-    assert!(first == sound("1", &[]), "writing changes nothing");
-    assert!(first != sound("2", &[]), "seeds do nothing");
-    assert!(first == sound("2", &bundle), "the bundle is not all");
-    assert!(written == place.read("noise.safetensors"), "a bundle is never overwritten");
-    let mut longer = run("2", &bundle);
-    let steps = longer.iter().position(|arg| arg == "--steps").unwrap() + 1;
-    longer[steps] = "3".into();
-    place.refused(&longer, &["noise bundle `noise.safetensors` has no `stage1.step.001.video`"]);
-    place.refused(&run("2", &["--noise-bundle", "noise.npy"]), &["noise.npy", "must be a .safetensors file"]);
-}

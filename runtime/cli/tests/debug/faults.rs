@@ -5,11 +5,12 @@ use std::path::{Path, PathBuf};
 use crate::root;
 use safetensors::SafeTensors;
 use serde_json::Value;
+use sha2::{Digest, Sha256};
 
 use crate::binary::{Place, SHAPE, tiny, with};
 
 /// A copy of a model file in which `change` has changed the bytes of one tensor.
-fn with_tensor(place: &Place, source: &Path, key: &str, change: impl FnOnce(&mut [u8])) -> PathBuf {
+pub fn with_tensor(place: &Place, source: &Path, key: &str, change: impl FnOnce(&mut [u8])) -> PathBuf {
     let mut bytes = std::fs::read(source).unwrap();
     let (header, metadata) = SafeTensors::read_metadata(&bytes).unwrap();
     let (start, end) = metadata.info(key).unwrap_or_else(|| panic!("no `{key}`")).data_offsets;
@@ -18,7 +19,7 @@ fn with_tensor(place: &Place, source: &Path, key: &str, change: impl FnOnce(&mut
 }
 
 /// A copy of a model file in which `change` has changed the configuration.
-fn with_config(place: &Place, source: &Path, change: impl FnOnce(&mut Value)) -> PathBuf {
+pub fn with_config(place: &Place, source: &Path, change: impl FnOnce(&mut Value)) -> PathBuf {
     let bytes = std::fs::read(source).unwrap();
     let (header, metadata) = SafeTensors::read_metadata(&bytes).unwrap();
     let mut all: Value = serde_json::from_slice(&bytes[8..8 + header]).unwrap();
@@ -31,7 +32,7 @@ fn with_config(place: &Place, source: &Path, change: impl FnOnce(&mut Value)) ->
     place.write("faulty.safetensors", &file)
 }
 
-fn swap_rows(bytes: &mut [u8], rows: usize, a: usize, b: usize) {
+pub fn swap_rows(bytes: &mut [u8], rows: usize, a: usize, b: usize) {
     let row = bytes.len() / rows;
     let (first, second) = bytes.split_at_mut(b * row);
     first[a * row..(a + 1) * row].swap_with_slice(&mut second[..row]);
@@ -234,7 +235,7 @@ fn model_files_are_audited() {
     assert_eq!(done.code, Some(0), "{}{}", done.stdout, done.stderr);
     assert!(done.stdout.contains("LTX-2, because") && done.stdout.contains("transformer"), "{}", done.stdout);
     let done = weights(&[&good, "--stats", "--key", "patchify_proj", "--adaln", "0", "--attn", "1"]);
-    for word in ["patchify_proj.weight", "checksum=", "blake3=", "self attention shift", "to_q.weight"] {
+    for word in ["patchify_proj.weight", "checksum=", "sha256=", "self attention shift", "to_q.weight"] {
         assert!(done.stdout.contains(word), "no `{word}` in\n{}", done.stdout);
     }
     assert!(!done.stdout.contains("audio_vae.decoder.conv_in.conv.weight sum"));
@@ -248,6 +249,58 @@ fn model_files_are_audited() {
         done.stdout
     );
     assert_eq!(weights(&[&good, "--against", &good]).code, Some(0));
+    // Checksums are those that hosts of models publish: of the bytes as they are stored.
+    let bytes = std::fs::read(ltx2()).unwrap();
+    let (header, metadata) = SafeTensors::read_metadata(&bytes).unwrap();
+    let key = format!("{BLOCK_1}attn1.to_q.bias");
+    let (start, end) = metadata.info(&key).unwrap().data_offsets;
+    let sha256 = Sha256::digest(&bytes[8 + header + start..8 + header + end]);
+    let sha256: String = sha256.iter().map(|b| format!("{b:02x}")).collect();
+    let done = weights(&[&good, "--stats", "--key", &key]);
+    assert!(done.stdout.contains(&format!("sha256={sha256}")), "{}", done.stdout);
+    // The other name of the command, and what a wrong order of rows looks like.
+    let table = format!("{BLOCK_1}scale_shift_table");
+    let swapped = with_tensor(&place, &ltx2(), &table, |bytes| swap_rows(bytes, 6, 0, 1)).display().to_string();
+    let done = place.run(&["debug", "audit", &swapped, "--against", &good, "--adaln", "1"]);
+    assert_eq!(done.code, Some(1));
+    assert!(
+        done.stdout.contains("the same rows in another order: self attention shift, self attention scale"),
+        "{}",
+        done.stdout
+    );
+    // The factor that mutes speech.
+    let muted = with_config(&place, &ltx2(), |c| c["transformer"]["av_ca_timestep_scale_multiplier"] = 1.into());
+    let done = weights(&[&muted.display().to_string()]);
+    assert!(done.code == Some(1) && done.stdout.contains("av_ca_timestep_scale_multiplier"), "{}", done.stdout);
+}
+
+#[test]
+fn files_of_a_pipeline_are_listed() {
+    let place = Place::new();
+    let list = |more: &[&str]| {
+        let mut command = place.command(&[&["debug", "weights", "--json", "--download-manifest"], more].concat());
+        let output = command.env("HF_HUB_CACHE", place.path("cache")).output().unwrap();
+        let text = String::from_utf8(output.stdout).unwrap();
+        let rows: Vec<Value> = text.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+        (output.status.code(), rows)
+    };
+    let (code, rows) = list(&["two-stage"]);
+    assert_eq!((code, rows.len()), (Some(1), 8));
+    assert!(rows.iter().all(|r| r["present"] == false));
+    // A folder with all of it.
+    std::fs::create_dir_all(place.path("models/gemma")).unwrap();
+    for row in rows.iter().filter(|r| r["generation"] == "LTX-2") {
+        let name = row["name"].as_str().unwrap();
+        if let Some((_, file)) = name.split_once(':') {
+            place.write(&format!("models/{file}"), b"");
+        }
+    }
+    assert_eq!(list(&["two-stage", "--folder", "models"]).0, Some(1));
+    for file in ["config.json", "tokenizer.json"] {
+        std::fs::copy(tiny().gemma.join(file), place.path("models/gemma").join(file)).unwrap();
+    }
+    let (code, rows) = list(&["two-stage", "--folder", "models"]);
+    assert_eq!((code, rows.iter().filter(|r| r["present"] == true).count()), (Some(0), 5));
 }
 
 #[test]
@@ -298,6 +351,23 @@ fn positions_that_were_rounded_or_counted_otherwise_are_told() {
     write("rounded.safetensors", &rounded, &audio);
     let done = compare("rounded.safetensors");
     assert!(done.code == Some(1) && done.stdout.contains("bf16"), "{}", done.stdout);
+    // Rotary tables of the model, by the recorded ones of the same tokens.
+    let recorded = root().join("expected-1.2.0/ltx2/transformer.safetensors").display().to_string();
+    let tables = |checkpoint: &Path| {
+        let checkpoint = checkpoint.display().to_string();
+        let args = ["--audio-tokens", "9", "--checkpoint-path", &checkpoint, "--compare", &recorded];
+        place.run(&[&["debug", "positions", "--grid", "3,2,3"], &args[..]].concat())
+    };
+    let done = tables(&ltx2());
+    assert_eq!(done.code, Some(0), "{}{}", done.stdout, done.stderr);
+    assert!(
+        done.stdout.contains("rope Split") && done.stdout.contains("prep.audio.cross_rope_sin: equal"),
+        "{}",
+        done.stdout
+    );
+    let coarse = with_config(&place, &ltx2(), |c| c["transformer"]["positional_embedding_theta"] = 5000.into());
+    let done = tables(&coarse);
+    assert!(done.code == Some(1) && done.stdout.contains("rope_cos: largest difference"), "{}", done.stdout);
     write("more.safetensors", &video, &audio_positions(19));
     let done = compare("more.safetensors");
     assert!(done.code == Some(1) && done.stdout.contains("another number of tokens"), "{}", done.stdout);

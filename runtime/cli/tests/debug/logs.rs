@@ -271,6 +271,51 @@ fn environment_variables_of_other_tools_work() {
 }
 
 #[test]
+fn logs_begin_anew_or_go_on_and_hold_sums_in_both_widths() {
+    let place = Place::new();
+    let run = |more: &[&str]| {
+        render(&place, &[&["-p", "x", "-o", "a.wav", "--debug-stage-sums-path", "deep/s.log"], more].concat());
+        String::from_utf8(place.read("deep/s.log")).unwrap()
+    };
+    let once = run(&[]);
+    let header = once.lines().next().unwrap();
+    for part in ["# ltxc ", " plan=", " device=cpu", " dtype=f32", " seed=10", " attention=plain", " decoder_noise=on"]
+    {
+        assert!(header.contains(part), "no `{part}` in {header}");
+    }
+    // Files begin anew, or go on.
+    assert_eq!(run(&[]), once);
+    assert_eq!(run(&["--debug-append"]), once.repeat(2));
+    // Every sum has the same one in f64 behind it.
+    let wide = run(&["--debug-f64"]);
+    let log = parse(&wide);
+    let sums = log.entries.iter().filter(|e| !e.field.ends_with("_f64"));
+    let mut count = 0;
+    for entry in sums {
+        let other = log.entries.iter().find(|e| {
+            e.about == entry.about && e.occurrence == entry.occurrence && e.field == format!("{}_f64", entry.field)
+        });
+        let other = other.unwrap_or_else(|| panic!("`{}` has no sum in f64", entry.key()));
+        assert!((entry.value - other.value).abs() <= 1e-3 * (1.0 + entry.value.abs()), "{entry:?} {other:?}");
+        count += 1;
+    }
+    assert!(count > 10, "{wide}");
+    // The reference of a comparison may come from the environment.
+    place.write("theirs.log", once.as_bytes());
+    run(&[]);
+    let mut command = place.command(&["debug", "compare", "deep/s.log"]);
+    command.env("FASTVIDEO_DEBUG_REF_SUMS_PATH", place.path("theirs.log"));
+    assert!(command.output().unwrap().status.success());
+    place.refused(&["debug", "compare", "deep/s.log"], &["no log to compare with", "FASTVIDEO_DEBUG_REF_SUMS_PATH"]);
+    // Noise of decoders can be left out, as another tool's variable says.
+    let mut command =
+        place.command(&with(tiny().run_args(), &["-p", "x", "-o", "a.wav", "--debug-stage-sums-path", "n.log"]));
+    command.env("LTX2_DISABLE_VAE_NOISE", "1");
+    assert!(command.output().unwrap().status.success());
+    assert!(String::from_utf8(place.read("n.log")).unwrap().contains("decoder_noise=off"));
+}
+
+#[test]
 fn two_logs_are_compared_by_name_whatever_tool_wrote_them() {
     let place = Place::new();
     for (name, seed) in [("a.log", "1"), ("b.log", "1"), ("c.log", "2")] {

@@ -5,10 +5,13 @@
 #[path = "../cli/binary.rs"]
 #[allow(dead_code)] // what other tests use
 mod binary;
+mod experiments;
 mod faults;
 mod logs;
 mod noise;
 mod parity;
+mod text;
+mod vae;
 
 /// Folder of the recorded fixtures: `LTXC_FIXTURES`, or those of this repository.
 fn root() -> std::path::PathBuf {

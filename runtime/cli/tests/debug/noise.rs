@@ -67,6 +67,31 @@ fn noise_is_made_shown_converted_and_compared_without_a_model() {
 }
 
 #[test]
+fn a_bundle_holds_the_noise_of_all_stages() {
+    let place = Place::new();
+    let run = |seed: &str, output: &str, more: &[&str]| {
+        let args = [&["-p", "x", "--no-metadata", "--seed", seed, "-o", output], more].concat();
+        place.ok(&with(tiny().run_args(), &args))
+    };
+    run("3", "plain.mp4", &[]);
+    let done = run("3", "saved.mp4", &["--noise-bundle", "n"]);
+    assert!(done.stderr.contains("noise stage2.audio") && done.stderr.contains("checksum="), "{}", done.stderr);
+    run("4", "read.mp4", &["--noise-bundle", "n"]);
+    assert_eq!((place.read("saved.mp4"), place.read("read.mp4")), (place.read("plain.mp4"), place.read("plain.mp4")));
+    // Files of any format, as `debug noise convert` or another tool writes them.
+    place.ok(&["debug", "noise", "convert", "n/stage2.video.safetensors", "v.pt", "--layout", "tokens"]);
+    std::fs::remove_file(place.path("n/stage2.video.safetensors")).unwrap();
+    std::fs::rename(place.path("v.pt"), place.path("n/stage2.video.pt")).unwrap();
+    run("5", "other.mp4", &["--noise-bundle", "n"]);
+    assert_eq!(place.read("other.mp4"), place.read("plain.mp4"));
+    let both = with(
+        tiny().run_args(),
+        &["-p", "x", "-o", "no.mp4", "--noise-bundle", "n", "--ltx2-initial-latent-path", "v.pt"],
+    );
+    assert_eq!(place.run(&both).code, Some(2));
+}
+
+#[test]
 fn noise_that_does_not_fit_is_refused() {
     let place = Place::new();
     let run = |file: &str, words: &[&str]| {

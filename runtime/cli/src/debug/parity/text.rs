@@ -38,6 +38,21 @@ impl<'a> TextSide<'a> {
         Ok(TextSide { config, tokenizer, weights, bench, registers })
     }
 
+    /// The configuration.
+    pub fn config(&self) -> &TextConfig {
+        &self.config
+    }
+
+    /// What runs it.
+    pub fn bench(&self) -> &Bench<'a> {
+        &self.bench
+    }
+
+    /// Number of registers that fill up a context.
+    pub fn registers(&self) -> usize {
+        self.registers
+    }
+
     /// Number of hidden states.
     pub fn states(&self) -> usize {
         self.config.gemma.states()
@@ -64,7 +79,14 @@ impl<'a> TextSide<'a> {
     /// # Errors
     /// A program that cannot be built or run.
     pub fn encode(&self, prompt: &Prompt) -> Result<Ran> {
-        let slots = prompt.bucket((5..=10).map(|k| 1usize << k)).context("the prompt is too long")?;
+        self.encode_in(prompt, prompt.bucket((5..=10).map(|k| 1usize << k)).context("the prompt is too long")?)
+    }
+
+    /// Runs the encoder with this many token slots, pads on the left.
+    ///
+    /// # Errors
+    /// A program that cannot be built or run.
+    pub fn encode_in(&self, prompt: &Prompt, slots: usize) -> Result<Ran> {
         let inputs = prompt.inputs(slots, self.registers).context("the prompt does not fit its bucket")?;
         let module = text::encode(&self.config, &self.weights, slots, DType::F32)?;
         let args = [

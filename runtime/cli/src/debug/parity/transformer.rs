@@ -226,7 +226,7 @@ fn check_preparation(check: &mut Check<'_>, ran: &Ran) {
 }
 
 /// `[1, t, n, d]` as `[1, n, t, d]`.
-fn heads_first(values: &[f32], shape: &[usize]) -> Vec<f32> {
+pub(crate) fn heads_first(values: &[f32], shape: &[usize]) -> Vec<f32> {
     let &[_, t, n, d] = shape else { return values.to_vec() };
     let starts = (0..n).flat_map(|h| (0..t).map(move |i| (i * n + h) * d));
     starts.flat_map(|at| values[at..at + d].to_vec()).collect()

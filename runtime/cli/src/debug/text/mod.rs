@@ -1,0 +1,95 @@
+//! `ltxc debug text`: whether the text side tells prompts apart, and where it loses them.
+//!
+//! | file | what |
+//! | --- | --- |
+//! | `diff` | two prompts, stage by stage |
+//! | `stats`, `detail` | one prompt, layer by layer, and the lines of sums that other tools write |
+//! | `mask` | who sees whom |
+//! | `contexts` | contexts in files: written, read, compared |
+//! | `sensitivity` | what two contexts do to the blocks of the transformer |
+
+pub mod contexts;
+mod detail;
+mod diff;
+mod mask;
+mod sensitivity;
+mod stats;
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::{Args, Subcommand};
+
+use super::modules::Bench;
+use super::parity::text::TextSide;
+use crate::args::{DeviceChoice, ModelArgs};
+use crate::assemble::{MODEL, ModelFiles};
+use crate::compile::unfused;
+use crate::job::pick;
+
+/// `ltxc debug text`.
+#[derive(Debug, Subcommand)]
+pub enum TextCommand {
+    /// Correlation of two prompts after every layer, projection and connector block.
+    Diff(diff::DiffArgs),
+    /// Statistics of every layer for one prompt, and checks of what ports get wrong.
+    Stats(stats::StatsArgs),
+    /// The attention mask of every layer: causal, window, pads; and what pads do.
+    Mask(mask::MaskArgs),
+    /// Compare hidden states and contexts with those of another tool, in a .npz, .safetensors or .pt file.
+    Compare(contexts::CompareArgs),
+    /// Write contexts, and hidden states if wanted, to a .npz, .safetensors or .pt file.
+    Export(contexts::ExportArgs),
+    /// Run one step with two prompts: how far the streams are apart after every block.
+    Sensitivity(sensitivity::SensitivityArgs),
+}
+
+/// A model and what it runs on.
+#[derive(Debug, Args)]
+pub struct Side {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub model: ModelArgs,
+    /// Device.
+    #[arg(long, default_value = "cpu")]
+    pub device: DeviceChoice,
+}
+
+/// Runs a command. Returns whether it found nothing wrong.
+///
+/// # Errors
+/// Model files that cannot be read or run.
+pub fn run(command: &TextCommand, json: bool) -> Result<bool> {
+    match command {
+        TextCommand::Diff(args) => args.side.look(|side, files| diff::run(args, side, files, json)),
+        TextCommand::Stats(args) => args.side.look(|side, files| stats::run(args, side, files, json)),
+        TextCommand::Mask(args) => args.side.look(|side, _| mask::run(args, side, json)),
+        TextCommand::Compare(args) => args.side.look(|side, _| contexts::compare(args, side, json)),
+        TextCommand::Export(args) => args.side.look(|side, _| contexts::export(args, side, json)),
+        TextCommand::Sensitivity(args) => args.side.look(|side, files| sensitivity::run(args, side, files, json)),
+    }
+}
+
+impl Side {
+    /// Opens the model and shows its text side to `look`.
+    fn look(&self, look: impl FnOnce(&TextSide<'_>, &ModelFiles) -> Result<bool>) -> Result<bool> {
+        let files = ModelFiles::open(&self.model, false)?;
+        let device = pick(&self.device, None)?;
+        let bench = Bench { sources: files.sources()?, paths: files.paths(), options: unfused(), device: &device };
+        let weights = ltxc_models::Weights::new(MODEL, &files.model);
+        let side = TextSide::new(&files, bench, weights)?;
+        look(&side, &files)
+    }
+}
+
+/// Where a log goes: a file, or standard output.
+fn write_lines(path: Option<&PathBuf>, lines: &[String]) -> Result<()> {
+    let text = lines.iter().map(|line| format!("{line}\n")).collect::<String>();
+    match path {
+        Some(path) => Ok(ltxc_runtime::files::write_atomically(path, text.as_bytes())?),
+        None => {
+            print!("{text}");
+            Ok(())
+        }
+    }
+}
