@@ -51,6 +51,9 @@ struct Extent {
     depth: u32,
 }
 
+/// Most kinds of matrix units of a target; devices have two or three.
+const MAX_UNITS: usize = 16;
+
 /// Checks a plan. See the module documentation.
 ///
 /// # Errors
@@ -62,6 +65,10 @@ pub fn verify(plan: &Plan) -> Result<(), PlanError> {
     let align = plan.target.alignment;
     if align == 0 || !align.is_power_of_two() {
         return Err(PlanError::Malformed(format!("alignment {align} is not a power of two")));
+    }
+    let units = &plan.target.matrix_units;
+    if units.len() > MAX_UNITS || units.iter().any(|unit| !unit.element.is_float() || unit.edge == 0) {
+        return Err(PlanError::Malformed("the target has matrix units that there are not".into()));
     }
     let mut extents: Vec<Extent> = Vec::with_capacity(plan.functions.len());
     for (index, function) in plan.functions.iter().enumerate() {

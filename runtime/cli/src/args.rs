@@ -95,9 +95,15 @@ pub struct ShapeArgs {
     /// Width in pixels [default: 1536, or 768 for one stage]
     #[arg(long, short = 'W')]
     pub width: Option<u32>,
+    /// Both at once, as WIDTHxHEIGHT.
+    #[arg(long, value_name = "WxH", conflicts_with_all = ["height", "width"])]
+    pub size: Option<String>,
     /// Number of frames, 8k+1 [default: 121]
     #[arg(long, alias = "frames")]
     pub num_frames: Option<u32>,
+    /// Length in seconds instead, which is rounded down to 8k+1 frames.
+    #[arg(long, conflicts_with = "num_frames")]
+    pub seconds: Option<f64>,
     /// Frames per second, a number or a fraction like 24000/1001 [default: 24]
     #[arg(long, alias = "fps")]
     pub frame_rate: Option<String>,
@@ -113,7 +119,7 @@ pub struct ShapeArgs {
     /// Let a run say how strongly reference videos act, everywhere or with a mask [default: if it does]
     #[arg(long)]
     pub reference_attention: bool,
-    /// Release of the reference implementation whose results are given [default: 1.2.0]
+    /// Release of the reference implementation whose results are given; LoRAs named here run live with 1.0.0 [default: 1.2.0]
     #[arg(long, value_enum, value_name = "VERSION")]
     pub reference_version: Option<ReferenceVersion>,
     /// Device: auto, cpu, cuda:N, vulkan:N or metal; compile for any one with cuda or vulkan alone

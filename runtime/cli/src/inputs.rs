@@ -74,6 +74,22 @@ pub fn check_given(pipeline: PipelineName, content: &ContentArgs) -> Result<()> 
     Ok(())
 }
 
+/// Frames of the shortest reference video of a run; `None` without one, or if its frames are chosen by their times.
+///
+/// # Errors
+/// A strength that is no number, or a video that cannot be read.
+pub fn shortest(content: &ContentArgs, occurrences: &Occurrences) -> Result<Option<usize>> {
+    let given = weighted("--video-conditioning", &content.video_conditioning, &occurrences.reference)?;
+    let mut shortest = None;
+    for video in given {
+        let info = info(&video.path)?;
+        if !matches!(info.rate, ClipRate::Variable(_)) {
+            shortest = Some(shortest.unwrap_or(info.frames).min(info.frames));
+        }
+    }
+    Ok(shortest)
+}
+
 /// The reference videos of a run.
 ///
 /// # Errors

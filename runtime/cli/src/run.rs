@@ -11,7 +11,7 @@ use ltxc_ir::plan::{Kernels, Modality, Plan, Release};
 use ltxc_runtime::RunError;
 use ltxc_runtime::adapters::StageAdapters;
 use ltxc_runtime::audio_frontend::resample;
-use ltxc_runtime::backend::{Device, KernelCounts, open_with};
+use ltxc_runtime::backend::{Device, KernelCounts, missing_units, open_with};
 use ltxc_runtime::executor::Executor;
 use ltxc_runtime::experiments::Experiments;
 use ltxc_runtime::files::write_atomically;
@@ -99,7 +99,9 @@ pub struct Room {
     pub images: usize,
     /// Reference videos.
     pub references: usize,
-    /// Whether it says how strongly these act.
+    /// Frames of the shortest of them, where they are counted; the others are used as far.
+    pub reference_frames: Option<usize>,
+    /// Whether it says how strongly they act.
     pub has_attention: bool,
 }
 
@@ -107,17 +109,21 @@ impl Room {
     /// The room for one run of a command, whose content may be that of a job.
     ///
     /// # Errors
-    /// Values of flags that are no frame, strength or CRF; without a plan, content that the pipeline does not take.
+    /// Values of flags that are no frame, strength or CRF; without a plan, content that the pipeline does not take, or
+    /// reference videos that cannot be read.
     pub fn of(args: &RunArgs, content: &ContentArgs, occurrences: &Occurrences) -> Result<Room> {
         let images = job::images(&content.image, &occurrences.image)?;
         let pipeline = args.shape.pipeline.unwrap_or_default();
+        let mut reference_frames = None;
         if args.plan.is_none() {
             inputs::check_given(pipeline, content)?;
+            reference_frames = inputs::shortest(content, occurrences)?;
         }
         let all = definition(pipeline).brings.appends_first_image;
         Ok(Room {
             images: images.iter().filter(|image| all || image.frame > 0).count(),
             references: occurrences.reference.len(),
+            reference_frames,
             has_attention: inputs::attention_strength(content)?.is_some()
                 || !content.conditioning_attention_mask.is_empty(),
         })
@@ -128,6 +134,7 @@ impl Room {
         Room {
             images: self.images.max(other.images),
             references: self.references.max(other.references),
+            reference_frames: [self.reference_frames, other.reference_frames].into_iter().flatten().min(),
             has_attention: self.has_attention || other.has_attention,
         }
     }
@@ -213,6 +220,14 @@ impl Runner {
         if need.is_on_gpu {
             // The executor compares what the plan needs with what the device has.
             report.note(&format!("device {}: {}", device.name, device.description));
+        }
+        let missing = missing_units(&plan, &device);
+        if !missing.is_empty() {
+            let names = missing.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+            report.note(&format!(
+                "matrix units: the plan is for {names}, which {} lacks; products run without, slower",
+                device.name
+            ));
         }
         report.note(&memory(&need));
         need.check(available())?;
@@ -397,7 +412,8 @@ fn plan_and_folders(args: &RunArgs, room: Room, loras: &Loras, mode: DebugMode) 
             ..args.shape.clone()
         };
         let (shape, reference_seconds) = inputs::shape_of_media(&shape, &args.content)?;
-        let shape = Shape { target, reference_seconds, ..Shape::resolve(&shape, room.images)?.with(loras)? };
+        let mut shape = Shape { target, reference_seconds, ..Shape::resolve(&shape, room.images)?.with(loras)? };
+        shape.references.frames = room.reference_frames;
         let files = ModelFiles::open(&args.model, shape.has_two_stages())?;
         job::refuse_quantization(&args.shape, files.model.name(), files.model.has_fp8())?;
         loras.check(&files.model, definition(shape.pipeline).name)?;
@@ -408,6 +424,9 @@ fn plan_and_folders(args: &RunArgs, room: Room, loras: &Loras, mode: DebugMode) 
         let path = cached(&files, &shape, &options)?;
         return Ok((path, [files.paths(), args.weights.clone()].concat()));
     };
+    if plan.extension().is_none() && !plan.exists() {
+        bail!("there is no plan `{}`, and no pipeline of this name; `ltxc help run` lists pipelines", plan.display());
+    }
     if mode == DebugMode::Exact {
         bail!("`--debug-mode exact` compiles the model without fusion; name model files instead of a plan");
     }

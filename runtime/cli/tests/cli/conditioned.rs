@@ -143,9 +143,10 @@ fn references_that_do_not_fit_are_refused() {
     let half = fixture("tiny-ltx2/ic-lora-ref2-tiny.safetensors");
     let run = |more: &[&str]| run("ltx2", "ic-lora", &[&["--lora", &half], more].concat());
     place.ok(&run(&["--video-conditioning", &frames, "-o", "a.wav"]));
+    // One that is shorter guides as far as it goes, in whole latents.
+    place.ok(&run(&["--video-conditioning", &short, "-o", "a.wav"]));
     for (flags, words) in [
         (&[][..], &["needs a reference video", "--video-conditioning"][..]),
-        (&["--video-conditioning", &short], &["`short` has 8 frames, 9 are needed"]),
         (&["--video-conditioning", "gone.mp4"], &["gone.mp4"]),
         (&["--video-conditioning", &frames, "2"], &["strength 2", "0 to 1"]),
         (&["--video-conditioning", &frames, "x"], &["strength `x` is not a number"]),
@@ -200,6 +201,9 @@ fn a_plan_for_references_says_what_they_are() {
         &run(&[&video[..], &lora].concat()),
         &["takes 2 reference videos, 1 are given", "--reference-count 1"],
     );
+    let short = folder(&place, "short", 8);
+    let shorter = [&video[..], &["--video-conditioning", &short], &lora].concat();
+    place.refused(&run(&shorter), &["`short` has 8 frames, 9 are needed"]);
     let acts = ["--conditioning-attention-strength", "0.5"];
     place.refused(&run(&[&both[..], &lora, &acts].concat()), &["without strengths", "--reference-attention"]);
     place.ok(&run(&[&both[..], &lora].concat()));
@@ -281,6 +285,9 @@ fn pipelines_have_the_names_of_other_tools() {
         args.insert(1, name.into());
         sentence(&args, &[words]);
     }
+    let mut args = own(&[]);
+    args.insert(1, "dfr".into());
+    sentence(&args, &["no plan `dfr`, and no pipeline of this name", "ltxc help run"]);
     let mut args = own(&["-o", "a.wav"]);
     args.insert(1, "generate".into());
     place.ok(&args);

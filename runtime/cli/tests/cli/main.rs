@@ -15,3 +15,4 @@ mod loras;
 mod misused_files;
 mod one_modality;
 mod pipelines;
+mod recorded;
