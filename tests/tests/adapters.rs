@@ -39,7 +39,7 @@ impl<'a> Backend<'a> for Counting<'a> {
     fn device(&self) -> &Device {
         self.cpu.device()
     }
-    fn check(&self, plan: &Plan) -> Result<(), RunError> {
+    fn check(&mut self, plan: &Plan) -> Result<(), RunError> {
         self.cpu.check(plan)
     }
     fn allocate(&mut self, bytes: u64) -> Result<BufferId, RunError> {

@@ -5,7 +5,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use ltxc_compiler::{Options, PlanBuilder};
-use ltxc_ir::plan::{KernelDevice, KernelForm, Kernels, Pipeline, PlanKernel, Stage, Target, WeightSource, container};
+use ltxc_ir::plan::{
+    KernelDevice, KernelForm, Kernels, Pipeline, PlanKernel, Stage, Target, TunedCall, WeightSource, container,
+};
 use ltxc_ir::text::parse;
 use ltxc_ir::tiling::{TilePlan, Tiling};
 use ltxc_runtime::noise_files::{Container, Stored, pt_around};
@@ -231,7 +233,7 @@ fn kernels() {
     let device = KernelDevice { backend: "cuda".into(), ..KernelDevice::default() };
     let source = WeightSource { name: "model".into(), files: vec![], renames: vec![] };
     let plan = PlanBuilder::new("fuzz", Target::cuda(), Options::default(), vec![source]).finish(settings()).unwrap();
-    let kernels = Kernels { device, kernels };
+    let kernels = Kernels { device, kernels, tuned: vec![TunedCall { call: [7; 32], tile: 1 }] };
     let file = container::encode_with(&plan, Some(&kernels)).unwrap();
     let body = file[file.len() - kernel_section_bytes(&file)..].to_vec();
     assert_eq!(container::decode_kernels(&fuzz::sealed_kernels(&body)), Ok(Some(kernels)));

@@ -87,6 +87,12 @@ def header(path):
         return json.loads(lines.readline().removeprefix("// "))
 
 
+def number_last(path):
+    """Orders kernels of the same name by their numbers."""
+    name, _, number = path.stem.rpartition(".")
+    return name, int(number)
+
+
 def check(nvrtc, path, architecture):
     """One row of the report."""
     start = time.monotonic()
@@ -126,14 +132,17 @@ def report(rows, architectures):
             f"{sum(row['seconds'] for row in those):.0f}",
         ])
     columns = ["target", "kernels", "fail", "spill", "most registers", "most shared bytes", "over 48 KiB", "seconds"]
+    # Tiles depend on the device, so what is the same on all of them is which kernel a call launches, and which of its launches.
     kernels = {}
     for row in rows:
-        kernels.setdefault(row["file"], {})[row["architecture"]] = row
+        key = (row["kernel"], row["example"])
+        number = sum(known[:2] == key and row["architecture"] in kernels[known] for known in kernels)
+        kernels.setdefault((*key, number), {})[row["architecture"]] = row
     lines = []
-    for file, found in sorted(kernels.items()):
+    for (kernel, example, _), found in sorted(kernels.items()):
         over = lambda field: " / ".join(str(found[a][field]) if a in found else "–" for a in architectures)
-        first = next(iter(found.values()))
-        lines.append([f"`{file}`", first["calls"], first["units"], over("registers"), over("shared"), over("spilled"), first["example"]])
+        fields = ["calls", "units", "registers", "shared", "spilled"]
+        lines.append([f"`{kernel}`", *[over(field) for field in fields], example])
     targets = " / ".join(architectures)
     detail = table(["kernel", "calls", "units", "registers", "shared bytes", "spilled bytes", "first call"], lines)
     failed = [f"`{r['file']}` for {r['architecture']} ({r['example']}):\n\n{r['log'][:1500]}" for r in rows if not r["compiles"]]
@@ -161,7 +170,7 @@ def main():
     nvrtc = Nvrtc(site)
     rows = []
     for architecture in ARCHITECTURES:
-        files = sorted((args.sources / architecture).glob("*.cu"))
+        files = sorted((args.sources / architecture).glob("*.cu"), key=number_last)
         rows += [check(nvrtc, file, architecture) for file in files]
     text = report(rows, ARCHITECTURES)
     if args.report:

@@ -16,7 +16,7 @@ use super::verify::PlanError;
 use super::{Kernels, Plan};
 
 /// Version of the format; plans of other versions are refused.
-pub const FORMAT: u32 = 6;
+pub const FORMAT: u32 = 7;
 
 const MAGIC: &[u8; 8] = b"LTXCPLAN";
 const ENTRY: usize = 56;
@@ -169,7 +169,7 @@ fn read_u64(file: &[u8], at: usize) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{KernelDevice, KernelForm, PlanKernel, Target};
+    use super::super::{KernelDevice, KernelForm, PlanKernel, Target, TunedCall};
     use super::*;
 
     fn plan() -> Plan {
@@ -191,7 +191,9 @@ mod tests {
             cube_dim: [1; 3],
             form: KernelForm::Source(text.into()),
         };
-        Kernels { device: KernelDevice::default(), kernels: vec![kernel(1, "fn a() {}"), kernel(2, "fn b() {}")] }
+        let tuned = vec![TunedCall { call: [9; 32], tile: 3 }];
+        let kernels = vec![kernel(1, "fn a() {}"), kernel(2, "fn b() {}")];
+        Kernels { device: KernelDevice::default(), kernels, tuned }
     }
 
     #[test]

@@ -21,6 +21,17 @@ pub struct Kernels {
     pub device: KernelDevice,
     /// The kernels, by ascending hash.
     pub kernels: Vec<PlanKernel>,
+    /// Calls whose tiles were measured, by ascending hash.
+    pub tuned: Vec<TunedCall>,
+}
+
+/// A call of which several kernels were measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TunedCall {
+    /// Hash of the call's work and types.
+    pub call: [u8; 32],
+    /// Number of the fastest tile in the tables of the kernel.
+    pub tile: u32,
 }
 
 /// Everything outside of a kernel that compiled code depends on.
@@ -81,6 +92,9 @@ impl KernelForm {
 /// Most kernels of a plan. Those of real models have some hundreds.
 const MAX_KERNELS: usize = 1 << 14;
 
+/// Most tuned calls of a plan. Those of real models have some hundreds.
+const MAX_TUNED: usize = 1 << 16;
+
 /// Most bytes of all texts together, below what the decoder of plan files allocates.
 const MAX_TEXT: usize = 48 << 20;
 
@@ -115,6 +129,9 @@ impl Kernels {
         }
         if !self.kernels.is_sorted_by(|a, b| a.hash < b.hash) {
             return malformed("they do not ascend".into());
+        }
+        if self.tuned.len() > MAX_TUNED || !self.tuned.is_sorted_by(|a, b| a.call < b.call) {
+            return malformed("tuned calls do not ascend, or are too many".into());
         }
         let text: usize = self.kernels.iter().map(|kernel| kernel.form.text().len()).sum();
         if text > MAX_TEXT {
@@ -174,7 +191,7 @@ mod tests {
     }
 
     fn verify(kernels: Vec<PlanKernel>) -> Result<(), String> {
-        Kernels { device: KernelDevice::default(), kernels }.verify().map_err(|e| e.to_string())
+        Kernels { device: KernelDevice::default(), kernels, tuned: vec![] }.verify().map_err(|e| e.to_string())
     }
 
     #[track_caller]
@@ -211,6 +228,16 @@ mod tests {
         refused(vec![kernel(1, ptx(&format!("{PTX}// é")))], "no PTX");
         refused(vec![kernel(1, KernelForm::Source("a\0".into()))], "control characters");
         let device = KernelDevice { driver: "1\n2".into(), ..KernelDevice::default() };
-        assert!(Kernels { device, kernels: vec![] }.verify().is_err());
+        assert!(Kernels { device, ..Kernels::default() }.verify().is_err());
+    }
+
+    #[test]
+    fn tuned_calls_ascend() {
+        let tuned = |calls: &[u8]| {
+            let tuned = calls.iter().map(|&call| TunedCall { call: [call; 32], tile: 9 }).collect();
+            Kernels { tuned, ..Kernels::default() }.verify()
+        };
+        assert_eq!(tuned(&[1, 2, 3]), Ok(()));
+        assert!(tuned(&[2, 1]).is_err() && tuned(&[1, 1]).is_err());
     }
 }

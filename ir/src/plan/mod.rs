@@ -16,23 +16,27 @@ pub mod fused;
 mod inputs;
 mod kernel;
 pub mod kernels;
+mod overwrite;
 mod pipeline;
 mod settings;
 pub mod summary;
 mod text;
 pub mod verify;
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 pub use fused::{Access, Form, Fused, Part, PartArg, Source, Work};
 pub use inputs::*;
 pub use kernel::{Copy, Function as MapFunction, InPlace, Kernel, Map, MapStep};
-pub use kernels::{KernelDevice, KernelForm, Kernels, PlanKernel};
+pub use kernels::{KernelDevice, KernelForm, Kernels, PlanKernel, TunedCall};
+pub use overwrite::may_overwrite;
 pub use pipeline::*;
 
 use crate::graph::Rate;
 use crate::identity::FileIdentity;
-use crate::types::TensorType;
+use crate::types::{DType, TensorType};
 
 /// A compiled model for one pipeline and one or more shape classes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -86,6 +90,23 @@ pub struct Target {
     pub max_tensor_bytes: u64,
     /// Largest number of operands and results of one kernel call.
     pub max_bindings: u32,
+    /// What multiplies fragments of matrices; nothing else does, whatever a device has.
+    pub matrix_units: Vec<MatrixUnit>,
+}
+
+/// A kind of tensor core or simdgroup matrix: it adds the product of two square fragments to sums in f32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct MatrixUnit {
+    /// Type of both operands.
+    pub element: DType,
+    /// Edge of a fragment.
+    pub edge: u32,
+}
+
+impl fmt::Display for MatrixUnit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {edge}x{edge}", self.element, edge = self.edge)
+    }
 }
 
 impl Target {
@@ -111,6 +132,7 @@ impl Target {
             max_arena_bytes: 1 << 46,
             max_tensor_bytes: 1 << 46,
             max_bindings: 1024,
+            matrix_units: Vec::new(),
         }
     }
 
@@ -124,10 +146,18 @@ impl Target {
             max_arena_bytes: largest,
             max_tensor_bytes: largest,
             max_bindings: 30,
+            matrix_units: Vec::new(),
         }
     }
 
-    /// An NVIDIA GPU behind CUDA. Memory is the only limit of an arena; kernels count the words of a tensor in 32 bits.
+    /// An Apple GPU behind Metal: [`Target::wgpu`] with simdgroup matrices.
+    pub fn metal() -> Target {
+        let units = [DType::F16, DType::F32].map(|element| MatrixUnit { element, edge: 8 });
+        Target { matrix_units: units.into(), ..Target::wgpu() }
+    }
+
+    /// An NVIDIA GPU behind CUDA, of compute capability 8.0 or newer: those have tensor cores for both narrow floats. Memory
+    /// is the only limit of an arena; kernels count the words of a tensor in 32 bits.
     pub fn cuda() -> Target {
         Target {
             backend: "cuda".into(),
@@ -135,6 +165,7 @@ impl Target {
             max_arena_bytes: 1 << 46,
             max_tensor_bytes: 4 * ((1 << 32) - (1 << 16)),
             max_bindings: 1024,
+            matrix_units: [DType::BF16, DType::F16].map(|element| MatrixUnit { element, edge: 16 }).into(),
         }
     }
 }
@@ -209,7 +240,7 @@ fn without_common_end<'a>(a: &'a str, b: &'a str) -> (&'a str, &'a str) {
     }
 }
 
-/// State shared by the programs of one group: what slow programs leave for fast ones.
+/// State shared by the programs of one group: what slow programs leave for fast ones, and what programs update in place.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Group {
     /// Name, for example `stage1`.

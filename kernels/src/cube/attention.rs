@@ -51,7 +51,7 @@ pub(crate) fn launch<R: Runtime>(op: &Attention, call: &Call<'_, R>) -> Result<(
     let [q, k, v] = [0, 1, 2].map(|i| call.args[i].ty);
     let [b, t, n, d] = [0, 1, 2, 3].map(|a| q.shape[a]);
     let [s, m, e] = [1, 2, 3].map(|a| v.shape[a]);
-    let tile = tile::heads(call.client, e);
+    let tile = tile::heads(call, e);
     let is_aligned = d.is_multiple_of(4) && e.is_multiple_of(4);
     let blueprint = Blueprint {
         tile,

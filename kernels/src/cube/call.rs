@@ -7,6 +7,7 @@ use cubecl::prelude::*;
 use cubecl::server::Handle;
 use ltxc_ir::TensorType;
 use ltxc_ir::ops::PadMode;
+use ltxc_ir::plan::MatrixUnit;
 
 use super::CubeTensor;
 use super::compose::Composed;
@@ -27,6 +28,16 @@ pub(crate) struct Call<'a, R: Runtime> {
     pub(crate) tail: Option<&'a Bound<'a>>,
     /// Pads of the first operand that are not there, per spatial axis of a convolution.
     pub(crate) pads: &'a [PadAxis],
+    pub(crate) choice: Choice<'a>,
+}
+
+/// Which of several kernels a call takes, and how its work is cut. By default the device decides.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Choice<'a> {
+    /// Matrix units that it may use, of those that the device has; otherwise all of them.
+    pub(crate) units: Option<&'a [MatrixUnit]>,
+    /// Number of the tile in the tables of the kernel, if it was measured.
+    pub(crate) tile: Option<u32>,
 }
 
 /// A pad along an axis: elements in front, and what stands outside.

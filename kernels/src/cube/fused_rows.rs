@@ -9,7 +9,7 @@ use ltxc_ir::DType;
 use ltxc_ir::ops::RopeLayout;
 
 use super::CubeTensor;
-use super::call::{Bound, Call, bind, to_u32};
+use super::call::{Bound, Call, Choice, bind, to_u32};
 use super::compose::Rows;
 use super::index::numbers;
 use super::program::{Program, registers_at};
@@ -84,7 +84,15 @@ pub(crate) fn launch<R: Runtime>(
     bound: &Bound<'_>,
     outs: &[CubeTensor<'_>],
 ) -> Result<(), String> {
-    let call = Call { client, args: &[], out: &outs[0], workspace: None, tail: Some(bound), pads: &[] };
+    let call = Call {
+        client,
+        args: &[],
+        out: &outs[0],
+        workspace: None,
+        tail: Some(bound),
+        pads: &[],
+        choice: Choice::default(),
+    };
     let units = if rows.norms.is_empty() { super::call::UNITS } else { row_units(client) };
     let norm = |n: &super::compose::Norm| Norm { steps: n.steps, value: n.value, is_centred: n.is_centred };
     let turn = rows.rotation.as_ref().map(|r| Turn {

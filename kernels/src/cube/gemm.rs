@@ -61,7 +61,7 @@ pub(crate) fn launch<R: Runtime>(product: &Product<'_>, call: &Call<'_, R>) -> R
         return matrix_gemm::launch(choice, product, call);
     }
     let [lhs, rhs] = [0, 1].map(|i| &call.args[i]);
-    let tile = tile::choose(call.client, product.m * product.batches, product.n);
+    let tile = tile::choose(call, product.m * product.batches, product.n);
     let is_aligned = |distances: &[usize]| distances.iter().all(|d| d.is_multiple_of(4));
     let is_lhs_aligned = is_aligned(&[product.k, product.rows[0], product.batch[0]])
         && product.patches.as_ref().is_none_or(|(p, _)| p.channels.is_multiple_of(4));

@@ -24,7 +24,7 @@ use cubecl::prelude::*;
 use ltxc_ir::DType;
 use ltxc_ir::ops::{Attention, HIDDEN_SCORE};
 
-use super::call::{Call, to_u32};
+use super::call::{Call, Choice, to_u32};
 use super::index::{broadcast_strides, numbers};
 use super::math;
 use super::matrix_units::{self as units, Load, PLANE, Unit};
@@ -81,8 +81,12 @@ impl Blueprint {
 /// The unit that computes these heads, and how they are cut.
 pub(crate) fn choose<R: Runtime>(call: &Call<'_, R>) -> Option<(Unit, AttentionTile)> {
     let [q, k, v] = [0, 1, 2].map(|i| call.args[i].ty);
-    let unit = units::unit(call.client.properties(), &[q.dtype, k.dtype, v.dtype])?;
-    tuning::attention(&call.client.properties().hardware, &unit, q.shape[3], v.shape[3]).map(|tile| (unit, tile))
+    let (properties, Choice { units: allowed, tile }) = (call.client.properties(), call.choice);
+    let unit = units::unit(properties, &[q.dtype, k.dtype, v.dtype], allowed)?;
+    let (hardware, d, e) = (&properties.hardware, q.shape[3], v.shape[3]);
+    let tile =
+        tuning::tuned_attention(hardware, &unit, d, e, tile).or_else(|| tuning::attention(hardware, &unit, d, e))?;
+    Some((unit, tile))
 }
 
 pub(crate) fn launch<R: Runtime>(

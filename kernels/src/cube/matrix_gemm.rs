@@ -17,7 +17,7 @@
 use cubecl::prelude::*;
 use ltxc_ir::DType;
 
-use super::call::{Call, to_u32};
+use super::call::{Call, Choice, to_u32};
 use super::gemm::Product;
 use super::matrix_units::{self as units, Load, PLANE, Unit};
 use super::patches::{self, Patches};
@@ -72,9 +72,12 @@ impl Blueprint {
 
 /// The unit that multiplies these operands, and how they are cut.
 pub(crate) fn choose<R: Runtime>(product: &Product<'_>, call: &Call<'_, R>) -> Option<(Unit, ProductTile)> {
-    let unit = units::unit(call.client.properties(), &[call.args[0].ty.dtype, call.args[1].ty.dtype])?;
-    tuning::product(&call.client.properties().hardware, &unit, product.m, product.n, product.batches)
-        .map(|tile| (unit, tile))
+    let (properties, Choice { units: allowed, tile }) = (call.client.properties(), call.choice);
+    let unit = units::unit(properties, &[call.args[0].ty.dtype, call.args[1].ty.dtype], allowed)?;
+    let hardware = &properties.hardware;
+    let tile = tuning::tuned_product(hardware, &unit, tile)
+        .or_else(|| tuning::product(hardware, &unit, product.m, product.n, product.batches))?;
+    Some((unit, tile))
 }
 
 pub(crate) fn launch<R: Runtime>(

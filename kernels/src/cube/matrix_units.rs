@@ -8,6 +8,7 @@ use cubecl::ir::features::MmaConfig;
 use cubecl::ir::{DeviceProperties, ElemType, FloatKind, StorageType};
 use cubecl::prelude::*;
 use ltxc_ir::DType;
+use ltxc_ir::plan::MatrixUnit;
 
 use super::storage;
 
@@ -33,25 +34,38 @@ impl Unit {
     }
 }
 
-/// The unit for operands of some dtypes on a device, if there is one.
-pub(crate) fn unit(properties: &DeviceProperties, dtypes: &[DType]) -> Option<Unit> {
-    let hardware = &properties.hardware;
-    if hardware.plane_size_min != PLANE || hardware.plane_size_max != PLANE {
-        return None;
-    }
+/// The units that kernels know, best first.
+const KNOWN: [MatrixUnit; 6] = [
+    MatrixUnit { element: DType::BF16, edge: 16 },
+    MatrixUnit { element: DType::BF16, edge: 8 },
+    MatrixUnit { element: DType::F16, edge: 16 },
+    MatrixUnit { element: DType::F16, edge: 8 },
+    MatrixUnit { element: DType::F32, edge: 16 },
+    MatrixUnit { element: DType::F32, edge: 8 },
+];
+
+/// The unit of a device for operands of some dtypes, if there is one and it is one of `allowed`.
+pub(crate) fn unit(properties: &DeviceProperties, dtypes: &[DType], allowed: Option<&[MatrixUnit]>) -> Option<Unit> {
     let holds = |element: DType, dtype: DType| {
         element == dtype || element == DType::F32 || matches!(dtype, DType::F8E4M3 | DType::F8E5M2)
     };
-    [DType::BF16, DType::F16, DType::F32].into_iter().filter(|e| dtypes.iter().all(|&d| holds(*e, d))).find_map(|e| {
-        [16, 8].into_iter().find(|&edge| has_unit(properties, e, edge)).map(|edge| Unit {
-            element: e,
-            edge,
-            planes_meet: edge == 16,
-        })
-    })
+    let fits = |unit: &MatrixUnit| {
+        dtypes.iter().all(|&dtype| holds(unit.element, dtype)) && allowed.is_none_or(|allowed| allowed.contains(unit))
+    };
+    let found = KNOWN.into_iter().find(|unit| fits(unit) && has_unit(properties, unit))?;
+    Some(Unit { element: found.element, edge: found.edge, planes_meet: found.edge == 16 })
 }
 
-fn has_unit(properties: &DeviceProperties, element: DType, edge: u32) -> bool {
+/// The units of a device.
+pub(crate) fn all(properties: &DeviceProperties) -> Vec<MatrixUnit> {
+    KNOWN.into_iter().filter(|unit| has_unit(properties, unit)).collect()
+}
+
+fn has_unit(properties: &DeviceProperties, &MatrixUnit { element, edge }: &MatrixUnit) -> bool {
+    let hardware = &properties.hardware;
+    if hardware.plane_size_min != PLANE || hardware.plane_size_max != PLANE {
+        return false;
+    }
     let kind = match element {
         DType::BF16 => FloatKind::BF16,
         DType::F16 => FloatKind::F16,

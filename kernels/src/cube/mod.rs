@@ -50,10 +50,10 @@ mod work;
 
 use cubecl::prelude::*;
 use cubecl::server::Handle;
-use ltxc_ir::plan::{Kernel, Map, MapStep};
+use ltxc_ir::plan::{Kernel, Map, MapStep, MatrixUnit};
 use ltxc_ir::{DType, TensorType};
 
-use call::{Bound, Call, PadAxis};
+use call::{Call, Choice};
 pub use work::Schedule;
 
 /// An operand or result of a kernel call: a sub-range of an arena.
@@ -83,36 +83,32 @@ pub fn launch<R: Runtime>(
     let arg_types: Vec<&TensorType> = args.iter().map(|a| a.ty).collect();
     let result_types: Vec<&TensorType> = results.iter().map(|r| r.ty).collect();
     kernel.check(&arg_types, &result_types)?;
-    launch_checked(client, kernel, args, &results[0], workspace, None, &[])
+    let choice = Choice::default();
+    launch_checked(kernel, &Call { client, args, out: &results[0], workspace, tail: None, pads: &[], choice })
 }
 
 /// [`launch`] for types that fit the kernel. With a tail, which finishes each element, the result may have another dtype;
 /// with pads the first operand is smaller by them. See `schedule` for which calls may have them.
-fn launch_checked<R: Runtime>(
-    client: &ComputeClient<R>,
-    kernel: &Kernel,
-    args: &[CubeTensor<'_>],
-    out: &CubeTensor<'_>,
-    workspace: Option<&CubeTensor<'_>>,
-    tail: Option<&Bound<'_>>,
-    pads: &[PadAxis],
-) -> Result<(), String> {
+fn launch_checked<R: Runtime>(kernel: &Kernel, call: &Call<'_, R>) -> Result<(), String> {
     guard::install();
-    args.iter().chain([out]).try_for_each(call::check_tensor)?;
-    let arg_types: Vec<&TensorType> = args.iter().map(|a| a.ty).collect();
-    if out.ty.elements() == 0 {
+    call.args.iter().chain([call.out]).try_for_each(call::check_tensor)?;
+    if call.out.ty.elements() == 0 {
         return Ok(());
     }
-    let call = Call { client, args, out, workspace, tail, pads };
-    if !needs_f32(kernel, &arg_types, out.ty) {
-        return run(kernel, &call);
+    if !needs_f32(kernel, call.out.ty) {
+        return run(kernel, call);
     }
     // Rows that are not whole words are computed in f32, and rounded by a map.
-    let ty = out.ty.with_dtype(DType::F32);
+    let ty = call.out.ty.with_dtype(DType::F32);
     let wide = CubeTensor { ty: &ty, handle: call.scratch(ty.elements())? };
-    run(kernel, &Call { client, args, out: &wide, workspace: None, tail: None, pads })?;
-    let narrowed = Call { client, args: &[wide], out, workspace: None, tail: None, pads: &[] };
+    run(kernel, &Call { out: &wide, workspace: None, tail: None, ..*call })?;
+    let narrowed = Call { args: &[wide], workspace: None, tail: None, pads: &[], ..*call };
     map::launch(&Map { steps: Vec::new() }, &narrowed)
+}
+
+/// The matrix units of a device that kernels can use.
+pub fn matrix_units<R: Runtime>(client: &ComputeClient<R>) -> Vec<MatrixUnit> {
+    matrix_units::all(client.properties())
 }
 
 fn run<R: Runtime>(kernel: &Kernel, call: &Call<'_, R>) -> Result<(), String> {
@@ -141,7 +137,7 @@ fn fill_zeros<R: Runtime>(call: &Call<'_, R>) -> Result<(), String> {
 }
 
 /// Whether units would have to share words of the result, so that it is computed in f32 first.
-fn needs_f32(kernel: &Kernel, _args: &[&TensorType], out: &TensorType) -> bool {
+fn needs_f32(kernel: &Kernel, out: &TensorType) -> bool {
     match kernel {
         Kernel::RmsNorm(_) | Kernel::LayerNorm(_) => !norm::is_whole(out),
         Kernel::Rope(op) => !rope::is_whole(op, out),
@@ -156,7 +152,7 @@ fn needs_f32(kernel: &Kernel, _args: &[&TensorType], out: &TensorType) -> bool {
 /// Bytes of scratch that a call needs; they may hold anything.
 pub fn workspace_bytes(kernel: &Kernel, args: &[&TensorType], results: &[&TensorType]) -> usize {
     let out = results[0];
-    if needs_f32(kernel, args, out) {
+    if needs_f32(kernel, out) {
         return out.elements().saturating_mul(4);
     }
     match kernel {

@@ -91,6 +91,7 @@ mod tests {
             source: String::new(),
             is_checked,
             is_compiled: true,
+            round: 0,
         }
     }
 

@@ -204,5 +204,5 @@ fn can_finish(part: &ltxc_ir::plan::Part, result: &TensorType) -> bool {
         }
         _ => true,
     };
-    !is_empty && is_reached && !super::needs_f32(&part.kernel, &types, &stored)
+    !is_empty && is_reached && !super::needs_f32(&part.kernel, &stored)
 }

@@ -1,6 +1,12 @@
 //! Sizes of tiles: the one place where they depend on the device.
 
 use cubecl::prelude::*;
+use ltxc_ir::plan::{Kernel, MatrixUnit};
+use ltxc_ir::{DType, TensorType};
+
+use super::call::Call;
+use super::matrix_units::{self, Unit};
+use super::tuning;
 
 /// How a matrix product is cut: a cube makes `m × n` elements from blocks of `k` summed ones, a unit `unit_m × unit_n`.
 ///
@@ -43,8 +49,15 @@ const MEDIUM: Tile = Tile { m: 64, n: 64, k: 16, unit_m: 4, unit_n: 4 };
 /// For CPUs that pretend: few units that do much between two barriers.
 const FEW_UNITS: Tile = Tile { m: 64, n: 64, k: 16, unit_m: 8, unit_n: 8 };
 
+/// What is measured where calls are tuned.
+pub(crate) const PRODUCTS: [Tile; 4] = [THIN, MEDIUM, LARGE, FEW_UNITS];
+
 /// The tile for a product of `m × n` elements.
-pub(crate) fn choose<R: Runtime>(client: &ComputeClient<R>, m: usize, n: usize) -> Tile {
+pub(crate) fn choose<R: Runtime>(call: &Call<'_, R>, m: usize, n: usize) -> Tile {
+    let client = call.client;
+    if let Some(&tile) = call.choice.tile.and_then(|tile| PRODUCTS.get(tile as usize)) {
+        return tile;
+    }
     let hardware = &client.properties().hardware;
     if m <= THIN.m as usize * 2 {
         return THIN;
@@ -59,6 +72,44 @@ pub(crate) fn choose<R: Runtime>(client: &ComputeClient<R>, m: usize, n: usize) 
 /// Whether the device is a CPU that pretends to be a GPU: its planes are vectors.
 pub(crate) fn is_cpu<R: Runtime>(client: &ComputeClient<R>) -> bool {
     client.properties().hardware.plane_size_max <= 8
+}
+
+/// Whether a kernel is cut into tiles.
+pub(crate) fn has_tiles(kernel: &Kernel) -> bool {
+    matches!(kernel, Kernel::Matmul(_) | Kernel::Conv(_) | Kernel::ConvTranspose(_) | Kernel::Attention(_))
+}
+
+/// Numbers of the tiles that a kernel with operands of some types may be cut into on a device.
+pub(crate) fn tiles<R: Runtime>(
+    client: &ComputeClient<R>,
+    kernel: &Kernel,
+    types: &[&TensorType],
+    units: Option<&[MatrixUnit]>,
+) -> Vec<u32> {
+    if !has_tiles(kernel) {
+        return Vec::new();
+    }
+    let (properties, hardware) = (client.properties(), &client.properties().hardware);
+    let is_attention = matches!(kernel, Kernel::Attention(_));
+    let multiplied = &types[..if is_attention { 3 } else { 2 }];
+    let dtypes: Vec<DType> = multiplied.iter().map(|ty| ty.dtype).collect();
+    let on_units = |unit: &Unit, tile: u32| match is_attention {
+        true => tuning::tuned_attention(hardware, unit, types[0].shape[3], types[2].shape[3], Some(tile)).is_some(),
+        false => tuning::tuned_product(hardware, unit, Some(tile)).is_some(),
+    };
+    if let Some(unit) = matrix_units::unit(properties, &dtypes, units) {
+        let found: Vec<u32> = (0..tuning::ROWS).filter(|&tile| on_units(&unit, tile)).collect();
+        if !found.is_empty() {
+            return found;
+        }
+    }
+    // A CPU takes seconds to compile a large tile, and has no use for it.
+    match (is_attention, is_cpu(client)) {
+        (true, false) => (0..ATTENTION.len() as u32).collect(),
+        (false, false) => (0..PRODUCTS.len() as u32).collect(),
+        (false, true) => vec![0, 3],
+        (true, true) => Vec::new(),
+    }
 }
 
 /// How attention is cut: a cube has `queries` queries, and makes `columns` columns of the result from blocks of `keys`
@@ -90,9 +141,13 @@ impl Heads {
 const HEADS: Heads = Heads { queries: 64, keys: 64, columns: 128, chunk: 16, units_m: 16, units_n: 16 };
 const HEADS_FEW_UNITS: Heads = Heads { queries: 32, keys: 64, columns: 128, chunk: 16, units_m: 8, units_n: 8 };
 
+/// What is measured where calls are tuned.
+pub(crate) const ATTENTION: [Heads; 2] = [HEADS, HEADS_FEW_UNITS];
+
 /// The tile for heads with `e` columns.
-pub(crate) fn heads<R: Runtime>(client: &ComputeClient<R>, e: usize) -> Heads {
-    let tile = if is_cpu(client) { HEADS_FEW_UNITS } else { HEADS };
+pub(crate) fn heads<R: Runtime>(call: &Call<'_, R>, e: usize) -> Heads {
+    let tuned = call.choice.tile.and_then(|tile| ATTENTION.get(tile as usize));
+    let tile = *tuned.unwrap_or(if is_cpu(call.client) { &HEADS_FEW_UNITS } else { &HEADS });
     Heads { columns: if e <= 64 { 64 } else { 128 }, ..tile }
 }
 

@@ -46,6 +46,8 @@ pub struct LaunchedKernel {
     pub is_checked: bool,
     /// Whether it had to be compiled.
     pub is_compiled: bool,
+    /// The last round in which it was launched.
+    pub(crate) round: u64,
 }
 
 /// The kernels of a device.
@@ -56,6 +58,8 @@ pub struct KernelLog(Mutex<Log>);
 struct Log {
     device: KernelDevice,
     launched: BTreeMap<[u8; 32], LaunchedKernel>,
+    /// Counts calls of [`KernelLog::begin_round`].
+    round: u64,
     is_frozen: bool,
     refused: Option<String>,
 }
@@ -78,6 +82,17 @@ impl KernelLog {
     /// The kernels that were launched so far, by hash.
     pub fn launched(&self) -> Vec<LaunchedKernel> {
         self.lock().launched.values().cloned().collect()
+    }
+
+    /// Begins a round, of which [`KernelLog::launched_in_round`] tells.
+    pub fn begin_round(&self) {
+        self.lock().round += 1;
+    }
+
+    /// The kernels that were launched since the round began, by hash.
+    pub fn launched_in_round(&self) -> Vec<LaunchedKernel> {
+        let log = self.lock();
+        log.launched.values().filter(|kernel| kernel.round == log.round).cloned().collect()
     }
 
     /// From now on nothing is compiled; launches of kernels that would have to be fail.
@@ -212,6 +227,9 @@ impl<R: Known> TrackedServer<R> {
         let mut id = kernel.id();
         id.mode(mode);
         if let Some(name) = self.names.get(&id) {
+            let mut log = self.log.lock();
+            let round = log.round;
+            log.launched.entry(name.0).and_modify(|kernel| kernel.round = round);
             return Ok(Some(name.clone()));
         }
         let Some((printer, options)) = &self.printer else { return Ok(None) };
@@ -223,15 +241,17 @@ impl<R: Known> TrackedServer<R> {
         };
         let mut log = self.log.lock();
         let hash = hash(&id, &printed.source, &log.device);
-        let dim = id.cube_dim;
-        log.launched.entry(hash).or_insert_with(|| LaunchedKernel {
+        let (dim, round) = (id.cube_dim, log.round);
+        let kernel = log.launched.entry(hash).or_insert_with(|| LaunchedKernel {
             hash,
             name: printed.entrypoint_name,
             cube_dim: [dim.x, dim.y, dim.z],
             source: printed.source,
             is_checked: mode != ExecutionMode::Unchecked,
             is_compiled: false,
+            round,
         });
+        kernel.round = round;
         let name = (hash, name_of::<R::Compiler>(hash, dim));
         self.names.insert(id, name.clone());
         Ok(Some(name))
@@ -510,6 +530,7 @@ mod tests {
             source: String::new(),
             is_checked: false,
             is_compiled: false,
+            round: 0,
         };
         log.lock().launched.insert([1; 32], kernel);
         log.freeze(true);
@@ -519,5 +540,8 @@ mod tests {
         log.freeze(false);
         log.compile(&[1; 32]).unwrap();
         assert!(log.launched()[0].is_compiled);
+        assert_eq!(log.launched_in_round().len(), 1);
+        log.begin_round();
+        assert_eq!((log.launched_in_round(), log.launched().len()), (vec![], 1));
     }
 }

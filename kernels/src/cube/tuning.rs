@@ -1,7 +1,7 @@
 //! Which tiles matrix units work on: a table from the shape of a problem and the unit to how it is cut.
 //!
-//! Rows are tried from the top; the first one that fits is taken. What is measured on a device goes here, and nowhere
-//! else.
+//! Rows are tried from the top; the first one that fits is taken, unless a plan has the number of one that was measured on
+//! its device.
 
 use cubecl::ir::HardwareProperties;
 
@@ -72,7 +72,10 @@ struct Product {
 
 const ANY: usize = usize::MAX;
 
-const PRODUCTS: [Product; 7] = [
+/// As many rows as the longer table has.
+pub(crate) const ROWS: u32 = 7;
+
+const PRODUCTS: [Product; ROWS as usize] = [
     // Tensor cores. Few rows: reading the other operand is what takes time.
     Product { edge: 16, most_m: 16, least_cubes: 0, tile: tile([16, 128, 64], [1, 4], 1) },
     Product { edge: 16, most_m: 48, least_cubes: 0, tile: tile([32, 128, 64], [1, 4], 1) },
@@ -105,6 +108,13 @@ pub(crate) fn product(
             && shared_bytes(&row.tile, unit) <= hardware.max_shared_memory_size
     };
     PRODUCTS.iter().find(fits).map(|row| row.tile)
+}
+
+/// The tile with a number, if the unit and the device can have it.
+pub(crate) fn tuned_product(hardware: &HardwareProperties, unit: &Unit, tile: Option<u32>) -> Option<ProductTile> {
+    let row = PRODUCTS.get(tile? as usize)?;
+    let fits = row.edge == unit.edge && shared_bytes(&row.tile, unit) <= hardware.max_shared_memory_size;
+    fits.then_some(row.tile)
 }
 
 /// How attention is cut: a plane has `rows` rows of fragments, with as many queries as their edge each, and blocks of
@@ -179,16 +189,29 @@ const DIMS: usize = 16;
 
 /// The tile for heads with `d` dims of queries and keys and `e` of values.
 pub(crate) fn attention(hardware: &HardwareProperties, unit: &Unit, d: usize, e: usize) -> Option<AttentionTile> {
-    if !d.is_multiple_of(DIMS) || !e.is_multiple_of(DIMS) || d == 0 || e == 0 {
-        return None;
-    }
-    let (d, e) = (u32::try_from(d).ok()?, u32::try_from(e).ok()?);
-    let fits = |row: &&Heads| {
-        row.edge == unit.edge
-            && d.max(e) <= row.most_dims
-            && attention_bytes(&row.tile, unit, d, e) <= hardware.max_shared_memory_size
-    };
-    HEADS.iter().find(fits).map(|row| row.tile)
+    (0..HEADS.len() as u32).find_map(|row| tuned_attention(hardware, unit, d, e, Some(row)))
+}
+
+/// The tile with a number, if the unit, the heads and the device can have it.
+pub(crate) fn tuned_attention(
+    hardware: &HardwareProperties,
+    unit: &Unit,
+    d: usize,
+    e: usize,
+    tile: Option<u32>,
+) -> Option<AttentionTile> {
+    let row = HEADS.get(tile? as usize)?;
+    let (d, e) = dims(d, e)?;
+    let fits = row.edge == unit.edge
+        && d.max(e) <= row.most_dims
+        && attention_bytes(&row.tile, unit, d, e) <= hardware.max_shared_memory_size;
+    fits.then_some(row.tile)
+}
+
+/// Head dims that tiles can have.
+fn dims(d: usize, e: usize) -> Option<(u32, u32)> {
+    let is_whole = d.is_multiple_of(DIMS) && e.is_multiple_of(DIMS) && d > 0 && e > 0;
+    is_whole.then_some((u32::try_from(d).ok()?, u32::try_from(e).ok()?))
 }
 
 /// Shared memory of a cube.

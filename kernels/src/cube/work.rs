@@ -4,12 +4,12 @@
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 use ltxc_ir::TensorType;
-use ltxc_ir::plan::{Copy, Fused, Kernel, PartArg, Source, Work};
+use ltxc_ir::plan::{Copy, Fused, Kernel, MatrixUnit, Part, PartArg, Source, Work};
 
-use super::call::{Bound, check_tensor};
+use super::call::{Bound, Call, Choice, check_tensor};
 use super::compose::Composed;
 use super::schedule::{Padded, Step, schedule};
-use super::{CubeTensor, fused_rows, guard, launch, launch_checked, workspace_bytes};
+use super::{CubeTensor, fused_rows, guard, launch, launch_checked, tile, workspace_bytes};
 use crate::scratch::Scratch;
 
 /// How a call of a plan runs: made once from its types, launched often.
@@ -21,6 +21,8 @@ pub struct Schedule {
     /// The launches of a fused call; a single kernel has none to plan.
     layout: Option<Layout>,
     bytes: usize,
+    units: Option<Vec<MatrixUnit>>,
+    tile: Option<u32>,
 }
 
 impl Schedule {
@@ -39,7 +41,45 @@ impl Schedule {
             (_, layout) => layout.as_ref().map_or(0, |layout| layout.bytes),
         };
         let owned = |types: &[&TensorType]| types.iter().map(|&ty| ty.clone()).collect();
-        Ok(Schedule { work: work.clone(), types: [owned(args), owned(results)], layout, bytes })
+        Ok(Schedule {
+            work: work.clone(),
+            types: [owned(args), owned(results)],
+            layout,
+            bytes,
+            units: None,
+            tile: None,
+        })
+    }
+
+    /// The same with these matrix units only, of those that the device has; otherwise it takes all of them.
+    pub fn with_units(self, units: &[MatrixUnit]) -> Schedule {
+        Schedule { units: Some(units.into()), ..self }
+    }
+
+    /// The same with a tile of [`Schedule::tiles`]; otherwise the device's properties decide.
+    pub fn with_tile(self, tile: Option<u32>) -> Schedule {
+        Schedule { tile, ..self }
+    }
+
+    /// Numbers of the tiles that the call can be cut into on a device, which give the same values at different speeds.
+    /// There are none if there is nothing to choose.
+    pub fn tiles<R: Runtime>(&self, client: &ComputeClient<R>) -> Vec<u32> {
+        let (inner, args);
+        let (kernel, types): (&Kernel, Vec<&TensorType>) = match &self.work {
+            Work::Kernel(kernel) => (kernel, self.types[0].iter().collect()),
+            Work::Fused(fused) => {
+                let has_tiles = |part: &&Part| tile::has_tiles(&part.kernel);
+                let Some(part) = fused.parts.iter().find(has_tiles) else { return Vec::new() };
+                (inner, args) = (&part.kernel, &part.args);
+                (inner, args.iter().map(|arg| &arg.ty).collect())
+            }
+        };
+        tile::tiles(client, kernel, &types, self.units.as_deref())
+    }
+
+    /// Names the call by its work and types.
+    pub fn hash(&self) -> [u8; 32] {
+        *blake3::hash(format!("{:?} {:?}", self.work, self.types).as_bytes()).as_bytes()
     }
 
     /// Bytes of scratch that the call needs; they may hold anything.
@@ -67,23 +107,26 @@ impl Schedule {
         if !fits(&self.types[0], args) || !fits(&self.types[1], results) {
             return Err(format!("`{}` was scheduled for other types", self.work.name()));
         }
+        let choice = Choice { units: self.units.as_deref(), tile: self.tile };
         match (&self.work, &self.layout) {
-            (Work::Fused(fused), Some(layout)) => layout.launch(client, fused, args, results, workspace),
+            (Work::Fused(fused), Some(layout)) => layout.launch(
+                fused,
+                &Call { client, args, out: &results[0], workspace, tail: None, pads: &[], choice },
+                results,
+            ),
             (Work::Fused(_), None) => Err("a fused call without launches".into()),
-            (Work::Kernel(kernel), _) => launch(client, kernel, args, results, workspace),
+            (Work::Kernel(kernel), _) => launch_checked(
+                kernel,
+                &Call { client, args, out: &results[0], workspace, tail: None, pads: &[], choice },
+            ),
         }
     }
 }
 
 impl Layout {
-    fn launch<R: Runtime>(
-        &self,
-        client: &ComputeClient<R>,
-        fused: &Fused,
-        args: &[CubeTensor<'_>],
-        results: &[CubeTensor<'_>],
-        workspace: Option<&CubeTensor<'_>>,
-    ) -> Result<(), String> {
+    /// `call` is the whole one, of which `results` are all results.
+    fn launch<R: Runtime>(&self, fused: &Fused, call: &Call<'_, R>, results: &[CubeTensor<'_>]) -> Result<(), String> {
+        let Call { client, args, workspace, .. } = *call;
         let memory = workspace.map(|w| &w.handle).filter(|h| h.size_in_used() >= self.bytes as u64);
         let range = |start: usize, bytes: usize| match memory {
             Some(memory) => Ok(part_of(memory, start, bytes)),
@@ -115,14 +158,10 @@ impl Layout {
         for step in &self.steps {
             match step {
                 Step::Part(part) => {
-                    let result = [CubeTensor { ty: &fused.parts[*part].result, handle: of_part(*part)? }];
-                    launch(
-                        client,
-                        &fused.parts[*part].kernel,
-                        &operands(&fused.parts[*part].args, &handle)?,
-                        &result,
-                        scratch.as_ref(),
-                    )?;
+                    let Part { kernel, args, result } = &fused.parts[*part];
+                    let out = CubeTensor { ty: result, handle: of_part(*part)? };
+                    let args = operands(args, &handle)?;
+                    launch_checked(kernel, &Call { args: &args, out: &out, workspace: scratch.as_ref(), ..*call })?;
                 }
                 Step::Tail { anchor, padded, composed, last } => {
                     let kernel = &fused.parts[*anchor].kernel;
@@ -136,7 +175,8 @@ impl Layout {
                         Some(Padded { operand, .. }) => operands([operand].into_iter().chain(&own[1..]), &handle)?,
                         None => operands(own, &handle)?,
                     };
-                    launch_checked(client, kernel, &args, &out, scratch.as_ref(), tail.as_ref(), pads)?;
+                    let (tail, workspace) = (tail.as_ref(), scratch.as_ref());
+                    launch_checked(kernel, &Call { args: &args, out: &out, workspace, tail, pads, ..*call })?;
                 }
                 Step::Rows(rows) => {
                     let outs = rows.outs.iter().map(|&(part, _)| of(Source::Part(part as u32)));

@@ -18,7 +18,7 @@ mod runs;
 #[allow(dead_code)] // what runs on the CPU
 mod shared;
 
-use laid::Laid;
+use laid::{Choose, Laid};
 pub use runs::{DIVISION_ROUNDINGS, SUM_ROUNDING, accuracy, power_roundings, run, run_onto, run_work};
 pub use shared::{Random, close, equal, in_dtype, reference, unit};
 
@@ -48,7 +48,19 @@ fn device() -> String {
 /// The results of a call on memory that held `before`; `in_place` are the operands that they lie on.
 #[track_caller]
 pub fn call_all(work: &Work, args: &[Tensor], before: &[Tensor], in_place: &[Option<usize>]) -> Vec<Vec<u8>> {
-    let laid = Laid::new(work, args, before, in_place);
+    call_chosen(work, args, before, in_place, &|schedule| schedule)
+}
+
+/// [`call_all`], scheduled as `choose` says.
+#[track_caller]
+pub fn call_chosen(
+    work: &Work,
+    args: &[Tensor],
+    before: &[Tensor],
+    in_place: &[Option<usize>],
+    choose: Choose<'_>,
+) -> Vec<Vec<u8>> {
+    let laid = Laid::new(work, args, before, in_place, choose);
     let name = device();
     #[cfg(feature = "cuda")]
     if let Some(index) = name.strip_prefix("cuda:").and_then(|index| index.parse().ok()) {

@@ -26,3 +26,4 @@ mod rows;
 mod fused;
 mod fused_random;
 mod harness;
+mod tiles;

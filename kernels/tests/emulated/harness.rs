@@ -16,7 +16,7 @@ mod runs;
 #[allow(dead_code)] // what runs on the CPU
 mod shared;
 
-use laid::Laid;
+use laid::{Choose, Laid};
 pub use runs::{run, run_work};
 pub use shared::{Random, call as on_cpu, close, reference, unit};
 
@@ -28,16 +28,26 @@ use crate::recorder::{Generation, Launch, Recorder};
 const GENERATION: u16 = 90;
 
 /// Launches of a call, the memory before them, and where the results lie in it.
+type Recorded = (Vec<Launch>, Vec<u8>, Vec<Range<u64>>);
+
+/// The launches of a call.
 #[track_caller]
-pub fn record(
+pub fn record(work: &Work, args: &[Tensor], before: &[Tensor], in_place: &[Option<usize>]) -> Recorded {
+    record_chosen(work, args, before, in_place, &|schedule| schedule)
+}
+
+/// [`record`], scheduled as `choose` says.
+#[track_caller]
+pub fn record_chosen(
     work: &Work,
     args: &[Tensor],
     before: &[Tensor],
     in_place: &[Option<usize>],
-) -> (Vec<Launch>, Vec<u8>, Vec<Range<u64>>) {
+    choose: Choose<'_>,
+) -> Recorded {
     // Launches of a client are noted together.
     static ONE: Mutex<()> = Mutex::new(());
-    let laid = Laid::new(work, args, before, in_place);
+    let laid = Laid::new(work, args, before, in_place, choose);
     let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
     let client = Recorder::<Device>::client(&Generation(GENERATION));
     let memory = client.create_from_slice(laid.bytes());
@@ -49,7 +59,19 @@ pub fn record(
 /// The results of a call on memory that held `before`; `in_place` are the operands that they lie on.
 #[track_caller]
 pub fn call_all(work: &Work, args: &[Tensor], before: &[Tensor], in_place: &[Option<usize>]) -> Vec<Vec<u8>> {
-    let (launches, mut memory, results) = record(work, args, before, in_place);
+    call_chosen(work, args, before, in_place, &|schedule| schedule)
+}
+
+/// [`call_all`], scheduled as `choose` says.
+#[track_caller]
+pub fn call_chosen(
+    work: &Work,
+    args: &[Tensor],
+    before: &[Tensor],
+    in_place: &[Option<usize>],
+    choose: Choose<'_>,
+) -> Vec<Vec<u8>> {
+    let (launches, mut memory, results) = record_chosen(work, args, before, in_place, choose);
     for launch in &launches {
         emulator::run(launch, &mut memory).unwrap_or_else(|problem| panic!("{problem}"));
     }

@@ -2,10 +2,10 @@
 
 use ltxc_ir::eval::Tensor;
 use ltxc_ir::ops::{Attention, Conv, Matmul, Op};
-use ltxc_ir::plan::Kernel;
+use ltxc_ir::plan::{Kernel, MatrixUnit, Target};
 use ltxc_ir::{DType, Float, TensorType};
 
-use super::harness::{Random, record};
+use super::harness::{Random, record, record_chosen};
 
 #[track_caller]
 fn check(op: Op, kernel: Kernel, types: &[TensorType], is_on_units: bool) {
@@ -19,6 +19,26 @@ fn check(op: Op, kernel: Kernel, types: &[TensorType], is_on_units: bool) {
         // Units would cut 13 bits off an f32.
         assert!(!text.contains("tf32"), "{types:?}");
     }
+}
+
+/// A plan that was compiled without some unit does not use it, whatever the device has.
+#[test]
+fn only_units_of_the_target_are_used() {
+    let op = Kernel::Matmul(Matmul { transpose_rhs: true });
+    let types = [TensorType::new(DType::BF16, [40, 24]), TensorType::new(DType::BF16, [30, 24])];
+    let mut random = Random(2);
+    let args = types.map(|ty| random.tensor(&ty, -1.0, 1.0));
+    let before = [Tensor::zeros(TensorType::new(DType::BF16, [40, 30]))];
+    let is_on_units = |units: &[MatrixUnit]| {
+        let (launches, ..) =
+            record_chosen(&op.clone().into(), &args, &before, &[None], &|schedule| schedule.with_units(units));
+        launches.iter().all(|launch| launch.source.as_ref().unwrap().text.contains("mma_sync"))
+    };
+    let unit = |element, edge| MatrixUnit { element, edge };
+    assert!(is_on_units(&Target::cuda().matrix_units));
+    assert!(is_on_units(&[unit(DType::BF16, 16)]));
+    assert!(!is_on_units(&[unit(DType::F16, 16), unit(DType::BF16, 8)]));
+    assert!(!is_on_units(&[]));
 }
 
 #[test]

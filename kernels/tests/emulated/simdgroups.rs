@@ -2,6 +2,9 @@
 
 type Device = crate::devices::Simdgroups;
 
+#[path = "bounds.rs"]
+#[allow(dead_code)] // which kernels there are is looked at once
+mod bounds;
 #[path = "../simple/cases.rs"]
 mod cases;
 #[path = "harness.rs"]
@@ -9,3 +12,5 @@ mod cases;
 mod harness;
 #[path = "../simple/matrix_units.rs"]
 mod matrix_units;
+#[path = "../cube/tiles.rs"]
+mod tiles;

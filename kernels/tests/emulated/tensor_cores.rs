@@ -16,3 +16,10 @@ mod matrix_units;
 mod on_units;
 #[path = "tails.rs"]
 mod tails;
+#[path = "../cube/tiles.rs"]
+mod tiles;
+
+#[test]
+fn no_kernel_is_left_out() {
+    assert_eq!(bounds::left_out(), [""; 0]);
+}

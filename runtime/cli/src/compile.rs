@@ -84,7 +84,7 @@ pub fn run(args: &CompileArgs, lora_occurrences: &[usize], report: &mut Report) 
     };
     let plan = compile(&files, &shape, options(&args.compiler), &mut { print })?;
     let device = present(&args.shape.device)?.filter(|device| device.kind != DeviceKind::Cpu && !args.no_kernels);
-    let kernels = device.map(|device| tune(&plan, &device, report)).transpose()?;
+    let kernels = device.map(|device| tune(&plan, &device, false, report)).transpose()?;
     let bytes = container::encode_with(&plan, kernels.as_ref())?;
     write_atomically(&args.output, &bytes)?;
     let need = MemoryNeed::of(&plan, rayon::current_num_threads());

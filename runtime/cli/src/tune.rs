@@ -30,7 +30,7 @@ pub fn run(args: &TuneArgs, report: &mut Report) -> Result<()> {
             args.plan.display()
         );
     }
-    let kernels = tune(&plan, &device, report)?;
+    let kernels = tune(&plan, &device, true, report)?;
     let output = args.output.as_ref().unwrap_or(&args.plan);
     let bytes = container::encode_with(&plan, Some(&kernels))?;
     write_atomically(output, &bytes)?;
@@ -40,14 +40,15 @@ pub fn run(args: &TuneArgs, report: &mut Report) -> Result<()> {
     Ok(())
 }
 
-/// The kernels that a device compiles for a plan, each of whose calls it runs once.
+/// The kernels that a device compiles for a plan, each of whose calls it runs once; if `measures`, with each of the tiles
+/// that it can be cut into, of which the fastest is kept.
 ///
 /// # Errors
 /// A device that does not run the plan.
-pub fn tune(plan: &Plan, device: &Device, report: &mut Report) -> Result<Kernels> {
+pub fn tune(plan: &Plan, device: &Device, measures: bool, report: &mut Report) -> Result<Kernels> {
     let mut backend = open(device)?;
     let mut begun = false;
-    backend.warm(plan, &mut |done, calls| {
+    let kernels = backend.tune(plan, measures, &mut |done, calls| {
         if !std::mem::replace(&mut begun, true) {
             report.begin("kernels", calls);
         }
@@ -55,8 +56,7 @@ pub fn tune(plan: &Plan, device: &Device, report: &mut Report) -> Result<Kernels
         if INTERRUPT.load(Ordering::Relaxed) { Err(RunError::Interrupted) } else { Ok(()) }
     })?;
     report.end();
-    let device = backend.kernel_device().context("the device has no kernels to carry")?;
-    let kernels = Kernels { device, kernels: backend.carried() };
+    let kernels = kernels.context("the device has no kernels to carry")?;
     report.note(&words(&kernels));
     Ok(kernels)
 }
@@ -64,19 +64,24 @@ pub fn tune(plan: &Plan, device: &Device, report: &mut Report) -> Result<Kernels
 /// What a plan carries, in words.
 pub fn words(kernels: &Kernels) -> String {
     let Counts { compiled, sources, bytes } = Counts::of(kernels);
+    let tuned = match kernels.tuned.len() {
+        0 => String::new(),
+        calls => format!("; the tiles of {calls} calls were measured"),
+    };
     let carried = match (compiled, sources) {
         (0, 0) => "none".into(),
         (compiled, 0) => format!("{compiled} compiled"),
         (0, sources) => format!("the sources of {sources}, which this backend compiles in every run"),
         (compiled, sources) => format!("{compiled} compiled, the sources of {sources}"),
     };
-    format!("kernels: {carried} ({}), for {}", readable(bytes), kernels.device)
+    format!("kernels: {carried} ({}), for {}{tuned}", readable(bytes), kernels.device)
 }
 
 /// The same for machines.
 pub fn facts(kernels: &Kernels) -> Value {
     let Counts { compiled, sources, bytes } = Counts::of(kernels);
-    json!({"compiled": compiled, "sources": sources, "text_bytes": bytes, "device": kernels.device})
+    let tuned = kernels.tuned.len();
+    json!({"compiled": compiled, "sources": sources, "tuned": tuned, "text_bytes": bytes, "device": kernels.device})
 }
 
 struct Counts {

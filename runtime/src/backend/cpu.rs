@@ -82,7 +82,7 @@ impl<'a> Backend<'a> for Cpu<'a> {
         &self.device
     }
 
-    fn check(&self, plan: &Plan) -> Result<(), RunError> {
+    fn check(&mut self, plan: &Plan) -> Result<(), RunError> {
         // Memory is checked with what the driver needs beside it: `MemoryNeed`.
         limits::check_target(plan, &self.device)
     }

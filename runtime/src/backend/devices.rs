@@ -35,7 +35,8 @@ impl DeviceName {
         match self {
             DeviceName::Cpu => Target::cpu(),
             DeviceName::Cuda(_) => Target::cuda(),
-            DeviceName::Vulkan(_) | DeviceName::Metal => Target::wgpu(),
+            DeviceName::Vulkan(_) => Target::wgpu(),
+            DeviceName::Metal => Target::metal(),
         }
     }
 
@@ -217,16 +218,17 @@ pub fn open<'a>(device: &Device) -> Result<Box<dyn Backend<'a> + 'a>, RunError> 
 /// # Errors
 /// If its driver refuses.
 pub fn open_with<'a>(device: &Device, kernels: Option<&Kernels>) -> Result<Box<dyn Backend<'a> + 'a>, RunError> {
-    // Only CUDA takes compiled kernels.
-    let _ = kernels;
     match &device.name {
         DeviceName::Cpu => Ok(Box::new(Cpu::default())),
         #[cfg(feature = "cuda")]
         DeviceName::Cuda(_) => super::cube::cuda::open(device, kernels),
         #[cfg(feature = "wgpu")]
-        DeviceName::Vulkan(_) | DeviceName::Metal => super::cube::wgpu::open(device),
+        DeviceName::Vulkan(_) | DeviceName::Metal => super::cube::wgpu::open(device, kernels),
         #[cfg(not(all(feature = "cuda", feature = "wgpu")))]
-        name => Err(RunError::Input(format!("this program was built without support for `{name}`"))),
+        name => {
+            let _ = kernels;
+            Err(RunError::Input(format!("this program was built without support for `{name}`")))
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! Whether a plan fits a device: its kind, and sizes of single tensors and arenas. All of it is known before anything is
 //! allocated, because plans say what they need. Memory as a whole is [`crate::memory::MemoryNeed`].
 
-use ltxc_ir::plan::{KernelCall, Plan, Step, Work};
+use ltxc_ir::plan::{KernelCall, MatrixUnit, Plan, Step, Work};
 
 use super::Device;
 use crate::error::RunError;
@@ -16,6 +16,12 @@ pub(crate) fn check_target(plan: &Plan, device: &Device) -> Result<(), RunError>
         return Ok(());
     }
     Err(RunError::Target { plan: plan.target.backend.clone(), device: device.name.clone() })
+}
+
+/// The matrix units that a plan was compiled for and a device lacks. Products that they would do run without, slower.
+pub fn missing_units(plan: &Plan, device: &Device) -> Vec<MatrixUnit> {
+    let is_missing = |unit: &&MatrixUnit| !device.target.matrix_units.contains(unit);
+    plan.target.matrix_units.iter().filter(is_missing).copied().collect()
 }
 
 /// Refuses a plan with calls or buffers that the device cannot hold: it was compiled for a larger one.
@@ -139,6 +145,15 @@ mod tests {
         assert!(check_target(&plan(), &device(Target::wgpu())).is_ok());
         let message = check_target(&plan(), &Device::cpu()).unwrap_err().to_string();
         assert!(message.contains("`wgpu`") && message.contains("`--device cpu`"), "{message}");
+    }
+
+    #[test]
+    fn units_that_a_device_lacks_are_known() {
+        let mut plan = plan();
+        assert_eq!(missing_units(&plan, &device(Target::metal())), []);
+        plan.target = Target::metal();
+        assert_eq!(missing_units(&plan, &device(Target::metal())), []);
+        assert_eq!(missing_units(&plan, &device(Target::wgpu())), plan.target.matrix_units);
     }
 
     #[test]

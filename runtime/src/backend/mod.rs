@@ -33,10 +33,11 @@ mod submission;
 use std::borrow::Cow;
 
 use ltxc_ir::TensorType;
-use ltxc_ir::plan::{KernelDevice, Plan, PlanKernel, Work};
+use ltxc_ir::plan::{KernelDevice, Kernels, Plan, Work};
 
 pub use cpu::Cpu;
 pub use devices::{Device, DeviceKind, DeviceName, Found, find, open, open_with};
+pub use limits::missing_units;
 
 pub(crate) use binding::{Binding, Frame, callee_frame};
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
@@ -108,11 +109,11 @@ pub trait Backend<'a> {
     /// What this is.
     fn device(&self) -> &Device;
 
-    /// Refuses a plan that was compiled for another kind of device, or that does not fit.
+    /// Refuses a plan that was compiled for another kind of device, or that does not fit; before it is run.
     ///
     /// # Errors
     /// [`RunError::Target`] or [`RunError::Memory`].
-    fn check(&self, plan: &Plan) -> Result<(), RunError>;
+    fn check(&mut self, plan: &Plan) -> Result<(), RunError>;
 
     /// Memory that is aligned for every tensor, with anything in it.
     ///
@@ -176,23 +177,24 @@ pub trait Backend<'a> {
     /// From now on what would compile a kernel fails.
     fn freeze(&mut self) {}
 
-    /// Runs every kernel call of a plan once, on memory with anything in it, so that all kernels are compiled. `done` sees
-    /// how many of how many calls have run.
+    /// What a plan can carry of the kernels of its calls, each of which runs on memory with anything in it; `None` where
+    /// kernels are part of this program. If `measures`, calls that can be cut into several tiles run with each of them, and
+    /// the fastest is kept. `done` sees how many of how many calls have run.
     ///
     /// # Errors
     /// A plan that the device cannot run, what the launches failed with, and what `done` returns.
-    fn warm(&mut self, _plan: &'a Plan, _done: &mut Progress<'_>) -> Result<(), RunError> {
-        Ok(())
+    fn tune(
+        &mut self,
+        _plan: &'a Plan,
+        _measures: bool,
+        _done: &mut Progress<'_>,
+    ) -> Result<Option<Kernels>, RunError> {
+        Ok(None)
     }
 
     /// What the kernels that a plan carries must be for; `None` where kernels are part of this program.
     fn kernel_device(&self) -> Option<KernelDevice> {
         None
-    }
-
-    /// What a plan can carry of the kernels that were launched so far, by ascending hash.
-    fn carried(&self) -> Vec<PlanKernel> {
-        Vec::new()
     }
 }
 

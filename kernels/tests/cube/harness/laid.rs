@@ -12,6 +12,9 @@ use ltxc_kernels::cube::{CubeTensor, Schedule};
 /// Multiple of all offsets in the arena.
 const ALIGNMENT: usize = 512;
 
+/// Changes how a call is scheduled.
+pub type Choose<'c> = &'c dyn Fn(Schedule) -> Schedule;
+
 /// A call whose operands, results and scratch lie in one arena; what is between them, and scratch, are no zeros.
 pub struct Laid<'a> {
     schedule: Schedule,
@@ -24,11 +27,18 @@ pub struct Laid<'a> {
 }
 
 impl<'a> Laid<'a> {
-    /// Lays out a call; results lie on the operands `in_place`, the others on memory that holds `before`.
-    pub fn new(work: &Work, args: &'a [Tensor], before: &'a [Tensor], in_place: &[Option<usize>]) -> Laid<'a> {
+    /// Lays out a call, which is scheduled as `choose` says; results lie on the operands `in_place`, the others on memory
+    /// that holds `before`.
+    pub fn new(
+        work: &Work,
+        args: &'a [Tensor],
+        before: &'a [Tensor],
+        in_place: &[Option<usize>],
+        choose: Choose<'_>,
+    ) -> Laid<'a> {
         let types: Vec<&TensorType> = args.iter().map(|a| &a.ty).collect();
         let result_types: Vec<&TensorType> = before.iter().map(|b| &b.ty).collect();
-        let schedule = Schedule::new(work, &types, &result_types).unwrap();
+        let schedule = choose(Schedule::new(work, &types, &result_types).unwrap());
         let scratch = vec![0xa5; schedule.workspace_bytes()];
         let scratch_type = TensorType::new(DType::U8, [scratch.len()]);
         let (mut starts, mut bytes): (Vec<u64>, Vec<u8>) = (Vec::new(), Vec::new());

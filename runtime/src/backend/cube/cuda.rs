@@ -5,6 +5,7 @@ use cubecl::Runtime;
 use cubecl::cuda::{CudaDevice, CudaRuntime};
 use cudarc::driver::sys::CUdevice_attribute as Attribute;
 use cudarc::driver::{result, sys};
+use ltxc_ir::DType;
 use ltxc_ir::plan::{KernelDevice, Kernels, Target};
 use ltxc_kernels::cube::ptx;
 use ltxc_kernels::cube::tracked::{LaunchedKernel, Tracked};
@@ -95,6 +96,9 @@ fn describe(index: i32) -> Result<Device, result::DriverError> {
     if major >= 7 {
         features.push("tensor cores".into());
     }
+    // bf16 came with 8.0.
+    let mut target = Target::cuda();
+    target.matrix_units.retain(|unit| major >= 8 || (major == 7 && unit.element == DType::F16));
     Ok(Device {
         name: DeviceName::Cuda(Some(index as usize)),
         description: result::device::get_name(device)?,
@@ -102,7 +106,7 @@ fn describe(index: i32) -> Result<Device, result::DriverError> {
         // SAFETY: as above.
         memory_bytes: unsafe { result::device::total_mem(device)? } as u64,
         features,
-        target: Target::cuda(),
+        target,
     })
 }
 
@@ -130,7 +134,9 @@ pub(crate) fn open<'a>(device: &Device, kernels: Option<&Kernels>) -> Result<Box
     let carry = move |launched: &[LaunchedKernel]| {
         folder.as_ref().map_or(Vec::new(), |folder| ptx::compiled(folder.path(), launched))
     };
-    Ok(Box::new(Cube::new(device.clone(), LOAD_BYTES, left, client, Box::new(carry))))
+    let mut cube = Cube::new(device.clone(), LOAD_BYTES, left, client, Box::new(carry));
+    cube.take_tuned(kernels);
+    Ok(Box::new(cube))
 }
 
 /// What compiled code is for: it depends on the architecture and on what the driver reads, not on the device.

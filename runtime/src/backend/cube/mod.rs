@@ -16,12 +16,14 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use cubecl::client::ComputeClient;
 use cubecl::server::Handle;
 use ltxc_ir::ops::{Reduce, ReduceKind};
 use ltxc_ir::plan::{
-    Copy, Kernel, KernelCall, KernelDevice, KernelForm, Operand, Plan, PlanKernel, Step, Target, Work,
+    Copy, Kernel, KernelCall, KernelDevice, KernelForm, Kernels, MatrixUnit, Operand, Plan, PlanKernel, Step, Target,
+    TunedCall, Work,
 };
 use ltxc_ir::{DType, TensorType};
 use ltxc_kernels::cube::tracked::{KernelLog, Known, LaunchedKernel, Tracked};
@@ -41,6 +43,9 @@ const STAGING_BYTES: usize = 16 << 20;
 
 /// Values from which on a sum on the device is cheaper than a download.
 const LEAST_SUMMED: usize = 1 << 10;
+
+/// How often a call is measured with each tile.
+const MEASUREMENTS: usize = 3;
 
 /// Most bytes of uploads on their way: staging memory is given back when the device has copied from it.
 const MOST_STAGED_BYTES: u64 = 64 << 20;
@@ -113,6 +118,10 @@ struct Cube<'a, R: Known> {
     client: ComputeClient<Tracked<R>>,
     log: Arc<KernelLog>,
     carry: Carry,
+    /// Matrix units that the plan was compiled for: kernels use no others.
+    units: Vec<MatrixUnit>,
+    /// Tiles that were measured on this device, by the hashes of calls.
+    tiles: BTreeMap<[u8; 32], u32>,
     buffers: Vec<Buffer>,
     calls: Vec<Bound<'a>>,
     /// Of the works of the plan, by their addresses: a block that is called many times is scheduled once.
@@ -179,6 +188,8 @@ impl<'a, R: Known> Cube<'a, R> {
             client,
             log,
             carry,
+            units: Vec::new(),
+            tiles: BTreeMap::new(),
             buffers: Vec::new(),
             calls: Vec::new(),
             schedules: RefCell::default(),
@@ -188,6 +199,12 @@ impl<'a, R: Known> Cube<'a, R> {
         }
     }
 
+    /// Takes over what was measured, if it was measured on such a device.
+    fn take_tuned(&mut self, kernels: Option<&Kernels>) {
+        let fitting = kernels.filter(|kernels| kernels.device == self.log.device());
+        self.tiles = fitting.iter().flat_map(|kernels| &kernels.tuned).map(|tuned| (tuned.call, tuned.tile)).collect();
+    }
+
     /// What went wrong, in the words of CubeCL or a driver, as an error.
     fn problem(&self, problem: String) -> RunError {
         let device = self.device.name.clone();
@@ -195,6 +212,51 @@ impl<'a, R: Known> Cube<'a, R> {
             kernel @ Some(_) => RunError::Frozen { device, kernel },
             None => failure(device, problem),
         }
+    }
+
+    /// Refuses a plan that cannot run here; otherwise kernels are chosen as it says from now on.
+    fn accept(&mut self, plan: &Plan) -> Result<(), RunError> {
+        limits::check_target(plan, &self.device)?;
+        limits::check_sizes(plan, &self.device)?;
+        self.units = plan.target.matrix_units.clone();
+        Ok(())
+    }
+
+    /// Measures a call with every tile that it can be cut into, and keeps the fastest.
+    fn tune_call(&mut self, call: &'a KernelCall) -> Result<(), RunError> {
+        let types = |operands: &'a [Operand]| operands.iter().map(|o| &o.ty).collect::<Vec<_>>();
+        let schedule = Schedule::new(&call.work, &types(&call.args), &types(&call.results));
+        let schedule = schedule.map_err(|e| self.problem(e))?.with_units(&self.units);
+        let (hash, tiles) = (schedule.hash(), schedule.tiles(&self.client));
+        if tiles.len() < 2 || self.tiles.contains_key(&hash) {
+            return Ok(());
+        }
+        let mut fastest: Option<(Duration, u32)> = None;
+        for tile in tiles {
+            self.tiles.insert(hash, tile);
+            let time = self.time(call)?;
+            if fastest.is_none_or(|(least, _)| time < least) {
+                fastest = Some((time, tile));
+            }
+        }
+        self.tiles.extend(fastest.map(|(_, tile)| (hash, tile)));
+        Ok(())
+    }
+
+    /// The least time that a call takes once its kernels are compiled.
+    fn time(&mut self, call: &'a KernelCall) -> Result<Duration, RunError> {
+        let bound = self.bind_anywhere(call)?;
+        self.launch(bound)?;
+        self.synchronize()?;
+        let mut least = Duration::MAX;
+        for _ in 0..MEASUREMENTS {
+            let started = Instant::now();
+            self.launch(bound)?;
+            self.synchronize()?;
+            least = least.min(started.elapsed());
+        }
+        self.clear();
+        Ok(least)
     }
 
     /// Binds a call to memory of its own.
@@ -227,12 +289,17 @@ impl<'a, R: Known> Cube<'a, R> {
         results: &[&TensorType],
     ) -> Result<Rc<Schedule>, String> {
         // Works of the plan stay where they are as long as this lives; copies that steps add are made anew.
-        let Cow::Borrowed(work) = *work else { return Ok(Rc::new(Schedule::new(work, args, results)?)) };
+        let new = |work| -> Result<Rc<Schedule>, String> {
+            let schedule = Schedule::new(work, args, results)?.with_units(&self.units);
+            let tile = if self.tiles.is_empty() { None } else { self.tiles.get(&schedule.hash()).copied() };
+            Ok(Rc::new(schedule.with_tile(tile)))
+        };
+        let Cow::Borrowed(work) = *work else { return new(work) };
         let key: *const Work = work;
         if let Some(known) = self.schedules.borrow().get(&key) {
             return Ok(known.clone());
         }
-        let schedule = Rc::new(Schedule::new(work, args, results)?);
+        let schedule = new(work)?;
         self.schedules.borrow_mut().insert(key, schedule.clone());
         Ok(schedule)
     }
@@ -338,9 +405,8 @@ impl<'a, R: Known> Backend<'a> for Cube<'a, R> {
         &self.device
     }
 
-    fn check(&self, plan: &Plan) -> Result<(), RunError> {
-        limits::check_target(plan, &self.device)?;
-        limits::check_sizes(plan, &self.device)?;
+    fn check(&mut self, plan: &Plan) -> Result<(), RunError> {
+        self.accept(plan)?;
         MemoryNeed::on_gpu(plan, self.alignment).check_gpu((self.available)(), &self.device.name)
     }
 
@@ -452,13 +518,8 @@ impl<'a, R: Known> Backend<'a> for Cube<'a, R> {
         self.log.freeze(true);
     }
 
-    fn warm(&mut self, plan: &'a Plan, done: &mut Progress<'_>) -> Result<(), RunError> {
-        limits::check_target(plan, &self.device)?;
-        limits::check_sizes(plan, &self.device)?;
-        // Uploads are copies, of words and of the bytes that are left.
-        let small = self.allocate(8)?;
-        self.write(Region { buffer: small, offset: 0 }, &[0; 8])?;
-        self.write(Region { buffer: small, offset: 0 }, &[0; 7])?;
+    fn tune(&mut self, plan: &'a Plan, measures: bool, done: &mut Progress<'_>) -> Result<Option<Kernels>, RunError> {
+        self.accept(plan)?;
         let steps = plan.functions.iter().flat_map(|function| &function.steps);
         let calls: Vec<&KernelCall> = steps
             .filter_map(|step| match step {
@@ -466,23 +527,36 @@ impl<'a, R: Known> Backend<'a> for Cube<'a, R> {
                 Step::Call(_) => None,
             })
             .collect();
+        if measures {
+            self.tiles.clear();
+        }
+        let (all, mut begun) = (calls.len() * (1 + usize::from(measures)), 0);
+        for &call in calls.iter().filter(|_| measures) {
+            self.tune_call(call)?;
+            begun += 1;
+            done(begun, all)?;
+        }
+        // What is carried is launched from here on.
+        self.log.begin_round();
+        // Uploads are copies, of words and of the bytes that are left.
+        let small = self.allocate(8)?;
+        self.write(Region { buffer: small, offset: 0 }, &[0; 8])?;
+        self.write(Region { buffer: small, offset: 0 }, &[0; 7])?;
         for (i, &call) in calls.iter().enumerate() {
             // Recipes run on the processor.
             let bound = self.bind_anywhere(call)?;
             self.launch(bound)?;
             self.synchronize()?;
             self.clear();
-            done(i + 1, calls.len())?;
+            done(begun + i + 1, all)?;
         }
-        Ok(())
+        let kernels = (self.carry)(&self.log.launched_in_round());
+        let tuned = self.tiles.iter().map(|(&call, &tile)| TunedCall { call, tile }).collect();
+        Ok(Some(Kernels { device: self.log.device(), kernels, tuned }))
     }
 
     fn kernel_device(&self) -> Option<KernelDevice> {
         Some(self.log.device())
-    }
-
-    fn carried(&self) -> Vec<PlanKernel> {
-        (self.carry)(&self.log.launched())
     }
 }
 

@@ -10,7 +10,7 @@ use cubecl::server::ServerUtilities;
 use cubecl::wgpu::{RuntimeOptions, WgpuDevice, WgpuRuntime, WgpuServer, init_setup};
 use cubecl_runtime::allocator::ContiguousMemoryLayoutPolicy;
 use cubecl_runtime::logging::ServerLogger;
-use ltxc_ir::plan::{KernelDevice, Target};
+use ltxc_ir::plan::{KernelDevice, Kernels, Target};
 use ltxc_kernels::cube::guard;
 use ltxc_kernels::cube::tracked::{self, Tracked, TrackedServer};
 
@@ -45,8 +45,8 @@ pub(crate) fn find() -> Result<Vec<Device>, String> {
     Ok(candidates().into_iter().map(|c| c.device).collect())
 }
 
-/// Opens a device.
-pub(crate) fn open<'a>(device: &Device) -> Result<Box<dyn Backend<'a> + 'a>, RunError> {
+/// Opens a device, which takes the tiles that a plan carries if they were measured on it.
+pub(crate) fn open<'a>(device: &Device, kernels: Option<&Kernels>) -> Result<Box<dyn Backend<'a> + 'a>, RunError> {
     static OPENED: Mutex<Vec<WgpuDevice>> = Mutex::new(Vec::new());
     let problem = |problem: &str| RunError::Device { device: device.name.clone(), problem: problem.into() };
     let found = candidates().into_iter().find(|c| c.device.name == device.name);
@@ -73,7 +73,9 @@ pub(crate) fn open<'a>(device: &Device) -> Result<Box<dyn Backend<'a> + 'a>, Run
     let is_shared = found.device.kind != DeviceKind::Gpu || cfg!(target_os = "macos");
     // How much of a GPU's own memory others hold is not known here.
     let left = Box::new(move || if is_shared { memory_bytes.min(available()) } else { memory_bytes });
-    Ok(Box::new(Cube::new(found.device, found.alignment, left, client, Box::new(super::sources))))
+    let mut cube = Cube::new(found.device, found.alignment, left, client, Box::new(super::sources));
+    cube.take_tuned(kernels);
+    Ok(Box::new(cube))
 }
 
 /// A client of a device that nobody has opened. CubeCL gives the servers that it makes to nobody, so the one that is
@@ -145,6 +147,12 @@ fn candidate(adapter: &Adapter, kind: DeviceKind, id: WgpuDevice) -> Candidate {
         max_tensor_bytes: whole(limits.max_storage_buffer_binding_size),
         // CubeCL takes one for shapes.
         max_bindings: limits.max_storage_buffers_per_shader_stage.saturating_sub(1),
+        // Without MSL, the language of Metal, there is no way to name them.
+        matrix_units: if cfg!(all(target_os = "macos", feature = "metal")) {
+            Target::metal().matrix_units
+        } else {
+            Vec::new()
+        },
         ..Target::wgpu()
     };
     let alignment = limits.min_storage_buffer_offset_alignment.max(limits.min_uniform_buffer_offset_alignment) as u64;
