@@ -66,7 +66,7 @@ pub struct GenArgs {
 /// `ltxc debug noise show`.
 #[derive(Debug, Args)]
 pub struct ShowArgs {
-    /// Files.
+    /// Files, or folders of them.
     #[arg(required = true)]
     pub files: Vec<PathBuf>,
 }
@@ -243,9 +243,24 @@ pub fn summary(stats: &Stats) -> String {
     )
 }
 
-fn show(files: &[PathBuf], json: bool) -> Result<bool> {
+/// The files of tensors in a folder, or the file itself.
+fn files_of(path: &Path) -> Result<Vec<PathBuf>> {
+    if !path.is_dir() {
+        return Ok(vec![path.into()]);
+    }
+    let entries = std::fs::read_dir(path).with_context(|| format!("`{}`", path.display()))?;
+    let mut files: Vec<PathBuf> = entries.flatten().map(|e| e.path()).filter(|p| Container::of(p).is_ok()).collect();
+    files.sort();
+    if files.is_empty() {
+        bail!("`{}` has no file of noise; name one, or make them with `ltxc debug noise gen`", path.display());
+    }
+    Ok(files)
+}
+
+fn show(paths: &[PathBuf], json: bool) -> Result<bool> {
+    let files = paths.iter().map(|path| files_of(path)).collect::<Result<Vec<_>>>()?.concat();
     let mut all_normal = true;
-    for path in files {
+    for path in &files {
         for tensor in noise_files::read(path)? {
             let stats = Stats::of(&tensor.shape, &tensor.values);
             let is_normal = is_standard_normal(&stats) && !stats.is_bad();

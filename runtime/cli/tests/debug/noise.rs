@@ -76,6 +76,10 @@ fn a_bundle_holds_the_noise_of_all_stages() {
     run("3", "plain.mp4", &[]);
     let done = run("3", "saved.mp4", &["--noise-bundle", "n"]);
     assert!(done.stderr.contains("noise stage2.audio") && done.stderr.contains("checksum="), "{}", done.stderr);
+    // All files of a folder; a few values of sound are no test of a distribution.
+    let shown = place.run(&["debug", "noise", "show", "n", "--json"]);
+    assert_eq!(shown.stdout.lines().count(), 4, "{}{}", shown.stdout, shown.stderr);
+    place.refused(&["debug", "noise", "show", "."].map(String::from), &["no file of noise"]);
     run("4", "read.mp4", &["--noise-bundle", "n"]);
     assert_eq!((place.read("saved.mp4"), place.read("read.mp4")), (place.read("plain.mp4"), place.read("plain.mp4")));
     // Files of any format, as `debug noise convert` or another tool writes them.
