@@ -207,11 +207,13 @@ fn header(plan: &Plan, options: &DebugOptions, about: &About<'_>) -> String {
     };
     let decoder_noise = if about.spares_decoders { "off" } else { "on" };
     format!(
-        "{} plan={hash} device={} dtype={} seed={} mode={mode} attention=plain decoder_noise={decoder_noise}{}{experiments}",
+        "{} plan={hash} device={} dtype={} seed={} mode={mode} attention=plain fused_attention=off text_padding={} \
+         decoder_noise={decoder_noise}{}{experiments}",
         plan.compiler,
         about.device,
         plan.pipeline.dtype,
         about.seed,
+        plan.pipeline.text.length,
         noise.concat()
     )
 }

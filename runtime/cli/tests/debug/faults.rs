@@ -39,7 +39,7 @@ pub fn swap_rows(bytes: &mut [u8], rows: usize, a: usize, b: usize) {
 }
 
 /// A NaN in bf16 or f32: the upper bytes of the first value.
-fn plant_nan(bytes: &mut [u8]) {
+pub fn plant_nan(bytes: &mut [u8]) {
     bytes[..4].copy_from_slice(&[0xc0, 0x7f, 0xc0, 0x7f]);
 }
 
@@ -523,4 +523,79 @@ fn a_finished_clip_is_told_from_noise_and_one_colour() {
     let facts: Value = serde_json::from_str(&done.stdout).unwrap_or_else(|e| panic!("{e}: {}", done.stderr));
     assert_eq!((facts["frames"].as_u64(), facts["width"].as_u64()), (Some(9), Some(64)));
     assert!(facts["sound_rms"].as_f64() > Some(0.0), "{facts}");
+}
+
+#[test]
+fn interleaved_rotation_shows_in_the_first_self_attention() {
+    let place = Place::new();
+    let faulty = with_config(&place, &tiny().checkpoint, |c| c["transformer"]["rope_type"] = "interleaved".into());
+    let detail = |checkpoint: &Path, log: &str| {
+        let args =
+            [&["run".to_string()], &tiny().model_args_with(checkpoint, &tiny().gemma)[..], &SHAPE.map(String::from)]
+                .concat();
+        let more = ["-p", "x", "-o", "a.wav", "--debug-mode", "exact", "--debug-model-detail-path", log];
+        place.ok(&with(args, &more));
+    };
+    detail(&tiny().checkpoint, "right.log");
+    detail(&faulty, "wrong.log");
+    let done = place.run(&["debug", "compare", "wrong.log", "right.log", "--json"]);
+    let facts: Value = serde_json::from_str(&done.stdout).unwrap();
+    assert_eq!((done.code, facts["first"]["key"].as_str()), (Some(1), Some("block=0:attn1.out_sum")), "{facts}");
+    assert!(facts["likely_cause"].as_str().unwrap().contains("RoPE layout"), "{facts}");
+    place.ok(&["debug", "compare", "right.log", "right.log"]);
+}
+
+#[test]
+fn noise_of_one_decoder_alone_is_told_by_the_headers() {
+    let place = Place::new();
+    place.ok(&with(tiny().run_args(), &["-p", "x", "-o", "a.wav", "--debug-stage-sums-path", "ours.log"]));
+    let log = String::from_utf8(place.read("ours.log")).unwrap();
+    for condition in ["dtype=f32", "attention=plain", "fused_attention=off", "text_padding=1024", "decoder_noise=on"] {
+        assert!(log.contains(condition), "no {condition} in {log}");
+    }
+    place.write("theirs.log", log.replace("decoder_noise=on", "decoder_noise=off").as_bytes());
+    let text = place.ok(&["debug", "compare", "ours.log", "theirs.log"]).stdout;
+    assert!(text.contains("warning: the decoders add different noise: on and off"), "{text}");
+    assert!(text.contains("decoder_noise on/off") && text.contains("dtype f32"), "{text}");
+    let text = place.ok(&["debug", "compare", "ours.log", "ours.log"]).stdout;
+    assert!(!text.contains("decoders add different noise"), "{text}");
+}
+
+/// A port that rounds the number of audio latents up: 10 instead of 9, which the rate below has by itself.
+#[test]
+fn a_wrong_number_of_audio_tokens_shows_after_the_first_latents() {
+    let place = Place::new();
+    let run = |rate: &str, log: &str| {
+        let args = [&["run".to_string()], &tiny().model_args()[..], &SHAPE.map(String::from)].concat();
+        place.ok(&with(args, &["-p", "x", "-o", "a.wav", "--frame-rate", rate, "--debug-stage-sums-path", log]));
+    };
+    run("24", "right.log");
+    run("45/2", "wrong.log");
+    let done = place.run(&["debug", "compare", "wrong.log", "right.log", "--json"]);
+    let facts: Value = serde_json::from_str(&done.stdout).unwrap();
+    let key = "stage=LTX2LatentPreparationStage.extra.ltx2_audio_latents";
+    assert_eq!((done.code, facts["first"]["key"].as_str()), (Some(1), Some(key)), "{facts}");
+    place.ok(&["debug", "compare", "right.log", "right.log"]);
+}
+
+/// Tables as in trained models: shifts around 0, scales around −0.32.
+#[test]
+fn swapped_rows_of_shift_and_scale_show_in_the_factors() {
+    let place = Place::new();
+    let table = |first: f32, second: f32| {
+        let key = "model.diffusion_model.scale_shift_table";
+        with_tensor(&place, &ltx2(), key, |bytes| {
+            let half = bytes.len() / 2;
+            for (i, pair) in bytes.as_chunks_mut::<2>().0.iter_mut().enumerate() {
+                let value = if 2 * i < half { first } else { second };
+                *pair = half::bf16::from_f32(value).to_le_bytes();
+            }
+        })
+    };
+    let rows = |file: &Path| place.run(&["debug", "weights", &file.display().to_string(), "--adaln", "0"]);
+    let right = rows(&table(0.0, -0.32));
+    assert!(right.code == Some(0) && right.stdout.contains("factor 0.6797"), "{}", right.stdout);
+    let swapped = rows(&table(-0.32, 0.0));
+    assert!(swapped.code == Some(1) && swapped.stdout.contains("shift and scale look swapped"), "{}", swapped.stdout);
+    assert!(!swapped.stdout.contains("factor 0.6797"), "{}", swapped.stdout);
 }
