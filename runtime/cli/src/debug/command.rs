@@ -45,7 +45,8 @@ Instead of a port's script:
   test_latent_normalization                         vae norm
   debug_adaln, verify_attention_weights             weights FILE --adaln N, weights FILE --attn N
   convert_ltx2_weights                              weights FILE --against FILE; no file needs it
-  test_distilled_pipeline, test_dev_model           pipeline distilled, pipeline one-stage --steps 25
+  test_distilled_pipeline                           pipeline distilled
+  test_dev_model                                    pipeline one-stage --steps 25
   debug_twostage, test_ltx2_pipeline_smoke          pipeline two-stage, pipeline all --preset tiny
   debug_lora_full_comparison                        lora inputs, lora four-way
   run_lora_full_debug                               lora four-way --auto --ref-cmd COMMAND
