@@ -125,6 +125,11 @@ fn references_have_the_size_that_the_lora_says() {
     assert_ne!(whole.video, halved.video);
     let one = movie(&place, &run(&["--lora", &half, "--skip-stage-2"]));
     assert_eq!(size(&one), (64, 64, 9));
+    let skipping = |height: &str, words: &[&str]| {
+        place.refused(&run(&["--lora", &half, "--skip-stage-2", "--height", height]), words);
+    };
+    skipping("100", &["`--height 100` is not a multiple of 64", "64 or 128"]);
+    skipping("101", &["`--height 101` is odd", "give an even number"]);
 
     // What acts less is another picture, and a strength of 1 is none.
     let weaker = movie(&place, &run(&["--lora", &half, "--conditioning-attention-strength", "0.5"]));
