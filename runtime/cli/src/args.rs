@@ -51,6 +51,8 @@ pub enum Command {
     Lora(LoraCommand),
     /// Write synthetic model files in the published format.
     Synth(SynthArgs),
+    /// Let the text encoder write a prompt anew, in detail, and print that.
+    Enhance(EnhanceArgs),
     /// Measure how long the parts of a plan take, and how close to the limits of the device.
     Bench(BenchArgs),
     /// Make ./demo.mp4 with a tiny synthetic model.
@@ -132,6 +134,9 @@ pub struct ShapeArgs {
     /// Room for live LoRAs, whose ranks add up to this at most; without, LoRAs are merged into the weights [default: 0]
     #[arg(long, value_name = "RANK")]
     pub lora_rank: Option<u32>,
+    /// Let the text encoder write the prompt anew, in detail, before it is encoded.
+    #[arg(long)]
+    pub enhance_prompt: bool,
     /// Other tools quantise weights when they load them; here weights are used as they are stored.
     #[arg(long, value_name = "MODE", hide = true, alias = "quant")]
     pub quantization: Option<String>,
@@ -579,6 +584,9 @@ pub struct ContentArgs {
     /// Clip of which a part is made anew: H.264 in MP4 or MOV, a folder of images, or what ffmpeg reads.
     #[arg(long, value_name = "PATH")]
     pub video_path: Option<PathBuf>,
+    /// The clip is a folder of EXR frames, whose numbers are these; EXR frames are written too, into a folder.
+    #[arg(long, value_enum, value_name = "SPACE", ignore_case = true)]
+    pub hdr: Option<Hdr>,
     /// Where that part begins, in seconds [default: 0]
     #[arg(long, value_name = "SECONDS")]
     pub start_time: Option<f64>,
@@ -637,6 +645,20 @@ pub struct ContentArgs {
     /// Go on with latents or frames that are NaN, infinite or constant.
     #[arg(long)]
     pub allow_bad_numerics: bool,
+}
+
+/// What the numbers of EXR frames are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Hdr {
+    /// Light, primaries of sRGB.
+    #[value(name = "SRGB_LINEAR")]
+    SrgbLinear,
+    /// Light, primaries AP1.
+    #[value(name = "ACESCG")]
+    AcesCg,
+    /// A logarithm of light, primaries AP1.
+    #[value(name = "ACESCCT")]
+    AcesCct,
 }
 
 /// Codec for the H.264 round trip of conditioning images.
@@ -708,6 +730,27 @@ pub struct SynthArgs {
     pub preset: Preset,
     /// Folder to write into.
     pub dir: PathBuf,
+}
+
+/// `ltxc enhance`.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  ltxc enhance --gemma-root gemma-3-12b --prompt \"a red fox in deep snow\"")]
+pub struct EnhanceArgs {
+    /// Folder of the Gemma text encoder, or its hub name.
+    #[arg(long, value_name = "DIR", aliases = ["gemma-path", "text-encoder", "gemma"])]
+    pub gemma_root: PathBuf,
+    /// What to show; `-` reads standard input, `@FILE` a file.
+    #[arg(long, short)]
+    pub prompt: String,
+    /// Seed of the words that are drawn, or `random`.
+    #[arg(long, default_value = "42")]
+    pub seed: String,
+    /// For a video that begins with an image: leave its looks to it.
+    #[arg(long)]
+    pub image_to_video: bool,
+    /// Device: auto, cpu, cuda:N, vulkan:N or metal
+    #[arg(long, default_value = "auto")]
+    pub device: DeviceChoice,
 }
 
 /// `ltxc bench`.

@@ -48,6 +48,8 @@ pub struct Shape {
     pub reference_seconds: Option<f64>,
     /// The release of the reference implementation whose results are given.
     pub release: Release,
+    /// Whether the text encoder can write prompts anew.
+    pub enhances_prompt: bool,
 }
 
 /// Reference videos that a plan has room for.
@@ -253,6 +255,7 @@ impl Shape {
             },
             reference_seconds: None,
             release,
+            enhances_prompt: args.enhance_prompt,
         })
     }
 
@@ -406,12 +409,20 @@ pub fn images(values: &[String], occurrences: &[usize]) -> Result<Vec<ImageArg>>
     Ok(out)
 }
 
-/// The prompt: given, read from standard input (`-`), or from a file (`@FILE`).
+/// The prompt of a run.
 ///
 /// # Errors
 /// Input that cannot be read.
 pub fn prompt(args: &ContentArgs) -> Result<String> {
-    match args.prompt.as_deref().unwrap_or_default() {
+    text(args.prompt.as_deref().unwrap_or_default())
+}
+
+/// A prompt: given, read from standard input (`-`), or from a file (`@FILE`).
+///
+/// # Errors
+/// Input that cannot be read.
+pub fn text(argument: &str) -> Result<String> {
+    match argument {
         "-" => std::io::read_to_string(std::io::stdin()).context("prompt from standard input"),
         text => from_file(text),
     }

@@ -6,6 +6,7 @@ use std::path::Path;
 use ltxc_runtime::media::mp4::{Movie, read};
 
 use crate::binary::{Place, SHAPE, fixtures, with};
+use crate::inputs::{is_like, stripes};
 
 fn fixture(name: &str) -> String {
     fixtures().join(name).display().to_string()
@@ -320,4 +321,21 @@ fn outputs_are_written_as_asked() {
     };
     let rate = |num, den| ltxc_runtime::media::Rational::new(num, den).unwrap();
     assert_eq!((slow(&[]), slow(&["--integer-fps"])), (rate(24000, 1001), rate(23, 1)));
+}
+
+#[test]
+fn references_with_a_high_dynamic_range_are_seen_as_their_signal() {
+    let place = Place::new();
+    let lora = fixture("tiny-ltx2/ic-lora-tiny.safetensors");
+    let (images, frames) = (stripes(&place, "images", false), stripes(&place, "frames", true));
+    let run = |more: &[&str]| run("ltx2", "ic-lora", &[&["--lora", &lora], more].concat());
+    place.ok(&run(&["--video-conditioning", &images, "-o", "eight"]));
+    place.ok(&run(&["--video-conditioning", &frames, "--hdr", "ACESCCT", "-o", "hdr"]));
+    place.ok(&run(&["--video-conditioning", &frames, "--hdr", "SRGB_LINEAR", "-o", "light"]));
+    for frame in 0..9 {
+        let signal = is_like(&place, "hdr", "eight", frame);
+        let light = ltxc_runtime::media::exr_frames::read(&place.path(&format!("light/frame_{frame:05}.exr"))).unwrap();
+        assert_ne!(light.rgb, signal.rgb);
+    }
+    place.refused(&run(&["--video-conditioning", &frames, "-o", "b"]), &["holds EXR frames", "--hdr SRGB_LINEAR"]);
 }

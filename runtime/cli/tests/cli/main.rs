@@ -7,6 +7,7 @@ mod bench;
 mod binary;
 mod conditioned;
 mod devices;
+mod enhance;
 mod everyday;
 mod inputs;
 mod jobs;
