@@ -12,7 +12,7 @@ use ltxc_models::synth::Preset;
 use ltxc_runtime::backend::DeviceName;
 use ltxc_runtime::experiments::Experiment;
 
-use crate::debug::command::DebugCommand;
+use crate::debug::command::{DebugCommand, SCRIPTS};
 use crate::debug::flags::DebugFlags;
 
 /// Compile LTX-2 models ahead of time and run them.
@@ -60,7 +60,7 @@ pub enum Command {
     /// Show devices, memory, caches and codecs of this machine.
     Doctor,
     /// Find the first tensor that is wrong.
-    #[command(subcommand)]
+    #[command(subcommand, after_long_help = SCRIPTS)]
     Debug(Box<DebugCommand>),
 }
 
@@ -712,7 +712,7 @@ pub enum LoraCommand {
 }
 
 /// `ltxc lora inspect`.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 #[command(after_help = "Example:\n  ltxc lora inspect my-lora.safetensors --checkpoint-path ltx-2-19b-dev.safetensors")]
 pub struct LoraInspectArgs {
     /// LoRA file, or folder with one.
@@ -720,6 +720,9 @@ pub struct LoraInspectArgs {
     /// Model to compare with; without one, the published ones.
     #[arg(long, value_name = "FILE", aliases = ["checkpoint", "model-path", "model"])]
     pub checkpoint_path: Option<PathBuf>,
+    /// Read the whole file, and tell the norm of what it adds to every layer.
+    #[arg(long)]
+    pub norms: bool,
 }
 
 /// `ltxc synth`.
