@@ -1,4 +1,6 @@
 //! `ltxc compile` of full-size models: time, memory, size of the plan, and whether it is the same every time.
+//!
+//! The distilled pipeline, or the guided ones, whose steps have four passes.
 
 use std::path::Path;
 use std::process::Command;
@@ -23,18 +25,28 @@ const GOAL_MEMORY: f64 = 500.0;
 /// Size of the plan that is aimed at, in MB.
 const GOAL_PLAN: f64 = 1.0;
 
-/// Compiles each model `rounds` times for the two-stage pipeline at 512×768, 121 frames. `folder` takes the model files,
-/// which are sparse.
+/// Pipelines that guide.
+const GUIDED: [&str; 3] = ["one-stage", "two-stage", "hq"];
+
+/// Compiles each model `rounds` times at 512×768, 121 frames, for the two-stage distilled pipeline or for those that
+/// guide. `folder` takes the model files, which are sparse.
 ///
 /// # Errors
 /// A model that cannot be written or compiled.
-pub fn run(rounds: usize, folder: &Path, ltxc: &Path) -> Result<Findings> {
+pub fn run(rounds: usize, folder: &Path, ltxc: &Path, is_guided: bool) -> Result<Findings> {
     let mut findings = Findings { rows: Vec::new(), tables: Vec::new(), notes: Vec::new() };
-    for preset in [Preset::Ltx2, Preset::Ltx23] {
-        let name = preset.name();
-        let model = synth(preset, &folder.join(name), 0)?;
+    let pipelines = if is_guided { &GUIDED[..] } else { &["distilled"] };
+    for (preset, pipeline) in
+        [Preset::Ltx2, Preset::Ltx23].into_iter().flat_map(|p| pipelines.iter().map(move |l| (p, l)))
+    {
+        let model = match is_guided {
+            true => dev_model(preset, folder)?,
+            false => synth(preset, &folder.join(preset.name()), 0)?,
+        };
+        let name = if is_guided { format!("{} {pipeline}", preset.name()) } else { preset.name().into() };
         let plan = folder.join(format!("{name}.ltxplan"));
         let mut command = compile_command(ltxc, &model, SHAPE, &plan)?;
+        command.args(["--pipeline", pipeline]);
         let (mut turns, mut first) = (Turns::default(), None);
         for _ in 0..rounds.max(2) {
             turns.ours.push(process::timed(&mut command)?);
@@ -55,7 +67,16 @@ pub fn run(rounds: usize, folder: &Path, ltxc: &Path) -> Result<Findings> {
     Ok(findings)
 }
 
-/// `ltxc compile` of a synthetic model for the distilled pipeline.
+/// The model under the name of one that is not distilled, which guided pipelines ask for.
+fn dev_model(preset: Preset, folder: &Path) -> Result<SynthModel> {
+    let model = synth(preset, &folder.join(format!("{}-dev", preset.name())), 0)?;
+    let file = format!("{}-dev.safetensors", preset.name());
+    let checkpoint = model.checkpoint.with_file_name(file);
+    std::fs::rename(&model.checkpoint, &checkpoint).with_context(|| format!("`{}`", checkpoint.display()))?;
+    Ok(SynthModel { checkpoint, ..model })
+}
+
+/// `ltxc compile` of a synthetic model, for the distilled pipeline if nothing is added.
 ///
 /// # Errors
 /// A model without an upsampler.

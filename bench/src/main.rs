@@ -13,7 +13,7 @@ use ltxc_bench::subjects::VideoSize;
 use ltxc_bench::suite::{self, Suite};
 use ltxc_bench::torch::Torch;
 use ltxc_bench::worker::Python;
-use ltxc_bench::{chart, compile, e2e, gemm, image_crf, memory, page, process, subjects, text, vae};
+use ltxc_bench::{chart, compile, e2e, gemm, guided, image_crf, lora, memory, page, process, subjects, text, vae};
 use ltxc_ir::DType;
 use ltxc_models::synth::{Preset, SynthModel, synth};
 use ltxc_runtime::backend::{DeviceName, find};
@@ -89,7 +89,15 @@ enum Benchmark {
     /// The matrix product, against the gemm crate and PyTorch.
     Gemm,
     /// Compiling full-size models.
-    Compile,
+    Compile {
+        /// For the guided pipelines, instead of the distilled one.
+        #[arg(long)]
+        guided: bool,
+    },
+    /// Steps with four passes of guidance, against steps with one.
+    Guided,
+    /// Switching a live LoRA.
+    Lora,
     /// A run from the start of the process to the closed file, against the published pipeline.
     E2e {
         /// Model file; without one, the tiny synthetic model is used.
@@ -236,7 +244,12 @@ fn measure(
             let findings = ltxc_bench::cubek::run(device, rounds)?;
             (format!("cubek {}", device.to_string().replace(':', "")), "cubek", findings)
         }
-        Benchmark::Compile => ("compile".into(), "", compile::run(rounds, scratch, &process::ltxc_binary()?)?),
+        Benchmark::Compile { guided } => {
+            let name = if *guided { "compile guided" } else { "compile" };
+            (name.into(), "", compile::run(rounds, scratch, &process::ltxc_binary()?, *guided)?)
+        }
+        Benchmark::Guided => ("guided".into(), "one pass", guided::run(rounds, scratch)?),
+        Benchmark::Lora => ("lora".into(), "merged", lora::run(rounds, scratch)?),
         Benchmark::E2e { checkpoint, gemma_root, upsampler, shape } => {
             let model = match (checkpoint, gemma_root, upsampler) {
                 (Some(checkpoint), Some(gemma), Some(upsampler)) => SynthModel {

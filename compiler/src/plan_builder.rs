@@ -1,13 +1,16 @@
 //! Collects the programs of a plan: optimises and lowers each module, and gives every slot its place.
 //!
 //! Programs of one **group** share state. Two kinds of value live there: what `hoist` made a slow program leave for a
-//! fast one, and results of one program that another of the group takes as a parameter of the same name and type. All
-//! other slots lie in the arenas, beside the frame, and last until another program runs.
+//! fast one, and results of one program that another of the group takes as a parameter of the same name and type. A
+//! program that takes and gives such a value updates it in place, if its function can. All other slots lie in the arenas,
+//! beside the frame, and last until another program runs.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use ltxc_ir::plan::verify::verify;
-use ltxc_ir::plan::{Group, Pipeline, Plan, PlanFunction, Program, Slot, SlotPlace, Step, Target, WeightSource};
+use ltxc_ir::plan::{
+    Group, Pipeline, Plan, PlanFunction, Program, Slot, SlotPlace, Step, Target, WeightSource, may_overwrite,
+};
 use ltxc_ir::{Function, Module, Rate, TensorType};
 
 use crate::error::CompileError;
@@ -178,10 +181,13 @@ impl PlanBuilder {
         let slots: Vec<&(String, TensorType)> = draft.inputs.iter().chain(&draft.outputs).collect();
         let is_input = |i: usize| i < draft.inputs.len();
         let mut state_places: Vec<Option<u64>> = slots.iter().map(|(n, ty)| state.find(draft, n, ty)).collect();
-        // A program that reads and writes a name keeps its result apart from what it reads.
+        // A program that reads and writes a name keeps its result apart from what it reads, unless it updates that in place.
         for i in draft.inputs.len()..slots.len() {
-            if state_places[i].is_some() && (0..slots.len()).any(|j| is_input(j) && state_places[j] == state_places[i])
-            {
+            let result = (i - draft.inputs.len()) as u32;
+            let is_kept_apart = |j: usize| {
+                state_places[j] == state_places[i] && !may_overwrite(&self.functions, draft.function, j as u32, result)
+            };
+            if state_places[i].is_some() && (0..slots.len()).any(|j| is_input(j) && is_kept_apart(j)) {
                 state_places[i] = None;
             }
         }

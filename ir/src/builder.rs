@@ -10,7 +10,7 @@ use crate::graph::{Function, FunctionResult, Node, Param, Rate, ValueId};
 use crate::ops::{
     Attention, Binary, Broadcast, Call, Cast, Compare, Concat, Const, Conv, ConvTranspose, DepthToSpace, Gather, Gelu,
     GroupNorm, Iota, LayerNorm, LeakyRelu, Matmul, Op, OpDef, Pad, PadMode, Reduce, ReduceKind, Reshape, RmsNorm, Rope,
-    RopeLayout, Select, Sigmoid, Silu, Slice, Snake, SpaceToDepth, Transpose, Unary, Values, Weight,
+    RopeLayout, Select, Sigmoid, Silu, Slice, Snake, SpaceToDepth, Transpose, Unary, Update, Values, Weight,
 };
 use crate::types::{DType, Float, TensorType};
 
@@ -335,6 +335,11 @@ impl Builder {
     /// Rows of `x` along `axis` chosen by `indices` (`i32[m]`).
     pub fn gather(&self, x: ValueId, indices: ValueId, axis: usize) -> ValueId {
         self.push(Gather { axis }, &[x, indices])
+    }
+
+    /// `base` with `part` written at row `row`, an `i32[]`, of `axis`.
+    pub fn update(&self, base: ValueId, part: ValueId, row: ValueId, axis: usize) -> ValueId {
+        self.push(Update { axis }, &[base, part, row])
     }
 
     /// Groups of channels moved to space.

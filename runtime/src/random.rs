@@ -3,28 +3,62 @@
 //!
 //! Philox 4×32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): the key is the 64-bit seed, the
 //! counter is (block index, stream), where the stream number is the first 8 bytes of the BLAKE3 hash of the stream's
-//! name. Each block of four 32-bit words gives four normal values by the Box–Muller transform in f64, rounded to f32.
+//! name. Each block of four 32-bit words gives four normal values by the Box–Muller transform in f64, rounded to f32, or
+//! one uniform value.
 
 /// One named stream of normal values.
 #[derive(Clone, Debug)]
-pub struct NormalStream {
+pub struct NormalStream(Stream);
+
+/// One named stream of uniform values.
+#[derive(Clone, Debug)]
+pub struct UniformStream(Stream);
+
+/// One named stream of blocks of random words.
+#[derive(Clone, Debug)]
+struct Stream {
     key: [u32; 2],
     stream: [u32; 2],
+}
+
+impl Stream {
+    fn new(seed: u64, name: &str) -> Stream {
+        let hash = blake3::hash(name.as_bytes());
+        let word = |i: usize| u32::from_le_bytes([0, 1, 2, 3].map(|j| hash.as_bytes()[i + j]));
+        Stream { key: [seed as u32, (seed >> 32) as u32], stream: [word(0), word(4)] }
+    }
+
+    /// The words of block `index`.
+    fn block(&self, index: u64) -> [u32; 4] {
+        philox([index as u32, (index >> 32) as u32, self.stream[0], self.stream[1]], self.key)
+    }
+}
+
+impl UniformStream {
+    /// The stream `name` of `seed`.
+    pub fn new(seed: u64, name: &str) -> UniformStream {
+        UniformStream(Stream::new(seed, name))
+    }
+
+    /// Value number `index`, in `[0, 1)`.
+    pub fn at(&self, index: u64) -> f64 {
+        let [high, low, ..] = self.0.block(index);
+        // The 53 bits that an f64 below 1 can have.
+        (((u64::from(high) << 32) | u64::from(low)) >> 11) as f64 / (1u64 << 53) as f64
+    }
 }
 
 impl NormalStream {
     /// The stream `name` of `seed`.
     pub fn new(seed: u64, name: &str) -> NormalStream {
-        let hash = blake3::hash(name.as_bytes());
-        let word = |i: usize| u32::from_le_bytes([0, 1, 2, 3].map(|j| hash.as_bytes()[i + j]));
-        NormalStream { key: [seed as u32, (seed >> 32) as u32], stream: [word(0), word(4)] }
+        NormalStream(Stream::new(seed, name))
     }
 
     /// The first `n` values, standard normal.
     pub fn draw(&self, n: usize) -> Vec<f32> {
         let mut out = Vec::with_capacity(n.next_multiple_of(4));
         for block in 0..n.div_ceil(4) as u64 {
-            let words = philox([block as u32, (block >> 32) as u32, self.stream[0], self.stream[1]], self.key);
+            let words = self.0.block(block);
             out.extend(box_muller(words[0], words[1]));
             out.extend(box_muller(words[2], words[3]));
         }
@@ -74,6 +108,16 @@ mod tests {
         let mean = long.iter().map(|&v| v as f64).sum::<f64>() / 1e5;
         let var = long.iter().map(|&v| (v as f64 - mean).powi(2)).sum::<f64>() / 1e5;
         assert!(mean.abs() < 4.0 / 1e5f64.sqrt() && (var.sqrt() - 1.0).abs() < 4.0 / 2e5f64.sqrt(), "{mean} {var}");
+    }
+
+    #[test]
+    fn uniform_values_fill_the_unit_interval() {
+        let stream = UniformStream::new(42, "enhance");
+        let values: Vec<f64> = (0..100_000).map(|i| stream.at(i)).collect();
+        assert!(values.iter().all(|v| (0.0..1.0).contains(v)));
+        let mean = values.iter().sum::<f64>() / 1e5;
+        let var = values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / 1e5;
+        assert!((mean - 0.5).abs() < 4.0 / 12e5f64.sqrt() && (var - 1.0 / 12.0).abs() < 1e-3, "{mean} {var}");
     }
 
     #[test]

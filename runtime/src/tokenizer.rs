@@ -3,7 +3,7 @@
 //! # Easy to get wrong
 //! - Prompts are stripped, encoded with special tokens, and cut on the right to 1024 tokens, `<bos>` included.
 //! - There is exactly one `<bos>` in front: Gemma 3's tokenizer adds it, Gemma 4's does not.
-//! - Pads stand on the **left**. No end-of-sequence token, no chat template.
+//! - Pads stand on the **left**. No end-of-sequence token; a chat template only where Gemma 3 writes ([`Tokenizer::encode_turn`]).
 //! - Python's `strip` also removes the separators U+001C to U+001F, which Rust's `trim` keeps.
 //!
 //! Source: ltx_core/text_encoders/gemma/tokenizer (Lightricks/LTX-2, 1.2.0); spec/text-encoder §1.
@@ -93,14 +93,34 @@ impl Tokenizer {
     /// A prompt with parts the tokenizer has no token for.
     pub fn encode(&self, prompt: &str) -> Result<Prompt, TokenizerError> {
         let text = prompt.trim_matches(|c: char| c.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&c));
+        let mut ids = self.ids(text)?;
+        let cut = ids.split_off(ids.len().min(CONTEXT_TOKENS));
+        Ok(Prompt { ids, pad: self.pad, cut })
+    }
+
+    /// Encodes what a user says to an instruct model, up to where the model's answer begins: `<bos>` first, once.
+    ///
+    /// # Errors
+    /// A tokenizer without the tokens of a conversation, or a text with parts it has no token for.
+    ///
+    /// Source: the chat template of google/gemma-3-12b-it; spec/text-encoder §6.
+    pub fn encode_turn(&self, text: &str) -> Result<Turn, TokenizerError> {
+        let [start, end] = [("<start_of_turn>", "start of a turn"), ("<end_of_turn>", "end of a turn")];
+        required(&self.inner, start.0, start.1)?;
+        let stop = required(&self.inner, end.0, end.1)?;
+        let text = format!("{0}user\n{1}{2}\n{0}model\n", start.0, text.trim(), end.0);
+        let stops = [Some(stop), id_of(&self.inner, "<eos>")].into_iter().flatten().collect();
+        Ok(Turn { ids: self.ids(&text)?, pad: self.pad, stops })
+    }
+
+    /// `text` as tokens, with one `<bos>` in front.
+    fn ids(&self, text: &str) -> Result<Vec<i32>, TokenizerError> {
         let problem = |problem: String| TokenizerError::Encode { problem };
         let encoding = self.inner.encode(text, true).map_err(|e| problem(e.to_string()))?;
         let ids: Result<Vec<i32>, _> = encoding.get_ids().iter().map(|&id| i32::try_from(id)).collect();
         let ids = ids.map_err(|e| problem(e.to_string()))?;
         let spoken = ids.iter().skip_while(|&&id| id == self.bos).copied();
-        let mut ids: Vec<i32> = std::iter::once(self.bos).chain(spoken).collect();
-        let cut = ids.split_off(ids.len().min(CONTEXT_TOKENS));
-        Ok(Prompt { ids, pad: self.pad, cut })
+        Ok(std::iter::once(self.bos).chain(spoken).collect())
     }
 
     /// The text of `ids`, special tokens included: for messages, such as what was cut off a prompt.
@@ -108,9 +128,32 @@ impl Tokenizer {
     /// # Errors
     /// Ids that the tokenizer cannot decode.
     pub fn decode(&self, ids: &[i32]) -> Result<String, TokenizerError> {
-        let ids: Vec<u32> = ids.iter().filter_map(|&id| u32::try_from(id).ok()).collect();
-        self.inner.decode(&ids, false).map_err(|e| TokenizerError::Encode { problem: e.to_string() })
+        self.text(ids, false)
     }
+
+    /// The text of `ids` without special tokens: what a model has written.
+    ///
+    /// # Errors
+    /// Ids that the tokenizer cannot decode.
+    pub fn decode_written(&self, ids: &[i32]) -> Result<String, TokenizerError> {
+        self.text(ids, true)
+    }
+
+    fn text(&self, ids: &[i32], skips_special: bool) -> Result<String, TokenizerError> {
+        let ids: Vec<u32> = ids.iter().filter_map(|&id| u32::try_from(id).ok()).collect();
+        self.inner.decode(&ids, skips_special).map_err(|e| TokenizerError::Encode { problem: e.to_string() })
+    }
+}
+
+/// A turn of a user, encoded.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Turn {
+    /// Its tokens, `<bos>` first, up to where the answer begins.
+    pub ids: Vec<i32>,
+    /// The token to pad with, in front.
+    pub pad: i32,
+    /// Tokens that end the answer.
+    pub stops: Vec<i32>,
 }
 
 /// Name of a special token in `tokenizer_config.json`: a string, or an object with `content`.
@@ -267,6 +310,19 @@ mod tests {
         let config = br#"{"bos_token": {"content": "<s>"}, "pad_token": "<blank>"}"#;
         let tokenizer = Tokenizer::from_bytes(&toy(false, &["<s>", "<blank>"]), Some(config)).expect("a tokenizer");
         assert_eq!((tokenizer.pad, tokenizer.bos), (1, 0));
+    }
+
+    #[test]
+    fn a_turn_ends_where_the_answer_begins() {
+        let special = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"];
+        let tokenizer = Tokenizer::from_bytes(&toy(true, &special), None).expect("a tokenizer");
+        let turn = tokenizer.encode_turn(" ab\n").expect("encodes");
+        // The toy has no tokens for `user`, `model` and newlines, which it leaves out.
+        assert_eq!(turn, Turn { ids: vec![2, 3, 5, 6, 4, 3], pad: 0, stops: vec![4, 1] });
+        assert_eq!(tokenizer.decode_written(&[5, 1, 6, 4]).expect("decodes").replace(' ', ""), "ab");
+        let without = Tokenizer::from_bytes(&toy(true, &SPECIAL), None).expect("a tokenizer");
+        let problem = without.encode_turn("ab").expect_err("there are no turns").to_string();
+        assert!(problem.contains("no token `<start_of_turn>`"), "{problem}");
     }
 
     #[test]

@@ -11,6 +11,7 @@ use ltxc_ir::plan::{ADAPTER_SLOTS, Pipeline, Plan, Target, WeightSource, contain
 use ltxc_ir::{DType, Module, Rate, TensorType};
 use ltxc_models::checkpoint::WeightFile;
 use ltxc_runtime::adapters::AdapterSet;
+use ltxc_runtime::backend::{Device, DeviceName, find, open};
 use ltxc_runtime::executor::Executor;
 use ltxc_runtime::weights::WeightFiles;
 
@@ -96,21 +97,27 @@ pub fn reference(module: &Module, entry: &str, args: &[Tensor], sources: Sources
     Run { results, taps: taps.take() }
 }
 
-/// Compiles `entry` into a plan of one program, which has passed through its file format.
+/// The file of a test as a source of a plan.
+///
+/// # Panics
+/// If it cannot be read.
+#[track_caller]
+pub fn source(name: &str, file: &TensorFile) -> WeightSource {
+    let opened = WeightFile::open(&file.path).unwrap_or_else(|e| panic!("{e}"));
+    let identity = opened.identity(false).unwrap_or_else(|e| panic!("{e}"));
+    WeightSource { name: name.into(), files: vec![identity], renames: Vec::new() }
+}
+
+/// Compiles `entry` for `target` into a plan of one program, which has passed through its file format.
 ///
 /// # Panics
 /// If it does not compile.
 #[track_caller]
-pub fn plan_of(module: &Module, entry: &str, sources: Sources<'_>) -> Plan {
-    let source = |(name, file): &(&str, &TensorFile)| {
-        let opened = WeightFile::open(&file.path).unwrap_or_else(|e| panic!("{e}"));
-        let identity = opened.identity(false).unwrap_or_else(|e| panic!("{e}"));
-        WeightSource { name: name.to_string(), files: vec![identity], renames: Vec::new() }
-    };
+pub fn plan_of(target: &Target, module: &Module, entry: &str, sources: Sources<'_>) -> Plan {
     let options = Options { verify: true, ..Options::default() };
     let slots = WeightSource { name: ADAPTER_SLOTS.into(), files: Vec::new(), renames: Vec::new() };
-    let sources = sources.iter().map(source).chain([slots]).collect();
-    let mut builder = PlanBuilder::new("ltxc-tests", Target::cpu(), options, sources);
+    let sources = sources.iter().map(|(name, file)| source(name, file)).chain([slots]).collect();
+    let mut builder = PlanBuilder::new("ltxc-tests", target.clone(), options, sources);
     builder.add("main", "main", module, entry).unwrap_or_else(|e| panic!("{e}"));
     let plan = builder.finish(Pipeline::default()).unwrap_or_else(|e| panic!("{e}"));
     let bytes = container::encode(&plan).unwrap_or_else(|e| panic!("{e}"));
@@ -123,26 +130,36 @@ pub fn plan_of(module: &Module, entry: &str, sources: Sources<'_>) -> Plan {
 /// If it does not compile or run.
 #[track_caller]
 pub fn compiled(module: &Module, entry: &str, args: &[Tensor], sources: Sources<'_>) -> BTreeMap<String, Tensor> {
-    compiled_with(module, entry, args, sources, AdapterSet::default())
+    compiled_with(&processor(), module, entry, args, sources, AdapterSet::default())
 }
 
-/// As [`compiled`], with adapters.
+/// The processor as a device.
+///
+/// # Panics
+/// Never: every machine has one.
+pub fn processor() -> Device {
+    find(Some("cpu")).named(&DeviceName::Cpu).expect("there is a processor").clone()
+}
+
+/// As [`compiled`], on any device and with adapters.
 ///
 /// # Panics
 /// As for [`compiled`], or if the adapters do not fit.
 #[track_caller]
 pub fn compiled_with(
+    device: &Device,
     module: &Module,
     entry: &str,
     args: &[Tensor],
     sources: Sources<'_>,
     adapters: AdapterSet,
 ) -> BTreeMap<String, Tensor> {
-    let plan = plan_of(module, entry, sources);
+    let plan = plan_of(&device.target, module, entry, sources);
     let folders: Vec<PathBuf> = sources.iter().map(|(_, file)| file.path.clone()).collect();
     let weights = WeightFiles::open(&plan, &folders, false).unwrap_or_else(|e| panic!("{e}"));
     let interrupt = AtomicBool::new(false);
-    let mut executor = Executor::new(&plan, &weights, &interrupt).unwrap_or_else(|e| panic!("{e}"));
+    let backend = open(device).unwrap_or_else(|e| panic!("{e}"));
+    let mut executor = Executor::on(backend, &plan, &weights, &interrupt).unwrap_or_else(|e| panic!("{e}"));
     executor.set_adapters(adapters).unwrap_or_else(|e| panic!("{e}"));
     let function = module.function(entry).expect("it was compiled");
     let named: BTreeMap<&str, &Tensor> = function.params.iter().map(|p| function.name_of(p.value)).zip(args).collect();

@@ -3,8 +3,10 @@
 use crate::support::interp::Interpreter;
 use crate::support::{self, builder, pipeline};
 use ltxc_compiler::{CompileError, Options};
-use ltxc_ir::ops::{Attention, Conv, RopeLayout};
-use ltxc_ir::plan::{SlotPlace, Step, Target, WeightOrigin};
+use ltxc_ir::eval::Tensor;
+use ltxc_ir::ops::{Attention, Conv, ReduceKind, RopeLayout};
+use ltxc_ir::plan::verify::verify;
+use ltxc_ir::plan::{Plan, SlotPlace, Step, Target, WeightOrigin};
 use ltxc_ir::{Builder, DType, Function, Module, Rate, TensorType};
 
 fn single(name: &str, body: impl FnOnce(&Builder)) -> Module {
@@ -109,6 +111,76 @@ fn a_result_that_another_program_takes_lies_in_the_state() {
     let latent = interpreter.run("write", &args);
     let frames = interpreter.run("read", &[]);
     assert_eq!(frames, support::evaluate(&read, "main", &latent));
+}
+
+/// Writes `part` into `cache`, inside of a called function, and sums up what is there then; and what was there before, if
+/// `reads_old`.
+fn appending(rows: usize, reads_old: bool) -> Module {
+    let (cache, part) = (TensorType::f32([1, 6, 2]), TensorType::f32([1, rows, 2]));
+    let b = Builder::new("layer");
+    let params = [("cache", cache.clone()), ("part", part.clone()), ("row", TensorType::i32([]))];
+    let [old, new, row] = params.clone().map(|(name, ty)| b.param(name, ty, Rate::Step));
+    let updated = b.update(old, b.silu(new), row, 1);
+    b.result("sum", b.reduce(ReduceKind::Sum, updated, &[1]));
+    b.result("cache", updated);
+    if reads_old {
+        b.result("before", b.reduce(ReduceKind::Sum, old, &[1]));
+    }
+    let layer = b.finish().unwrap();
+    let b = Builder::new("main");
+    let args = params.map(|(name, ty)| b.param(name, ty, Rate::Step));
+    let results = b.call(&layer, "layer", "", &args);
+    for (name, value) in ["sum", "cache", "before"].into_iter().zip(results) {
+        b.result(name, value);
+    }
+    Module { functions: vec![layer, b.finish().unwrap()], entries: vec!["main".into()] }
+}
+
+#[test]
+fn state_is_updated_in_place_where_nothing_reads_it_afterwards() {
+    let modules = [("several", appending(3, false)), ("one", appending(1, false))];
+    let mut plan = builder(Options::default(), Target::cpu());
+    for (name, module) in &modules {
+        plan.add("group", name, module, "main").unwrap();
+    }
+    let plan = plan.finish(pipeline()).unwrap();
+    let mut interpreter = Interpreter::new(&plan);
+    let mut cache = Tensor::zeros(TensorType::f32([1, 6, 2]));
+    for (run, (name, module)) in [0, 1, 1, 0].map(|i| &modules[i]).into_iter().enumerate() {
+        let slots = plan.program(name).map(|p| (p.input("cache").unwrap().place, p.output("cache").unwrap().place));
+        assert_eq!(slots.unwrap(), (SlotPlace::State { offset: 0 }, SlotPlace::State { offset: 0 }));
+        let mut args = support::arguments(module, "main", run as u64);
+        args.iter_mut().find(|(name, _)| name == "row").unwrap().1 = Tensor::i32(&[], &[2 * run as i32]);
+        args.retain(|(name, _)| name != "cache" || run == 0);
+        let found = interpreter.run(name, &args);
+        args.retain(|(name, _)| name != "cache");
+        let start = if run == 0 { support::arguments(module, "main", 0).swap_remove(0).1 } else { cache };
+        args.insert(0, ("cache".into(), start));
+        let expected = support::evaluate(module, "main", &args);
+        assert_eq!(found, expected, "run {run} of `{name}`");
+        cache = expected.into_iter().find(|(name, _)| name == "cache").unwrap().1;
+    }
+}
+
+#[test]
+fn state_that_is_read_after_it_was_written_is_not_updated_in_place() {
+    let mut plan = builder(Options::default(), Target::cpu());
+    plan.add("group", "reads", &appending(1, true), "main").unwrap();
+    plan.add("group", "writes", &appending(1, false), "main").unwrap();
+    let mut plan = plan.finish(pipeline()).unwrap();
+    let places = |plan: &Plan, name: &str| {
+        let program = plan.program(name).unwrap();
+        (program.input("cache").unwrap().place, program.output("cache").unwrap().place)
+    };
+    let (before, after) = places(&plan, "reads");
+    assert!(matches!(before, SlotPlace::State { .. }) && matches!(after, SlotPlace::Arena { .. }));
+    let (before, after) = places(&plan, "writes");
+    assert_eq!(before, after);
+    // A plan that claims otherwise is refused.
+    let slot = plan.programs[0].outputs.iter_mut().find(|slot| slot.name == "cache").unwrap();
+    slot.place = before;
+    let problem = verify(&plan).unwrap_err().to_string();
+    assert!(problem.contains("slot `cache` overlaps"), "{problem}");
 }
 
 #[test]

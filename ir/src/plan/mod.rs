@@ -16,6 +16,7 @@ pub mod fused;
 mod inputs;
 mod kernel;
 pub mod kernels;
+mod overwrite;
 mod pipeline;
 mod settings;
 pub mod summary;
@@ -30,6 +31,7 @@ pub use fused::{Access, Form, Fused, Part, PartArg, Source, Work};
 pub use inputs::*;
 pub use kernel::{Copy, Function as MapFunction, InPlace, Kernel, Map, MapStep};
 pub use kernels::{KernelDevice, KernelForm, Kernels, PlanKernel, TunedCall};
+pub use overwrite::may_overwrite;
 pub use pipeline::*;
 
 use crate::graph::Rate;
@@ -238,7 +240,7 @@ fn without_common_end<'a>(a: &'a str, b: &'a str) -> (&'a str, &'a str) {
     }
 }
 
-/// State shared by the programs of one group: what slow programs leave for fast ones.
+/// State shared by the programs of one group: what slow programs leave for fast ones, and what programs update in place.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Group {
     /// Name, for example `stage1`.

@@ -7,7 +7,8 @@
 //!   operands of the call, and results of a call overlap nothing else of it;
 //! - packed weights come from an earlier function without weights that makes what they say.
 //!
-//! For every program: slots and frame lie inside the arenas and the state, apart from each other.
+//! For every program: slots and frame lie inside the arenas and the state, apart from each other; only a result may lie
+//! exactly on an input that its function writes over ([`may_overwrite`]).
 //!
 //! Settings of the pipeline: see `settings.rs`.
 //!
@@ -16,6 +17,7 @@
 
 use std::collections::BTreeSet;
 
+use super::overwrite::may_overwrite;
 use super::{
     FunctionCall, KernelCall, Operand, Place, Plan, PlanFunction, Program, Slot, SlotPlace, Step, Storage, WeightOrigin,
 };
@@ -283,8 +285,22 @@ impl FunctionCheck<'_> {
     }
 }
 
-/// Arena (`None` for the state), range, and whether it is written.
-type Taken = (Option<u32>, Span, bool);
+/// Memory of a program that is in use.
+#[derive(Clone, Copy)]
+struct Taken {
+    /// `None` for the state.
+    arena: Option<u32>,
+    span: Span,
+    used: Use,
+}
+
+/// What memory of a program is used for.
+#[derive(Clone, Copy)]
+enum Use {
+    Frame,
+    Input(u32),
+    Output(u32),
+}
 
 fn check_program(plan: &Plan, program: &Program, arenas: usize) -> Result<(), String> {
     let function = plan.functions.get(program.function as usize).ok_or("its function does not exist")?;
@@ -300,16 +316,24 @@ fn check_program(plan: &Plan, program: &Program, arenas: usize) -> Result<(), St
         if span.end > program.arena_bytes[a] || !offset.is_multiple_of(plan.target.alignment) {
             return Err("its frame leaves the arena or is not aligned".into());
         }
-        taken.push((Some(a as u32), span, true));
+        taken.push(Taken { arena: Some(a as u32), span, used: Use::Frame });
     }
-    let inputs = program.inputs.iter().map(|s| (s, false));
-    for (slot, written) in inputs.chain(program.outputs.iter().map(|s| (s, true))) {
-        let (place, span) = check_slot(slot, program, group.state_bytes, plan.target.alignment)?;
-        let meets = |&(p, s, w): &Taken| p == place && s.overlaps(span) && (w || written);
-        if taken.iter().any(meets) {
+    let inputs = program.inputs.iter().enumerate().map(|(i, s)| (s, Use::Input(i as u32)));
+    let outputs = program.outputs.iter().enumerate().map(|(i, s)| (s, Use::Output(i as u32)));
+    for (slot, used) in inputs.chain(outputs) {
+        let (arena, span) = check_slot(slot, program, group.state_bytes, plan.target.alignment)?;
+        let may_meet = |other: &Taken| match (other.used, used) {
+            (Use::Input(_), Use::Input(_)) => true,
+            (Use::Input(param), Use::Output(result)) => {
+                other.span.start == span.start && may_overwrite(&plan.functions, program.function, param, result)
+            }
+            _ => false,
+        };
+        let meets = |other: &&Taken| other.arena == arena && other.span.overlaps(span);
+        if !taken.iter().filter(meets).all(may_meet) {
             return Err(format!("slot `{}` overlaps another or the frame", slot.name));
         }
-        taken.push((place, span, written));
+        taken.push(Taken { arena, span, used });
     }
     Ok(())
 }

@@ -99,6 +99,8 @@ pub struct GemmaConfig {
     pub norm_weight: NormWeight,
     /// Whether each layer ends with a multiplication by its `layer_scalar`.
     pub has_layer_scalar: bool,
+    /// Bound of the scores of the next token, if they have one; states do not depend on it.
+    pub score_cap: Option<f64>,
     /// Kind of every layer, at least one.
     pub layers: Vec<LayerKind>,
     /// Attention of sliding layers.
@@ -239,6 +241,7 @@ fn gemma3(text: &Fields<'_>) -> GemmaConfig {
         eps: text.positive("rms_norm_eps", 1e-6),
         norm_weight: NormWeight::OnePlus,
         has_layer_scalar: false,
+        score_cap: text.find_positive("final_logit_softcapping"),
         layers: layers(text, Some(6)),
         sliding: attention(LayerKind::Sliding),
         global: attention(LayerKind::Global),
@@ -277,6 +280,7 @@ fn gemma4(text: &Fields<'_>) -> GemmaConfig {
         eps: text.positive("rms_norm_eps", 1e-6),
         norm_weight: NormWeight::Plain,
         has_layer_scalar: true,
+        score_cap: text.find_positive("final_logit_softcapping"),
         layers: layers(text, None),
         sliding: attention(LayerKind::Sliding),
         global: attention(LayerKind::Global),

@@ -13,6 +13,8 @@
 //! - Generation 4: the value of a global layer is the raw key projection, normalised without weight and not rotated.
 //! - A sliding window of `w` hides keys with `i − j ≥ w`.
 //!
+//! `generate` writes text with the same layers.
+//!
 //! Source: transformers `Gemma3TextModel` (4.57), `Gemma4UnifiedTextModel` (5.14); spec/text-encoder §2, §3.
 
 use half::{bf16, f16};
@@ -43,19 +45,16 @@ pub fn gemma(
     valid: ValueId,
     dtype: DType,
 ) -> Vec<ValueId> {
-    let prefix = PREFIXES.into_iter().find(|p| weights.has(&format!("{p}embed_tokens.weight")));
-    let weights = weights.below(prefix.unwrap_or(PREFIXES[0]));
+    let weights = language_model(weights);
     let tokens = b.shape(ids)[0];
-
-    let table = weights.get(b, "embed_tokens.weight", &[config.vocab_size, config.hidden_size]);
-    let embedded = b.cast(b.gather(table, ids, 0), dtype);
-    let embedded = b.mul_scalar(embedded, rounded((config.hidden_size as f64).sqrt(), dtype));
-    let mut h = b.reshape(embedded, &[1, tokens, config.hidden_size]);
-    b.name("hidden_states.0", h);
+    let mut h = b.name("hidden_states.0", embed(b, config, &weights, ids, dtype));
 
     let inputs = [LayerKind::Sliding, LayerKind::Global].map(|kind| {
         let attention = config.attention(kind);
-        let [cos, sin] = b.scope("rotary_emb", || rope_tables(b, &attention.rope, attention.head_dim, tokens, dtype));
+        let [cos, sin] = b.scope("rotary_emb", || {
+            let position = b.add_scalar(b.iota(TensorType::f32([tokens, 1]), 0), (CONTEXT_TOKENS - tokens) as f64);
+            rope_tables(b, attention, position, dtype)
+        });
         let bias = b.name(&format!("{}_attention_mask", kind.name()), attention_bias(b, valid, attention.window));
         [cos, sin, bias]
     });
@@ -68,33 +67,82 @@ pub fn gemma(
         let (function, key) = (format!("gemma_{}_layer", kind.name()), format!("layers.{i}"));
         let args = [("h", h), ("cos", cos), ("sin", sin), ("bias", bias)];
         h = functions.call_one(b, &weights, Block::at(&function, &key), &args, |b, weights, params| {
-            layer(b, config, kind, weights, params[0], [params[1], params[2], params[3]])
+            let seen = Seen { cos: params[1], sin: params[2], bias: params[3], cache: None };
+            layer(b, config, kind, weights, params[0], seen).0
         });
         if i + 1 < config.layers.len() {
             states.push(b.name(&format!("hidden_states.{}", i + 1), h));
         }
     }
-    let last = norm(b, config, h, weights.get(b, "norm.weight", &[config.hidden_size]));
+    let last = final_norm(b, config, &weights, h);
     states.push(b.name(&format!("hidden_states.{}", config.layers.len()), last));
     states
 }
 
-/// One layer; `tables`: cosines, sines, and the bias of the attention.
-fn layer(
+/// The language model's own weights in a complete set of files.
+pub(super) fn language_model<'a>(weights: &Weights<'a>) -> Weights<'a> {
+    let prefix = PREFIXES.into_iter().find(|p| weights.has(&format!("{p}embed_tokens.weight")));
+    weights.below(prefix.unwrap_or(PREFIXES[0]))
+}
+
+/// The embedding of every token, which is also the head that gives the next one: `[vocabulary, hidden]`.
+pub(super) fn token_table(b: &Builder, config: &GemmaConfig, weights: &Weights) -> ValueId {
+    weights.get(b, "embed_tokens.weight", &[config.vocab_size, config.hidden_size])
+}
+
+/// Scaled embeddings `[1, t, hidden]` of `ids`, `i32[t]`.
+pub(super) fn embed(b: &Builder, config: &GemmaConfig, weights: &Weights, ids: ValueId, dtype: DType) -> ValueId {
+    let table = token_table(b, config, weights);
+    let embedded = b.cast(b.gather(table, ids, 0), dtype);
+    let embedded = b.mul_scalar(embedded, rounded((config.hidden_size as f64).sqrt(), dtype));
+    b.reshape(embedded, &[1, b.shape(ids)[0], config.hidden_size])
+}
+
+/// The norm behind the last layer.
+pub(super) fn final_norm(b: &Builder, config: &GemmaConfig, weights: &Weights, h: ValueId) -> ValueId {
+    norm(b, config, h, weights.get(b, "norm.weight", &[config.hidden_size]))
+}
+
+/// What the attention of a layer sees besides the layer's own tokens.
+#[derive(Clone, Copy)]
+pub(super) struct Seen {
+    /// Cosines of the tokens' positions, `[1, t, 1, d/2]`.
+    pub cos: ValueId,
+    /// Sines, of the same type.
+    pub sin: ValueId,
+    /// What is added to scores, f32 `[1, 1, 1 or t, keys]`.
+    pub bias: ValueId,
+    /// Earlier tokens. Without, the tokens see each other causally; with, the bias alone says what is seen.
+    pub cache: Option<Cache>,
+}
+
+/// Keys and values of `s` slots, of which the layer's tokens are to fill some.
+#[derive(Clone, Copy)]
+pub(super) struct Cache {
+    /// Keys `[1, s, kv_heads, d]`, normalised and rotated.
+    pub keys: ValueId,
+    /// Values, of the same type.
+    pub values: ValueId,
+    /// The slot of the first token, `i32[]`.
+    pub row: ValueId,
+}
+
+/// One layer. Gives its output, and the keys and values that its attention saw: with a cache, its new content.
+pub(super) fn layer(
     b: &Builder,
     config: &GemmaConfig,
     kind: LayerKind,
     weights: &Weights,
     h: ValueId,
-    tables: [ValueId; 3],
-) -> ValueId {
+    seen: Seen,
+) -> (ValueId, [ValueId; 2]) {
     let norm_layer = |name: &str, x| {
         let w = weights.get(b, &format!("{name}.weight"), &[config.hidden_size]);
         b.name(name, norm(b, config, x, w))
     };
 
     let a = norm_layer("input_layernorm", h);
-    let a = b.scope("self_attn", || self_attention(b, config, kind, &weights.below("self_attn."), a, tables));
+    let (a, memory) = b.scope("self_attn", || self_attention(b, config, kind, &weights.below("self_attn."), a, seen));
     let h = b.add(h, norm_layer("post_attention_layernorm", a));
     let m = norm_layer("pre_feedforward_layernorm", h);
     let m = b.name("mlp", b.scope("mlp", || mlp(b, config, &weights.below("mlp."), m)));
@@ -102,18 +150,18 @@ fn layer(
     if config.has_layer_scalar {
         h = b.mul(h, weights.get(b, "layer_scalar", &[1]));
     }
-    h
+    (h, memory)
 }
 
-/// Grouped-query attention with normalised queries and keys.
+/// Grouped-query attention with normalised queries and keys. Gives what [`layer`] does.
 fn self_attention(
     b: &Builder,
     config: &GemmaConfig,
     kind: LayerKind,
     weights: &Weights,
     x: ValueId,
-    [cos, sin, bias]: [ValueId; 3],
-) -> ValueId {
+    Seen { cos, sin, bias, cache }: Seen,
+) -> (ValueId, [ValueId; 2]) {
     let GemmaAttention { heads, kv_heads, head_dim, .. } = *config.attention(kind);
     let attention = config.attention(kind);
     let [batch, tokens, hidden] = [0, 1, 2].map(|axis| b.shape(x)[axis]);
@@ -133,11 +181,15 @@ fn self_attention(
         v = b.name("v_norm", b.rms_norm(v, None, config.eps));
     }
     let q = b.rope(norm_heads("q_norm", q), cos, sin, RopeLayout::Split);
-    let k = b.rope(norm_heads("k_norm", raw_k), cos, sin, RopeLayout::Split);
-    let op = Attention { scale: Float(attention.scale), causal: true };
+    let mut k = b.rope(norm_heads("k_norm", raw_k), cos, sin, RopeLayout::Split);
+    if let Some(Cache { keys, values, row }) = cache {
+        const SLOTS: usize = 1;
+        (k, v) = (b.update(keys, k, row, SLOTS), b.update(values, v, row, SLOTS));
+    }
+    let op = Attention { scale: Float(attention.scale), causal: cache.is_none() };
     let o = b.reshape(b.attention(op, q, k, v, Some(bias)), &[batch, tokens, heads * head_dim]);
     let w = weights.get(b, "o_proj.weight", &[hidden, heads * head_dim]);
-    b.name("o_proj", b.matmul_transposed(o, w))
+    (b.name("o_proj", b.matmul_transposed(o, w)), [k, v])
 }
 
 /// `down(gelu(gate x) · up x)`.
@@ -161,10 +213,10 @@ fn norm(b: &Builder, config: &GemmaConfig, x: ValueId, weight: ValueId) -> Value
     b.rms_norm(x, Some(weight), config.eps)
 }
 
-/// Cosines and sines of the last `tokens` positions, each `[1, t, 1, d/2]` of `dtype`; angles in f32.
-fn rope_tables(b: &Builder, rope: &GemmaRope, head_dim: usize, tokens: usize, dtype: DType) -> [ValueId; 2] {
-    let position = b.add_scalar(b.iota(TensorType::f32([tokens, 1]), 0), (CONTEXT_TOKENS - tokens) as f64);
-    let frequencies = frequencies(rope, head_dim);
+/// Cosines and sines of `position`, f32 `[t, 1]`: each `[1, t, 1, d/2]` of `dtype`; angles in f32.
+pub(super) fn rope_tables(b: &Builder, attention: &GemmaAttention, position: ValueId, dtype: DType) -> [ValueId; 2] {
+    let tokens = b.shape(position)[0];
+    let frequencies = frequencies(&attention.rope, attention.head_dim);
     let angles = b.mul(position, b.constant(&[1, frequencies.len()], &frequencies));
     let angles = b.reshape(angles, &[1, tokens, 1, frequencies.len()]);
     [Unary::Cos, Unary::Sin].map(|f| b.cast(b.unary(f, angles), dtype))

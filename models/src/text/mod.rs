@@ -15,17 +15,20 @@
 //! | `features` | hidden states to features |
 //! | `connector` | registers and connectors, with their configuration |
 //! | `programs` | the two programs, as modules |
+//! | `generate` | Gemma as a writer, for prompt enhancement |
 
 mod config;
 mod connector;
 mod features;
 mod gemma;
+mod generate;
 mod programs;
 
 pub use config::{GemmaAttention, GemmaConfig, GemmaRope, LayerKind, NormWeight};
 pub use connector::{ConnectorConfig, Connectors, Modality, connector, registers};
 pub use features::{FeatureExtractor, features};
 pub use gemma::gemma;
+pub use generate::generate;
 pub use programs::{TextConfig, TextWeights, connect, encode};
 
 /// Tokens of a context, and positions that prompts are left-padded to.

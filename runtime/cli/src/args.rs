@@ -12,7 +12,7 @@ use ltxc_models::synth::Preset;
 use ltxc_runtime::backend::DeviceName;
 use ltxc_runtime::experiments::Experiment;
 
-use crate::debug::command::DebugCommand;
+use crate::debug::command::{DebugCommand, SCRIPTS};
 use crate::debug::flags::DebugFlags;
 
 /// Compile LTX-2 models ahead of time and run them.
@@ -51,6 +51,8 @@ pub enum Command {
     Lora(LoraCommand),
     /// Write synthetic model files in the published format.
     Synth(SynthArgs),
+    /// Let the text encoder write a prompt anew, in detail, and print that.
+    Enhance(EnhanceArgs),
     /// Measure how long the parts of a plan take, and how close to the limits of the device.
     Bench(BenchArgs),
     /// Make ./demo.mp4 with a tiny synthetic model.
@@ -58,7 +60,7 @@ pub enum Command {
     /// Show devices, memory, caches and codecs of this machine.
     Doctor,
     /// Find the first tensor that is wrong.
-    #[command(subcommand)]
+    #[command(subcommand, after_long_help = SCRIPTS)]
     Debug(Box<DebugCommand>),
 }
 
@@ -93,9 +95,15 @@ pub struct ShapeArgs {
     /// Width in pixels [default: 1536, or 768 for one stage]
     #[arg(long, short = 'W')]
     pub width: Option<u32>,
+    /// Both at once, as WIDTHxHEIGHT.
+    #[arg(long, value_name = "WxH", conflicts_with_all = ["height", "width"])]
+    pub size: Option<String>,
     /// Number of frames, 8k+1 [default: 121]
     #[arg(long, alias = "frames")]
     pub num_frames: Option<u32>,
+    /// Length in seconds instead, which is rounded down to 8k+1 frames.
+    #[arg(long, conflicts_with = "num_frames")]
+    pub seconds: Option<f64>,
     /// Frames per second, a number or a fraction like 24000/1001 [default: 24]
     #[arg(long, alias = "fps")]
     pub frame_rate: Option<String>,
@@ -111,7 +119,7 @@ pub struct ShapeArgs {
     /// Let a run say how strongly reference videos act, everywhere or with a mask [default: if it does]
     #[arg(long)]
     pub reference_attention: bool,
-    /// Release of the reference implementation whose results are given [default: 1.2.0]
+    /// Release of the reference implementation whose results are given; LoRAs named here run live with 1.0.0 [default: 1.2.0]
     #[arg(long, value_enum, value_name = "VERSION")]
     pub reference_version: Option<ReferenceVersion>,
     /// Device: auto, cpu, cuda:N, vulkan:N or metal; compile for any one with cuda or vulkan alone
@@ -126,6 +134,9 @@ pub struct ShapeArgs {
     /// Room for live LoRAs, whose ranks add up to this at most; without, LoRAs are merged into the weights [default: 0]
     #[arg(long, value_name = "RANK")]
     pub lora_rank: Option<u32>,
+    /// Let the text encoder write the prompt anew, in detail, before it is encoded.
+    #[arg(long)]
+    pub enhance_prompt: bool,
     /// Other tools quantise weights when they load them; here weights are used as they are stored.
     #[arg(long, value_name = "MODE", hide = true, alias = "quant")]
     pub quantization: Option<String>,
@@ -573,6 +584,9 @@ pub struct ContentArgs {
     /// Clip of which a part is made anew: H.264 in MP4 or MOV, a folder of images, or what ffmpeg reads.
     #[arg(long, value_name = "PATH")]
     pub video_path: Option<PathBuf>,
+    /// Clip and references are EXR frames, whose numbers are these; EXR frames are written too, into a folder.
+    #[arg(long, value_enum, value_name = "SPACE", ignore_case = true)]
+    pub hdr: Option<Hdr>,
     /// Where that part begins, in seconds [default: 0]
     #[arg(long, value_name = "SECONDS")]
     pub start_time: Option<f64>,
@@ -633,6 +647,23 @@ pub struct ContentArgs {
     pub allow_bad_numerics: bool,
 }
 
+/// What the numbers of EXR frames are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Hdr {
+    /// Light, primaries of sRGB.
+    #[value(name = "SRGB_LINEAR")]
+    SrgbLinear,
+    /// Light, primaries AP1.
+    #[value(name = "ACESCG")]
+    AcesCg,
+    /// A logarithm of light, primaries AP1.
+    #[value(name = "ACESCCT")]
+    AcesCct,
+    /// Light, primaries of sRGB, for LoRAs that know LogC3; references of 8 bits may be given, too.
+    #[value(name = "LOGC3")]
+    LogC3,
+}
+
 /// Codec for the H.264 round trip of conditioning images.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
 pub enum ImageCodec {
@@ -681,7 +712,7 @@ pub enum LoraCommand {
 }
 
 /// `ltxc lora inspect`.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 #[command(after_help = "Example:\n  ltxc lora inspect my-lora.safetensors --checkpoint-path ltx-2-19b-dev.safetensors")]
 pub struct LoraInspectArgs {
     /// LoRA file, or folder with one.
@@ -689,6 +720,9 @@ pub struct LoraInspectArgs {
     /// Model to compare with; without one, the published ones.
     #[arg(long, value_name = "FILE", aliases = ["checkpoint", "model-path", "model"])]
     pub checkpoint_path: Option<PathBuf>,
+    /// Read the whole file, and tell the norm of what it adds to every layer.
+    #[arg(long)]
+    pub norms: bool,
 }
 
 /// `ltxc synth`.
@@ -702,6 +736,27 @@ pub struct SynthArgs {
     pub preset: Preset,
     /// Folder to write into.
     pub dir: PathBuf,
+}
+
+/// `ltxc enhance`.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  ltxc enhance --gemma-root gemma-3-12b --prompt \"a red fox in deep snow\"")]
+pub struct EnhanceArgs {
+    /// Folder of the Gemma text encoder, or its hub name.
+    #[arg(long, value_name = "DIR", aliases = ["gemma-path", "text-encoder", "gemma"])]
+    pub gemma_root: PathBuf,
+    /// What to show; `-` reads standard input, `@FILE` a file.
+    #[arg(long, short)]
+    pub prompt: String,
+    /// Seed of the words that are drawn, or `random`.
+    #[arg(long, default_value = "42")]
+    pub seed: String,
+    /// For a video that begins with an image: leave its looks to it.
+    #[arg(long)]
+    pub image_to_video: bool,
+    /// Device: auto, cpu, cuda:N, vulkan:N or metal
+    #[arg(long, default_value = "auto")]
+    pub device: DeviceChoice,
 }
 
 /// `ltxc bench`.

@@ -2,6 +2,7 @@
 //!
 //! # Programs
 //! - `encode.<n>` and `connect`: text to contexts, a program per bucket of prompt lengths;
+//! - `enhance.prefill` and `enhance.decode`, if prompts are to be enhanced;
 //! - one group per stage and kind of conditioning, named by [`StageClass::name`], with a program for every combination
 //!   of modalities that one step may update;
 //! - `encode_image.<stage>`, `upsample`, `decode.<f>x<h>x<w>`, `decode_audio`.
@@ -29,6 +30,7 @@ use ltxc_runtime::pipeline::encode;
 use ltxc_runtime::pipeline::needed_passes;
 
 use crate::args::ModelArgs;
+use crate::enhance;
 use crate::job::Shape;
 use crate::pipelines::{Basis, StageDraft, definition, guidance, inputs};
 use crate::tensors;
@@ -107,7 +109,7 @@ impl ModelFiles {
     /// # Errors
     /// A file that cannot be read.
     pub fn sources(&self) -> Result<Vec<WeightSource>> {
-        let gemma = weight_source(GEMMA, self.gemma.identities(self.verify)?, self.gemma.tensors());
+        let gemma = gemma_source(&self.gemma, self.verify)?;
         let mut sources = vec![checkpoint_source(MODEL, &self.model, self.verify)?, gemma];
         if let Some(upsampler) = &self.upsampler {
             sources.push(checkpoint_source(UPSAMPLER, upsampler, self.verify)?);
@@ -119,6 +121,11 @@ impl ModelFiles {
 /// A checkpoint as a source of plans, with the identity of every file.
 pub(crate) fn checkpoint_source(name: &str, checkpoint: &Checkpoint, verify: bool) -> Result<WeightSource> {
     Ok(weight_source(name, checkpoint.identities(verify)?, checkpoint.tensors()))
+}
+
+/// The text encoder as a source of plans, with the identity of every file.
+pub(crate) fn gemma_source(gemma: &GemmaFolder, verify: bool) -> Result<WeightSource> {
+    Ok(weight_source(GEMMA, gemma.identities(verify)?, gemma.tensors()))
 }
 
 fn weight_source<'t>(
@@ -183,6 +190,12 @@ pub fn assemble(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
     let states = if dtype == DType::F16 { DType::F32 } else { dtype };
     for bucket in BUCKETS {
         programs.add("text", &format!("encode.{bucket}"), text::encode(&model.text, &text_weights, bucket, states));
+    }
+    if shape.enhances_prompt {
+        match enhance::programs(&model.text.gemma, &asked[1].1, states) {
+            Ok(built) => programs.built.extend(built),
+            Err(failure) => programs.fail(failure),
+        }
     }
     let connectors = &model.text.connectors;
     programs.add("text", "connect", text::connect(connectors, &model.weights, text::CONTEXT_TOKENS, dtype));
@@ -313,8 +326,13 @@ impl Programs {
     fn add(&mut self, group: &str, name: &str, module: Result<Module, ModelError>) {
         match module {
             Ok(module) => self.built.push(ProgramSource { group: group.into(), name: name.into(), module }),
-            Err(ModelError::Weights { .. }) => {}
-            Err(failure) => drop(self.failure.get_or_insert(failure)),
+            Err(failure) => self.fail(failure),
+        }
+    }
+
+    fn fail(&mut self, failure: ModelError) {
+        if !matches!(failure, ModelError::Weights { .. }) {
+            self.failure.get_or_insert(failure);
         }
     }
 }

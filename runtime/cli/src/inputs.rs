@@ -3,11 +3,15 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use ltxc_ir::DType;
 use ltxc_ir::plan::{Modality, Plan, ReferenceInput, SoundRole};
-use ltxc_runtime::media::{Clip, ClipRate, MediaError, Rational, Window, load_audio, resize_and_crop};
+use ltxc_runtime::media::{
+    Clip, ClipInfo, ClipRate, ColourSpace, ExrSequence, MediaError, Rational, Window, is_exr, load_audio,
+    resize_and_crop,
+};
 use ltxc_runtime::pipeline::{Attention, Media, Reference, SourceClip};
 
-use crate::args::{ContentArgs, PipelineName, ShapeArgs};
+use crate::args::{ContentArgs, Hdr, PipelineName, ShapeArgs};
 use crate::pipelines::{Definition, definition};
 use crate::run::Occurrences;
 
@@ -70,6 +74,22 @@ pub fn check_given(pipeline: PipelineName, content: &ContentArgs) -> Result<()> 
     Ok(())
 }
 
+/// Frames of the shortest reference video of a run; `None` without one, or if its frames are chosen by their times.
+///
+/// # Errors
+/// A strength that is no number, or a video that cannot be read.
+pub fn shortest(content: &ContentArgs, occurrences: &Occurrences) -> Result<Option<usize>> {
+    let given = weighted("--video-conditioning", &content.video_conditioning, &occurrences.reference)?;
+    let mut shortest = None;
+    for video in given {
+        let info = info(&video.path)?;
+        if !matches!(info.rate, ClipRate::Variable(_)) {
+            shortest = Some(shortest.unwrap_or(info.frames).min(info.frames));
+        }
+    }
+    Ok(shortest)
+}
+
 /// The reference videos of a run.
 ///
 /// # Errors
@@ -108,7 +128,7 @@ pub fn shape_of_media(args: &ShapeArgs, content: &ContentArgs) -> Result<(ShapeA
         (_, Some(path)) if brings.sound == Some(SoundRole::Reference) => (path, false),
         _ => return Ok((args.clone(), None)),
     };
-    let info = Clip::open(path)?.info();
+    let info = info(path)?;
     let rate = match info.rate {
         ClipRate::Constant(rate) => Some(rate.to_string()),
         ClipRate::Variable(_) | ClipRate::Free => None,
@@ -135,6 +155,65 @@ pub fn shape_of_media(args: &ShapeArgs, content: &ContentArgs) -> Result<(ShapeA
     Ok((shape, seconds))
 }
 
+/// What a clip or a sequence of EXR files is.
+fn info(path: &Path) -> Result<ClipInfo, MediaError> {
+    match is_exr(path) {
+        true => ExrSequence::open(path).map(|sequence| sequence.info()),
+        false => Clip::open(path).map(|clip| clip.info()),
+    }
+}
+
+/// The colour space of a run with a high dynamic range.
+///
+/// # Errors
+/// A run without a video, or a plan that computes with less than f32.
+pub fn colour_space(content: &ContentArgs, plan: &Plan) -> Result<Option<ColourSpace>> {
+    let Some(hdr) = content.hdr else { return Ok(None) };
+    if content.video_path.is_none() && content.video_conditioning.is_empty() {
+        bail!(
+            "`--hdr` says what EXR frames are; give them with `--video-path` or `--video-conditioning`, or leave it out"
+        );
+    }
+    if plan.pipeline.dtype != DType::F32 {
+        bail!("`--hdr` needs the precision of f32; compile the plan without `--dtype {}`", plan.pipeline.dtype);
+    }
+    Ok(Some(match hdr {
+        Hdr::SrgbLinear => ColourSpace::SrgbLinear,
+        Hdr::AcesCg => ColourSpace::AcesCg,
+        Hdr::AcesCct => ColourSpace::AcesCct,
+        Hdr::LogC3 => ColourSpace::LogC3,
+    }))
+}
+
+/// Hands on the frames of a clip or a sequence of EXR files, each fitted to `width` and `height`, as models see them:
+/// `[height, width, 3]` in `[-1, 1]`. Returns how many there were.
+fn read_frames(
+    path: &Path,
+    window: Window,
+    space: Option<ColourSpace>,
+    (width, height): (usize, usize),
+    sink: &mut dyn FnMut(Vec<f32>),
+) -> Result<usize> {
+    match (is_exr(path), space) {
+        (true, Some(space)) => Ok(ExrSequence::open(path)?.read(window.frames, space, &mut |picture| {
+            sink(picture.resize_and_crop(width, height)?);
+            Ok(())
+        })?),
+        (true, None) => bail!(
+            "`{}` holds EXR frames; say what their numbers are with `--hdr SRGB_LINEAR`, `ACESCG` or `ACESCCT`",
+            path.display()
+        ),
+        // To LogC3, 8 bits are a signal already.
+        (false, Some(space)) if space != ColourSpace::LogC3 => {
+            bail!("`{}` holds no EXR frames; leave `--hdr` out", path.display())
+        }
+        (false, _) => Ok(Clip::open(path)?.read(window, &mut |picture| {
+            sink(resize_and_crop(picture, width, height)?);
+            Ok(())
+        })?),
+    }
+}
+
 /// Longest recording that can guide, in seconds; tokens of a minute are many already.
 const MOST_REFERENCE_SECONDS: f64 = 600.0;
 
@@ -147,8 +226,9 @@ pub fn load(content: &ContentArgs, references: &[Weighted], plan: &Plan) -> Resu
     let rate = Rational::new(video.frame_rate.0, video.frame_rate.1)?;
     let seconds = f64::from(video.frames) / rate.to_f64();
     let mut media = Media::default();
+    let space = colour_space(content, plan)?;
     let load = |given: &Weighted| -> Result<Reference> {
-        let frames = inputs.references.iter().map(|planned| reference(&given.path, planned, rate));
+        let frames = inputs.references.iter().map(|planned| reference(&given.path, planned, rate, space));
         Ok(Reference { frames: frames.collect::<Result<_>>()?, strength: given.strength })
     };
     if let (true, Some(given)) = (inputs.references.is_empty(), references.first()) {
@@ -168,6 +248,7 @@ pub fn load(content: &ContentArgs, references: &[Weighted], plan: &Plan) -> Resu
         media.sound = match load_audio(path, 0.0, seconds) {
             Ok(recording) => Some(recording),
             Err(MediaError::NoSound { .. }) => None,
+            Err(_) if is_exr(path) => None,
             Err(error) => return Err(error.into()),
         };
     }
@@ -184,8 +265,7 @@ pub fn load(content: &ContentArgs, references: &[Weighted], plan: &Plan) -> Resu
 /// A clip of which a part is made anew.
 fn clip(content: &ContentArgs, path: &Path, plan: &Plan, window: Window) -> Result<SourceClip> {
     let video = &plan.pipeline.video;
-    let clip = Clip::open(path)?;
-    let info = clip.info();
+    let info = info(path)?;
     if plan.pipeline.inputs.clip.is_some() && (info.width, info.height) != (video.width as usize, video.height as usize)
     {
         bail!(
@@ -200,7 +280,9 @@ fn clip(content: &ContentArgs, path: &Path, plan: &Plan, window: Window) -> Resu
             video.scale[1]
         );
     }
-    let frames = clip.load(window, info.width, info.height)?;
+    let mut frames = Vec::new();
+    let space = colour_space(content, plan)?;
+    read_frames(path, window, space, (info.width, info.height), &mut |frame| frames.extend(frame))?;
     let end = content.end_time.unwrap_or(window.frames as f64 / window.rate.to_f64());
     let kept = match (content.keep_video, content.keep_audio) {
         (true, true) => bail!("`--keep-video` and `--keep-audio` leave nothing to be made anew; give one of them"),
@@ -212,19 +294,18 @@ fn clip(content: &ContentArgs, path: &Path, plan: &Plan, window: Window) -> Resu
 }
 
 /// Frames 0, 1, 1 + s, 1 + 2 s … of a video, fitted to the size of the plan.
-fn reference(path: &Path, planned: &ReferenceInput, rate: Rational) -> Result<Vec<f32>> {
+fn reference(path: &Path, planned: &ReferenceInput, rate: Rational, space: Option<ColourSpace>) -> Result<Vec<f32>> {
     let (count, step) = (planned.frames as usize, planned.time_scale.max(1) as usize);
     let (width, height) = (planned.width as usize, planned.height as usize);
     let needed = if count < 2 { count } else { 2 + (count - 2) * step };
     let mut frames = Vec::with_capacity(count * width * height * 3);
     let mut index = 0;
     let window = Window { rate, start_seconds: 0.0, frames: needed };
-    let found = Clip::open(path)?.read(window, &mut |image| {
+    let found = read_frames(path, window, space, (width, height), &mut |frame| {
         if index == 0 || (index - 1) % step == 0 {
-            frames.extend(resize_and_crop(image, width, height)?);
+            frames.extend(frame);
         }
         index += 1;
-        Ok(())
     })?;
     if found < needed {
         bail!(

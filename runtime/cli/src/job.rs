@@ -48,6 +48,8 @@ pub struct Shape {
     pub reference_seconds: Option<f64>,
     /// The release of the reference implementation whose results are given.
     pub release: Release,
+    /// Whether the text encoder can write prompts anew.
+    pub enhances_prompt: bool,
 }
 
 /// Reference videos that a plan has room for.
@@ -55,6 +57,8 @@ pub struct Shape {
 pub struct References {
     /// Number of videos.
     pub count: usize,
+    /// Frames that they have, if fewer than the video.
+    pub frames: Option<usize>,
     /// How much coarser than their stage they are.
     pub scale: ReferenceScale,
     /// Whether a run says how strongly they act.
@@ -201,6 +205,15 @@ impl Shape {
             bail!("{keyframes} images behind frame 0 are too many, expected at most {MOST_KEYFRAMES}");
         }
         let rate = args.frame_rate.as_deref().unwrap_or("24");
+        let frame_rate: Rational = rate.parse().with_context(|| format!("`--frame-rate {rate}`"))?;
+        let (wide, high) = match &args.size {
+            Some(text) => size_of(text).map(|(width, height)| (Some(width), Some(height)))?,
+            None => (args.width, args.height),
+        };
+        let frames = match args.seconds {
+            Some(seconds) => Some(frames_of(seconds, frame_rate)?),
+            None => args.num_frames,
+        };
         let release = match args.reference_version {
             Some(ReferenceVersion::V1_0_0) => Release::V1_0_0,
             Some(ReferenceVersion::V1_2_0) | None => Release::V1_2_0,
@@ -212,10 +225,10 @@ impl Shape {
         };
         Ok(Shape {
             pipeline,
-            height: size(args.height, height, "--height")?.div_ceil(shrink),
-            width: size(args.width, width, "--width")?.div_ceil(shrink),
-            frames: size(args.num_frames, 121, "--num-frames")?,
-            frame_rate: rate.parse().with_context(|| format!("`--frame-rate {rate}`"))?,
+            height: size(high, height, "--height")?.div_ceil(shrink),
+            width: size(wide, width, "--width")?.div_ceil(shrink),
+            frames: size(frames, 121, "--num-frames")?,
+            frame_rate,
             max_keyframes: keyframes as usize,
             tile: VaeTile::parse(args.vae_tile.as_deref().unwrap_or(own_tiles))?,
             target: target(&args.device)?,
@@ -230,11 +243,13 @@ impl Shape {
             sampling: args.sampling.clone(),
             references: References {
                 count: count(args.reference_count, "--reference-count")?,
+                frames: None,
                 scale: ReferenceScale::SAME,
                 has_attention: args.reference_attention,
             },
             reference_seconds: None,
             release,
+            enhances_prompt: args.enhance_prompt,
         })
     }
 
@@ -288,6 +303,21 @@ impl Shape {
         }
         Ok(())
     }
+}
+
+/// Width and height in `WIDTHxHEIGHT`.
+fn size_of(text: &str) -> Result<(u32, u32)> {
+    let sides = text.split_once(['x', 'X']).and_then(|(w, h)| Some((w.trim().parse().ok()?, h.trim().parse().ok()?)));
+    sides.with_context(|| format!("`--size {text}` is not WIDTHxHEIGHT, for example 768x512"))
+}
+
+/// The frames of so many seconds: one of the numbers 8k+1, which all known models take.
+fn frames_of(seconds: f64, rate: Rational) -> Result<u32> {
+    let frames = (seconds * rate.to_f64()).round();
+    if !(1.0..=MOST as f64).contains(&frames) {
+        bail!("`--seconds {seconds}` are {frames} frames, expected 1 to {MOST}");
+    }
+    Ok((frames as u32 - 1) / 8 * 8 + 1)
 }
 
 /// Refuses to quantise weights.
@@ -371,12 +401,20 @@ pub fn images(values: &[String], occurrences: &[usize]) -> Result<Vec<ImageArg>>
     Ok(out)
 }
 
-/// The prompt: given, read from standard input (`-`), or from a file (`@FILE`).
+/// The prompt of a run.
 ///
 /// # Errors
 /// Input that cannot be read.
 pub fn prompt(args: &ContentArgs) -> Result<String> {
-    match args.prompt.as_deref().unwrap_or_default() {
+    text(args.prompt.as_deref().unwrap_or_default())
+}
+
+/// A prompt: given, read from standard input (`-`), or from a file (`@FILE`).
+///
+/// # Errors
+/// Input that cannot be read.
+pub fn text(argument: &str) -> Result<String> {
+    match argument {
         "-" => std::io::read_to_string(std::io::stdin()).context("prompt from standard input"),
         text => from_file(text),
     }
@@ -417,6 +455,19 @@ mod tests {
         assert!(message(shape(1080, 768, 121)).contains("1024 or 1088"));
         assert!(message(shape(512, 768, 120)).contains("113 and 121"));
         assert!(message(shape(16, 768, 121)).contains("the nearest is 64"));
+    }
+
+    #[test]
+    fn sizes_and_lengths_can_be_given_at_once() {
+        let of = |size: &str, seconds: f64| {
+            let args = ShapeArgs { size: Some(size.into()), seconds: Some(seconds), ..ShapeArgs::default() };
+            Shape::resolve(&args, 0).map(|s| (s.width, s.height, s.frames))
+        };
+        assert_eq!(of("768x512", 5.05).unwrap(), (768, 512, 121));
+        assert_eq!(of("64X32", 0.3).unwrap(), (64, 32, 1));
+        for (size, seconds) in [("768", 1.0), ("ax2", 1.0), ("64x64", -1.0), ("64x64", f64::NAN), ("64x64", 1e9)] {
+            assert!(of(size, seconds).is_err(), "{size} {seconds}");
+        }
     }
 
     #[test]

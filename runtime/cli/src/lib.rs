@@ -8,6 +8,7 @@ pub mod compile;
 pub mod debug;
 pub mod demo;
 pub mod doctor;
+pub mod enhance;
 pub mod inputs;
 pub mod inspect;
 pub mod inspect_html;

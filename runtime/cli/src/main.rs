@@ -7,7 +7,7 @@ use clap::{ArgMatches, CommandFactory, FromArgMatches};
 use ltxc::args::{Cli, Command, LoraCommand, in_our_words};
 use ltxc::report::{Report, Style};
 use ltxc::run::Occurrences;
-use ltxc::{bench, compile, debug, demo, doctor, inspect, jobs, lora, run, synth, tune};
+use ltxc::{bench, compile, debug, demo, doctor, enhance, inspect, jobs, lora, run, synth, tune};
 use ltxc_runtime::RunError;
 
 /// Exit code after Ctrl-C, as shells expect it.
@@ -61,6 +61,7 @@ fn execute(cli: &Cli, matches: &ArgMatches, report: &mut Report) -> anyhow::Resu
         Command::Inspect(args) => inspect::run(args, cli.json),
         Command::Lora(LoraCommand::Inspect(args)) => lora::inspect(args, cli.json),
         Command::Synth(args) => synth::run(args, report),
+        Command::Enhance(args) => enhance::run(args, cli.json, report),
         Command::Bench(args) => bench::run(args, cli.json, report),
         Command::Demo(args) => demo::run(args, report),
         Command::Doctor => doctor::run(cli.json),

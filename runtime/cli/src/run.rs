@@ -16,7 +16,8 @@ use ltxc_runtime::executor::Executor;
 use ltxc_runtime::experiments::Experiments;
 use ltxc_runtime::files::write_atomically;
 use ltxc_runtime::media::{
-    Audio, MediaWriter, OutputOptions, Rational, RoundTrip, VideoFormat, Written, image_round_trip, load_image,
+    Audio, ColourSpace, MediaWriter, OutputOptions, Rational, RoundTrip, VideoFormat, Written, image_round_trip,
+    load_image,
 };
 use ltxc_runtime::memory::{MemoryNeed, available};
 use ltxc_runtime::noise_files;
@@ -34,6 +35,7 @@ use crate::debug::flags::{DebugMode, DebugOptions};
 use crate::debug::noise::summary as noise_summary;
 use crate::debug::session::{About, Session};
 use crate::debug::text::contexts::embeddings;
+use crate::enhance;
 use crate::inputs;
 use crate::job::{self, ImageArg, Shape, pick};
 use crate::pipelines::{definition, describe, levels, stage_choice};
@@ -97,7 +99,9 @@ pub struct Room {
     pub images: usize,
     /// Reference videos.
     pub references: usize,
-    /// Whether it says how strongly these act.
+    /// Frames of the shortest of them, where they are counted; the others are used as far.
+    pub reference_frames: Option<usize>,
+    /// Whether it says how strongly they act.
     pub has_attention: bool,
 }
 
@@ -105,17 +109,21 @@ impl Room {
     /// The room for one run of a command, whose content may be that of a job.
     ///
     /// # Errors
-    /// Values of flags that are no frame, strength or CRF; without a plan, content that the pipeline does not take.
+    /// Values of flags that are no frame, strength or CRF; without a plan, content that the pipeline does not take, or
+    /// reference videos that cannot be read.
     pub fn of(args: &RunArgs, content: &ContentArgs, occurrences: &Occurrences) -> Result<Room> {
         let images = job::images(&content.image, &occurrences.image)?;
         let pipeline = args.shape.pipeline.unwrap_or_default();
+        let mut reference_frames = None;
         if args.plan.is_none() {
             inputs::check_given(pipeline, content)?;
+            reference_frames = inputs::shortest(content, occurrences)?;
         }
         let all = definition(pipeline).brings.appends_first_image;
         Ok(Room {
             images: images.iter().filter(|image| all || image.frame > 0).count(),
             references: occurrences.reference.len(),
+            reference_frames,
             has_attention: inputs::attention_strength(content)?.is_some()
                 || !content.conditioning_attention_mask.is_empty(),
         })
@@ -126,6 +134,7 @@ impl Room {
         Room {
             images: self.images.max(other.images),
             references: self.references.max(other.references),
+            reference_frames: [self.reference_frames, other.reference_frames].into_iter().flatten().min(),
             has_attention: self.has_attention || other.has_attention,
         }
     }
@@ -141,6 +150,7 @@ pub struct Runner {
     /// Folder of the tokenizer; none where contexts come from elsewhere.
     tokenizer: Option<PathBuf>,
     adapters: StageAdapters,
+    enhances_prompt: bool,
     is_frozen: bool,
 }
 
@@ -190,6 +200,7 @@ impl Runner {
         let loras = Loras::open(&args.adapters, lora_occurrences)?;
         let (plan_path, folders) = plan_and_folders(args, room, &loras, mode)?;
         let (plan, kernels, hash) = read_with_kernels(&plan_path)?;
+        let enhances_prompt = args.shape.enhance_prompt;
         let device = pick(&args.shape.device, Some(&plan))?;
         // Contexts from elsewhere need no text encoder.
         let encodes_text = args.content.embeddings.is_none();
@@ -221,7 +232,8 @@ impl Runner {
         report.note(&memory(&need));
         need.check(available())?;
         let tokenizer = tokenizer.map(|path| path.parent().unwrap_or(Path::new(".")).to_path_buf());
-        Ok(Runner { plan, kernels, hash, device, weights, tokenizer, adapters, is_frozen: args.frozen })
+        let is_frozen = args.frozen;
+        Ok(Runner { plan, kernels, hash, device, weights, tokenizer, adapters, is_frozen, enhances_prompt })
     }
 
     /// Hash of the plan.
@@ -258,8 +270,11 @@ impl Runner {
         report: &mut Report,
     ) -> Result<Made> {
         let (plan, content) = (&self.plan, choice.content);
+        if self.enhances_prompt {
+            enhance::check(plan, content)?;
+        }
         let seed = job::seed(&content.seed)?;
-        let (prompt, negative) = (job::prompt(content)?, job::negative_prompt(content)?);
+        let (said, negative) = (job::prompt(content)?, job::negative_prompt(content)?);
         let embeddings = content.embeddings.as_deref().map(|path| embeddings(path, plan)).transpose()?;
         let experiments = Experiments::new(content.experiment.clone(), plan)?;
         for label in experiments.labels() {
@@ -277,12 +292,27 @@ impl Runner {
         for stage in &plan.pipeline.stages {
             report.note(&describe(stage, stages.get(&stage.name), &plan.pipeline.modalities()));
         }
+        let media = inputs::load(content, &references, plan)?;
+        let mut output = FileOutput::create(choice.output, plan, inputs::colour_space(content, plan)?, choice.writing)?;
+        let tokenizer = match &self.tokenizer {
+            Some(folder) => Some(Tokenizer::from_folder(folder)?),
+            None if embeddings.is_none() => {
+                bail!("the text encoder was not loaded, because of `--embeddings` for all jobs; give it to every job")
+            }
+            None => None,
+        };
+        let mut prompt = said.clone();
+        if let (true, Some(tokenizer)) = (self.enhances_prompt, &tokenizer) {
+            let seed = enhance::seed_of(&plan.pipeline.name, seed);
+            prompt = enhance::enhanced(executor, tokenizer, &said, !images.is_empty(), seed, report)?;
+            report.note(&format!("enhanced prompt: {prompt}"));
+        }
         let request = Request {
             prompt: &prompt,
             negative_prompt: &negative,
             embeddings: embeddings.as_ref(),
             images: &conditioning,
-            media: inputs::load(content, &references, plan)?,
+            media,
             stages,
             noise: Noise {
                 seed,
@@ -295,22 +325,17 @@ impl Runner {
             allow_bad_numerics: content.allow_bad_numerics,
         };
         let labels = request.experiments.labels();
-        let has_metadata = !choice.writing.no_metadata;
-        let mut tags = if has_metadata { tags(&prompt, seed, &self.hash) } else { Vec::new() };
-        if let Some(path) = content.embeddings.as_ref().filter(|_| has_metadata) {
-            tags.push(("embeddings".into(), path.file_name().unwrap_or_default().to_string_lossy().into_owned()));
+        if !choice.writing.no_metadata {
+            let given = self.enhances_prompt.then(|| said.clone());
+            let embeddings =
+                content.embeddings.as_ref().map(|path| path.file_name().unwrap_or_default().to_string_lossy());
+            output.tag("comment", Some(prompt.clone()));
+            output.tag("prompt_given", given);
+            output.tag("seed", Some(seed.to_string()));
+            output.tag("plan_hash", Some(hex(&self.hash)));
+            output.tag("embeddings", embeddings.map(String::from));
         }
-        if !labels.is_empty() {
-            tags.push(("experiments".into(), labels.join(", ")));
-        }
-        let mut output = FileOutput::create(choice.output, plan, tags, choice.writing)?;
-        let tokenizer = match &self.tokenizer {
-            Some(folder) => Some(Tokenizer::from_folder(folder)?),
-            None if embeddings.is_none() => {
-                bail!("the text encoder was not loaded, because of `--embeddings` for all jobs; give it to every job")
-            }
-            None => None,
-        };
+        output.tag("experiments", (!labels.is_empty()).then(|| labels.join(", ")));
         match debug.is_on() {
             false => run_pipeline(executor, tokenizer, &request, report, &mut output)?,
             true => {
@@ -337,6 +362,9 @@ impl Runner {
                 "height": plan.pipeline.video.height, "width": plan.pipeline.video.width, "frames": frames,
                 "frame_rate": [plan.pipeline.video.frame_rate.0, plan.pipeline.video.frame_rate.1],
             });
+            if self.enhances_prompt {
+                facts["prompt_given"] = json!(said);
+            }
             if let Some(path) = &content.embeddings {
                 facts["embeddings"] = json!(path);
             }
@@ -384,7 +412,8 @@ fn plan_and_folders(args: &RunArgs, room: Room, loras: &Loras, mode: DebugMode) 
             ..args.shape.clone()
         };
         let (shape, reference_seconds) = inputs::shape_of_media(&shape, &args.content)?;
-        let shape = Shape { target, reference_seconds, ..Shape::resolve(&shape, room.images)?.with(loras)? };
+        let mut shape = Shape { target, reference_seconds, ..Shape::resolve(&shape, room.images)?.with(loras)? };
+        shape.references.frames = room.reference_frames;
         let files = ModelFiles::open(&args.model, shape.has_two_stages())?;
         job::refuse_quantization(&args.shape, files.model.name(), files.model.has_fp8())?;
         loras.check(&files.model, definition(shape.pipeline).name)?;
@@ -395,6 +424,9 @@ fn plan_and_folders(args: &RunArgs, room: Room, loras: &Loras, mode: DebugMode) 
         let path = cached(&files, &shape, &options)?;
         return Ok((path, [files.paths(), args.weights.clone()].concat()));
     };
+    if plan.extension().is_none() && !plan.exists() {
+        bail!("there is no plan `{}`, and no pipeline of this name; `ltxc help run` lists pipelines", plan.display());
+    }
     if mode == DebugMode::Exact {
         bail!("`--debug-mode exact` compiles the model without fusion; name model files instead of a plan");
     }
@@ -466,12 +498,6 @@ fn hex(hash: &[u8; 32]) -> String {
     hash.iter().map(|b| format!("{b:02x}")).collect()
 }
 
-fn tags(prompt: &str, seed: u64, hash: &[u8; 32]) -> Vec<(String, String)> {
-    [("comment", prompt.to_string()), ("seed", seed.to_string()), ("plan_hash", hex(hash))]
-        .map(|(name, value)| (name.to_string(), value))
-        .into()
-}
-
 /// Sampling rate that every format has.
 const COMMON_RATE_HZ: usize = 48_000;
 
@@ -482,7 +508,7 @@ struct FileOutput {
 }
 
 impl FileOutput {
-    fn create(path: &Path, plan: &Plan, tags: Vec<(String, String)>, writing: &OutputArgs) -> Result<FileOutput> {
+    fn create(path: &Path, plan: &Plan, hdr: Option<ColourSpace>, writing: &OutputArgs) -> Result<FileOutput> {
         let video = &plan.pipeline.video;
         let made = plan.pipeline.modalities();
         let is_sound = path.extension().is_some_and(|e| e.eq_ignore_ascii_case("wav"));
@@ -499,11 +525,17 @@ impl FileOutput {
             false => Rational::new(num, den)?,
         };
         let format = || VideoFormat::new(video.width as usize, video.height as usize, rate);
-        let mut options = OutputOptions::default();
+        let mut options = OutputOptions { hdr, ..OutputOptions::default() };
         options.crf = writing.crf.unwrap_or(options.crf);
-        options.tags.extend(tags);
         let writer = MediaWriter::create(path, has_video.then(format).transpose()?, options)?;
         Ok(FileOutput { writer, has_video })
+    }
+
+    /// Says something in the output about how it was made, if there is anything to say.
+    fn tag(&mut self, name: &str, value: Option<String>) {
+        if let Some(value) = value {
+            self.writer.tag(name, value);
+        }
     }
 }
 

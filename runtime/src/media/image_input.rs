@@ -171,28 +171,37 @@ fn convert_to_srgb(profile: &[u8], rgb: &[u8], path: &Path) -> Option<Vec<u8>> {
 /// [`MediaError::Limit`] if a target side is 0 or above 32768, or the image is so narrow that the resized one would be
 /// longer than 2^24 pixels.
 pub fn resize_and_crop(image: &RgbImage, width: usize, height: usize) -> Result<Vec<f32>, MediaError> {
+    let mut out = resampled([image.width, image.height], |i| f32::from(image.rgb[i]), [width, height])?;
+    out.iter_mut().for_each(|v| *v = *v / 127.5 - 1.0);
+    Ok(out)
+}
+
+/// The picture of a width and a height with the values `at`, `[h, w, 3]`, resized and cropped to other ones.
+pub(super) fn resampled(
+    [from_width, from_height]: [usize; 2],
+    at: impl Fn(usize) -> f32,
+    [width, height]: [usize; 2],
+) -> Result<Vec<f32>, MediaError> {
     for (what, side) in [("target width", width), ("target height", height)] {
         if !(1..=MAX_SIDE).contains(&side) {
             return Err(MediaError::limit(what, side, "it must be 1 to 32768 pixels"));
         }
     }
     // f64 and these very operations, because rounding up turns one last bit into one more pixel.
-    let scale = (height as f64 / image.height as f64).max(width as f64 / image.width as f64);
-    let columns = taps(image.width, (image.width as f64 * scale).ceil() as usize, width)?;
-    let rows = taps(image.height, (image.height as f64 * scale).ceil() as usize, height)?;
+    let scale = (height as f64 / from_height as f64).max(width as f64 / from_width as f64);
+    let columns = taps(from_width, (from_width as f64 * scale).ceil() as usize, width)?;
+    let rows = taps(from_height, (from_height as f64 * scale).ceil() as usize, height)?;
 
     let mut out = Vec::with_capacity(width * height * 3);
     for row in &rows {
-        let top = &image.rgb[row.first * image.width * 3..][..image.width * 3];
-        let bottom = &image.rgb[row.second * image.width * 3..][..image.width * 3];
+        let (top, bottom) = (row.first * from_width * 3, row.second * from_width * 3);
         for column in &columns {
             for channel in 0..3 {
-                let blend = |line: &[u8]| {
-                    let (a, b) = (line[column.first * 3 + channel], line[column.second * 3 + channel]);
-                    (1.0 - column.weight) * f32::from(a) + column.weight * f32::from(b)
+                let blend = |line: usize| {
+                    let (a, b) = (at(line + column.first * 3 + channel), at(line + column.second * 3 + channel));
+                    (1.0 - column.weight) * a + column.weight * b
                 };
-                let value = (1.0 - row.weight) * blend(top) + row.weight * blend(bottom);
-                out.push(value / 127.5 - 1.0);
+                out.push((1.0 - row.weight) * blend(top) + row.weight * blend(bottom));
             }
         }
     }

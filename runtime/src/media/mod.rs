@@ -12,6 +12,7 @@
 //! | `round_trip` | the H.264 compression that conditioning images go through |
 //! | `video_input`, `audio_input` | clips and recordings |
 //! | `colour` | Y'CbCr to RGB |
+//! | `hdr`, `exr_frames` | a high dynamic range: what models see of it, and EXR files |
 //! | `ffmpeg` | the program, where it is installed |
 //!
 //! No output needs another program. An `ffmpeg` on `PATH` is used for two things: the compression of conditioning images,
@@ -36,9 +37,11 @@ pub mod aac;
 pub mod audio_input;
 mod colour;
 mod error;
+pub mod exr_frames;
 pub mod ffmpeg;
 pub mod frames;
 pub mod h264;
+pub mod hdr;
 pub mod image_input;
 pub mod mp4;
 pub mod output;
@@ -52,7 +55,9 @@ pub use aac::Audio;
 pub use audio_input::{Recording, load_audio};
 pub use colour::Colour;
 pub use error::MediaError;
+pub use exr_frames::{ExrSequence, is_exr};
 pub use frames::{Frames, I420, Rational, VideoFormat};
+pub use hdr::ColourSpace;
 pub use image_input::{RgbImage, load_conditioning_image, load_image, resize_and_crop};
 pub use output::{Kind, MediaWriter, OutputOptions, Written};
 pub use round_trip::{RoundTrip, image_round_trip};

@@ -12,7 +12,7 @@ use super::frames::to_rgb8;
 use super::h264::{self, Encoder, EncoderOptions};
 use super::mp4::{self, Movie, VideoSample, VideoTrack};
 use super::partial::{PartialDir, PartialFile};
-use super::{Audio, Frames, I420, MediaError, VideoFormat, aac, png, wav};
+use super::{Audio, ColourSpace, Frames, I420, MediaError, VideoFormat, aac, exr_frames, png, wav};
 
 /// Name of the sound beside PNG frames.
 const FOLDER_AUDIO: &str = "audio.wav";
@@ -22,7 +22,7 @@ const FOLDER_AUDIO: &str = "audio.wav";
 pub enum Kind {
     /// MP4 with H.264 and AAC.
     Mp4,
-    /// A folder of PNG frames, with `audio.wav` if there is sound.
+    /// A folder of PNG or EXR frames, with `audio.wav` if there is sound.
     Frames,
     /// 16-bit WAV, sound only.
     Wav,
@@ -56,7 +56,9 @@ pub struct OutputOptions {
     pub kind: Option<Kind>,
     /// Video quality on the scale of x264's `crf`; lower is better. The reference writes 19.
     pub crf: u8,
-    /// Names and values that an MP4 file carries, such as the prompt (`comment`), `seed` and `plan_hash`.
+    /// Frames are signals for a high dynamic range, to be written as EXR files of this colour space.
+    pub hdr: Option<ColourSpace>,
+    /// Names and values that an MP4 file carries; see [`MediaWriter::tag`] for later ones.
     pub tags: Vec<(String, String)>,
     /// Called after every frame.
     pub progress: Option<Progress>,
@@ -65,7 +67,7 @@ pub struct OutputOptions {
 impl Default for OutputOptions {
     fn default() -> Self {
         let encoder = format!("ltxc {}", env!("CARGO_PKG_VERSION"));
-        Self { kind: None, crf: 19, tags: vec![("encoder".to_owned(), encoder)], progress: None }
+        Self { kind: None, crf: 19, hdr: None, tags: vec![("encoder".to_owned(), encoder)], progress: None }
     }
 }
 
@@ -74,6 +76,7 @@ impl std::fmt::Debug for OutputOptions {
         f.debug_struct("OutputOptions")
             .field("kind", &self.kind)
             .field("crf", &self.crf)
+            .field("hdr", &self.hdr)
             .field("tags", &self.tags)
             .finish_non_exhaustive()
     }
@@ -136,10 +139,14 @@ impl MediaWriter {
             (Kind::Wav, Some(_)) => {
                 return Err(wrong("video", "choose `.mp4` or a folder of PNG frames"));
             }
+            (Kind::Mp4, Some(_)) if options.hdr.is_some() => {
+                return Err(wrong("frames with a high dynamic range", "choose a folder, for EXR frames"));
+            }
             (Kind::Frames, None) => return Err(wrong("sound alone", "choose `.wav` or `.mp4`")),
             (Kind::Wav, None) => Sink::Wav(PartialFile::create(path)?),
             (Kind::Frames, Some(_)) => {
-                let is_ours = |name: &str| png::is_frame_name(name) || name == FOLDER_AUDIO;
+                let is_ours =
+                    |name: &str| png::is_frame_name(name) || exr_frames::is_frame_name(name) || name == FOLDER_AUDIO;
                 Sink::Frames { dir: PartialDir::create(path, is_ours)?, bytes: 0 }
             }
             (Kind::Mp4, video) => {
@@ -171,7 +178,12 @@ impl MediaWriter {
         for frame in Frames::new(format, rgb)?.iter() {
             match self.sink.as_mut().ok_or_else(|| closed(&self.path))? {
                 Sink::Mp4(sink) => sink.append(frame)?,
-                Sink::Frames { dir, bytes } => *bytes += write_png(dir, self.frames, format, frame)?,
+                Sink::Frames { dir, bytes } => {
+                    *bytes += match self.options.hdr {
+                        Some(space) => write_exr(dir, self.frames, format, frame, space)?,
+                        None => write_png(dir, self.frames, format, frame)?,
+                    }
+                }
                 Sink::Wav(_) => unreachable!("create refuses video here"),
             }
             self.frames += 1;
@@ -180,6 +192,11 @@ impl MediaWriter {
             }
         }
         Ok(())
+    }
+
+    /// Adds a name and a value that an MP4 file carries.
+    pub fn tag(&mut self, name: &str, value: String) {
+        self.options.tags.push((name.into(), value));
     }
 
     /// Whether the format holds sound of this rate, in samples per second.
@@ -302,6 +319,24 @@ fn write_png(dir: &PartialDir, index: u64, format: VideoFormat, frame: &[f32]) -
     Ok(bytes.len() as u64)
 }
 
+/// Writes one frame, a signal, in `space`, and returns its size.
+fn write_exr(
+    dir: &PartialDir,
+    index: u64,
+    format: VideoFormat,
+    frame: &[f32],
+    space: ColourSpace,
+) -> Result<u64, MediaError> {
+    let rgb: Vec<f32> = frame.as_chunks::<3>().0.iter().flat_map(|&signal| space.from_signal(signal)).collect();
+    let path = dir.part().join(exr_frames::frame_name(index));
+    let failed = |error| MediaError::io("write", &path, error);
+    let mut bytes = std::io::Cursor::new(Vec::new());
+    exr_frames::write((format.width(), format.height()), &rgb, space, &mut bytes).map_err(failed)?;
+    let bytes = bytes.into_inner();
+    std::fs::write(&path, &bytes).map_err(failed)?;
+    Ok(bytes.len() as u64)
+}
+
 /// Adds the sound to a folder of frames and returns its size.
 fn finish_folder(dir: PartialDir, audio: Option<&Audio>) -> Result<u64, MediaError> {
     let mut bytes = 0;
@@ -312,7 +347,7 @@ fn finish_folder(dir: PartialDir, audio: Option<&Audio>) -> Result<u64, MediaErr
         wav::write(audio, &mut file).and_then(|()| file.flush()).map_err(failed)?;
         bytes = std::fs::metadata(&path).map_err(failed)?.len();
     }
-    tracing::debug!(folder = %dir.path().display(), "wrote PNG frames");
+    tracing::debug!(folder = %dir.path().display(), "wrote frames");
     dir.commit()?;
     Ok(bytes)
 }

@@ -219,22 +219,28 @@ impl Clip {
 
 /// The images of a folder in natural order (2 before 10).
 fn open_folder(path: &Path) -> Result<(ClipInfo, Vec<PathBuf>), MediaError> {
-    let failed = |error| MediaError::io("read", path, error);
-    let mut images = Vec::new();
-    for entry in std::fs::read_dir(path).map_err(failed)? {
-        let file = entry.map_err(failed)?.path();
-        let extension = file.extension().and_then(|e| e.to_str()).map(str::to_ascii_lowercase);
-        if extension.is_some_and(|e| IMAGE_EXTENSIONS.contains(&e.as_str())) {
-            images.push(file);
-        }
-    }
-    images.sort_by_cached_key(|file| natural_key(&file.file_name().unwrap_or_default().to_string_lossy()));
+    let images = files_of_folder(path, &IMAGE_EXTENSIONS)?;
     let Some(first) = images.first() else {
         return Err(MediaError::input(path, "the folder holds no PNG, JPEG or WebP images".to_owned()));
     };
     let image = load_image(first)?;
     let info = ClipInfo { width: image.width(), height: image.height(), rate: ClipRate::Free, frames: images.len() };
     Ok((info, images))
+}
+
+/// The files of a folder with one of these extensions, in the order of their numbers.
+pub(super) fn files_of_folder(path: &Path, extensions: &[&str]) -> Result<Vec<PathBuf>, MediaError> {
+    let failed = |error| MediaError::io("read", path, error);
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(path).map_err(failed)? {
+        let file = entry.map_err(failed)?.path();
+        let extension = file.extension().and_then(|e| e.to_str()).map(str::to_ascii_lowercase);
+        if extension.is_some_and(|e| extensions.contains(&e.as_str())) {
+            files.push(file);
+        }
+    }
+    files.sort_by_cached_key(|file| natural_key(&file.file_name().unwrap_or_default().to_string_lossy()));
+    Ok(files)
 }
 
 /// A name as text and numbers, so that `f2` comes before `f10`.

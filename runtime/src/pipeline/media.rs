@@ -244,6 +244,10 @@ fn encode_sound(
     executor.write("encode_audio", "mel", &mel)?;
     executor.run("encode_audio")?;
     let mut latent = executor.read("encode_audio", "latent")?.into_owned();
+    let expected = planned.tokens() as usize * pipeline.audio.channels as usize;
+    if latent.len() != expected {
+        return Err(RunError::Internal(format!("a recording is encoded to {} values, not {expected}", latent.len())));
+    }
     // A latent stands for `time_factor` frames, the first one for a single frame.
     let whole = 1 + frames.saturating_sub(1) / planned.time_factor.max(1) as usize;
     let channels = pipeline.audio.channels as usize;

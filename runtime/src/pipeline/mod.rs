@@ -6,6 +6,7 @@
 //! |---|---|
 //! | what a run asks for, and whether the plan has room for it | `request` |
 //! | encode text → stages → upsample → decode | `run`, `text`, `decode` |
+//! | let the text encoder write the prompt anew | `enhance` |
 //! | clips and recordings | `media`, `encode`, `tiles` |
 //! | states, and what conditioning does to them | `state`, `positions`, `conditioning`, `stage` |
 //! | noise levels, steps and fresh noise | `schedule`, `sampler`, `noise` |
@@ -15,6 +16,7 @@ pub mod conditioning;
 pub mod decode;
 mod denoise;
 pub mod encode;
+pub mod enhance;
 pub mod guidance;
 mod media;
 mod noise;

@@ -89,6 +89,27 @@ impl SlotShape {
 }
 
 impl Noise {
+    /// The noise of a slot and, behind it, of the tokens that conditioning appends, in token form. These have a slot of their
+    /// own, so that conditioning does not change the noise of the picture; a file of the slot may have them, too.
+    ///
+    /// # Errors
+    /// As for [`Noise::draw`].
+    pub fn draw_all(&self, slot: &str, shape: &SlotShape, appended: usize) -> Result<Vec<f32>, RunError> {
+        if appended == 0 {
+            return self.draw(slot, shape);
+        }
+        if let Some(path) = self.files.get(slot).filter(|path| path.exists() && !self.given.contains_key(slot)) {
+            let tensor = noise_files::pick(path, slot)?;
+            if tensor.shape == [1, shape.tokens() + appended, shape.channels] {
+                return Ok(tensor.values);
+            }
+        }
+        let own = SlotShape { spatial: vec![appended], channels: shape.channels, inner: 1 };
+        let mut noise = self.draw(slot, shape)?;
+        noise.extend(self.draw(&format!("{slot}.extra"), &own)?);
+        Ok(noise)
+    }
+
     /// The noise of a slot in token form.
     ///
     /// # Errors

@@ -140,20 +140,13 @@ fn encode_image(executor: &mut Executor<'_>, stage: &Stage, conditioning: &Condi
     Ok(executor.read(&program, "latent")?.into_owned())
 }
 
-/// Noise of target and appended tokens. Appended ones have a slot of their own, so that conditioning does not change
-/// the noise of the picture.
+/// Noise of target and appended tokens.
 fn draw_noise(request: &Request<'_>, stage: &Stage, modality: Modality, state: &State) -> Result<Vec<f32>, RunError> {
     let (spatial, inner) = match modality {
         Modality::Video => (stage.grid.iter().map(|&d| d as usize).collect(), 1),
         Modality::Audio => (vec![state.target_tokens], MEL_BINS),
     };
-    let slot = format!("{}.{}", stage.name, modality.name());
     let shape = SlotShape { spatial, channels: state.channels, inner };
-    let mut noise = request.noise.draw(&slot, &shape)?;
-    let appended = state.tokens() - state.target_tokens;
-    if appended > 0 {
-        let shape = SlotShape { spatial: vec![appended], channels: state.channels, inner: 1 };
-        noise.extend(request.noise.draw(&format!("{slot}.extra"), &shape)?);
-    }
-    Ok(noise)
+    let slot = format!("{}.{}", stage.name, modality.name());
+    request.noise.draw_all(&slot, &shape, state.tokens() - state.target_tokens)
 }

@@ -6,17 +6,20 @@ use std::sync::Arc;
 
 use ltxc::debug::parity::transformer::StreamCase;
 use ltxc_ir::eval::{Data, Tensor};
-use ltxc_ir::{DType, TensorType};
+use ltxc_ir::{DType, Module, TensorType};
 use ltxc_models::Weights;
 use ltxc_models::checkpoint::Checkpoint;
 use ltxc_models::lora::{LoraFile, LoraTargets};
 use ltxc_models::transformer::{ENTRY, KEY_PREFIX, Stream, TransformerSpec, build};
 use ltxc_runtime::adapters::{Adapter, AdapterMode, AdapterSet, Factor, Stored};
+use ltxc_runtime::backend::Device;
 use ltxc_tests::compare::{Report, relative_l2};
 use ltxc_tests::fixtures::{self, TensorFile};
-use ltxc_tests::harness::{compiled_with, reference};
+use ltxc_tests::harness::{compiled_with, processor, reference};
 use ltxc_tests::recorded::Recorded;
+use ltxc_tests::rounding::typical_errors;
 
+use super::pipeline::gpu;
 use super::transformer::Fixture;
 
 /// Relative L2 limit of velocities.
@@ -125,6 +128,24 @@ fn inputs(fixture: &Fixture<'_>) -> [StreamCase; 2] {
 
 /// Velocities of a compiled plan with slots of `rank`.
 fn velocities(family: &str, checkpoint: &TensorFile, rank: usize, set: AdapterSet) -> [Vec<f32>; 2] {
+    let (module, args) = transformer(family, checkpoint, rank, DType::F32);
+    velocities_on(&processor(), checkpoint, &module, &args, set)
+}
+
+/// Velocities of `module` as a plan on `device`.
+fn velocities_on(
+    device: &Device,
+    checkpoint: &TensorFile,
+    module: &Module,
+    args: &[Tensor],
+    set: AdapterSet,
+) -> [Vec<f32>; 2] {
+    let results = compiled_with(device, module, ENTRY, args, &[("model", checkpoint)], set);
+    Stream::BOTH.map(|s| results[&format!("{}.velocity", s.name())].to_f32())
+}
+
+/// The transformer with slots of `rank`, and the arguments of the recorded velocities.
+fn transformer(family: &str, checkpoint: &TensorFile, rank: usize, dtype: DType) -> (Module, Vec<Tensor>) {
     let file = fixtures::required(&format!("{family}/transformer"));
     let fixture = Fixture::new(&file, checkpoint);
     let streams = inputs(&fixture);
@@ -134,10 +155,8 @@ fn velocities(family: &str, checkpoint: &TensorFile, rank: usize, set: AdapterSe
         perturbation: Default::default(),
     };
     let weights = Weights::new("model", checkpoint).with_adapter_slots(rank);
-    let module = build(&fixture.config("uniform"), &weights, &spec, DType::F32).unwrap_or_else(|e| panic!("{e}"));
-    let args: Vec<Tensor> = streams.iter().flat_map(StreamCase::arguments).collect();
-    let results = compiled_with(&module, ENTRY, &args, &[("model", checkpoint)], set);
-    Stream::BOTH.map(|s| results[&format!("{}.velocity", s.name())].to_f32())
+    let module = build(&fixture.config("uniform"), &weights, &spec, dtype).unwrap_or_else(|e| panic!("{e}"));
+    (module, streams.iter().flat_map(StreamCase::arguments).collect())
 }
 
 /// Live adapters compute what weights with nothing rounded would; merged ones differ by what rounding did to weights.
@@ -154,8 +173,8 @@ fn live_adapters_equal_merged_ones() {
         for (prefix, members, velocity) in SETS.into_iter().filter(|set| set.2.is_some()) {
             let velocity = velocity.unwrap_or_default();
             let merged = velocities(family, &checkpoint, 0, model.set(members, AdapterMode::Merged));
-            let live = velocities(family, &checkpoint, 9, model.set(members, AdapterMode::Live));
-            let plain = velocities(family, &checkpoint, 9, AdapterSet::default());
+            let live = velocities(family, &checkpoint, SLOTS, model.set(members, AdapterMode::Live));
+            let plain = velocities(family, &checkpoint, SLOTS, AdapterSet::default());
             let (exact, error) = exact(&model, &checkpoint, members);
             let exact = evaluated(family, &checkpoint, exact);
             for s in Stream::BOTH {
@@ -223,6 +242,66 @@ fn evaluated(family: &str, checkpoint: &TensorFile, replaced: BTreeMap<String, T
     let args: Vec<Tensor> = streams.iter().flat_map(StreamCase::arguments).collect();
     let run = reference(&module.unwrap_or_else(|e| panic!("{e}")), ENTRY, &args, &[("model", &changed)]);
     Stream::BOTH.map(|s| run.results[&format!("{}.velocity", s.name())].to_f32())
+}
+
+/// Rank of the slots: more than any recorded combination needs.
+const SLOTS: usize = 9;
+
+/// In narrow dtypes, too, adapters act as they should: no further from exact values than the rounding of activations
+/// explains, and, where they are merged, that of weights. Three times the typical error fails, as without adapters
+/// (`narrow.rs`), and so does an eighth, which would mean that nothing was computed in the narrow dtype.
+#[test]
+fn adapters_act_in_narrow_dtypes() {
+    let mut report = Report::default();
+    for (family, name) in FAMILIES {
+        let model = Model::new(name);
+        let checkpoint = TensorFile::read(&model.path);
+        let (_, members, _) = SETS[2];
+        let (replaced, merge_error) = exact(&model, &checkpoint, members);
+        let exact = evaluated(family, &checkpoint, replaced);
+        for dtype in [DType::BF16, DType::F16] {
+            let (plain, args) = transformer(family, &checkpoint, 0, dtype);
+            let typical = typical_errors(&plain, ENTRY, dtype, &args, &[("model", &checkpoint)]);
+            for (mode, slots, weights) in [(AdapterMode::Live, SLOTS, 0.0), (AdapterMode::Merged, 0, merge_error)] {
+                let (module, args) = transformer(family, &checkpoint, slots, dtype);
+                let found = velocities_on(&processor(), &checkpoint, &module, &args, model.set(members, mode));
+                for s in Stream::BOTH {
+                    let typical = typical[&format!("{}.velocity", s.name())].hypot(weights);
+                    let (found, exact) = (&found[s as usize], &exact[s as usize]);
+                    let name = format!("{family} {}, {mode:?} in {dtype}", s.name());
+                    report.check(&name, found, exact, 3.0 * typical);
+                    let error = relative_l2(found, exact);
+                    report.note(error >= typical / 8.0, format!("{name}: {error:.1e} of {typical:.1e} expected"));
+                }
+            }
+        }
+    }
+    report.finish();
+}
+
+#[test]
+fn adapters_act_on_a_gpu_as_on_the_processor() {
+    let Some(device) = gpu() else { return };
+    let mut report = Report::default();
+    for (family, name) in FAMILIES {
+        let model = Model::new(name);
+        let checkpoint = TensorFile::read(&model.path);
+        let (_, members, _) = SETS[2];
+        for (mode, slots) in [(AdapterMode::Live, SLOTS), (AdapterMode::Merged, 0)] {
+            let (module, args) = transformer(family, &checkpoint, slots, DType::F32);
+            let run = |device: &Device, set| velocities_on(device, &checkpoint, &module, &args, set);
+            let [found, expected] = [&device, &processor()].map(|device| run(device, model.set(members, mode)));
+            let plain = run(&processor(), AdapterSet::default());
+            for s in Stream::BOTH {
+                let (found, expected, plain) = (&found[s as usize], &expected[s as usize], &plain[s as usize]);
+                let name = format!("{family} {}, {mode:?}", s.name());
+                report.check(&name, found, expected, LIMIT);
+                let effect = relative_l2(found, plain);
+                report.note(effect > 0.01, format!("{name}: changes the velocity by {effect:.1e}"));
+            }
+        }
+    }
+    report.finish();
 }
 
 /// Weights of every stored type take the same product; what they are rounded to is their own.

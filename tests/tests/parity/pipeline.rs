@@ -99,7 +99,7 @@ fn distilled_runs_on_a_gpu() {
 
 /// The device that `LTXC_TEST_DEVICE` names, or the first Vulkan device, in tests a program on the processor as a rule. `None`
 /// if there is none, and that is allowed.
-fn gpu() -> Option<Device> {
+pub fn gpu() -> Option<Device> {
     if let Ok(name) = std::env::var("LTXC_TEST_DEVICE") {
         let name: DeviceName = name.parse().unwrap_or_else(|e| panic!("LTXC_TEST_DEVICE: {e}"));
         let found = find(Some(name.backend()));

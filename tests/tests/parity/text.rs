@@ -4,6 +4,7 @@
 //! Limits are those of the fixtures' README: exact ids, 1e-5, and 2e-4 for Gemma 4's hidden states, whose attention scale
 //! of 1 amplifies rounding (what follows is then compared from the recorded states).
 
+mod generate;
 mod odd_sizes;
 
 use std::collections::BTreeSet;

@@ -28,6 +28,7 @@ use ltxc_runtime::RunError;
 use ltxc_runtime::backend::open;
 use ltxc_runtime::executor::Executor;
 use ltxc_runtime::pipeline::decode::program_name;
+use ltxc_runtime::pipeline::enhance;
 use ltxc_runtime::pipeline::needed_passes;
 use ltxc_runtime::weights::WeightFiles;
 use serde::Serialize;
@@ -197,6 +198,9 @@ fn runs_of(plan: &Plan, program: &Program, bucket: u32) -> u64 {
     }
     if program.name.starts_with("encode_image.") {
         return 0;
+    }
+    if program.name == enhance::DECODE {
+        return enhance::MOST_WRITTEN as u64;
     }
     if program.name.starts_with("decode.") {
         let is_own = |tile: &[ltxc_ir::tiling::AxisTile; 3]| {

@@ -33,7 +33,7 @@ pub fn component(plan: &Plan, program: &Program) -> &'static str {
         () if name.starts_with("decode.") => "vae",
         () if name.starts_with("upsample") => "upsampler",
         () if name.starts_with("connect") => "connectors",
-        () if name.starts_with("encode.") || group == "text" => "text_encoder",
+        () if name.starts_with("encode.") || ["text", "enhance"].contains(&group) => "text_encoder",
         () => "transformer",
     }
 }

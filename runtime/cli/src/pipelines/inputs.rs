@@ -71,7 +71,8 @@ fn references(shape: &Shape, stage: &Stage, factors: [usize; 3]) -> Result<Refer
     }
     let (height, width) = (stage.height as usize / downscale, stage.width as usize / downscale);
     // Frame 0, then one of `stride` from frame 1 on; the encoder takes whole latents.
-    let frames = 1 + (shape.frames - 1).div_ceil(stride);
+    let longest = given.frames.unwrap_or(shape.frames).clamp(1, shape.frames);
+    let frames = 1 + (longest - 1).div_ceil(stride);
     let latents = (frames - 1) / ft + 1;
     Ok(ReferenceInput {
         count: given.count as u32,

@@ -4,8 +4,10 @@
 use std::path::Path;
 
 use ltxc_runtime::media::mp4::{Movie, read};
+use ltxc_runtime::media::{ColourSpace, exr_frames, load_image};
 
 use crate::binary::{Place, SHAPE, fixtures, with};
+use crate::inputs::{is_like, stripes};
 
 fn fixture(name: &str) -> String {
     fixtures().join(name).display().to_string()
@@ -142,9 +144,10 @@ fn references_that_do_not_fit_are_refused() {
     let half = fixture("tiny-ltx2/ic-lora-ref2-tiny.safetensors");
     let run = |more: &[&str]| run("ltx2", "ic-lora", &[&["--lora", &half], more].concat());
     place.ok(&run(&["--video-conditioning", &frames, "-o", "a.wav"]));
+    // One that is shorter guides as far as it goes, in whole latents.
+    place.ok(&run(&["--video-conditioning", &short, "-o", "a.wav"]));
     for (flags, words) in [
         (&[][..], &["needs a reference video", "--video-conditioning"][..]),
-        (&["--video-conditioning", &short], &["`short` has 8 frames, 9 are needed"]),
         (&["--video-conditioning", "gone.mp4"], &["gone.mp4"]),
         (&["--video-conditioning", &frames, "2"], &["strength 2", "0 to 1"]),
         (&["--video-conditioning", &frames, "x"], &["strength `x` is not a number"]),
@@ -199,6 +202,9 @@ fn a_plan_for_references_says_what_they_are() {
         &run(&[&video[..], &lora].concat()),
         &["takes 2 reference videos, 1 are given", "--reference-count 1"],
     );
+    let short = folder(&place, "short", 8);
+    let shorter = [&video[..], &["--video-conditioning", &short], &lora].concat();
+    place.refused(&run(&shorter), &["`short` has 8 frames, 9 are needed"]);
     let acts = ["--conditioning-attention-strength", "0.5"];
     place.refused(&run(&[&both[..], &lora, &acts].concat()), &["without strengths", "--reference-attention"]);
     place.ok(&run(&[&both[..], &lora].concat()));
@@ -280,6 +286,9 @@ fn pipelines_have_the_names_of_other_tools() {
         args.insert(1, name.into());
         sentence(&args, &[words]);
     }
+    let mut args = own(&[]);
+    args.insert(1, "dfr".into());
+    sentence(&args, &["no plan `dfr`, and no pipeline of this name", "ltxc help run"]);
     let mut args = own(&["-o", "a.wav"]);
     args.insert(1, "generate".into());
     place.ok(&args);
@@ -308,4 +317,40 @@ fn outputs_are_written_as_asked() {
     };
     let rate = |num, den| ltxc_runtime::media::Rational::new(num, den).unwrap();
     assert_eq!((slow(&[]), slow(&["--integer-fps"])), (rate(24000, 1001), rate(23, 1)));
+}
+
+#[test]
+fn references_with_a_high_dynamic_range_are_seen_as_their_signal() {
+    let place = Place::new();
+    let lora = fixture("tiny-ltx2/ic-lora-tiny.safetensors");
+    let (images, frames) = (stripes(&place, "images", false), stripes(&place, "frames", true));
+    let run = |more: &[&str]| run("ltx2", "ic-lora", &[&["--lora", &lora], more].concat());
+    place.ok(&run(&["--video-conditioning", &images, "-o", "eight"]));
+    place.ok(&run(&["--video-conditioning", &frames, "--hdr", "ACESCCT", "-o", "hdr"]));
+    place.ok(&run(&["--video-conditioning", &frames, "--hdr", "SRGB_LINEAR", "-o", "light"]));
+    for frame in 0..9 {
+        let signal = is_like(&place, "hdr", "eight", frame);
+        let light = exr_frames::read(&place.path(&format!("light/frame_{frame:05}.exr"))).unwrap();
+        assert_ne!(light.rgb, signal.rgb);
+    }
+    place.refused(&run(&["--video-conditioning", &frames, "-o", "b"]), &["holds EXR frames", "--hdr SRGB_LINEAR"]);
+}
+
+#[test]
+fn loras_for_a_high_dynamic_range_make_light_of_eight_bits() {
+    let place = Place::new();
+    let (lora, images) = (fixture("tiny-ltx2/ic-lora-tiny.safetensors"), stripes(&place, "images", false));
+    let run =
+        |more: &[&str]| run("ltx2", "ic-lora", &[&["--lora", &lora, "--video-conditioning", &images], more].concat());
+    place.ok(&run(&["-o", "eight"]));
+    place.ok(&run(&["--hdr", "LOGC3", "-o", "light"]));
+    for frame in 0..9 {
+        let light = exr_frames::read(&place.path(&format!("light/frame_{frame:05}.exr"))).unwrap();
+        let bytes = load_image(&place.path(&format!("eight/frame_{frame:05}.png"))).unwrap();
+        let signal = light.rgb.as_chunks::<3>().0.iter().flat_map(|&rgb| ColourSpace::LogC3.to_signal(rgb));
+        for (found, byte) in signal.zip(bytes.rgb()) {
+            let expected = f32::from(*byte) / 255.0;
+            assert!((expected - 1e-3..=expected + 1.0 / 255.0 + 1e-3).contains(&found), "{found} for {byte}");
+        }
+    }
 }

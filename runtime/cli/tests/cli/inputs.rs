@@ -2,7 +2,9 @@
 
 use std::path::Path;
 
-use crate::binary::{Place, SHAPE, tiny, with};
+use ltxc_runtime::media::{ColourSpace, exr_frames};
+
+use crate::binary::{Place, SHAPE, sentence, tiny, with};
 
 /// A folder of `n` grey images of 64x64, each a little brighter.
 fn folder(place: &Place, name: &str, n: u8) -> String {
@@ -88,4 +90,61 @@ fn other_pipelines_take_no_clips() {
     let place = Place::new();
     let frames = folder(&place, "frames", 9);
     place.refused(&with(tiny().run_args(), &["-p", "x", "--video-path", &frames]), &["takes no clip"]);
+}
+
+/// Nine frames of black and white, which 8 bits and floats hold alike: `png` images, or EXR files.
+pub fn stripes(place: &Place, name: &str, is_exr: bool) -> String {
+    std::fs::create_dir(place.path(name)).unwrap();
+    for frame in 0..9 {
+        let value = |i: usize| (i % 64 / 8 + i / 64 / 16 + frame) % 2;
+        let file = place.path(&format!("{name}/{frame}.{}", if is_exr { "exr" } else { "png" }));
+        let mut file = std::fs::File::create(file).unwrap();
+        if is_exr {
+            let rgb: Vec<f32> = (0..64 * 64).flat_map(|i| [value(i) as f32, 0.0, 1.0]).collect();
+            exr_frames::write((64, 64), &rgb, ColourSpace::AcesCct, &mut file).unwrap();
+        } else {
+            let rgb: Vec<u8> = (0..64 * 64).flat_map(|i| [255 * value(i) as u8, 0, 255]).collect();
+            ltxc_runtime::media::png::write(64, 64, &rgb, &mut file).unwrap();
+        }
+    }
+    name.into()
+}
+
+#[test]
+fn frames_with_a_high_dynamic_range_come_and_go_as_exr() {
+    let place = Place::new();
+    let (images, frames) = (stripes(&place, "images", false), stripes(&place, "frames", true));
+    let flags = ["--frame-rate", "24", "--start-time", "0.1"];
+    let run = |more: &[&str]| retake(&[&flags[..], more].concat());
+    place.ok(&run(&["--video-path", &images, "-o", "eight"]));
+    place.ok(&run(&["--video-path", &frames, "--hdr", "acescct", "-o", "hdr"]));
+    place.ok(&run(&["--video-path", &frames, "--hdr", "ACESCG", "-o", "light"]));
+    assert_eq!(place.read("eight/audio.wav"), place.read("hdr/audio.wav"));
+    for frame in 0..9 {
+        let signal = is_like(&place, "hdr", "eight", frame);
+        let name = |folder: &str| place.path(&format!("{folder}/frame_{frame:05}.exr"));
+        // Numbers that are light stand for brighter pictures than signals do, and are written as light.
+        let light = exr_frames::read(&name("light")).unwrap();
+        assert!(light.rgb.iter().all(|v| v.is_finite() && *v < 223.0) && light.rgb != signal.rgb);
+    }
+    place.refused(&run(&["--video-path", &frames, "-o", "b"]), &["holds EXR frames", "--hdr SRGB_LINEAR"]);
+    place.refused(&run(&["--video-path", &images, "--hdr", "ACESCG", "-o", "b"]), &["no EXR frames"]);
+    place.refused(&run(&["--video-path", &frames, "--hdr", "ACESCG", "-o", "b.mp4"]), &["b.mp4", "choose a folder"]);
+    place.refused(&with(tiny().run_args(), &["-p", "x", "--hdr", "ACESCG"]), &["--video-path"]);
+    let narrow = ["--video-path", &frames, "--hdr", "ACESCG", "--dtype", "bf16", "-o", "b"];
+    sentence(&place.run(&run(&narrow)), &["needs the precision of f32"]);
+}
+
+/// A frame of the EXR files in `hdr`, which must be the signal of what the PNG file in `eight` has in bytes.
+#[track_caller]
+pub fn is_like(place: &Place, hdr: &str, eight: &str, frame: usize) -> exr_frames::FloatImage {
+    let signal = exr_frames::read(&place.path(&format!("{hdr}/frame_{frame:05}.exr"))).unwrap();
+    let bytes = ltxc_runtime::media::load_image(&place.path(&format!("{eight}/frame_{frame:05}.png"))).unwrap();
+    assert_eq!((signal.width, signal.height), (bytes.width(), bytes.height()));
+    for (found, byte) in signal.rgb.iter().zip(bytes.rgb()) {
+        // Bytes are cut off, halves are rounded.
+        let expected = f32::from(*byte) / 255.0;
+        assert!((expected - 1e-3..=expected + 1.0 / 255.0 + 1e-3).contains(found), "{found} for {byte}");
+    }
+    signal
 }
