@@ -163,7 +163,8 @@ impl<'a> Executor<'a> {
     }
 
     /// Runs `program`, which ran last, once more on the same inputs, and names the first value that is NaN or infinite.
-    /// A call that writes over what it reads changes nothing, because no call writes inputs of the program.
+    /// A call that writes over what it reads changes nothing: calls write inputs of the program only where they update
+    /// state, with what they wrote there before.
     ///
     /// # Errors
     /// Those of [`Executor::run`].
@@ -282,6 +283,22 @@ impl<'a> Executor<'a> {
                 tap.called(program, &sites.calls[number], started.elapsed());
             }
             while let Some(value) = values.next_if(|v| v.call == number) {
+                let is_finite = match tap.skips_finite(program, value) {
+                    true => backend.is_finite(value.region(), &value.ty)?,
+                    false => None,
+                };
+                if is_finite == Some(true) {
+                    tap.finite(program, value);
+                    continue;
+                }
+                // What it was computed from may have been left unread; it is still there if nothing was written over it.
+                for name in value.reads.iter().filter(|_| is_finite == Some(false)) {
+                    let input = sites.values.iter().rfind(|v| v.name == *name && v.call < number);
+                    let Some(input) = input.filter(|v| v.region() != value.region()) else { continue };
+                    if tap.skips_finite(program, input) {
+                        tap.value(program, input, &backend.read(input.region(), input.ty.bytes() as u64)?)?;
+                    }
+                }
                 tap.value(program, value, &backend.read(value.region(), value.ty.bytes() as u64)?)?;
             }
         }

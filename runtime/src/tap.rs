@@ -78,6 +78,14 @@ pub trait Tap {
     /// What stops the run.
     fn value(&mut self, program: &Program, value: &Value, bytes: &[u8]) -> Result<(), RunError>;
 
+    /// Whether a value that is wanted need not be read if the device says that all of it is finite.
+    fn skips_finite(&self, _program: &Program, _value: &Value) -> bool {
+        false
+    }
+
+    /// A value was left unread, because all of it is finite.
+    fn finite(&mut self, _program: &Program, _value: &Value) {}
+
     /// A program has run.
     ///
     /// # Errors

@@ -7,6 +7,10 @@
     ltxc debug parity --reference recordings/ --checkpoint-path ltx-2-19b.safetensors --gemma-root gemma-3-12b \
         --spatial-upsampler-path ltx-2-spatial-upscaler-x2-1.0.safetensors --drill
 
+The reference side of `ltxc debug lora four-way`, from the inputs that `ltxc debug lora inputs --out DIR` wrote:
+
+    python record_reference.py --checkpoint ltx-2-19b.safetensors --only lora --four-way DIR --lora my-lora.safetensors
+
 Everything runs on one device in float32, whatever the weights are stored in, so the numbers differ from ltxc's by rounding
 alone. A model of full size needs its float32 weights in memory, one component at a time; `--only` records a part.
 
@@ -16,7 +20,8 @@ What comes out, one safetensors file each; `meta` in its metadata is JSON:
     gemma_hidden    <prompt>.hidden.<i>: state i of the real tokens, (tokens, hidden); 0 are the scaled embeddings
     text_context    <prompt>.features_video/audio, .video_connector.block<i>, .video_context, .audio_context
     transformer     in.<stream>.{latent,positions,context}; per case <case>.sigma, <case>.<stream>.timesteps,
-                    <case>.block<i>.<stream>, <case>.velocity.<stream>; prep.<stream>.*; meta.cases lists the cases
+                    <case>.block<i>.<stream>, <case>.velocity.<stream>; prep.<stream>.*; meta.cases lists the cases;
+                    uniform.blocks.<i>.<layer>: outputs of the layers of every block
     video_vae       enc.input_uint8, enc.{conv_in,down<i>,conv_out,latent}; dec.{latent,conv_in,up<i>,conv_out,output}
     upsamplers      <file stem>.latent, <file stem>.normalized_output
     audio_vae       dec.{latent,conv_in,mid.*,stage<i>.block<j>,conv_out,mel}
@@ -111,13 +116,20 @@ def main():
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--gemma", type=Path, help="folder of the text encoder; without it no text is recorded")
     parser.add_argument("--upsampler", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--grid", type=int, nargs=3, default=[2, 4, 4], metavar=("F", "H", "W"), help="of the latent")
     parser.add_argument("--keep", type=int, default=20000, help="values of a tensor that is kept whole")
     parser.add_argument("--only", nargs="*", default=["text", "transformer", "video_vae", "upsampler", "audio_vae", "vocoder"])
+    parser.add_argument("--four-way", type=Path, metavar="DIR", help="folder with the inputs of `lora`")
+    parser.add_argument("--lora", type=Path)
+    parser.add_argument("--lora-strength", type=float, default=1.0)
     args = parser.parse_args()
+    if args.only == ["lora"]:
+        args.out = args.out or args.four_way
+    if args.out is None:
+        parser.error("--out is missing")
     args.out.mkdir(parents=True, exist_ok=True)
     with safe_open(str(args.checkpoint), "pt") as file:
         args.config = json.loads(file.metadata()["config"])
@@ -132,6 +144,7 @@ def main():
         "upsampler": record_upsampler,
         "audio_vae": record_audio_vae,
         "vocoder": record_vocoder,
+        "lora": record_lora,
     }
     for name in args.only:
         recorders[name](args)
@@ -140,7 +153,8 @@ def main():
 def build(args, configurator, path=None, **options):
     path = path if isinstance(path, tuple) else str(path or args.checkpoint)
     builder = SingleGPUModelBuilder(model_path=path, model_class_configurator=configurator, **options)
-    return builder.build(device=torch.device(args.device), dtype=torch.float32).eval()
+    # With a LoRA only the weights that it changes are converted.
+    return builder.build(device=torch.device(args.device), dtype=torch.float32).float().eval()
 
 
 def random(args, stream, *shape):
@@ -248,8 +262,14 @@ def record_transformer(args):
                 for kind, tables in (("rope", p.positional_embeddings), ("cross_rope", p.cross_positional_embeddings)):
                     recording.add(f"prep.{name}.{kind}_cos", tables[0], whole=True)
                     recording.add(f"prep.{name}.{kind}_sin", tables[1], whole=True)
-        with Watch(numbered("", model.transformer_blocks)) as outputs:
+        layers = {}
+        if case == "uniform":
+            for i, block in enumerate(model.transformer_blocks):
+                layers |= {f"blocks.{i}.{layer}": getattr(block, layer) for layer in LAYERS}
+        with Watch(numbered("", model.transformer_blocks)) as outputs, Watch(layers) as inner:
             velocities = model(video, audio, None)
+        for layer, value in inner.items():
+            recording.add(f"{case}.{layer}", value)
         recording.add(f"{case}.sigma", torch.tensor([sigma]))
         for name, value in (("video", video), ("audio", audio)):
             recording.add(f"{case}.{name}.timesteps", value.timesteps, whole=True)
@@ -259,6 +279,70 @@ def record_transformer(args):
         for name, value in zip(("video", "audio"), velocities):
             recording.add(f"{case}.velocity.{name}", value)
     recording.save(args.out / "transformer.safetensors")
+
+
+# Layers of a block, and what the four-way comparison of a LoRA calls them.
+LAYERS = {
+    "attn1": "self_attn",
+    "attn2": "cross_attn",
+    "ff": "ffn",
+    "audio_attn1": "audio_self_attn",
+    "audio_attn2": "audio_cross_attn",
+    "audio_ff": "audio_ffn",
+    "audio_to_video_attn": "a2v",
+    "video_to_audio_attn": "v2a",
+}
+
+
+def record_lora(args):
+    """Activations of the model without and with a LoRA, for `ltxc debug lora four-way`."""
+    from ltx_core.loader import LTXV_LORA_COMFY_RENAMING_MAP, LoraPathStrengthAndSDOps
+    from ltx_core.model.transformer import LTXV_MODEL_COMFY_RENAMING_MAP, LTXModelConfigurator, Modality
+
+    path = next(p for kind in ("safetensors", "pt") if (p := args.four_way / f"test_inputs.{kind}").exists())
+    if path.suffix == ".pt":
+        inputs = torch.load(path)
+    else:
+        with safe_open(str(path), "pt") as file:
+            inputs = {key: file.get_tensor(key) for key in file.keys()}
+
+    def modality(name):
+        given = {key: inputs[f"in.{name}.{key}"].to(args.device) for key in ("latent", "positions", "context")}
+        timesteps = inputs[f"uniform.{name}.timesteps"].to(args.device)
+        return Modality(sigma=inputs["uniform.sigma"][0].to(args.device), timesteps=timesteps, **given)
+
+    lora = LoraPathStrengthAndSDOps(str(args.lora), args.lora_strength, LTXV_LORA_COMFY_RENAMING_MAP)
+    for stem, loras in (("original_no_lora", ()), ("original_with_lora", (lora,))):
+        model = build(args, LTXModelConfigurator, model_sd_ops=LTXV_MODEL_COMFY_RENAMING_MAP, loras=loras)
+        count = len(model.transformer_blocks)
+        watched = {}
+        for prefix in ("", "audio_"):
+            for name, module in (
+                ("patch_embed", "patchify_proj"),
+                ("time_embed", "adaln_single"),
+                ("caption_embed", "caption_projection"),
+                ("final_layer", "proj_out"),
+            ):
+                if getattr(model, prefix + module, None) is not None:
+                    watched[prefix + name] = getattr(model, prefix + module)
+        # Every sixth block, and the last.
+        for i in sorted({*range(0, count, 6), count - 1}):
+            block = model.transformer_blocks[i]
+            watched |= {f"block_{i}": block}
+            watched |= {f"block_{i}_{name}": getattr(block, layer) for layer, name in LAYERS.items()}
+        with Watch(watched) as outputs:
+            video, audio = model(modality("video"), modality("audio"), None)
+        tensors = {"final_output": video, "audio_final_output": audio}
+        for name, value in outputs.items():
+            if isinstance(value, tuple) and hasattr(value[0], "x"):
+                tensors |= {name: value[0].x, f"{name}_audio": value[1].x}
+            else:
+                tensors[name] = value[0] if isinstance(value, tuple) else value
+        tensors = {name: value.detach().cpu().float().contiguous().clone() for name, value in tensors.items()}
+        target = args.out / f"{stem}{path.suffix}"
+        torch.save(tensors, target) if path.suffix == ".pt" else save_file(tensors, str(target))
+        print(f"{target}: {len(tensors)} tensors")
+        del model
 
 
 def record_video_vae(args):

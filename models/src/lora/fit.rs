@@ -43,6 +43,11 @@ impl LoraTargets {
         LoraTargets::new(checkpoint.name(), checkpoint.generation(), tensors)
     }
 
+    /// Canonical key of the weight that a file calls `layer`, whatever its shape.
+    pub fn key_of(&self, layer: &str) -> Option<&str> {
+        self.find(layer).map(|(key, _)| key)
+    }
+
     /// Canonical key and shape `[outputs, inputs]` of the layer that a file calls `layer`.
     fn find(&self, layer: &str) -> Option<(&str, [usize; 2])> {
         let key = keys::without_prefixes(layer).find_map(|name| self.keys.get(name))?;

@@ -21,6 +21,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use ltxc_ir::DType;
+use ltxc_ir::eval::Tensor;
 
 pub use fit::{LoraFactor, LoraFit, LoraTargets, Place};
 
@@ -266,6 +267,15 @@ impl LoraFile {
                 Err(ModelError::file(self.path(), format!("{problem}; use the file as published")))
             }
         }
+    }
+
+    /// The factors of one of [`LoraFile::modules`]: `down`, `[rank, inputs]`, and `up`, `[outputs, rank]`, without its scale.
+    pub fn factors(&self, module: &LoraModule) -> [Vec<f32>; 2] {
+        [module.down, module.up].map(|index| {
+            let stored = self.tensor(index);
+            // Modules have factors of types that graphs know.
+            stored.ty().map(|ty| Tensor::from_bytes(ty, self.file.data(stored)).to_f32()).unwrap_or_default()
+        })
     }
 
     fn tensor(&self, index: usize) -> &StoredTensor {

@@ -44,7 +44,7 @@ mod step;
 pub(crate) use config::ROPE_LAYOUTS;
 pub use config::{Stream, StreamConfig, TransformerConfig};
 use ltxc_ir::plan::{SLOT_DOWN, SLOT_UP};
-use ltxc_ir::{Builder, DType, Module, TensorType, ValueId};
+use ltxc_ir::{Builder, DType, Module, Rate, TensorType, ValueId};
 pub use spec::{BlockSet, Pass, Perturbation, StreamSpec, TransformerSpec};
 use step::Step;
 
@@ -113,6 +113,55 @@ pub fn build_passes(
             "" => write(),
             name => b.scope(name, write),
         }
+    }
+    weights.finish()?;
+    Ok(functions.into_module(b.finish()?)?)
+}
+
+/// Writes the module of a program that evaluates block `index` alone, in f32 or with activations of `dtype`.
+///
+/// Its parameters are those of [`build()`], then `video.x` and `audio.x`, `f32[1, t, width]`: the residual streams in front
+/// of the block. Results: `video` and `audio`, f32, of the streams that are updated.
+///
+/// # Errors
+/// Those of [`build()`], and a block that the model does not have.
+pub fn build_block(
+    config: &TransformerConfig,
+    weights: &Weights<'_>,
+    spec: &TransformerSpec,
+    index: usize,
+    dtype: DType,
+) -> Result<Module, ModelError> {
+    spec.check(config)?;
+    check_compute_dtype(dtype)?;
+    if index >= config.layers {
+        let problem = format!("is {}, there is no block {index}", config.layers);
+        return Err(ModelError::config("transformer.num_layers", problem));
+    }
+    let weights = weights.below(KEY_PREFIX);
+    let b = Builder::new(ENTRY);
+    let functions = Functions::default();
+    let skips = Skips::of_block(spec, index);
+    let step = Step::new(&b, config, &weights, dtype);
+    let params = step.params(spec, false);
+    let before = Stream::BOTH.map(|stream| {
+        let ty = TensorType::f32([1, spec.stream(stream)?.tokens, config.stream(stream).width]);
+        Some(b.param(&format!("{}.x", stream.name()), ty, Rate::Step))
+    });
+    let mut step = step.prepare(spec, &params, &Pass::default(), &[skips]);
+    for (stream, x) in Stream::BOTH.into_iter().zip(before) {
+        if let Some(x) = x {
+            step.update(stream, b.cast(x, dtype));
+        }
+    }
+    let inputs = step.block_inputs(skips);
+    let (function, name) = (skips.function_name(), format!("blocks.{index}"));
+    let block = Block { function: &function, name: &name, prefix: format!("transformer_blocks.{index}.") };
+    let results = functions.call(&b, &weights, block, &inputs.arguments(), |b, weights, params| {
+        block::block(b, config, weights, &inputs.with(params), dtype)
+    });
+    for (stream, x) in inputs.updated().zip(results) {
+        b.result(stream.name(), b.cast(x, DType::F32));
     }
     weights.finish()?;
     Ok(functions.into_module(b.finish()?)?)

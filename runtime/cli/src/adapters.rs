@@ -203,12 +203,7 @@ impl Loras {
         let mut opened = Vec::new();
         for (lora, fit) in self.list.iter().zip(fits) {
             report.note(&lora.summary(&fit));
-            let stored = |place: Place| Stored { offset: place.offset, dtype: place.dtype };
-            let factors = fit.factors.into_iter().map(|f| {
-                let (down, up) = (stored(f.down), stored(f.up));
-                (f.key, Factor { rank: f.rank, inputs: f.inputs, outputs: f.outputs, down, up, scale: f.scale })
-            });
-            opened.push((lora, Arc::new(Adapter::open(lora.file.path(), factors)?)));
+            opened.push((lora, opened_adapter(&lora.file, fit)?));
         }
         self.check_roles(pipeline)?;
         let mut adapters = StageAdapters::default();
@@ -250,6 +245,19 @@ impl Loras {
         }
         Ok(())
     }
+}
+
+/// The factors of a file that fit a model, as the runtime takes them.
+///
+/// # Errors
+/// A file that has changed since it was opened.
+pub(crate) fn opened_adapter(file: &LoraFile, fit: LoraFit) -> Result<Arc<Adapter>> {
+    let stored = |place: Place| Stored { offset: place.offset, dtype: place.dtype };
+    let factors = fit.factors.into_iter().map(|f| {
+        let (down, up) = (stored(f.down), stored(f.up));
+        (f.key, Factor { rank: f.rank, inputs: f.inputs, outputs: f.outputs, down, up, scale: f.scale })
+    });
+    Ok(Arc::new(Adapter::open(file.path(), factors)?))
 }
 
 fn missing_distilled(pipeline: &str) -> String {

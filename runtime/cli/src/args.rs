@@ -12,7 +12,7 @@ use ltxc_models::synth::Preset;
 use ltxc_runtime::backend::DeviceName;
 use ltxc_runtime::experiments::Experiment;
 
-use crate::debug::command::DebugCommand;
+use crate::debug::command::{DebugCommand, SCRIPTS};
 use crate::debug::flags::DebugFlags;
 
 /// Compile LTX-2 models ahead of time and run them.
@@ -60,7 +60,7 @@ pub enum Command {
     /// Show devices, memory, caches and codecs of this machine.
     Doctor,
     /// Find the first tensor that is wrong.
-    #[command(subcommand)]
+    #[command(subcommand, after_long_help = SCRIPTS)]
     Debug(Box<DebugCommand>),
 }
 
@@ -584,7 +584,7 @@ pub struct ContentArgs {
     /// Clip of which a part is made anew: H.264 in MP4 or MOV, a folder of images, or what ffmpeg reads.
     #[arg(long, value_name = "PATH")]
     pub video_path: Option<PathBuf>,
-    /// The clip is a folder of EXR frames, whose numbers are these; EXR frames are written too, into a folder.
+    /// Clip and references are EXR frames, whose numbers are these; EXR frames are written too, into a folder.
     #[arg(long, value_enum, value_name = "SPACE", ignore_case = true)]
     pub hdr: Option<Hdr>,
     /// Where that part begins, in seconds [default: 0]
@@ -659,6 +659,9 @@ pub enum Hdr {
     /// A logarithm of light, primaries AP1.
     #[value(name = "ACESCCT")]
     AcesCct,
+    /// Light, primaries of sRGB, for LoRAs that know LogC3; references of 8 bits may be given, too.
+    #[value(name = "LOGC3")]
+    LogC3,
 }
 
 /// Codec for the H.264 round trip of conditioning images.
@@ -709,7 +712,7 @@ pub enum LoraCommand {
 }
 
 /// `ltxc lora inspect`.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 #[command(after_help = "Example:\n  ltxc lora inspect my-lora.safetensors --checkpoint-path ltx-2-19b-dev.safetensors")]
 pub struct LoraInspectArgs {
     /// LoRA file, or folder with one.
@@ -717,6 +720,9 @@ pub struct LoraInspectArgs {
     /// Model to compare with; without one, the published ones.
     #[arg(long, value_name = "FILE", aliases = ["checkpoint", "model-path", "model"])]
     pub checkpoint_path: Option<PathBuf>,
+    /// Read the whole file, and tell the norm of what it adds to every layer.
+    #[arg(long)]
+    pub norms: bool,
 }
 
 /// `ltxc synth`.

@@ -8,10 +8,12 @@ use ltxc_ir::TensorType;
 use ltxc_models::checkpoint::{Checkpoint, Generation, Version};
 use ltxc_models::lora::{LoraFile, LoraTargets};
 use ltxc_models::synth::{Preset, listed};
+use rayon::prelude::*;
 use serde_json::{Value, json};
 
 use crate::args::LoraInspectArgs;
 use crate::assemble::local;
+use crate::debug::lora::files::added_norm;
 
 /// `ltxc lora inspect`.
 ///
@@ -19,7 +21,13 @@ use crate::assemble::local;
 /// A file that is no LoRA, or a model that cannot be opened. A LoRA that does not fit is no error here.
 pub fn inspect(args: &LoraInspectArgs, json: bool) -> Result<()> {
     let lora = LoraFile::open(&local(&args.file)?)?;
-    let facts = facts(&lora, &models(args.checkpoint_path.as_deref())?)?;
+    let mut facts = facts(&lora, &models(args.checkpoint_path.as_deref())?)?;
+    if args.norms {
+        let norms: Vec<Value> = (lora.modules().par_iter())
+            .map(|m| json!({"layer": m.name, "rank": m.rank, "norm": added_norm(&lora, m)}))
+            .collect();
+        facts["norms"] = norms.into();
+    }
     if json {
         println!("{facts}")
     } else {
@@ -29,7 +37,7 @@ pub fn inspect(args: &LoraInspectArgs, json: bool) -> Result<()> {
 }
 
 /// The models to compare with, by name.
-fn models(checkpoint: Option<&Path>) -> Result<Vec<(String, LoraTargets)>> {
+pub(crate) fn models(checkpoint: Option<&Path>) -> Result<Vec<(String, LoraTargets)>> {
     if let Some(path) = checkpoint {
         let checkpoint = Checkpoint::open(&local(path)?)?;
         return Ok(vec![(checkpoint.name().into(), LoraTargets::of(&checkpoint))]);
@@ -104,6 +112,10 @@ fn text(facts: &Value) -> String {
     }
     for (layer, count) in facts["targets"].as_object().into_iter().flatten() {
         out += &format!("changes   {layer} ({count})\n");
+    }
+    for layer in facts["norms"].as_array().into_iter().flatten() {
+        let norm = layer["norm"].as_f64().unwrap_or(f64::NAN);
+        out += &format!("norm      {} {norm:.5} (rank {})\n", word(&layer["layer"]), layer["rank"]);
     }
     for key in facts["other_keys"].as_array().into_iter().flatten() {
         out += &format!("unknown   {}\n", shortened(&word(key)));

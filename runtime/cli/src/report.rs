@@ -13,8 +13,10 @@ pub enum Style {
     Text,
     /// One JSON object per event on standard output.
     Json,
-    /// Nothing.
+    /// What was written.
     Quiet,
+    /// Nothing: the command is part of another one.
+    Silent,
 }
 
 /// Reports the events of a run.
@@ -45,7 +47,7 @@ impl Report {
                 None => eprintln!("{text}"),
             },
             Style::Json => println!("{}", json!({"event": "note", "text": text})),
-            Style::Quiet => {}
+            Style::Quiet | Style::Silent => {}
         }
     }
 
@@ -91,7 +93,7 @@ impl Report {
         match self.style {
             Style::Text => eprintln!("{:<8} {:>7.1} s", running.name, ms as f64 / 1e3),
             Style::Json => println!("{}", json!({"event": "stage_end", "name": running.name, "ms": ms})),
-            Style::Quiet => {}
+            Style::Quiet | Style::Silent => {}
         }
     }
 
@@ -125,6 +127,7 @@ impl Report {
         let ms = self.started.elapsed().as_millis() as u64;
         match self.style {
             Style::Json => println!("{}", json!({"event": "done", "path": path, "ms": ms, "facts": facts})),
+            Style::Silent => {}
             _ => println!("{}", path.display()),
         }
     }

@@ -139,6 +139,15 @@ pub trait Backend<'a> {
     /// What the launches failed with.
     fn read(&self, from: Region, bytes: u64) -> Result<Cow<'_, [u8]>, RunError>;
 
+    /// Whether all values of a tensor are finite, where the device can tell that without handing them over; `None` where
+    /// reading is as cheap. `false` may also mean that their sum is not.
+    ///
+    /// # Errors
+    /// What the launches failed with.
+    fn is_finite(&self, _from: Region, _ty: &TensorType) -> Result<Option<bool>, RunError> {
+        Ok(None)
+    }
+
     /// Binds a call to memory, and reserves the scratch that it needs.
     ///
     /// # Errors

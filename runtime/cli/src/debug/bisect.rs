@@ -13,7 +13,8 @@ use clap::Args;
 use ltxc_ir::DType;
 use ltxc_ir::plan::{Plan, Program};
 use ltxc_runtime::RunError;
-use ltxc_runtime::pipeline::Noise;
+use ltxc_runtime::adapters::StageAdapters;
+use ltxc_runtime::pipeline::{Media, Noise};
 use ltxc_runtime::stats::decoded;
 use ltxc_runtime::tap::{Role, Tap, Value};
 use serde_json::json;
@@ -22,6 +23,7 @@ use super::compare::likely_causes;
 use super::names::{component, full_name};
 use super::pipeline::{Pipeline, plan_for};
 use super::recording::Distance;
+use super::reference::run_against;
 use crate::args::{CompilerArgs, FuseLevel, ModelArgs, Precision, ShapeArgs};
 use crate::assemble::ModelFiles;
 use crate::compile::{options, unfused};
@@ -42,7 +44,8 @@ const TOLERANCE_BF16: f64 = 0.1;
     after_help = "A setting is a list of: fuse=none|composite|full|exact, device=NAME, dtype=f32|bf16, disable=PASS,\n\
     checkpoint=FILE, gemma=DIR, upsampler=FILE.\n\n\
     Example:\n  ltxc debug bisect --checkpoint-path x.safetensors --gemma-root gemma --pipeline distilled-one-stage \\\n    \
-    -H 64 -W 96 --num-frames 9 --a fuse=none --b fuse=full,device=vulkan:0"
+    -H 64 -W 96 --num-frames 9 --a fuse=none --b fuse=full,device=vulkan:0\n  \
+    ltxc debug bisect --checkpoint-path x.safetensors --gemma-root gemma --ref logs --ref-cmd 'python reference.py {noise}'"
 )]
 pub struct BisectArgs {
     #[command(flatten)]
@@ -66,6 +69,25 @@ pub struct BisectArgs {
     /// Relative L2 above which values differ [default: 1e-3, with bf16 0.1]
     #[arg(long, value_name = "LIMIT")]
     pub tolerance: Option<f64>,
+    /// Compare with a reference instead, whose logs are in this folder, or are written there.
+    #[arg(long = "ref", value_name = "DIR", conflicts_with_all = ["a", "b"])]
+    pub reference: Option<PathBuf>,
+    /// Command that runs the reference; it finds in its environment what to log (FASTVIDEO_DEBUG_…). {dir} stands for the
+    /// folder, {noise} for flags that name files of noise, {dump} for flags that ask for values.
+    #[arg(long, value_name = "COMMAND", requires = "reference")]
+    pub ref_cmd: Option<String>,
+    /// Model of the reference, to compare weights.
+    #[arg(long, value_name = "FILE", requires = "reference")]
+    pub ref_checkpoint: Option<PathBuf>,
+    /// Distilled LoRA, for pipelines that need it.
+    #[arg(long, value_name = "FILE", requires = "reference")]
+    pub distilled_lora: Option<PathBuf>,
+    /// Relative tolerance of sums.
+    #[arg(long, default_value_t = 5e-3, requires = "reference")]
+    pub tol_rel: f64,
+    /// Absolute tolerance of sums.
+    #[arg(long, default_value_t = 1e-3, requires = "reference")]
+    pub tol_abs: f64,
 }
 
 /// A sketch of one value.
@@ -98,6 +120,9 @@ struct Matched {
 /// # Errors
 /// A setting that is none, or a run that fails.
 pub fn run(args: &BisectArgs, json_output: bool) -> Result<bool> {
+    if let Some(folder) = &args.reference {
+        return run_against(args, folder, json_output);
+    }
     let (a, b) = (sketches(args, &args.a).context("setting a")?, sketches(args, &args.b).context("setting b")?);
     let is_narrow = [&a.dtype, &b.dtype].contains(&&DType::BF16);
     let tolerance = args.tolerance.unwrap_or(if is_narrow { TOLERANCE_BF16 } else { TOLERANCE_F32 });
@@ -165,6 +190,9 @@ fn sketches(args: &BisectArgs, setting: &str) -> Result<Side> {
         prompt: &args.prompt,
         negative_prompt: "",
         images: &[],
+        media: Media::default(),
+        stages: BTreeMap::new(),
+        adapters: StageAdapters::default(),
         noise: Noise { seed: args.seed, ..Noise::default() },
     };
     pipeline.run(Some(Box::new(tap)))?;

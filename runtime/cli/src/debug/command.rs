@@ -7,14 +7,47 @@ use super::bisect::{self, BisectArgs};
 use super::compare::{self, CompareArgs};
 use super::denoising::{self, LoopArgs, NanArgs};
 use super::latents::{self, LatentsArgs};
+use super::lora::{self, LoraDebugCommand};
 use super::noise::{self, NoiseCommand};
 use super::parity::{self, ParityArgs};
 use super::positions::{self, PositionsArgs};
 use super::schedule::{self, ScheduleArgs};
+use super::smoke::{self, SmokeArgs};
+use super::step::{self, BlockArgs, ExportArgs, StepArgs};
 use super::text::{self, TextCommand};
 use super::vae::{self, VaeCommand};
 use super::video_stats::{self, VideoStatsArgs};
 use super::weights::{self, WeightsArgs};
+
+/// What takes the place of the scripts of known ports, for `ltxc debug --help`.
+pub const SCRIPTS: &str = "\
+Instead of a port's script:
+  compare_text_embeddings, debug_embedding_stages,
+    debug_text_differentiation                        text diff, text compare, text sensitivity
+  debug_text_encoder, debug_embeddings, debug_mask    text stats, text mask, text export
+  debug_nan                                           nan, nan --full
+  debug_velocity                                      step --velocity, step --velocity --pipeline NAME …
+  debug_single_step, analyze_transformer_output       step --stats, latents FILE
+  debug_pipeline_step                                 step --pipeline NAME --trace
+  debug_denoising, test_with_gemma, debug_full_loop   loop, loop --prompt TEXT, loop --full
+  compare_denoising_step, compare_denoising_loop      step --compare FILE, loop --compare FILE
+  compare_full_forward                                step --compare FILE --outputs-only
+  compare_all_blocks                                  compare on model sums; run --tap '*blocks*' --tap-path FILE
+  compare_block_forward, compare_pytorch              block N --compare FILE
+  compare_with_pytorch                                export --out FILE
+  bisect_divergence, test_pytorch_pipeline            bisect; bisect --ref DIR --ref-cmd COMMAND
+  debug_scheduler, debug_latent_distribution          schedule, latents
+  compare_pixel_coords                                positions --compare FILE
+  debug_vae, trace_decoder, test_vae_roundtrip, …     vae decode, trace, encode, roundtrip, norm, tiles, audio
+  debug_adaln, verify_attention_weights               weights FILE --adaln N, weights FILE --attn N, vae timestep
+  convert_ltx2_weights                                weights FILE --against FILE; every layout is read as it is
+  test_distilled_pipeline, test_dev_model             pipeline distilled, pipeline one-stage --steps 25
+  debug_twostage, test_ltx2_pipeline_smoke            pipeline two-stage, pipeline all --preset tiny
+  test_ltx2_two_stage_parity                          bisect --pipeline two-stage --ref DIR --ref-cmd COMMAND
+  debug_lora_full_comparison, run_lora_full_debug     lora inputs, lora four-way (--auto --ref-cmd COMMAND)
+  test_ltx2, test_ltx2_gemma_encoder, test_ltx2_vae,
+    test_ltx2_audio_vae                               parity --reference DIR, with --only COMPONENT
+  generate, basic_ltx2                                ltxc run";
 
 /// `ltxc debug`.
 #[derive(Debug, Subcommand)]
@@ -31,6 +64,9 @@ pub enum DebugCommand {
     /// Check model files: what is in them, what is missing, statistics, differences.
     #[command(visible_alias = "audit")]
     Weights(WeightsArgs),
+    /// Compare what a LoRA does here and in the reference, and look into LoRA files.
+    #[command(subcommand)]
+    Lora(LoraDebugCommand),
     /// Look into the text side.
     #[command(subcommand)]
     Text(TextCommand),
@@ -39,6 +75,14 @@ pub enum DebugCommand {
     Vae(VaeCommand),
     /// Statistics of every denoising step, and whether prediction, velocity and steps agree.
     Loop(LoopArgs),
+    /// One call of the model with all of its values: statistics, a check of velocities, a comparison with a recording.
+    Step(Box<StepArgs>),
+    /// One block alone, on recorded inputs, against what was recorded behind it.
+    Block(BlockArgs),
+    /// Write inputs and all values of one call, for a comparison elsewhere.
+    Export(ExportArgs),
+    /// A short run of a pipeline, or of all: sums of stages, NaN, and whether the result is a picture.
+    Pipeline(SmokeArgs),
     /// Find the first value that is NaN or infinite.
     Nan(NanArgs),
     /// Statistics and spatial coherence of a latent in a file, or of a step of a run.
@@ -63,9 +107,14 @@ pub fn run(command: &DebugCommand, json: bool) -> Result<bool> {
         DebugCommand::Bisect(args) => bisect::run(args, json),
         DebugCommand::Noise(command) => noise::run(command, json),
         DebugCommand::Weights(args) => weights::run(args, json),
+        DebugCommand::Lora(command) => lora::run(command, json),
         DebugCommand::Text(command) => text::run(command, json),
         DebugCommand::Vae(command) => vae::run(command, json),
         DebugCommand::Loop(args) => denoising::run_loop(args, json),
+        DebugCommand::Step(args) => step::run(args, json),
+        DebugCommand::Block(args) => step::run_block(args, json),
+        DebugCommand::Export(args) => step::run_export(args, json),
+        DebugCommand::Pipeline(args) => smoke::run(args, json),
         DebugCommand::Nan(args) => denoising::run_nan(args, json),
         DebugCommand::Latents(args) => latents::run(args, json),
         DebugCommand::Schedule(args) => schedule::run(args, json),

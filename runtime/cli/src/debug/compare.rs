@@ -63,6 +63,8 @@ pub struct Comparison {
     pub unmatched: (Vec<String>, Vec<String>),
     /// Warnings about the two runs.
     pub warnings: Vec<String>,
+    /// What must be the same on both sides: its name, and what the logs say of it.
+    pub conditions: Vec<(&'static str, Option<String>, Option<String>)>,
 }
 
 impl Comparison {
@@ -124,7 +126,8 @@ pub fn compare(ours: &Log, theirs: &Log, map: &BTreeMap<String, String>, tol_rel
     // Steps match steps; where one log has none, lines are counted.
     let has_steps = |log: &Log| log.entries.iter().any(|e| e.step.is_some());
     let by_step = has_steps(ours) && has_steps(theirs);
-    let mut found = Comparison { warnings: conditions(ours, theirs), ..Comparison::default() };
+    let (conditions, warnings) = conditions(ours, theirs);
+    let mut found = Comparison { warnings, conditions, ..Comparison::default() };
     let mut known: BTreeMap<(String, String), &Entry> = BTreeMap::new();
     for (entry, at) in theirs.entries.iter().zip(places(theirs, by_step)) {
         known.entry((entry.key(), at)).or_insert(entry);
@@ -186,19 +189,28 @@ fn pair(ours: &Entry, theirs: &Entry, at: String, tol_rel: f64, tol_abs: f64) ->
     Pair { key: ours.key(), at, ours: a, theirs: b, diverges: diverges || shapes.is_some(), shapes }
 }
 
-/// What must be the same on both sides for numbers to agree.
-fn conditions(ours: &Log, theirs: &Log) -> Vec<String> {
-    let mut warnings = Vec::new();
-    for (name, what) in [
-        ("dtype", "activations are computed in different dtypes"),
-        ("attention", "the attention algorithms differ"),
-        ("decoder_noise", "the decoders add different noise"),
-    ] {
-        if let (Some(a), Some(b)) = (ours.header.get(name), theirs.header.get(name))
+/// What the headers of logs say about a run, and what it means if they do not say the same.
+const CONDITIONS: [(&str, &str); 5] = [
+    ("dtype", "activations are computed in different dtypes"),
+    ("attention", "the attention algorithms differ"),
+    ("fused_attention", "one side has fused variants of attention"),
+    ("text_padding", "texts are padded to different lengths, so that registers of the connectors differ"),
+    ("decoder_noise", "the decoders add different noise"),
+];
+
+type Condition = (&'static str, Option<String>, Option<String>);
+
+/// What must be the same on both sides for numbers to agree, and warnings where it is not.
+fn conditions(ours: &Log, theirs: &Log) -> (Vec<Condition>, Vec<String>) {
+    let (mut conditions, mut warnings) = (Vec::new(), Vec::new());
+    for (name, what) in CONDITIONS {
+        let of = |log: &Log| log.header.get(name).cloned();
+        if let (Some(a), Some(b)) = (of(ours), of(theirs))
             && a != b
         {
             warnings.push(format!("{what}: {a} and {b}"));
         }
+        conditions.push((name, of(ours), of(theirs)));
     }
     let experiments = |log: &Log| log.header.get("experiments").cloned().unwrap_or_else(|| "none".into());
     if experiments(ours) != experiments(theirs) {
@@ -217,7 +229,7 @@ fn conditions(ours: &Log, theirs: &Log) -> Vec<String> {
         (a, b) if a != b && !theirs.header.is_empty() => warnings.push("the noise files differ".into()),
         _ => {}
     }
-    warnings
+    (conditions, warnings)
 }
 
 /// What usually is behind a difference that shows here first.
@@ -244,11 +256,11 @@ pub fn likely_causes(key: &str) -> &'static str {
         () if has("TextEncoding") || has("_encoding") || has("context_sum") || has("text.") => {
             "the text side: another prompt, padding, registers, or connectors; `ltxc debug text` looks closer"
         }
-        () if has("t_sum") || has("emb_sum") => "timesteps: the multiplier, or one sigma for all tokens",
+        () if has(".t_sum") || has(".emb_sum") => "timesteps: the multiplier, or one sigma for all tokens",
         () if has("pe_cos") || has("pe_sin") => {
             "RoPE tables: interleaved instead of split, a grid in f32 instead of f64, or positions in bf16"
         }
-        () if has("x_sum") => "the patchify projection, or the keyframes embedding",
+        () if has(".x_sum") => "the patchify projection, or the keyframes embedding",
         () if has("audio_to_video") || has("video_to_audio") => {
             "attention between the streams: scale comes before shift, the gate follows the other stream's sigma, or its multiplier is 1"
         }
@@ -291,11 +303,21 @@ fn facts(c: &Comparison) -> serde_json::Value {
         "likely_cause": c.first().map(|i| likely_causes(&c.pairs[i].key)),
         "pairs": c.pairs.iter().map(row).collect::<Vec<_>>(),
         "only_ours": c.unmatched.0, "only_theirs": c.unmatched.1, "warnings": c.warnings,
+        "conditions": c.conditions.iter().map(|(name, a, b)| json!({"name": name, "ours": a, "theirs": b})).collect::<Vec<_>>(),
     })
 }
 
 fn text(c: &Comparison, top: usize) -> String {
     let mut out = String::new();
+    let word = |value: &Option<String>| value.clone().unwrap_or("unknown".into());
+    if c.conditions.iter().any(|(_, ours, theirs)| ours.is_some() || theirs.is_some()) {
+        let one = |(name, ours, theirs): &Condition| match ours == theirs {
+            true => format!("{name} {}", word(ours)),
+            false => format!("{name} {}/{}", word(ours), word(theirs)),
+        };
+        out += &format!("conditions (ours/theirs): {}\n", c.conditions.iter().map(one).collect::<Vec<_>>().join(", "));
+        out += "targets of public tests: transformer 1e-4 abs and rel, pixels 2/255 abs and 1e-3 rel\n";
+    }
     for warning in &c.warnings {
         out += &format!("warning: {warning}\n");
     }

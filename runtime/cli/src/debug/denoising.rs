@@ -11,7 +11,9 @@ use clap::Args;
 use ltxc_compiler::Options;
 use ltxc_ir::plan::{Plan, Program, container};
 use ltxc_runtime::RunError;
-use ltxc_runtime::pipeline::{Noise, Silent};
+use ltxc_runtime::adapters::StageAdapters;
+use ltxc_runtime::backend::Device;
+use ltxc_runtime::pipeline::{Media, Noise, Silent};
 use ltxc_runtime::stats::{Stats, decoded};
 use ltxc_runtime::tap::{CallInfo, Role, Tap, Value};
 use ltxc_runtime::weights::WeightFiles;
@@ -19,9 +21,12 @@ use serde_json::json;
 
 use super::flags::{DebugFlags, DebugMode, DebugOptions};
 use super::names::{component, full_name};
+use super::parity::runs::check_run;
 use super::pipeline::{Pipeline, Tensors, plan_for};
 use super::recording::{Distance, Form, TensorFile, thinned};
 use super::session::{About, Session};
+use super::step::print_rows;
+use super::video_stats::{Collector, structure};
 use crate::args::{ModelArgs, ShapeArgs};
 use crate::assemble::ModelFiles;
 use crate::compile::unfused;
@@ -48,6 +53,20 @@ pub struct RunOf {
 }
 
 impl RunOf {
+    /// Compiles the pipeline; without fusion if every value is to be seen.
+    ///
+    /// # Errors
+    /// Model files that are missing or do not fit.
+    pub fn open(&self, options: Options) -> Result<OpenRun<'_>> {
+        let debug = DebugOptions::resolve(&self.debug, &|name| std::env::var(name).ok())?;
+        let device = pick(&self.shape.device, None)?;
+        let shape = Shape::resolve(&self.shape, 0)?;
+        let files = ModelFiles::open(&self.model, shape.has_two_stages())?;
+        let options = if debug.mode == DebugMode::Exact { unfused() } else { options };
+        let plan = plan_for(&files, &shape, &device, options)?;
+        Ok(OpenRun { of: self, debug, plan, paths: files.paths(), device })
+    }
+
     /// Compiles and runs; `tap` looks at values of the plan that it is given. Noise that is not in `given` is drawn.
     pub(super) fn run(
         &self,
@@ -55,41 +74,65 @@ impl RunOf {
         given: BTreeMap<String, Vec<f32>>,
         tap: impl FnOnce(&Plan) -> Option<Box<dyn Tap>>,
     ) -> Result<(Plan, Tensors)> {
-        let debug = DebugOptions::resolve(&self.debug, &|name| std::env::var(name).ok())?;
-        let device = pick(&self.shape.device, None)?;
-        let shape = Shape::resolve(&self.shape, 0)?;
-        let files = ModelFiles::open(&self.model, shape.has_two_stages())?;
-        let options = if debug.mode == DebugMode::Exact { unfused() } else { options };
-        let plan = plan_for(&files, &shape, &device, options)?;
+        let open = self.open(options)?;
+        let tap = tap(&open.plan);
+        let tensors = match open.run(given, tap)? {
+            (tensors, Ok(())) => tensors,
+            (_, Err(e)) => return Err(e.into()),
+        };
+        Ok((open.plan, tensors))
+    }
+}
+
+/// A pipeline that was compiled.
+pub struct OpenRun<'a> {
+    of: &'a RunOf,
+    debug: DebugOptions,
+    /// Its plan.
+    pub plan: Plan,
+    paths: Vec<PathBuf>,
+    device: Device,
+}
+
+impl OpenRun<'_> {
+    /// Runs it, with the logs that were asked for. Gives what came before `tap` ended it, if it did, and why it ended.
+    ///
+    /// # Errors
+    /// What keeps the run from beginning, or logs that cannot be written.
+    pub fn run(
+        &self,
+        given: BTreeMap<String, Vec<f32>>,
+        tap: Option<Box<dyn Tap>>,
+    ) -> Result<(Tensors, Result<(), RunError>)> {
         let pipeline = Pipeline {
-            plan: &plan,
-            paths: files.paths(),
-            device: &device,
-            prompt: &self.prompt,
+            plan: &self.plan,
+            paths: self.paths.clone(),
+            device: &self.device,
+            prompt: &self.of.prompt,
             negative_prompt: "",
             images: &[],
-            noise: Noise { seed: self.seed, given, ..Noise::default() },
+            media: Media::default(),
+            stages: BTreeMap::new(),
+            adapters: StageAdapters::default(),
+            noise: Noise { seed: self.of.seed, given, ..Noise::default() },
         };
-        let tap = tap(&plan);
-        if !debug.is_on() {
-            let tensors = pipeline.run(tap)?;
-            return Ok((plan, tensors));
+        if !self.debug.is_on() {
+            return pipeline.run_until(tap, &mut Silent);
         }
-        let weights = WeightFiles::open(&plan, &files.paths(), false)?;
+        let weights = WeightFiles::open(&self.plan, &self.paths, false)?;
         let about = About {
-            hash: container::hash(&container::encode(&plan)?),
-            device: device.name.to_string(),
-            seed: self.seed,
+            hash: container::hash(&container::encode(&self.plan)?),
+            device: self.device.name.to_string(),
+            seed: self.of.seed,
             noise: &BTreeMap::new(),
             spares_decoders: false,
             experiments: Vec::new(),
         };
-        let session = Session::new(&plan, &weights, debug, &about)?;
+        let session = Session::new(&self.plan, &weights, self.debug.clone(), &about)?;
         let both = Both { own: tap, session: session.tap() };
-        let tensors = pipeline.run_watched(Some(Box::new(both)), &mut session.observer(&mut Silent))?;
+        let ran = pipeline.run_until(Some(Box::new(both)), &mut session.observer(&mut Silent))?;
         session.finish()?.iter().for_each(|note| eprintln!("{note}"));
-        drop((session, weights));
-        Ok((plan, tensors))
+        Ok(ran)
     }
 }
 
@@ -117,6 +160,15 @@ impl Tap for Both<'_> {
             }
         }
         Ok(())
+    }
+
+    fn skips_finite(&self, program: &Program, value: &Value) -> bool {
+        self.session.skips_finite(program, value)
+            && self.own.as_ref().is_none_or(|own| own.skips_finite(program, value))
+    }
+
+    fn finite(&mut self, program: &Program, value: &Value) {
+        self.own.iter_mut().for_each(|own| own.finite(program, value));
     }
 
     fn end(&mut self, program: &Program) -> Result<(), RunError> {
@@ -147,8 +199,12 @@ pub struct LoopArgs {
     #[arg(long)]
     pub blocks: bool,
     /// Compare with the tensors of this recording, from whose noise the run starts: `stage1.step0.video.latent` and so on.
+    /// A recording of tests/tools or of the fixtures that is named for its pipeline says what to run; flags say it else.
     #[arg(long, value_name = "FILE", alias = "ref")]
     pub compare: Option<PathBuf>,
+    /// Look at the latent after every step, and at the finished frames, too.
+    #[arg(long, conflicts_with = "compare")]
+    pub full: bool,
 }
 
 /// Relative L2 by which a run may differ from a recording.
@@ -224,16 +280,22 @@ fn is_far(distance: f64) -> bool {
 impl StepFacts {
     /// What is wrong with the step.
     pub fn flags(&self) -> Vec<String> {
-        let mut flags = Vec::new();
-        if let Some(error) = self.consistency.filter(|e| is_far(*e)) {
-            let taken = if self.x0_v > 0.999 { "; it is the velocity itself, taken for the prediction" } else { "" };
-            flags.push(format!("x0 is not x − σ·v (relative L2 {error:.1e}){taken}"));
-        }
+        let mut flags = self.inconsistencies();
         if self.x_x0 > 0.99 && self.sigma > 0.2 {
             flags.push("the model predicts no change".into());
         }
         if self.sigma == 1.0 && !(0.4..=1.3).contains(&self.std[0]) {
             flags.push(format!("velocity has a standard deviation of {:.2}, expected 0.4 to 1.3", self.std[0]));
+        }
+        flags
+    }
+
+    /// Where velocity, prediction and the next latent contradict each other, whatever the model is.
+    pub fn inconsistencies(&self) -> Vec<String> {
+        let mut flags = Vec::new();
+        if let Some(error) = self.consistency.filter(|e| is_far(*e)) {
+            let taken = if self.x0_v > 0.999 { "; it is the velocity itself, taken for the prediction" } else { "" };
+            flags.push(format!("x0 is not x − σ·v (relative L2 {error:.1e}){taken}"));
         }
         if is_far(self.euler) {
             flags.push(format!("the next latent is no Euler step (relative L2 {:.1e})", self.euler));
@@ -249,6 +311,12 @@ impl StepFacts {
 pub fn run_loop(args: &LoopArgs, json_output: bool) -> Result<bool> {
     let velocities = Rc::new(RefCell::new(Velocities::default()));
     let recording = args.compare.as_deref().map(TensorFile::open).transpose()?;
+    if let Some(recording) = recording.as_ref().filter(|r| r.meta()["params"].is_object()) {
+        let files = ModelFiles::open(&args.run.model, args.run.model.spatial_upsampler_path.is_some())?;
+        let mut rows = Vec::new();
+        check_run(&files, &pick(&args.run.shape.device, None)?, &recording.path, &mut rows)?;
+        return print_rows(&rows, &recording.path.display().to_string(), json_output);
+    }
     let given = recording.as_ref().map(recorded_noise).unwrap_or_default();
     // What attention to the text gives has no memory of its own in fused kernels.
     let options = if args.blocks { unfused() } else { Options::default() };
@@ -295,6 +363,9 @@ pub fn run_loop(args: &LoopArgs, json_output: bool) -> Result<bool> {
         flags.iter().for_each(|flag| println!("  RED FLAG: {flag}"));
     }
     velocities.blocks.iter().for_each(|(at, block)| print_block(at, block, json_output));
+    if args.full {
+        ok &= print_results(&plan, &ran, json_output);
+    }
     if let Some(latent) = ran.tensors.get("final.video_latent") {
         let s = Stats::of(&[latent.len()], latent);
         let is_odd = !(0.7..=1.6).contains(&s.std);
@@ -308,6 +379,52 @@ pub fn run_loop(args: &LoopArgs, json_output: bool) -> Result<bool> {
         }
     }
     Ok(ok)
+}
+
+/// Prints the coherence of the latent after every step, and what the frames look like; returns whether frames are finite
+/// and, of weights that are not synthetic, look like a picture.
+fn print_results(plan: &Plan, ran: &Tensors, json_output: bool) -> bool {
+    let channels = (plan.pipeline.video.channels as usize).max(1);
+    for stage in &plan.pipeline.stages {
+        let [f, h, w] = stage.grid.map(|n| n as usize);
+        for step in 0.. {
+            let Some(latent) = ran.tensors.get(&format!("{}.step{step}.video.latent", stage.name)) else { break };
+            // Tokens of the target come first, channels last.
+            let place = |at: usize, c: usize| latent.get(at * channels + c).map_or(0.0, |v| f64::from(*v));
+            let plane =
+                |c: usize, i: usize| -> Vec<f64> { (i * h * w..(i + 1) * h * w).map(|at| place(at, c)).collect() };
+            let planes = (0..channels).flat_map(|c| (0..f).map(move |i| (c, i)));
+            let sum: f64 = planes.map(|(c, i)| structure(&plane(c, i), w).autocorrelation).sum();
+            let coherence = sum / (channels * f).max(1) as f64;
+            match json_output {
+                true => println!("{}", json!({"stage": stage.name, "step": step, "coherence": coherence})),
+                false => println!("{}.{step} video latent: spatial autocorrelation {coherence:.4}", stage.name),
+            }
+        }
+    }
+    let (width, height) = (plan.pipeline.video.width as usize, plan.pipeline.video.height as usize);
+    let mut collector = Collector::default();
+    let bytes = |frame: &[f32]| frame.iter().map(|v| (v * 255.0) as u8).collect::<Vec<u8>>();
+    let is_whole =
+        ran.frames.chunks((width * height * 3).max(1)).all(|f| collector.add(width, height, &bytes(f)).is_ok());
+    let stats = collector.finish();
+    let flags = stats.flags();
+    match json_output {
+        true => println!(
+            "{}",
+            json!({"frames": stats.frames, "brightness": stats.brightness, "noise_ratio": stats.noise_ratio,
+            "std": stats.grey_std, "flags": flags.iter().map(|f| f.0).collect::<Vec<_>>()})
+        ),
+        false => {
+            println!(
+                "frames: {}, brightness {:.3}, std {:.1}, noise ratio {:.3}",
+                stats.frames, stats.brightness, stats.grey_std, stats.noise_ratio
+            );
+            flags.iter().for_each(|(flag, why)| println!("  RED FLAG: {flag}: {why}"));
+        }
+    }
+    let is_finite = ran.frames.iter().all(|v| v.is_finite());
+    is_whole && is_finite && (flags.is_empty() || plan.pipeline.model.synthetic)
 }
 
 /// The noise of a recorded run, by slot.
@@ -518,6 +635,14 @@ impl Tap for NanTap {
         }
         self.seen.insert(value.name.clone(), stats);
         Ok(())
+    }
+
+    fn skips_finite(&self, _: &Program, _: &Value) -> bool {
+        true
+    }
+
+    fn finite(&mut self, _: &Program, _: &Value) {
+        self.found.borrow_mut().checked += 1;
     }
 
     fn end(&mut self, program: &Program) -> Result<(), RunError> {

@@ -9,17 +9,24 @@
 //! | `entries`, `compare` | logs as numbers under keys, and two of them side by side |
 //! | `recording`, `parity` | recorded tensors of the reference, and how ours compare with them |
 //! | `modules`, `pipeline` | one graph, or a whole run, for its values instead of its picture |
-//! | `bisect` | the first op that differs between two settings |
+//! | `evaluation` | one evaluation of the transformer on given inputs |
+//! | `step` | that call printed, written and compared; one block alone |
+//! | `lora` | a LoRA here and in the reference |
+//! | `bisect`, `reference` | the first op that differs between two settings, and from a reference |
+//! | `commands`, `smoke` | commands that run others; a short run of every pipeline |
 //! | `noise`, `weights`, `manifest`, `text`, `vae`, `denoising`, `latents`, `positions`, `schedule`, `video_stats` | one part of a model or run each |
 
 pub mod bisect;
 pub mod command;
+pub mod commands;
 pub mod compare;
 pub mod denoising;
 pub mod entries;
+pub mod evaluation;
 pub mod flags;
 mod latents;
 pub mod log;
+pub mod lora;
 mod manifest;
 pub mod modules;
 pub mod names;
@@ -29,8 +36,11 @@ pub mod pipeline;
 mod positions;
 pub mod profile;
 pub mod recording;
+pub mod reference;
 pub mod schedule;
 pub mod session;
+pub mod smoke;
+pub mod step;
 pub mod sums;
 pub mod text;
 pub mod vae;

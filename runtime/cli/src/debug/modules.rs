@@ -11,6 +11,7 @@ use ltxc_ir::eval::Tensor;
 use ltxc_ir::plan::{Pipeline, Plan, Program, WeightSource};
 use ltxc_ir::{Module, Rate, TensorType};
 use ltxc_runtime::RunError;
+use ltxc_runtime::adapters::AdapterSet;
 use ltxc_runtime::backend::{Device, open};
 use ltxc_runtime::executor::Executor;
 use ltxc_runtime::stats::decoded;
@@ -89,6 +90,21 @@ impl Bench<'_> {
         args: &[Tensor],
         keep: &dyn Fn(&str) -> bool,
     ) -> Result<Ran> {
+        self.run_with(module, entry, args, AdapterSet::default(), keep)
+    }
+
+    /// As [`Bench::run`], with adapters, keeping only the values inside whose names `keep` wants.
+    ///
+    /// # Errors
+    /// As for [`Bench::run`], and adapters that do not fit.
+    pub fn run_with(
+        &self,
+        module: &Module,
+        entry: &str,
+        args: &[Tensor],
+        adapters: AdapterSet,
+        keep: &dyn Fn(&str) -> bool,
+    ) -> Result<Ran> {
         let target = self.device.target.clone();
         let mut builder = PlanBuilder::new(&version(), target, self.options.clone(), self.sources.clone());
         builder.add("main", "main", module, entry)?;
@@ -96,16 +112,23 @@ impl Bench<'_> {
         let function = module.function(entry).with_context(|| format!("the module has no `{entry}`"))?;
         let named: BTreeMap<&str, &Tensor> =
             function.params.iter().map(|p| function.name_of(p.value)).zip(args).collect();
-        let mut ran = self.run_plan(&plan, &named, keep)?;
+        let mut ran = self.run_plan(&plan, &named, adapters, keep)?;
         ran.results.retain(|name, _| function.results.iter().any(|r| r.name == *name));
         Ok(ran)
     }
 
-    fn run_plan(&self, plan: &Plan, args: &BTreeMap<&str, &Tensor>, keep: &dyn Fn(&str) -> bool) -> Result<Ran> {
+    fn run_plan(
+        &self,
+        plan: &Plan,
+        args: &BTreeMap<&str, &Tensor>,
+        adapters: AdapterSet,
+        keep: &dyn Fn(&str) -> bool,
+    ) -> Result<Ran> {
         let weights = WeightFiles::open(plan, &self.paths, false)?;
         let kept = Rc::new(RefCell::new(Vec::new()));
         let mut executor = Executor::on(open(self.device)?, plan, &weights, &INTERRUPT)?;
         executor.set_tap(Some(Box::new(Keep { kept: kept.clone(), wants: keep })))?;
+        executor.set_adapters(adapters)?;
         let mut results = BTreeMap::new();
         for rate in [Rate::Generation, Rate::Evaluation, Rate::Step] {
             for program in plan.programs.iter().filter(|p| p.rate == rate) {

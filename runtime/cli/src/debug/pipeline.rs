@@ -7,9 +7,10 @@ use anyhow::Result;
 use ltxc_compiler::Options;
 use ltxc_ir::plan::Plan;
 use ltxc_runtime::RunError;
+use ltxc_runtime::adapters::StageAdapters;
 use ltxc_runtime::backend::{Device, open};
 use ltxc_runtime::executor::Executor;
-use ltxc_runtime::pipeline::{Conditioning, Event, Noise, Observer, Output, Request, Silent, run};
+use ltxc_runtime::pipeline::{Conditioning, Event, Media, Noise, Observer, Output, Request, Silent, StageChoice, run};
 use ltxc_runtime::tap::Tap;
 use ltxc_runtime::tokenizer::Tokenizer;
 use ltxc_runtime::weights::{WeightFiles, find_tokenizer};
@@ -33,6 +34,12 @@ pub struct Pipeline<'a> {
     pub negative_prompt: &'a str,
     /// Images.
     pub images: &'a [Conditioning],
+    /// Clips and recordings.
+    pub media: Media,
+    /// What differs from the plan, by stage.
+    pub stages: BTreeMap<String, StageChoice>,
+    /// Adapters of every stage.
+    pub adapters: StageAdapters,
     /// Noise.
     pub noise: Noise,
 }
@@ -73,6 +80,20 @@ impl Pipeline<'_> {
     /// # Errors
     /// Those of [`Pipeline::run`].
     pub fn run_watched(self, tap: Option<Box<dyn Tap + '_>>, next: &mut dyn Observer) -> Result<Tensors> {
+        let (tensors, result) = self.run_until(tap, next)?;
+        result?;
+        Ok(tensors)
+    }
+
+    /// The same for taps that may end the run: gives what came before that, and why it ended.
+    ///
+    /// # Errors
+    /// What keeps the run from beginning.
+    pub fn run_until(
+        self,
+        tap: Option<Box<dyn Tap + '_>>,
+        next: &mut dyn Observer,
+    ) -> Result<(Tensors, Result<(), RunError>)> {
         let weights = WeightFiles::open(self.plan, &self.paths, false)?;
         let tokenizer = find_tokenizer(&self.plan.pipeline.text, &self.paths)?;
         let tokenizer = Tokenizer::from_folder(tokenizer.parent().unwrap_or(Path::new(".")))?;
@@ -82,14 +103,18 @@ impl Pipeline<'_> {
             prompt: self.prompt,
             negative_prompt: self.negative_prompt,
             images: self.images,
+            media: self.media,
+            stages: self.stages,
+            adapters: self.adapters,
             noise: self.noise,
             allow_bad_numerics: true,
             ..Request::default()
         };
         let mut collected = Tensors::default();
         let mut output = Written::default();
-        run(&mut executor, tokenizer, &request, &mut Collecting { tensors: &mut collected, next }, &mut output)?;
-        Ok(Tensors { frames: output.frames, sound: output.sound, ..collected })
+        let mut collecting = Collecting { tensors: &mut collected, next };
+        let result = run(&mut executor, tokenizer, &request, &mut collecting, &mut output);
+        Ok((Tensors { frames: output.frames, sound: output.sound, ..collected }, result))
     }
 }
 

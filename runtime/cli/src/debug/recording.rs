@@ -11,11 +11,12 @@ use anyhow::{Context, Result, bail};
 use ltxc_ir::TensorType;
 use ltxc_ir::eval::Tensor;
 use ltxc_models::TensorDirectory;
+use ltxc_runtime::noise_files::{self, Container};
 use ltxc_runtime::weights::dtype_of;
 use safetensors::SafeTensors;
 use serde_json::Value;
 
-/// All tensors of a safetensors file, decoded.
+/// All tensors of a file, decoded.
 #[derive(Clone)]
 pub struct TensorFile {
     /// Path, for messages.
@@ -26,12 +27,18 @@ pub struct TensorFile {
 }
 
 impl TensorFile {
-    /// Reads a file. Tensors of dtypes that graphs do not know are left out.
+    /// Reads a file: safetensors, or one of the containers of noise, by its extension. Tensors of dtypes that graphs do not
+    /// know are left out.
     ///
     /// # Errors
-    /// A file that cannot be read or is no safetensors file.
+    /// A file that cannot be read or is damaged.
     pub fn open(path: &Path) -> Result<TensorFile> {
         let name = || format!("`{}`", path.display());
+        if matches!(Container::of(path), Ok(Container::Npy | Container::Npz | Container::Pt)) {
+            let stored = noise_files::read(path)?.into_iter();
+            let tensors = stored.map(|t| (t.name, Tensor::f32(&t.shape, &t.values))).collect();
+            return Ok(TensorFile { path: path.into(), metadata: BTreeMap::new(), tensors });
+        }
         let bytes = std::fs::read(path).with_context(name)?;
         let (_, header) = SafeTensors::read_metadata(&bytes).with_context(name)?;
         let metadata = header.metadata().clone().unwrap_or_default().into_iter().collect();

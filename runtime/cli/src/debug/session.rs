@@ -207,11 +207,13 @@ fn header(plan: &Plan, options: &DebugOptions, about: &About<'_>) -> String {
     };
     let decoder_noise = if about.spares_decoders { "off" } else { "on" };
     format!(
-        "{} plan={hash} device={} dtype={} seed={} mode={mode} attention=plain decoder_noise={decoder_noise}{}{experiments}",
+        "{} plan={hash} device={} dtype={} seed={} mode={mode} attention=plain fused_attention=off text_padding={} \
+         decoder_noise={decoder_noise}{}{experiments}",
         plan.compiler,
         about.device,
         plan.pipeline.dtype,
         about.seed,
+        plan.pipeline.text.length,
         noise.concat()
     )
 }
@@ -261,6 +263,11 @@ impl Tap for SessionTap<'_> {
 
     fn value(&mut self, program: &Program, value: &Value, bytes: &[u8]) -> Result<(), RunError> {
         self.0.state.borrow_mut().value(program, value, bytes)
+    }
+
+    fn skips_finite(&self, program: &Program, value: &Value) -> bool {
+        // Where nothing but the first bad value is wanted.
+        !self.0.state.borrow().interest(program, value).is_any()
     }
 
     fn end(&mut self, program: &Program) -> Result<(), RunError> {

@@ -26,7 +26,7 @@ const COHERENT: f64 = 0.7;
 const BLACK: f64 = 3.0;
 
 /// RMS of sound below which it counts as silent.
-const SILENT: f64 = 1e-4;
+pub const SILENT: f64 = 1e-4;
 
 /// `ltxc debug video-stats`.
 #[derive(Debug, Args)]
@@ -218,7 +218,10 @@ pub fn run(args: &VideoStatsArgs, json: bool) -> Result<bool> {
 }
 
 /// Statistics of a clip: a folder of frames with a WAV file beside them, or a file with or without sound.
-fn of_clip(path: &Path) -> Result<ClipStats> {
+///
+/// # Errors
+/// A clip that cannot be read, or holds no pictures.
+pub fn of_clip(path: &Path) -> Result<ClipStats> {
     let clip = Clip::open(path)?;
     let info = clip.info();
     let rate = match info.rate {
@@ -252,7 +255,10 @@ fn of_clip(path: &Path) -> Result<ClipStats> {
 }
 
 /// RMS of the sound of a file, if it has any.
-fn rms(path: &Path) -> Result<Option<f64>> {
+///
+/// # Errors
+/// A file that cannot be read.
+pub fn rms(path: &Path) -> Result<Option<f64>> {
     // A day: everything.
     let recording = match load_audio(path, 0.0, 86_400.0) {
         Ok(recording) => recording,

@@ -191,3 +191,15 @@ pub fn with(mut args: Vec<String>, more: &[&str]) -> Vec<String> {
     args.extend(more.iter().map(|s| s.to_string()));
     args
 }
+
+/// Whether there is a Vulkan device; where one is required, there is.
+pub fn has_vulkan(place: &Place) -> bool {
+    let facts: serde_json::Value = serde_json::from_str(&place.ok(&["doctor", "--json"]).stdout).unwrap();
+    let found = facts["devices"].as_array().unwrap().iter().any(|d| d["name"] == "vulkan:0");
+    let is_required = std::env::var("LTXC_REQUIRE_VULKAN").is_ok_and(|v| v == "1");
+    assert!(found || !is_required, "no Vulkan device: {facts}");
+    if !found {
+        println!("absent: no Vulkan device");
+    }
+    found
+}

@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use crate::binary::{Place, SHAPE, tiny, with};
+use crate::binary::{Place, SHAPE, has_vulkan, tiny, with};
 
 /// Compiles the small model for a device.
 #[track_caller]
@@ -64,18 +64,6 @@ fn doctor_lists_devices_and_what_is_missing() {
     for device in devices {
         assert!(text.stdout.contains(device["name"].as_str().unwrap()), "{}", text.stdout);
     }
-}
-
-/// Whether there is a Vulkan device; where one is required, there is.
-fn has_vulkan(place: &Place) -> bool {
-    let facts: Value = serde_json::from_str(&place.ok(&["doctor", "--json"]).stdout).unwrap();
-    let found = facts["devices"].as_array().unwrap().iter().any(|d| d["name"] == "vulkan:0");
-    let is_required = std::env::var("LTXC_REQUIRE_VULKAN").is_ok_and(|v| v == "1");
-    assert!(found || !is_required, "no Vulkan device: {facts}");
-    if !found {
-        println!("absent: no Vulkan device");
-    }
-    found
 }
 
 /// What the last event of a command with `--json` says.

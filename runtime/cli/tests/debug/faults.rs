@@ -39,7 +39,7 @@ pub fn swap_rows(bytes: &mut [u8], rows: usize, a: usize, b: usize) {
 }
 
 /// A NaN in bf16 or f32: the upper bytes of the first value.
-fn plant_nan(bytes: &mut [u8]) {
+pub fn plant_nan(bytes: &mut [u8]) {
     bytes[..4].copy_from_slice(&[0xc0, 0x7f, 0xc0, 0x7f]);
 }
 
@@ -181,6 +181,36 @@ fn the_first_nan_is_named_with_its_layer() {
     crate::binary::sentence(&run(&faulty, &["--check-nan"]), &["stage1, step 1", "transformer.blocks.1.", "first at"]);
     assert_eq!(run(&faulty, &["--allow-bad-numerics"]).code, Some(0));
     assert_eq!(run(&tiny().checkpoint, &["--check-nan"]).code, Some(0));
+}
+
+#[test]
+fn a_gpu_is_asked_for_sums_instead_of_values_and_names_the_same_layer() {
+    let place = Place::new();
+    if !crate::binary::has_vulkan(&place) {
+        return;
+    }
+    let key = format!("{BLOCK_1}attn1.to_k.weight");
+    let faulty = with_tensor(&place, &tiny().checkpoint, &key, plant_nan);
+    let nan = |checkpoint: &Path| {
+        let args = [
+            &["debug".to_string(), "nan".into()],
+            &tiny().model_args_with(checkpoint, &tiny().gemma)[..],
+            &SHAPE.map(String::from),
+        ];
+        let more = ["--json", "--device", "vulkan:0", "--pipeline", "distilled-one-stage"];
+        place.run(&with(args.concat(), &more))
+    };
+    let done = nan(&faulty);
+    let facts: Value = serde_json::from_str(&done.stdout).unwrap_or_else(|e| panic!("{e}: {}", done.stderr));
+    let value = facts["value"].as_str().unwrap();
+    assert!(
+        done.code == Some(1) && value.starts_with("transformer.blocks.1.") && value.contains("attn1.to_k"),
+        "{facts}"
+    );
+    // What it was computed from is read then, though it was not before.
+    assert!(facts["nan"].as_u64() > Some(0) && !facts["reads"].as_array().unwrap().is_empty(), "{facts}");
+    let done = nan(&tiny().checkpoint);
+    assert_eq!(done.code, Some(0), "{}{}", done.stdout, done.stderr);
 }
 
 #[test]
@@ -410,6 +440,55 @@ fn decoders_are_traced_and_steps_agree() {
 }
 
 #[test]
+fn runs_are_compared_step_by_step_and_shown_block_by_block() {
+    let place = Place::new();
+    let recording = root().join("expected/e2e/ltx2/distilled.safetensors");
+    let meta = ltxc::debug::recording::TensorFile::open(&recording).unwrap().meta();
+    let prompt = meta["params"]["prompt"].as_str().unwrap().to_string();
+    let run = |checkpoint: &Path, more: &[&str]| {
+        let of = |name: &str| root().join(name).display().to_string();
+        let (checkpoint, gemma) = (checkpoint.display().to_string(), of("tiny-gemma3"));
+        let upsampler = of("tiny-ltx2/spatial-upscaler-x2-tiny.safetensors");
+        let model = ["--checkpoint-path", &checkpoint, "--gemma-root", &gemma, "--spatial-upsampler-path", &upsampler];
+        let size = ["-H", "128", "-W", "192", "--num-frames", "9", "-p", &prompt, "--json"];
+        let done = place.run(&[&["debug", "loop"], &model[..], &size, more].concat());
+        let lines = done.stdout.lines().map(|l| serde_json::from_str(l).unwrap_or_else(|e| panic!("{e}: {l}")));
+        (done.code, lines.collect::<Vec<Value>>(), done.stderr)
+    };
+    let compare = ["--compare", &recording.display().to_string()];
+    let (code, rows, errors) = run(&ltx2(), &compare);
+    assert_eq!(code, Some(0), "{rows:?} {errors}");
+    let names: Vec<&str> = rows.iter().filter_map(|r| r["tensor"].as_str()).collect();
+    for name in ["stage1.video.noised", "stage1.step7.audio.denoised", "stage2.step2.video.latent"] {
+        assert!(names.contains(&name), "no `{name}` in {names:?}");
+    }
+    let table = format!("{BLOCK_1}scale_shift_table");
+    let faulty = with_tensor(&place, &ltx2(), &table, |bytes| swap_rows(bytes, 6, 0, 1));
+    let (code, rows, _) = run(&faulty, &compare);
+    let first = rows.last().unwrap()["first_different"].clone();
+    assert_eq!((code, first.as_str()), (Some(1), Some("stage1.step0.video.denoised")), "{rows:?}");
+    // Streams behind every block of every step, and logs as a run writes them.
+    let (_, rows, errors) = run(&ltx2(), &["--blocks", "--debug-stage-sums-path", "sums.log"]);
+    let blocks = || rows.iter().filter(|r| r["block"].is_u64());
+    assert!(blocks().count() >= 2 * 2 * 11, "{} {errors}", blocks().count());
+    assert!(blocks().all(|b| b["std"].as_f64() > Some(0.0) && b["text_ratio"].as_f64() > Some(0.0)), "{rows:?}");
+    let log = String::from_utf8(place.read("sums.log")).unwrap();
+    assert!(log.starts_with("# ltxc ") && log.contains("stage=LTX2DenoisingStage"), "{log}");
+    // The latent of a step, which is noise at first.
+    let latents = |more: &[&str]| {
+        let args = [&["debug".to_string(), "latents".into()], &tiny().model_args()[..], &SHAPE.map(String::from)];
+        place.run(&with(args.concat(), more))
+    };
+    let done = latents(&["--step", "0", "--stage", "stage2", "--json", "--noise"]);
+    let facts: Value = serde_json::from_str(&done.stdout).unwrap_or_else(|e| panic!("{e}: {}", done.stderr));
+    assert_eq!(
+        (facts["tensor"].as_str(), &facts["shape"]),
+        (Some("stage2.step0.video.latent"), &serde_json::json!([1, 8, 2, 2, 2]))
+    );
+    crate::binary::sentence(&latents(&["--step", "99"]), &["`stage1` has no step 99"]);
+}
+
+#[test]
 fn a_finished_clip_is_told_from_noise_and_one_colour() {
     use ltxc_runtime::media::png;
     let place = Place::new();
@@ -444,4 +523,79 @@ fn a_finished_clip_is_told_from_noise_and_one_colour() {
     let facts: Value = serde_json::from_str(&done.stdout).unwrap_or_else(|e| panic!("{e}: {}", done.stderr));
     assert_eq!((facts["frames"].as_u64(), facts["width"].as_u64()), (Some(9), Some(64)));
     assert!(facts["sound_rms"].as_f64() > Some(0.0), "{facts}");
+}
+
+#[test]
+fn interleaved_rotation_shows_in_the_first_self_attention() {
+    let place = Place::new();
+    let faulty = with_config(&place, &tiny().checkpoint, |c| c["transformer"]["rope_type"] = "interleaved".into());
+    let detail = |checkpoint: &Path, log: &str| {
+        let args =
+            [&["run".to_string()], &tiny().model_args_with(checkpoint, &tiny().gemma)[..], &SHAPE.map(String::from)]
+                .concat();
+        let more = ["-p", "x", "-o", "a.wav", "--debug-mode", "exact", "--debug-model-detail-path", log];
+        place.ok(&with(args, &more));
+    };
+    detail(&tiny().checkpoint, "right.log");
+    detail(&faulty, "wrong.log");
+    let done = place.run(&["debug", "compare", "wrong.log", "right.log", "--json"]);
+    let facts: Value = serde_json::from_str(&done.stdout).unwrap();
+    assert_eq!((done.code, facts["first"]["key"].as_str()), (Some(1), Some("block=0:attn1.out_sum")), "{facts}");
+    assert!(facts["likely_cause"].as_str().unwrap().contains("RoPE layout"), "{facts}");
+    place.ok(&["debug", "compare", "right.log", "right.log"]);
+}
+
+#[test]
+fn noise_of_one_decoder_alone_is_told_by_the_headers() {
+    let place = Place::new();
+    place.ok(&with(tiny().run_args(), &["-p", "x", "-o", "a.wav", "--debug-stage-sums-path", "ours.log"]));
+    let log = String::from_utf8(place.read("ours.log")).unwrap();
+    for condition in ["dtype=f32", "attention=plain", "fused_attention=off", "text_padding=1024", "decoder_noise=on"] {
+        assert!(log.contains(condition), "no {condition} in {log}");
+    }
+    place.write("theirs.log", log.replace("decoder_noise=on", "decoder_noise=off").as_bytes());
+    let text = place.ok(&["debug", "compare", "ours.log", "theirs.log"]).stdout;
+    assert!(text.contains("warning: the decoders add different noise: on and off"), "{text}");
+    assert!(text.contains("decoder_noise on/off") && text.contains("dtype f32"), "{text}");
+    let text = place.ok(&["debug", "compare", "ours.log", "ours.log"]).stdout;
+    assert!(!text.contains("decoders add different noise"), "{text}");
+}
+
+/// A port that rounds the number of audio latents up: 10 instead of 9, which the rate below has by itself.
+#[test]
+fn a_wrong_number_of_audio_tokens_shows_after_the_first_latents() {
+    let place = Place::new();
+    let run = |rate: &str, log: &str| {
+        let args = [&["run".to_string()], &tiny().model_args()[..], &SHAPE.map(String::from)].concat();
+        place.ok(&with(args, &["-p", "x", "-o", "a.wav", "--frame-rate", rate, "--debug-stage-sums-path", log]));
+    };
+    run("24", "right.log");
+    run("45/2", "wrong.log");
+    let done = place.run(&["debug", "compare", "wrong.log", "right.log", "--json"]);
+    let facts: Value = serde_json::from_str(&done.stdout).unwrap();
+    let key = "stage=LTX2LatentPreparationStage.extra.ltx2_audio_latents";
+    assert_eq!((done.code, facts["first"]["key"].as_str()), (Some(1), Some(key)), "{facts}");
+    place.ok(&["debug", "compare", "right.log", "right.log"]);
+}
+
+/// Tables as in trained models: shifts around 0, scales around −0.32.
+#[test]
+fn swapped_rows_of_shift_and_scale_show_in_the_factors() {
+    let place = Place::new();
+    let table = |first: f32, second: f32| {
+        let key = "model.diffusion_model.scale_shift_table";
+        with_tensor(&place, &ltx2(), key, |bytes| {
+            let half = bytes.len() / 2;
+            for (i, pair) in bytes.as_chunks_mut::<2>().0.iter_mut().enumerate() {
+                let value = if 2 * i < half { first } else { second };
+                *pair = half::bf16::from_f32(value).to_le_bytes();
+            }
+        })
+    };
+    let rows = |file: &Path| place.run(&["debug", "weights", &file.display().to_string(), "--adaln", "0"]);
+    let right = rows(&table(0.0, -0.32));
+    assert!(right.code == Some(0) && right.stdout.contains("factor 0.6797"), "{}", right.stdout);
+    let swapped = rows(&table(-0.32, 0.0));
+    assert!(swapped.code == Some(1) && swapped.stdout.contains("shift and scale look swapped"), "{}", swapped.stdout);
+    assert!(!swapped.stdout.contains("factor 0.6797"), "{}", swapped.stdout);
 }

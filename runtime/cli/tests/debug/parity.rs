@@ -30,9 +30,18 @@ fn everything_that_was_recorded_agrees() {
             "dec.conv_in",
             "dec.mid.block_1",
             "ups0",
-            "stage1.step0.video.denoised",
+            "distilled/stage1.step0.video.denoised",
+            "one_stage/stage1.step0.audio.denoised",
         ] {
             assert!(tensors.contains(&name), "`{name}` was not compared");
+        }
+        // Every run that was recorded of the model.
+        let guided = match model["model"].as_str().is_some_and(|name| name.contains("ltx2/")) {
+            true => ["distilled_i2v_tiled/", "two_stages_i2v/", "keyframes/", "ic_lora/", "ic_lora_ref2/"],
+            false => ["one_stage_i2v_skip/", "two_stages_hq/stage2.call0", "a2vid/", "retake/", "one_stage/"],
+        };
+        for run in guided {
+            assert!(tensors.iter().any(|name| name.starts_with(run)), "nothing of `{run}` was compared");
         }
         // Which blocks of the decoder keep a value of their own depends on the model's upsamplers.
         assert!(tensors.iter().any(|name| name.starts_with("dec.up")), "no block of the decoder was compared");

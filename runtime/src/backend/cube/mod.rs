@@ -20,6 +20,7 @@ use std::time::{Duration, Instant};
 
 use cubecl::client::ComputeClient;
 use cubecl::server::Handle;
+use ltxc_ir::ops::{Reduce, ReduceKind};
 use ltxc_ir::plan::{
     Copy, Kernel, KernelCall, KernelDevice, KernelForm, Kernels, MatrixUnit, Operand, Plan, PlanKernel, Step, Target,
     TunedCall, Work,
@@ -35,9 +36,13 @@ use super::{
 };
 use crate::error::RunError;
 use crate::memory::MemoryNeed;
+use crate::stats::decoded;
 
 /// Uploads and downloads go in pieces of this size, so that staging memory stays small.
 const STAGING_BYTES: usize = 16 << 20;
+
+/// Values from which on a sum on the device is cheaper than a download.
+const LEAST_SUMMED: usize = 1 << 10;
 
 /// How often a call is measured with each tile.
 const MEASUREMENTS: usize = 3;
@@ -435,6 +440,38 @@ impl<'a, R: Known> Backend<'a> for Cube<'a, R> {
         }
         guard::check_poisoned().map_err(|e| self.problem(e))?;
         Ok(Cow::Owned(out))
+    }
+
+    /// By a sum, which nothing that is not finite leaves finite: first of rows, then of their sums.
+    fn is_finite(&self, from: Region, ty: &TensorType) -> Result<Option<bool>, RunError> {
+        let elements = ty.elements();
+        if !ty.dtype.is_float() {
+            return Ok(None);
+        }
+        if elements < LEAST_SUMMED || !from.offset.is_multiple_of(self.alignment) {
+            let bytes = self.read(from, ty.bytes() as u64)?;
+            return Ok(Some(decoded(ty, &bytes).iter().all(|v| v.is_finite())));
+        }
+        // Rows about as many as columns, so that neither sum has few units.
+        let columns = (1..=elements.isqrt()).rev().find(|c| elements.is_multiple_of(*c)).unwrap_or(1);
+        let types = [[elements / columns, columns], [elements / columns, 1], [1, 1]];
+        let types = types.map(|shape| TensorType::new(ty.dtype, shape));
+        let sum = |axes: &[usize]| Kernel::Reduce(Reduce { kind: ReduceKind::Sum, axes: axes.into() });
+        let summed = || -> Result<Handle, String> {
+            let all = self.buffer(from.buffer).part(from.offset, types[0].bytes() as u64)?;
+            let empty = |ty: &TensorType| self.client.empty(ty.bytes().next_multiple_of(4));
+            let (rows, one) = (empty(&types[1]), empty(&types[2]));
+            let tensor = |i: usize, handle: &Handle| CubeTensor { ty: &types[i], handle: handle.clone() };
+            cube::launch(&self.client, &sum(&[1]), &[tensor(0, &all)], &[tensor(1, &rows)], None)?;
+            cube::launch(&self.client, &sum(&[0]), &[tensor(1, &rows)], &[tensor(2, &one)], None)?;
+            Ok(one)
+        };
+        let one = summed().map_err(|e| self.problem(e))?;
+        self.synchronize()?;
+        let found = self.client.read_one(one).map_err(|e| self.problem(format!("{e:?}")))?;
+        guard::check_poisoned().map_err(|e| self.problem(e))?;
+        let bytes = found.get(..types[2].bytes()).ok_or_else(|| self.problem("a download came short".into()))?;
+        Ok(Some(decoded(&types[2], bytes).iter().all(|sum| sum.is_finite())))
     }
 
     fn bind(&mut self, call: Call<'a>) -> Result<CallId, RunError> {

@@ -8,7 +8,7 @@
 //! Python packages for any checkpoint.
 
 mod audio;
-mod runs;
+pub mod runs;
 pub(crate) mod text;
 pub mod transformer;
 mod video;
@@ -84,15 +84,23 @@ pub struct Row {
 }
 
 /// A recorded file under comparison.
-struct Check<'a> {
+pub(crate) struct Check<'a> {
     component: &'static str,
     file: TensorFile,
     meta: Value,
     limit: f64,
+    /// What stands in front of names in `rows`.
+    prefix: String,
     rows: &'a mut Vec<Row>,
 }
 
-impl Check<'_> {
+impl<'a> Check<'a> {
+    /// Compares with tensors of `file`; `rows` gets what is found.
+    pub(crate) fn new(component: &'static str, file: TensorFile, limit: f64, rows: &'a mut Vec<Row>) -> Check<'a> {
+        let meta = file.meta();
+        Check { component, file, meta, limit, prefix: String::new(), rows }
+    }
+
     fn has(&self, name: &str) -> bool {
         self.file.find(name).is_some() || self.file.find(&format!("{name}.sample")).is_some()
     }
@@ -102,7 +110,7 @@ impl Check<'_> {
     }
 
     /// Compares with what was recorded as `name`, if anything was.
-    fn check(&mut self, name: &str, found: &[f32]) {
+    pub(crate) fn check(&mut self, name: &str, found: &[f32]) {
         self.check_within(name, found, self.limit);
     }
 
@@ -121,7 +129,8 @@ impl Check<'_> {
         };
         let worst =
             picked.iter().zip(&form.values).enumerate().find(differs).map(|(i, (a, b))| (i * form.step, *a, *b));
-        let row = Row { component: self.component, name: name.into(), count: picked.len(), distance, limit, ok, worst };
+        let name = format!("{}{name}", self.prefix);
+        let row = Row { component: self.component, name, count: picked.len(), distance, limit, ok, worst };
         self.rows.push(row);
     }
 
@@ -175,9 +184,7 @@ impl Setup<'_> {
     /// A recording of this model, if there is one.
     fn open<'r>(&self, component: &'static str, name: &str, rows: &'r mut Vec<Row>) -> Result<Option<Check<'r>>> {
         let Some(path) = self.references.find(self.family, name) else { return Ok(None) };
-        let file = TensorFile::open(&path)?;
-        let meta = file.meta();
-        Ok(Some(Check { component, file, meta, limit: self.limit, rows }))
+        Ok(Some(Check::new(component, TensorFile::open(&path)?, self.limit, rows)))
     }
 
     fn bench(&self) -> Bench<'_> {
@@ -369,8 +376,10 @@ fn table(model: &str, rows: &[Row], drill: bool) -> String {
 }
 
 /// The name of a recorded tensor as logs would have it, for what usually is behind it.
-fn hint(name: &str) -> String {
+pub(crate) fn hint(name: &str) -> String {
     match name {
+        // `uniform.blocks.3.attn1.to_q` is something of `3:attn1`.
+        n if n.contains(".blocks.") => n.into(),
         n if n.contains("rope_cos") || n.contains("rope_sin") => "prep.pe_cos_sum".into(),
         n if n.contains("timestep") => "prep.t_sum".into(),
         n if n.contains(".block") => format!("block={}", n.rsplit('.').next().unwrap_or_default()),

@@ -146,8 +146,7 @@ pub(super) fn check(setup: &Setup<'_>, rows: &mut Vec<Row>) -> Result<()> {
         let n = prompt.ids().len();
         let encoded = side.encode(&prompt)?;
         if let Some(file) = hidden.filter(|_| has_hidden) {
-            let meta = file.meta();
-            let mut check = Check { component: "text", file, meta, limit: setup.limit, rows: &mut *rows };
+            let mut check = Check::new("text", file, setup.limit, rows);
             for i in 0..side.states() {
                 if let Some(state) = side.state(&encoded, i) {
                     check.check(&format!("{name}.hidden.{i}"), last_rows(state, n));

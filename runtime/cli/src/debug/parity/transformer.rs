@@ -2,6 +2,8 @@
 //!
 //! A case is what the recording's name says; inputs that it does not list are the shared ones (`in.*`).
 
+use std::collections::BTreeMap;
+
 use anyhow::{Context, Result};
 use ltxc_ir::DType;
 use ltxc_ir::eval::Tensor;
@@ -11,6 +13,7 @@ use ltxc_models::transformer::{
 use serde_json::Value;
 
 use super::{Check, Row, Setup};
+use crate::debug::evaluation::Inputs;
 use crate::debug::modules::Ran;
 use crate::debug::recording::TensorFile;
 
@@ -44,7 +47,7 @@ pub struct StreamCase {
 
 impl StreamCase {
     /// Distinct timesteps in the order of their first token, and the row of every token.
-    fn rows(&self) -> (Vec<f32>, Vec<i32>) {
+    pub fn rows(&self) -> (Vec<f32>, Vec<i32>) {
         let mut distinct: Vec<f32> = Vec::new();
         let rows = self.timesteps.iter().map(|t| {
             distinct.iter().position(|d| d.to_bits() == t.to_bits()).unwrap_or_else(|| {
@@ -187,29 +190,47 @@ pub(super) fn check(setup: &Setup<'_>, rows: &mut Vec<Row>) -> Result<()> {
             check_preparation(&mut check, &ran);
             continue;
         }
-        for i in 0..config.layers {
-            for stream in Stream::BOTH {
-                if let Some(found) = ran.value(&format!("blocks.{i}.{}", stream.name())) {
-                    check.check(&format!("{case}.block{i}.{}", stream.name()), &found.values);
-                }
-            }
-        }
-        for (stream, inputs) in Stream::BOTH.into_iter().zip([&video, &audio]) {
-            let Some(inputs) = inputs else { continue };
-            let velocity = &ran.result(&format!("{}.velocity", stream.name()))?.values;
-            check.check(&format!("{case}.velocity.{}", stream.name()), velocity);
-            let (latent, channels) = (inputs.latent.to_f32(), velocity.len() / inputs.timesteps.len().max(1));
-            let x0: Vec<f32> = (latent.iter().zip(velocity).enumerate())
-                .map(|(i, (x, v))| x - v * inputs.timesteps[i / channels.max(1)])
-                .collect();
-            check.check(&format!("{case}.x0.{}", stream.name()), &x0);
-        }
+        check_call(&mut check, &Inputs { case, streams: [video, audio] }, &ran, false);
     }
     Ok(())
 }
 
+/// Compares values of a call with recorded ones, in the order in which they are computed.
+pub(crate) fn check_call(check: &mut Check<'_>, inputs: &Inputs, ran: &Ran, outputs_only: bool) {
+    let case = &inputs.case;
+    // A name may stand several times; the last value counts.
+    let last: BTreeMap<&str, usize> = ran.values.iter().enumerate().map(|(i, kept)| (kept.name.as_str(), i)).collect();
+    for (i, kept) in ran.values.iter().enumerate().filter(|_| !outputs_only) {
+        if !kept.name.starts_with("prep.") && last.get(kept.name.as_str()) == Some(&i) {
+            check.check(&recorded_name(case, &kept.name), &kept.values);
+        }
+    }
+    for (stream, of) in inputs.streams() {
+        let Some(velocity) = ran.results.get(&format!("{}.velocity", stream.name())) else { continue };
+        check.check(&format!("{case}.velocity.{}", stream.name()), &velocity.values);
+        let x0 = prediction(&of.latent.to_f32(), &velocity.values, &of.timesteps);
+        check.check(&format!("{case}.x0.{}", stream.name()), &x0);
+    }
+}
+
+/// What recordings call a value of a call.
+pub(crate) fn recorded_name(case: &str, path: &str) -> String {
+    let block = path.strip_prefix("blocks.").and_then(|rest| rest.split_once('.'));
+    match block {
+        Some((i, stream @ ("video" | "audio"))) => format!("{case}.block{i}.{stream}"),
+        _ if path.starts_with("prep.") => path.into(),
+        _ => format!("{case}.{path}"),
+    }
+}
+
+/// `x − t·v`, with a timestep per token.
+pub(crate) fn prediction(latent: &[f32], velocity: &[f32], timesteps: &[f32]) -> Vec<f32> {
+    let channels = (velocity.len() / timesteps.len().max(1)).max(1);
+    latent.iter().zip(velocity).enumerate().map(|(i, (x, v))| x - v * timesteps[i / channels]).collect()
+}
+
 /// What happens before the first block.
-fn check_preparation(check: &mut Check<'_>, ran: &Ran) {
+pub(crate) fn check_preparation(check: &mut Check<'_>, ran: &Ran) {
     let names: Vec<String> = check.file.iter().map(|(n, _)| n.to_string()).filter(|n| n.starts_with("prep.")).collect();
     for name in names {
         let (Some(found), Some(recorded)) = (ran.value(&name), check.file.find(&name)) else { continue };
