@@ -163,7 +163,8 @@ impl<'a> Executor<'a> {
     }
 
     /// Runs `program`, which ran last, once more on the same inputs, and names the first value that is NaN or infinite.
-    /// A call that writes over what it reads changes nothing, because no call writes inputs of the program.
+    /// A call that writes over what it reads changes nothing: calls write inputs of the program only where they update
+    /// state, with what they wrote there before.
     ///
     /// # Errors
     /// Those of [`Executor::run`].

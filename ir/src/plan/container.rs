@@ -169,8 +169,9 @@ fn read_u64(file: &[u8], at: usize) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{KernelDevice, KernelForm, PlanKernel, Target, TunedCall};
+    use super::super::{KernelDevice, KernelForm, MatrixUnit, PlanKernel, Target, TunedCall};
     use super::*;
+    use crate::types::DType;
 
     fn plan() -> Plan {
         Plan {
@@ -205,6 +206,19 @@ mod tests {
         let mut unsorted = kernels();
         unsorted.kernels.reverse();
         assert!(encode_with(&plan(), Some(&unsorted)).is_err(), "what no reader takes is not written");
+    }
+
+    #[test]
+    fn targets_have_units_that_there_are() {
+        let is_refused = |matrix_units: Vec<MatrixUnit>| {
+            let target = Target { matrix_units, ..Target::cuda() };
+            let read = decode(&encode(&Plan { target, ..plan() }).unwrap());
+            read.is_err_and(|e| e.to_string().contains("matrix units"))
+        };
+        let unit = |element, edge| MatrixUnit { element, edge };
+        assert!(!is_refused(Target::cuda().matrix_units) && !is_refused(Target::metal().matrix_units));
+        assert!(is_refused(vec![unit(DType::I32, 16)]) && is_refused(vec![unit(DType::F16, 0)]));
+        assert!(is_refused(vec![unit(DType::F16, 16); 17]));
     }
 
     #[test]

@@ -64,15 +64,12 @@ impl Schedule {
     /// Numbers of the tiles that the call can be cut into on a device, which give the same values at different speeds.
     /// There are none if there is nothing to choose.
     pub fn tiles<R: Runtime>(&self, client: &ComputeClient<R>) -> Vec<u32> {
-        let (inner, args);
         let (kernel, types): (&Kernel, Vec<&TensorType>) = match &self.work {
             Work::Kernel(kernel) => (kernel, self.types[0].iter().collect()),
-            Work::Fused(fused) => {
-                let has_tiles = |part: &&Part| tile::has_tiles(&part.kernel);
-                let Some(part) = fused.parts.iter().find(has_tiles) else { return Vec::new() };
-                (inner, args) = (&part.kernel, &part.args);
-                (inner, args.iter().map(|arg| &arg.ty).collect())
-            }
+            Work::Fused(fused) => match fused.parts.iter().find(|part| tile::has_tiles(&part.kernel)) {
+                Some(part) => (&part.kernel, part.args.iter().map(|arg| &arg.ty).collect()),
+                None => return Vec::new(),
+            },
         };
         tile::tiles(client, kernel, &types, self.units.as_deref())
     }
@@ -108,17 +105,11 @@ impl Schedule {
             return Err(format!("`{}` was scheduled for other types", self.work.name()));
         }
         let choice = Choice { units: self.units.as_deref(), tile: self.tile };
+        let call = Call { client, args, out: &results[0], workspace, tail: None, pads: &[], choice };
         match (&self.work, &self.layout) {
-            (Work::Fused(fused), Some(layout)) => layout.launch(
-                fused,
-                &Call { client, args, out: &results[0], workspace, tail: None, pads: &[], choice },
-                results,
-            ),
+            (Work::Fused(fused), Some(layout)) => layout.launch(fused, &call, results),
             (Work::Fused(_), None) => Err("a fused call without launches".into()),
-            (Work::Kernel(kernel), _) => launch_checked(
-                kernel,
-                &Call { client, args, out: &results[0], workspace, tail: None, pads: &[], choice },
-            ),
+            (Work::Kernel(kernel), _) => launch_checked(kernel, &call),
         }
     }
 }

@@ -584,7 +584,7 @@ pub struct ContentArgs {
     /// Clip of which a part is made anew: H.264 in MP4 or MOV, a folder of images, or what ffmpeg reads.
     #[arg(long, value_name = "PATH")]
     pub video_path: Option<PathBuf>,
-    /// The clip is a folder of EXR frames, whose numbers are these; EXR frames are written too, into a folder.
+    /// Clip and references are EXR frames, whose numbers are these; EXR frames are written too, into a folder.
     #[arg(long, value_enum, value_name = "SPACE", ignore_case = true)]
     pub hdr: Option<Hdr>,
     /// Where that part begins, in seconds [default: 0]
@@ -659,6 +659,9 @@ pub enum Hdr {
     /// A logarithm of light, primaries AP1.
     #[value(name = "ACESCCT")]
     AcesCct,
+    /// Light, primaries of sRGB, for LoRAs that know LogC3; references of 8 bits may be given, too.
+    #[value(name = "LOGC3")]
+    LogC3,
 }
 
 /// Codec for the H.264 round trip of conditioning images.

@@ -181,6 +181,7 @@ pub fn colour_space(content: &ContentArgs, plan: &Plan) -> Result<Option<ColourS
         Hdr::SrgbLinear => ColourSpace::SrgbLinear,
         Hdr::AcesCg => ColourSpace::AcesCg,
         Hdr::AcesCct => ColourSpace::AcesCct,
+        Hdr::LogC3 => ColourSpace::LogC3,
     }))
 }
 
@@ -202,8 +203,11 @@ fn read_frames(
             "`{}` holds EXR frames; say what their numbers are with `--hdr SRGB_LINEAR`, `ACESCG` or `ACESCCT`",
             path.display()
         ),
-        (false, Some(_)) => bail!("`{}` holds no EXR frames; leave `--hdr` out", path.display()),
-        (false, None) => Ok(Clip::open(path)?.read(window, &mut |picture| {
+        // To LogC3, 8 bits are a signal already.
+        (false, Some(space)) if space != ColourSpace::LogC3 => {
+            bail!("`{}` holds no EXR frames; leave `--hdr` out", path.display())
+        }
+        (false, _) => Ok(Clip::open(path)?.read(window, &mut |picture| {
             sink(resize_and_crop(picture, width, height)?);
             Ok(())
         })?),

@@ -196,6 +196,12 @@ impl Shape {
             }
             Ok(value)
         };
+        let shrunk = |value: usize, flag: &str| match value.is_multiple_of(shrink) {
+            true => Ok(value / shrink),
+            false => {
+                bail!("`{flag} {value}` is odd and cannot be halved, as `--skip-stage-2` does; give an even number")
+            }
+        };
         let count = |value: Option<u32>, flag: &str| match value.unwrap_or(1) {
             n @ 1..=MOST_REFERENCES => Ok(n as usize),
             n => bail!("`{flag} {n}` is out of range, expected 1 to {MOST_REFERENCES}"),
@@ -225,8 +231,8 @@ impl Shape {
         };
         Ok(Shape {
             pipeline,
-            height: size(high, height, "--height")?.div_ceil(shrink),
-            width: size(wide, width, "--width")?.div_ceil(shrink),
+            height: shrunk(size(high, height, "--height")?, "--height")?,
+            width: shrunk(size(wide, width, "--width")?, "--width")?,
             frames: size(frames, 121, "--num-frames")?,
             frame_rate,
             max_keyframes: keyframes as usize,
@@ -282,9 +288,11 @@ impl Shape {
     pub fn check(&self, factors: [usize; 3]) -> Result<()> {
         let stages = if self.has_two_stages() { 2 } else { 1 };
         let name = if stages == 2 { "two-stage" } else { "one-stage" };
+        // As it was given, where only the first stage of a pipeline is run.
+        let given = if self.pipeline == PipelineName::IcLoraOneStage { 2 } else { 1 };
         let sides = [("--height", self.height, factors[1]), ("--width", self.width, factors[2])];
         for (flag, value, factor) in sides.into_iter().filter(|_| self.makes(Modality::Video)) {
-            let unit = factor * stages;
+            let (value, unit) = (value * given, factor * stages * given);
             if !value.is_multiple_of(unit) {
                 let below = value / unit * unit;
                 let nearest = if below == 0 { format!("{unit}") } else { format!("{below} or {}", below + unit) };

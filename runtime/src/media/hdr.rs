@@ -1,9 +1,10 @@
 //! Colours with a high dynamic range: what the numbers of EXR files mean, and the signal that models see for them.
 //!
 //! Models see a signal in `[0, 1]`: ACEScct, a logarithm of light with AP1 primaries. 1 stands for 223 times the light of
-//! diffuse white; what is brighter or negative is cut.
+//! diffuse white; what is brighter or negative is cut. LoRAs for a high dynamic range may know another logarithm, LogC3,
+//! whose 1 is 55 times that light.
 //!
-//! Source: spec/media-io §6; S-2016-001 (ACEScct), IEC 61966-2-1 (primaries of sRGB).
+//! Source: spec/media-io §6, spec/pipelines §9.12; S-2016-001 (ACEScct), IEC 61966-2-1 (primaries of sRGB).
 
 /// What the numbers of an EXR file mean.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -14,6 +15,8 @@ pub enum ColourSpace {
     AcesCg,
     /// The signal itself.
     AcesCct,
+    /// Light, primaries of sRGB, whose signal is LogC3 instead.
+    LogC3,
 }
 
 /// Columns of a matrix that turns BT.709 into AP1, with the white of one adapted to that of the other (Bradford).
@@ -37,6 +40,7 @@ impl ColourSpace {
             ColourSpace::SrgbLinear => "SRGB_LINEAR",
             ColourSpace::AcesCg => "ACESCG",
             ColourSpace::AcesCct => "ACESCCT",
+            ColourSpace::LogC3 => "LOGC3",
         }
     }
 
@@ -47,6 +51,7 @@ impl ColourSpace {
             ColourSpace::SrgbLinear => product(&BT709_TO_AP1, rgb).map(acescct),
             ColourSpace::AcesCg => rgb.map(acescct),
             ColourSpace::AcesCct => rgb,
+            ColourSpace::LogC3 => rgb.map(logc3),
         };
         // Infinite light times a negative coefficient is not a number either.
         signal.map(|v| if v.is_nan() { 0.0 } else { v.clamp(0.0, 1.0) as f32 })
@@ -59,6 +64,7 @@ impl ColourSpace {
             ColourSpace::SrgbLinear => product(&AP1_TO_BT709, signal.map(light_of_acescct)),
             ColourSpace::AcesCg => signal.map(light_of_acescct),
             ColourSpace::AcesCct => signal,
+            ColourSpace::LogC3 => signal.map(light_of_logc3),
         };
         rgb.map(|v| v as f32)
     }
@@ -66,7 +72,7 @@ impl ColourSpace {
     /// The primaries red, green and blue, and the white, as `(x, y)`.
     pub fn primaries(self) -> [(f32, f32); 4] {
         match self {
-            ColourSpace::SrgbLinear => [(0.64, 0.33), (0.3, 0.6), (0.15, 0.06), (0.3127, 0.329)],
+            ColourSpace::SrgbLinear | ColourSpace::LogC3 => [(0.64, 0.33), (0.3, 0.6), (0.15, 0.06), (0.3127, 0.329)],
             ColourSpace::AcesCg | ColourSpace::AcesCct => {
                 [(0.713, 0.293), (0.165, 0.83), (0.128, 0.044), (0.32168, 0.33767)]
             }
@@ -93,6 +99,21 @@ fn light_of_acescct(signal: f64) -> f64 {
     if signal <= SIGNAL_BREAK { (signal - START) / SLOPE } else { (signal * 17.52 - 9.72).exp2() }
 }
 
+/// LogC3 at an exposure index of 800: `c log10(a x + b) + d` for light above the cut, `e x + f` below.
+const LOGC3_CUT: f64 = 0.010_591;
+const LOGC3_LOG: [f64; 4] = [5.555_556, 0.052_272, 0.247_190, 0.385_537];
+const LOGC3_LINE: [f64; 2] = [5.367_655, 0.092_809];
+
+fn logc3(light: f64) -> f64 {
+    let ([a, b, c, d], [e, f]) = (LOGC3_LOG, LOGC3_LINE);
+    if light > LOGC3_CUT { c * (a * light + b).log10() + d } else { e * light + f }
+}
+
+fn light_of_logc3(signal: f64) -> f64 {
+    let ([a, b, c, d], [e, f]) = (LOGC3_LOG, LOGC3_LINE);
+    if signal > e * LOGC3_CUT + f { (10f64.powf((signal - d) / c) - b) / a } else { (signal - f) / e }
+}
+
 fn product(matrix: &[[f64; 3]; 3], v: [f64; 3]) -> [f64; 3] {
     matrix.map(|row| row[0] * v[0] + row[1] * v[1] + row[2] * v[2])
 }
@@ -101,7 +122,8 @@ fn product(matrix: &[[f64; 3]; 3], v: [f64; 3]) -> [f64; 3] {
 mod tests {
     use super::*;
 
-    const SPACES: [ColourSpace; 3] = [ColourSpace::SrgbLinear, ColourSpace::AcesCg, ColourSpace::AcesCct];
+    const SPACES: [ColourSpace; 4] =
+        [ColourSpace::SrgbLinear, ColourSpace::AcesCg, ColourSpace::AcesCct, ColourSpace::LogC3];
 
     #[track_caller]
     fn near(found: f64, expected: f64) {
@@ -121,6 +143,19 @@ mod tests {
         for i in 0..=1000 {
             let signal = f64::from(i) / 1000.0;
             near(acescct(light_of_acescct(signal)), signal);
+        }
+    }
+
+    #[test]
+    fn logc3_has_the_published_values() {
+        // At an exposure index of 800, 0.18 is 0.391007 and 0 is 0.092809; both parts meet at the cut.
+        assert!((logc3(0.18) - 0.391_007).abs() < 1e-6);
+        near(logc3(0.0), 0.092_809);
+        assert!((logc3(LOGC3_CUT) - logc3(LOGC3_CUT * (1.0 + 1e-9))).abs() < 2e-6);
+        assert!((light_of_logc3(1.0) - 55.08).abs() < 0.01);
+        for i in 0..=1000 {
+            let signal = f64::from(i) / 1000.0;
+            assert!((logc3(light_of_logc3(signal)) - signal).abs() < 2e-6, "{signal}");
         }
     }
 

@@ -22,32 +22,37 @@ use super::weights::{self, WeightsArgs};
 /// What takes the place of the scripts of known ports, for `ltxc debug --help`.
 pub const SCRIPTS: &str = "\
 Instead of a port's script:
-  compare_text_embeddings, debug_embedding_stages,
-    debug_text_differentiation                        text diff, text compare, text sensitivity
-  debug_text_encoder, debug_embeddings, debug_mask    text stats, text mask, text export
-  debug_nan                                           nan, nan --full
-  debug_velocity                                      step --velocity, step --velocity --pipeline NAME …
-  debug_single_step, analyze_transformer_output       step --stats, latents FILE
-  debug_pipeline_step                                 step --pipeline NAME --trace
-  debug_denoising, test_with_gemma, debug_full_loop   loop, loop --prompt TEXT, loop --full
-  compare_denoising_step, compare_denoising_loop      step --compare FILE, loop --compare FILE
-  compare_full_forward                                step --compare FILE --outputs-only
-  compare_all_blocks                                  compare on model sums; run --tap '*blocks*' --tap-path FILE
-  compare_block_forward, compare_pytorch              block N --compare FILE
-  compare_with_pytorch                                export --out FILE
-  bisect_divergence, test_pytorch_pipeline            bisect; bisect --ref DIR --ref-cmd COMMAND
-  debug_scheduler, debug_latent_distribution          schedule, latents
-  compare_pixel_coords                                positions --compare FILE
-  debug_vae, trace_decoder, test_vae_roundtrip, …     vae decode, trace, encode, roundtrip, norm, tiles, audio
-  debug_adaln, verify_attention_weights               weights FILE --adaln N, weights FILE --attn N, vae timestep
-  convert_ltx2_weights                                weights FILE --against FILE; every layout is read as it is
-  test_distilled_pipeline, test_dev_model             pipeline distilled, pipeline one-stage --steps 25
-  debug_twostage, test_ltx2_pipeline_smoke            pipeline two-stage, pipeline all --preset tiny
-  test_ltx2_two_stage_parity                          bisect --pipeline two-stage --ref DIR --ref-cmd COMMAND
-  debug_lora_full_comparison, run_lora_full_debug     lora inputs, lora four-way (--auto --ref-cmd COMMAND)
-  test_ltx2, test_ltx2_gemma_encoder, test_ltx2_vae,
-    test_ltx2_audio_vae                               parity --reference DIR, with --only COMPONENT
-  generate, basic_ltx2                                ltxc run";
+  compare_text_embeddings, debug_embedding_stages   text compare --ref FILE, text diff --stages all
+  debug_text_differentiation                        text diff, text sensitivity
+  debug_text_encoder, debug_embeddings, debug_mask  text stats, text mask, text export
+  debug_nan                                         nan, nan --full
+  debug_velocity                                    step --velocity [--pipeline NAME]
+  debug_single_step, analyze_transformer_output     step --stats, latents FILE
+  debug_pipeline_step                               step --pipeline NAME --trace
+  debug_denoising, test_with_gemma, debug_full_loop loop, loop --prompt TEXT, loop --full
+  compare_denoising_step, compare_denoising_loop    step --compare FILE, loop --compare FILE
+  compare_full_forward                              step --compare FILE --outputs-only
+  compare_all_blocks                                compare on model sums; run --tap '*blocks*'
+  compare_block_forward, compare_pytorch            block N --compare FILE
+  compare_with_pytorch                              export --out FILE
+  bisect_divergence                                 bisect --a SETTING --b SETTING
+  test_pytorch_pipeline                             bisect --ref DIR --ref-cmd COMMAND
+  test_ltx2_two_stage_parity                        bisect --pipeline two-stage --ref DIR …
+  debug_scheduler, debug_latent_distribution        schedule, latents
+  compare_pixel_coords                              positions --compare FILE
+  debug_vae, trace_decoder, validate_vae_decoder    vae decode [--compare FILE], vae trace
+  validate_vae_encoder, test_vae_roundtrip          vae encode --compare FILE, vae roundtrip
+  test_latent_normalization                         vae norm
+  debug_adaln, verify_attention_weights             weights FILE --adaln N, weights FILE --attn N
+  convert_ltx2_weights                              weights FILE --against FILE; no file needs it
+  test_distilled_pipeline                           pipeline distilled
+  test_dev_model                                    pipeline one-stage --steps 25
+  debug_twostage, test_ltx2_pipeline_smoke          pipeline two-stage, pipeline all --preset tiny
+  debug_lora_full_comparison                        lora inputs, lora four-way
+  run_lora_full_debug                               lora four-way --auto --ref-cmd COMMAND
+  test_ltx2, test_ltx2_gemma_encoder, test_ltx2_vae parity --reference DIR --only COMPONENT
+  interpolate                                       ltxc run --pipeline keyframes
+  generate, basic_ltx2                              ltxc run";
 
 /// `ltxc debug`.
 #[derive(Debug, Subcommand)]

@@ -4,6 +4,7 @@
 use std::path::Path;
 
 use ltxc_runtime::media::mp4::{Movie, read};
+use ltxc_runtime::media::{ColourSpace, exr_frames, load_image};
 
 use crate::binary::{Place, SHAPE, fixtures, with};
 use crate::inputs::{is_like, stripes};
@@ -126,6 +127,11 @@ fn references_have_the_size_that_the_lora_says() {
     assert_ne!(whole.video, halved.video);
     let one = movie(&place, &run(&["--lora", &half, "--skip-stage-2"]));
     assert_eq!(size(&one), (64, 64, 9));
+    let skipping = |height: &str, words: &[&str]| {
+        place.refused(&run(&["--lora", &half, "--skip-stage-2", "--height", height]), words);
+    };
+    skipping("100", &["`--height 100` is not a multiple of 64", "64 or 128"]);
+    skipping("101", &["`--height 101` is odd", "give an even number"]);
 
     // What acts less is another picture, and a strength of 1 is none.
     let weaker = movie(&place, &run(&["--lora", &half, "--conditioning-attention-strength", "0.5"]));
@@ -329,8 +335,27 @@ fn references_with_a_high_dynamic_range_are_seen_as_their_signal() {
     place.ok(&run(&["--video-conditioning", &frames, "--hdr", "SRGB_LINEAR", "-o", "light"]));
     for frame in 0..9 {
         let signal = is_like(&place, "hdr", "eight", frame);
-        let light = ltxc_runtime::media::exr_frames::read(&place.path(&format!("light/frame_{frame:05}.exr"))).unwrap();
+        let light = exr_frames::read(&place.path(&format!("light/frame_{frame:05}.exr"))).unwrap();
         assert_ne!(light.rgb, signal.rgb);
     }
     place.refused(&run(&["--video-conditioning", &frames, "-o", "b"]), &["holds EXR frames", "--hdr SRGB_LINEAR"]);
+}
+
+#[test]
+fn loras_for_a_high_dynamic_range_make_light_of_eight_bits() {
+    let place = Place::new();
+    let (lora, images) = (fixture("tiny-ltx2/ic-lora-tiny.safetensors"), stripes(&place, "images", false));
+    let run =
+        |more: &[&str]| run("ltx2", "ic-lora", &[&["--lora", &lora, "--video-conditioning", &images], more].concat());
+    place.ok(&run(&["-o", "eight"]));
+    place.ok(&run(&["--hdr", "LOGC3", "-o", "light"]));
+    for frame in 0..9 {
+        let light = exr_frames::read(&place.path(&format!("light/frame_{frame:05}.exr"))).unwrap();
+        let bytes = load_image(&place.path(&format!("eight/frame_{frame:05}.png"))).unwrap();
+        let signal = light.rgb.as_chunks::<3>().0.iter().flat_map(|&rgb| ColourSpace::LogC3.to_signal(rgb));
+        for (found, byte) in signal.zip(bytes.rgb()) {
+            let expected = f32::from(*byte) / 255.0;
+            assert!((expected - 1e-3..=expected + 1.0 / 255.0 + 1e-3).contains(&found), "{found} for {byte}");
+        }
+    }
 }

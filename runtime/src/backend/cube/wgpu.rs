@@ -177,7 +177,7 @@ fn check_limits(limits: &Limits) -> Result<(), String> {
     let needs = [
         ("buffers of a kernel", limits.max_storage_buffers_per_shader_stage, 30),
         ("units of a cube", limits.max_compute_invocations_per_workgroup, 256),
-        ("bytes of shared memory", limits.max_compute_workgroup_storage_size, 16 << 10),
+        ("bytes of shared memory", limits.max_compute_workgroup_storage_size, 32 << 10),
     ];
     match needs.iter().find(|(_, allowed, needed)| allowed < needed) {
         Some((what, allowed, needed)) => {
@@ -213,11 +213,17 @@ mod tests {
 
     #[test]
     fn drivers_that_allow_too_little_are_told() {
-        let enough = Limits { max_storage_buffers_per_shader_stage: 30, ..Limits::default() };
+        let enough = Limits {
+            max_storage_buffers_per_shader_stage: 30,
+            max_compute_workgroup_storage_size: 32 << 10,
+            ..Limits::default()
+        };
         assert_eq!(check_limits(&enough), Ok(()));
         // What WebGPU promises is too little.
         let message = check_limits(&Limits::default()).unwrap_err();
         assert!(message.contains("allows 8 buffers") && message.contains("need 30; update the driver"), "{message}");
+        let little = Limits { max_compute_workgroup_storage_size: 16 << 10, ..enough.clone() };
+        assert!(check_limits(&little).unwrap_err().contains("16384 bytes of shared memory"));
         let small = Limits { max_compute_invocations_per_workgroup: 128, ..enough };
         assert!(check_limits(&small).unwrap_err().contains("128 units"));
     }

@@ -40,6 +40,67 @@ fn conditioned_runs_on_a_gpu() {
     check_conditioned_on(&model, Case::new("ltx2", "ic_lora"), PipelineName::IcLora);
 }
 
+/// No run of this pipeline was recorded; its states must be what the specification says.
+#[test]
+fn a_clip_and_its_sound_guide_both_stages_of_a_dub() {
+    const STRENGTH: f64 = 0.75;
+    let model = Files::of("ltx2");
+    let loras = model.loras(&serde_json::json!({"lora": "ic-lora-ref2-tiny.safetensors"}));
+    let (width, height) = (192, 128);
+    let shape = ShapeArgs {
+        pipeline: Some(PipelineName::Dub),
+        size: Some(format!("{width}x{height}")),
+        num_frames: Some(9),
+        ..ShapeArgs::default()
+    };
+    // References are half as large as their stage, which only the second one is a multiple for.
+    let narrow = Shape::resolve(&shape, 0).and_then(|s| s.with(&loras)).expect("a shape");
+    let files = ModelFiles::open(&model.args, true).expect("files");
+    assert!(compile(&files, &narrow, Options::default(), &mut |_, _, _| {}).is_err());
+    let shape = ShapeArgs { size: Some("256x128".into()), ..shape };
+    let plan = model.compile_for(&shape, 0, &loras);
+    let inputs = &plan.pipeline.inputs;
+    let fitted =
+        |planned: &ReferenceInput| frames("video.frames_uint8", planned.width as usize, planned.height as usize);
+    let references = vec![Reference { frames: inputs.references.iter().map(fitted).collect(), strength: STRENGTH }];
+    let media = Media { references, sound: Some(waveform("audio.waveform")), ..Media::default() };
+    let adapters = model.stage_adapters(&plan, &loras);
+    let result = model.run(&plan, &Request { media, adapters, ..request("rain", &[], BTreeMap::new()) });
+    let tensor = |name: &str| &result.tensors[name];
+
+    // 9 frames at 24 per second are 0.375 s, of which the plan was compiled for all.
+    let (tokens, channels) = (plan.pipeline.audio.tokens as usize, plan.pipeline.audio.channels as usize);
+    let guides = inputs.sound.expect("sound").tokens() as usize;
+    let start = |token: usize| (4.0 * token as f32 - 3.0).max(0.0) / 100.0;
+    let shifted = |count: usize| (0..count).flat_map(move |t| [t, t + 1].map(|t| start(t) - start(count) - 0.04));
+    for (stage, count) in [("stage1", guides), ("stage2", tokens)] {
+        let own = (0..tokens).flat_map(|t| [start(t), start(t + 1)]);
+        let expected: Vec<f32> = own.chain(shifted(count)).collect();
+        let found = tensor(&format!("{stage}.audio.positions"));
+        assert_eq!(found.len(), expected.len(), "{stage}");
+        assert!(found.iter().zip(&expected).all(|(a, b)| (a - b).abs() < 1e-6), "{stage}: positions of sound");
+    }
+    let mask = tensor("stage1.audio.denoise_mask");
+    assert!(mask[..tokens].iter().all(|&m| m == 1.0) && mask[tokens..].iter().all(|&m| m == 0.0));
+    assert!(tensor("stage2.audio.denoise_mask").iter().all(|&m| m == 0.0), "the second stage keeps all sound");
+    let last =
+        result.tensors.keys().filter(|k| k.starts_with("stage1.step") && k.ends_with("audio.latent")).count() - 1;
+    let made = &tensor(&format!("stage1.step{last}.audio.latent"))[..tokens * channels];
+    // It guides the second stage, too, is kept there to the end, and is written.
+    for name in ["stage2.audio.clean_latent", "stage2.audio.noised", "stage2.step2.audio.latent"] {
+        assert_eq!(tensor(name), &[made, made].concat(), "{name}");
+    }
+    assert_eq!(tensor("final.audio_latent"), made);
+    for (stage, planned) in plan.pipeline.stages.iter().zip(&inputs.references) {
+        let target = stage.grid.iter().product::<u32>() as usize;
+        let mask = tensor(&format!("{}.video.denoise_mask", stage.name));
+        assert_eq!([stage.height, stage.width], [planned.height * 2, planned.width * 2]);
+        assert_eq!(mask.len(), target + planned.tokens() as usize, "{}", stage.name);
+        assert!(mask[target..].iter().all(|&m| m == (1.0 - STRENGTH) as f32), "{}", stage.name);
+    }
+    assert_eq!(result.frames.len(), 9 * 256 * 128 * 3);
+}
+
 /// The size of a run, and what its plan has room for.
 fn shape(case: Case, params: &Value) -> ShapeArgs {
     let shape = match case.name {
