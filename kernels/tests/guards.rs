@@ -21,11 +21,34 @@ type Client = ComputeClient<WgpuRuntime>;
 /// Begins the line with what a scenario found.
 const FOUND: &str = "found: ";
 
+/// Names the scenario that a process is there for.
+const SCENARIO: &str = "LTXC_GUARD_SCENARIO";
+
+const SCENARIOS: [(&str, fn()); 8] = [
+    ("panic_of_the_compiler", scenarios::panic_of_the_compiler),
+    ("cube_of_too_many_units", scenarios::cube_of_too_many_units),
+    ("source_with_a_mistake", scenarios::source_with_a_mistake),
+    ("too_many_cubes", scenarios::too_many_cubes),
+    ("odd_offset", scenarios::odd_offset),
+    ("too_much_memory", scenarios::too_much_memory),
+    ("lost_device", scenarios::lost_device),
+    ("refused_before_submission", scenarios::refused_before_submission),
+];
+
+/// What the processes run that the other tests start; on its own it has nothing to do.
+#[test]
+fn scenario() {
+    if let Ok(name) = std::env::var(SCENARIO) {
+        let (_, run) = SCENARIOS.iter().find(|(known, _)| *known == name).expect("a known scenario");
+        run();
+    }
+}
+
 /// Runs a scenario and compares what it found with these words.
 #[track_caller]
 fn provoke(scenario: &str, words: &[&str]) {
     let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args(["--exact", &format!("scenarios::{scenario}"), "--ignored", "--nocapture"]);
+    command.args(["--exact", "scenario", "--nocapture"]).env(SCENARIO, scenario);
     let output = command.output().unwrap();
     let stdout = String::from_utf8_lossy(&output.stdout);
     let stderr = String::from_utf8_lossy(&output.stderr);
@@ -162,9 +185,7 @@ mod scenarios {
     use super::*;
 
     /// The compiler panics on the thread of the device, and the launch is dropped.
-    #[test]
-    #[ignore = "run by another test"]
-    fn panic_of_the_compiler() {
+    pub fn panic_of_the_compiler() {
         let client = client();
         let values = client.create_from_slice(&[0; 8]);
         // SAFETY: nothing runs.
@@ -183,9 +204,7 @@ mod scenarios {
     }
 
     /// The driver would refuse it; only a sync says so, and once.
-    #[test]
-    #[ignore = "run by another test"]
-    fn cube_of_too_many_units() {
+    pub fn cube_of_too_many_units() {
         let client = client();
         let values = client.create_from_slice(&[0; 64]);
         launch(&client, &values, 1, 1 << 16);
@@ -198,18 +217,14 @@ mod scenarios {
         report(found);
     }
 
-    #[test]
-    #[ignore = "run by another test"]
-    fn source_with_a_mistake() {
+    pub fn source_with_a_mistake() {
         let client = client();
         client.launch(Box::new(Mistake), CubeCount::Static(1, 1, 1), KernelArguments::new());
         report(guard::sync(&client));
     }
 
     /// wgpu would end the process.
-    #[test]
-    #[ignore = "run by another test"]
-    fn too_many_cubes() {
+    pub fn too_many_cubes() {
         let client = client();
         let values = client.create_from_slice(&[0; 64]);
         launch(&client, &values, 1 << 16, 1);
@@ -217,9 +232,7 @@ mod scenarios {
         assert!(guard::check_poisoned().is_err(), "memory stays suspect");
     }
 
-    #[test]
-    #[ignore = "run by another test"]
-    fn odd_offset() {
+    pub fn odd_offset() {
         let client = client();
         let values = client.create_from_slice(&[0; 64]);
         launch(&client, &values.offset_start(4), 1, 16);
@@ -227,18 +240,14 @@ mod scenarios {
     }
 
     /// The pools of CubeCL panic on the thread of the device.
-    #[test]
-    #[ignore = "run by another test"]
-    fn too_much_memory() {
+    pub fn too_much_memory() {
         let client = client();
         let values = client.empty(1 << 40);
         launch(&client, &values.offset_end((1 << 40) - 64), 1, 16);
         report(guard::sync(&client));
     }
 
-    #[test]
-    #[ignore = "run by another test"]
-    fn lost_device() {
+    pub fn lost_device() {
         let (client, setup) = open();
         let values = client.create_from_slice(&[0; 64]);
         guard::sync(&client).unwrap();
@@ -247,9 +256,7 @@ mod scenarios {
         report(guard::sync(&client));
     }
 
-    #[test]
-    #[ignore = "run by another test"]
-    fn refused_before_submission() {
+    pub fn refused_before_submission() {
         let client = client();
         let values = client.create_from_slice(&[0; 64]);
         launch(&client, &values, 1, 1 << 16);
