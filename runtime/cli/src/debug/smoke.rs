@@ -183,6 +183,7 @@ fn missing(definition: &Definition, material: &Material) -> Option<&'static str>
         () if definition.brings.references > 0 && !has(&material.lora) => {
             Some("a LoRA that reads reference videos; name it with `--lora`")
         }
+        () if definition.brings.pads_references => Some("EXR frames, which are not looked at here; use `ltxc run`"),
         () => None,
     }
 }
