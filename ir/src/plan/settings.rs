@@ -223,6 +223,11 @@ mod tests {
     fn settings_of_a_pipeline_and_of_none_are_accepted() {
         assert_eq!(check(&pipeline()), Ok(()));
         assert_eq!(check(&Pipeline::default()), Ok(()));
+        let mut tiled = pipeline();
+        tiled.audio.tokens = 0;
+        tiled.stages[0].tiles = TilePlan::denoise([7, 16, 24], [(2, 8), (2, 6), (2, 6)]).ok();
+        tiled.inputs.references = vec![reference([7, 16, 24])];
+        assert_eq!(check(&tiled), Ok(()));
     }
 
     #[test]
@@ -244,8 +249,10 @@ mod tests {
         refuses(|p| p.stages[0].tiles = tiles([7, 16, 25]), "does not fit");
         refuses(|p| p.stages[0].tiles = tiles([7, 16, 23]), "cover 23 of 24");
         refuses(|p| p.stages[0].tiles = Some(p.decode.clone()), "not those of a latent");
+        refuses(|p| p.stages[0].tiles = tiles([7, 16, 24]), "sound in a stage of tiles");
         refuses(
             |p| {
+                p.audio.tokens = 0;
                 (p.stages[0].tiles, p.inputs.references) = (tiles([7, 16, 24]), vec![reference([1, 16, 24])]);
             },
             "do not cover",

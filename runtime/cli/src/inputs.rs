@@ -52,6 +52,9 @@ pub fn weighted(flag: &str, values: &[String], occurrences: &[usize]) -> Result<
 /// What is missing or too much, with the flag that gives it.
 pub fn check_given(pipeline: PipelineName, content: &ContentArgs) -> Result<()> {
     let Definition { name, brings, .. } = definition(pipeline);
+    if brings.pads_references && !content.image.is_empty() {
+        bail!("pipeline `{name}` takes no images; leave `--image` out");
+    }
     let dubs = brings.sound == Some(SoundRole::Reference);
     let is_kept = brings.sound == Some(SoundRole::Kept);
     for (what, taken, given, flag) in [
@@ -211,7 +214,8 @@ pub fn size_of_references(references: &[Weighted], plan: &Plan) -> Result<Option
     let (Some(planned), true) = (pipeline.inputs.references.first(), pipeline.inputs.pads_references) else {
         return Ok(None);
     };
-    let shrink = 1 << pipeline.stages.len().saturating_sub(1);
+    let first = pipeline.stages.first().context("the plan has no stages")?;
+    let shrink = (pipeline.video.height / first.height.max(1)).max(1) as usize;
     let unit = |factor: u32| factor as usize * planned.space_scale as usize * shrink;
     let units = [unit(pipeline.video.scale[2]), unit(pipeline.video.scale[1])];
     let taken = (pipeline.video.width as usize, pipeline.video.height as usize);
@@ -221,8 +225,8 @@ pub fn size_of_references(references: &[Weighted], plan: &Plan) -> Result<Option
         let needed = (width.next_multiple_of(units[0]), height.next_multiple_of(units[1]));
         if needed != taken {
             bail!(
-                "`{}` is {width}x{height}, which takes a plan for {}x{}; this one is for {}x{}: compile it with `--width {2} \
-                 --height {3}`",
+                "`{}` is {width}x{height}, which takes a plan for {}x{}; this one is for {}x{}: compile it with `--width {1} \
+                 --height {2}`",
                 path.display(),
                 needed.0,
                 needed.1,

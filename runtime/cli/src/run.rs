@@ -288,13 +288,13 @@ impl Runner {
         let images = job::images(&content.image, &choice.occurrences.image)?;
         let conditioning = images.iter().map(|i| load(i, plan, content.image_codec)).collect::<Result<Vec<_>>>()?;
         let references = inputs::references(content, choice.occurrences, plan)?;
+        let size = inputs::size_of_references(&references, plan)?;
         let stages = stage_choices(choice, plan)?;
         for stage in &plan.pipeline.stages {
             report.note(&describe(stage, stages.get(&stage.name), &plan.pipeline.modalities()));
         }
         let media = inputs::load(content, &references, plan)?;
         let hdr = inputs::colour_space(content, plan)?;
-        let size = inputs::size_of_references(&references, plan)?;
         let mut output = FileOutput::create(choice.output, plan, size, hdr, choice.writing)?;
         let tokenizer = match &self.tokenizer {
             Some(folder) => Some(Tokenizer::from_folder(folder)?),

@@ -101,7 +101,8 @@ fn what_does_not_fit_is_refused() {
     };
     refused(&["--lora", &lora, "-o", "a"], &["pipeline `hdr-ic-lora` needs a reference video", "--video-conditioning"]);
     refused(&["--input", &frames, "-o", "a"], &["pipeline `hdr-ic-lora` needs an IC-LoRA", "--lora"]);
-    let given = ["--input", &frames, "--lora", &lora];
+    let (given, image) = (["--input", &frames, "--lora", &lora], fixture("inputs/image0.png"));
+    refused(&[&given[..], &["--image", &image, "-o", "a"]].concat(), &["takes no images", "leave `--image` out"]);
     refused(&[&given[..], &["--num-frames", "17", "-o", "a"]].concat(), &["runs in tiles", "found 9", "--num-frames"]);
 
     let plan = ["--height", "128", "--width", "128", "--num-frames", "9", "--lora", &lora, "-o", "a.ltxplan"];
@@ -114,7 +115,6 @@ fn what_does_not_fit_is_refused() {
     let input = ["--input", &frames];
     run(&[&input[..], &["-o", "a.mp4"]].concat(), &["a.mp4", "choose a folder"]);
     run(&[&input[..], &["--hdr", "ACESCG", "-o", "a"]].concat(), &["works with LOGC3", "leave `--hdr` out"]);
-    let image = fixture("inputs/image0.png");
     run(&[&input[..], &["--image", &image, "-o", "a"]].concat(), &["takes no images", "leave `--image` out"]);
     let noise = ["--ltx2-refine-noise-path", "n.npy", "-o", "a"];
     run(&[&input[..], &noise].concat(), &["runs in tiles", "--noise-bundle"]);
