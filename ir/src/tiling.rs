@@ -254,6 +254,23 @@ impl TilePlan {
         TilePlan::decode(latent, factors, tiling)
     }
 
+    /// Tiles in which a latent (frames, rows, columns) is denoised: `(number, overlap in latents)` along every axis, in latents
+    /// on both sides. An axis with fewer latents than that is whole, and overlaps are at most what leaves every tile one
+    /// latent of its own.
+    ///
+    /// Time is split like space here, and weighted with [`Axis::Height`]: no tile has a frame to spare at its start.
+    ///
+    /// # Errors
+    /// Extents out of range.
+    pub fn denoise(latent: [usize; 3], tiles: [(usize, usize); 3]) -> Result<TilePlan, TilingError> {
+        let mut axes = [const { Vec::new() }; 3];
+        for (i, axis) in Axis::ALL.into_iter().enumerate() {
+            let (count, overlap) = if latent[i] < tiles[i].0 { (1, 0) } else { tiles[i] };
+            axes[i] = split_by_count(axis, latent[i], count, overlap.min(latent[i].saturating_sub(count)))?;
+        }
+        Ok(TilePlan { axes, factors: [1; 3] })
+    }
+
     /// Number of tiles.
     pub fn len(&self) -> usize {
         self.axes.iter().map(Vec::len).product()
@@ -478,6 +495,25 @@ mod tests {
         assert_eq!(tiles.iter().map(|t| (t.start, t.end)).collect::<Vec<_>>(), [(0, 4), (3, 6)]);
         assert!(split_by_count(Axis::Width, 3, 3, 2).is_err());
         assert!(split_by_count(Axis::Width, 3, 0, 0).is_err());
+    }
+
+    #[test]
+    fn latents_are_denoised_in_tiles_of_a_count() {
+        let tiles = |latent: [usize; 3]| {
+            let plan = TilePlan::denoise(latent, [(2, 8), (2, 6), (2, 6)]).unwrap();
+            plan.axes.map(|axis| axis.iter().map(|t| (t.start, t.end, t.left_ramp, t.right_ramp)).collect::<Vec<_>>())
+        };
+        // 161 frames of 1920x1088: 21 + 8 latents are 15 and 14, 34 + 6 are 20 and 20, 60 + 6 are 33 and 33.
+        let [time, height, width] = tiles([21, 34, 60]);
+        assert_eq!(time, [(0, 15, 0, 8), (7, 21, 8, 0)]);
+        assert_eq!(height, [(0, 20, 0, 6), (14, 34, 6, 0)]);
+        assert_eq!(width, [(0, 33, 0, 6), (27, 60, 6, 0)]);
+        // Overlaps of 1 and 0, which is all that 3 and 2 latents have room for, and an axis that cannot be split.
+        assert_eq!(
+            tiles([1, 2, 3]),
+            [vec![(0, 1, 0, 0)], vec![(0, 1, 0, 0), (1, 2, 0, 0)], vec![(0, 2, 0, 1), (1, 3, 1, 0)]]
+        );
+        assert!(TilePlan::denoise([0, 1, 1], [(2, 8); 3]).is_err());
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::tiling::TilePlan;
+use crate::tiling::{AxisTile, TilePlan};
 
 /// What a pipeline takes. Everything that is not `None` must be given.
 #[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -11,6 +11,8 @@ pub struct Inputs {
     pub appends_first_image: bool,
     /// Videos that guide stages: what the first stage takes of them, then the next.
     pub references: Vec<ReferenceInput>,
+    /// Whether references are padded to their size instead of cropped, and the result is cropped to the size of the first.
+    pub pads_references: bool,
     /// A clip of the size of the result, of which a part is made anew.
     pub clip: Option<ClipInput>,
     /// A recording.
@@ -47,6 +49,21 @@ impl ReferenceInput {
     /// Tokens of one video.
     pub fn tokens(&self) -> u32 {
         self.grid().iter().fold(1, |n: u32, &d| n.saturating_mul(d))
+    }
+
+    /// Tokens of one video, or of the part of it that guides a tile.
+    pub fn tokens_of(&self, tile: Option<[AxisTile; 3]>) -> u32 {
+        let part = tile.map(|tile| self.of_tile(tile));
+        part.map_or(self.tokens(), |part| part.iter().fold(1, |n: u32, axis| n.saturating_mul(axis.len() as u32)))
+    }
+
+    /// The part of one video, in latents of its own, that guides a tile of its stage: every side at least one latent.
+    pub fn of_tile(&self, tile: [AxisTile; 3]) -> [AxisTile; 3] {
+        let scale = [1, self.space_scale, self.space_scale].map(|n| n.max(1) as usize);
+        std::array::from_fn(|i| {
+            let start = tile[i].start / scale[i];
+            AxisTile { start, end: (tile[i].end / scale[i]).max(start + 1), left_ramp: 0, right_ramp: 0 }
+        })
     }
 }
 

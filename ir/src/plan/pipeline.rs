@@ -5,7 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::Inputs;
+use super::{Inputs, ReferenceInput};
 use crate::tiling::TilePlan;
 use crate::types::DType;
 
@@ -42,6 +42,17 @@ impl Pipeline {
             Modality::Audio => self.audio.tokens > 0,
         };
         Modality::BOTH.into_iter().filter(made).collect()
+    }
+
+    /// The reference videos that guide a stage.
+    pub fn references_of(&self, stage: &Stage) -> Option<&ReferenceInput> {
+        let index = self.stages.iter().position(|s| s.name == stage.name)?;
+        self.inputs.references.get(index)
+    }
+
+    /// Whether images condition it: no clip does, and no stage is in tiles, which have no images of their own.
+    pub fn takes_images(&self) -> bool {
+        self.video.channels > 0 && self.inputs.clip.is_none() && self.stages.iter().all(|stage| stage.tiles.is_none())
     }
 }
 
@@ -165,7 +176,9 @@ pub struct Stage {
     pub upsampled: bool,
     /// Whether the sound of the stage before is kept as it is.
     pub keeps_sound: bool,
-    /// Programs for each kind of conditioning a run may bring.
+    /// Tiles of the grid that are denoised one after the other, each as a clip of its own, and blended; `None`: it is whole.
+    pub tiles: Option<TilePlan>,
+    /// Programs for each kind of conditioning a run may bring, and each extent of a tile.
     pub classes: Vec<StageClass>,
 }
 
@@ -387,6 +400,8 @@ impl Pass {
 pub struct StageClass {
     /// Name, for example `stage1.key1`.
     pub name: String,
+    /// Latent frames, rows and columns: those of the stage, or of a tile.
+    pub grid: [u32; 3],
     /// What the video may look like; `None` if there is none.
     pub video: Option<StreamClass>,
     /// What the sound may look like; `None` if there is none.

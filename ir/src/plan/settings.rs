@@ -55,6 +55,9 @@ pub(super) fn check(pipeline: &Pipeline) -> Result<(), String> {
     match (audio.tokens, audio.channels) {
         (0, _) if !has_video => return Err("there is neither video nor sound".into()),
         (1.., 0) => return Err("audio tokens have no width".into()),
+        (1.., _) if pipeline.stages.iter().any(|stage| stage.tiles.is_some()) => {
+            return Err("sound in a stage of tiles".into());
+        }
         (1.., _) if audio.stage as usize >= pipeline.stages.len() => {
             return Err(format!("sound of stage {}, of {}", audio.stage, pipeline.stages.len()));
         }
@@ -83,6 +86,12 @@ fn check_stage(stage: &Stage, has_video: bool) -> Result<(), String> {
     let tokens = stage.grid.iter().try_fold(1u64, |n, &d| n.checked_mul(u64::from(d)));
     if has_video && !tokens.is_some_and(|n| (1..=MAX_TOKENS).contains(&n)) {
         return Err(format!("grid {:?} is empty or too large", stage.grid));
+    }
+    if let Some(tiles) = &stage.tiles {
+        if !has_video || tiles.factors != [1; 3] {
+            return Err("tiles are not those of a latent of video".into());
+        }
+        tiles.axes.iter().zip(stage.grid).try_for_each(|(axis, extent)| check_tiles(axis, extent as usize))?;
     }
     if has_video && [stage.height, stage.width].iter().any(|n| !(1..=MAX_SIDE).contains(n)) {
         return Err(format!("size {}x{} is out of range", stage.height, stage.width));
@@ -116,7 +125,7 @@ fn check_inputs(pipeline: &Pipeline) -> Result<(), String> {
     if inputs.references.iter().any(|r| r.count != inputs.references[0].count) {
         return Err("stages take other numbers of references".into());
     }
-    for references in &inputs.references {
+    for (references, stage) in inputs.references.iter().zip(&pipeline.stages) {
         let ReferenceInput { count, frames, height, width, space_scale, time_scale, .. } = *references;
         let in_range = |n: u32, most: u32| (1..=most).contains(&n);
         let scales = [space_scale, time_scale].iter().all(|&n| in_range(n, MAX_SCALE));
@@ -126,6 +135,13 @@ fn check_inputs(pipeline: &Pipeline) -> Result<(), String> {
         }
         let grid = [frames.div_ceil(video.scale[0]), height / video.scale[1], width / video.scale[2]];
         check_encoder_tiles(&references.tiles, scale, grid)?;
+        let covered = [grid[0], grid[1].saturating_mul(space_scale), grid[2].saturating_mul(space_scale)];
+        if stage.tiles.is_some() && (time_scale != 1 || covered != stage.grid) {
+            return Err(format!(
+                "references of {frames} frames of {height}x{width} do not cover stage `{}`",
+                stage.name
+            ));
+        }
     }
     if let (Some(clip), Some(first)) = (&inputs.clip, pipeline.stages.first()) {
         check_encoder_tiles(&clip.tiles, scale, first.grid)?;
@@ -187,6 +203,14 @@ mod tests {
         pipeline
     }
 
+    /// A reference of this many latents, as fine as the video.
+    fn reference([f, h, w]: [u32; 3]) -> ReferenceInput {
+        let tiles = TilePlan::decode([f, h, w].map(|n| n as usize), [8, 32, 32], &Tiling::WHOLE).unwrap();
+        let [frames, height, width] = [1 + 8 * (f - 1), 32 * h, 32 * w];
+        let [count, space_scale, time_scale] = [1; 3];
+        ReferenceInput { count, frames, height, width, space_scale, time_scale, has_attention: false, tiles }
+    }
+
     #[track_caller]
     fn refuses(change: impl FnOnce(&mut Pipeline), words: &str) {
         let mut changed = pipeline();
@@ -199,6 +223,11 @@ mod tests {
     fn settings_of_a_pipeline_and_of_none_are_accepted() {
         assert_eq!(check(&pipeline()), Ok(()));
         assert_eq!(check(&Pipeline::default()), Ok(()));
+        let mut tiled = pipeline();
+        tiled.audio.tokens = 0;
+        tiled.stages[0].tiles = TilePlan::denoise([7, 16, 24], [(2, 8), (2, 6), (2, 6)]).ok();
+        tiled.inputs.references = vec![reference([7, 16, 24])];
+        assert_eq!(check(&tiled), Ok(()));
     }
 
     #[test]
@@ -216,6 +245,18 @@ mod tests {
         refuses(|p| p.stages[0].sigmas[1] = f32::NAN, "noise levels");
         refuses(|p| p.stages[0].grid = [u32::MAX; 3], "too large");
         refuses(|p| p.stages.clear(), "tiles without stages");
+        let tiles = |latent: [usize; 3]| TilePlan::denoise(latent, [(2, 8), (2, 6), (2, 6)]).ok();
+        refuses(|p| p.stages[0].tiles = tiles([7, 16, 25]), "does not fit");
+        refuses(|p| p.stages[0].tiles = tiles([7, 16, 23]), "cover 23 of 24");
+        refuses(|p| p.stages[0].tiles = Some(p.decode.clone()), "not those of a latent");
+        refuses(|p| p.stages[0].tiles = tiles([7, 16, 24]), "sound in a stage of tiles");
+        refuses(
+            |p| {
+                p.audio.tokens = 0;
+                (p.stages[0].tiles, p.inputs.references) = (tiles([7, 16, 24]), vec![reference([1, 16, 24])]);
+            },
+            "do not cover",
+        );
         refuses(|p| p.decode.axes[1].clear(), "cover 0 of 16");
         refuses(|p| p.decode.axes[1][0].end = usize::MAX, "does not fit");
         refuses(|p| p.decode.axes[2][0].left_ramp = usize::MAX, "does not fit");

@@ -98,7 +98,7 @@ pub struct ShapeArgs {
     /// Both at once, as WIDTHxHEIGHT.
     #[arg(long, value_name = "WxH", conflicts_with_all = ["height", "width"])]
     pub size: Option<String>,
-    /// Number of frames, 8k+1 [default: 121]
+    /// Number of frames, 8k+1 [default: 121, or what a clip has; for hdr-ic-lora at most 161]
     #[arg(long, alias = "frames")]
     pub num_frames: Option<u32>,
     /// Length in seconds instead, which is rounded down to 8k+1 frames.
@@ -278,7 +278,7 @@ pub struct AdapterArgs {
         value_names = ["PATH", "STRENGTH", "STAGE"],
         action = clap::ArgAction::Append,
         allow_negative_numbers = true,
-        alias = "lora-path"
+        aliases = ["lora-path", "hdr-lora"]
     )]
     pub lora: Vec<String>,
     /// LoRA that makes a dev model act like a distilled one: PATH, then STRENGTH if it is not 1.
@@ -397,6 +397,9 @@ pub enum PipelineName {
     /// Distilled with the Dub-It LoRA, two stages: a clip is spoken anew, in its own voice.
     #[value(name = "dubit", alias = "lipdub")]
     Dub,
+    /// Distilled with the HDR IC-LoRA, two stages, the second one in tiles: a video gets a high dynamic range, without sound.
+    #[value(alias = "hdr_ic_lora")]
+    HdrIcLora,
 }
 
 /// What the compiler does.
@@ -503,8 +506,8 @@ pub struct RunArgs {
     /// How LoRAs act [default: live if the plan has room for it]
     #[arg(long, value_enum)]
     pub lora_mode: Option<LoraMode>,
-    /// Output: .mp4, .wav, or a folder for PNG frames and a WAV file.
-    #[arg(long, short, value_name = "PATH", default_value = "out.mp4", alias = "output-path")]
+    /// Output: .mp4, .wav, or a folder for PNG or EXR frames and a WAV file.
+    #[arg(long, short, value_name = "PATH", default_value = "out.mp4", aliases = ["output-path", "output-dir"])]
     pub output: PathBuf,
     /// Fail rather than compile a kernel: use those that the plan carries.
     #[arg(long)]
@@ -543,7 +546,7 @@ pub struct ContentArgs {
     #[arg(long, short, required_unless_present_any = ["jobs", "embeddings"])]
     pub prompt: Option<String>,
     /// Text contexts made elsewhere, instead of prompts: .safetensors, .npz or .pt, as `ltxc debug text export` writes them.
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["prompt", "negative_prompt"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["prompt", "negative_prompt"], alias = "text-embeddings")]
     pub embeddings: Option<PathBuf>,
     /// Many runs: tables `[[job]]` (.toml) or a JSON object per line (.jsonl), with the names of flags as keys.
     #[arg(long, value_name = "FILE")]
@@ -557,8 +560,14 @@ pub struct ContentArgs {
     /// Image to start from or pass through, repeatable: PATH, then FRAME, STRENGTH and CRF if they are not 0, 1 and the model's.
     #[arg(long, num_args = 1..=4, value_names = ["PATH", "FRAME", "STRENGTH", "CRF"], action = clap::ArgAction::Append)]
     pub image: Vec<String>,
-    /// Reference video of pipeline ic-lora, repeatable: PATH, then STRENGTH if it is not 1.
-    #[arg(long, num_args = 1..=2, value_names = ["PATH", "STRENGTH"], action = clap::ArgAction::Append)]
+    /// Reference video of pipelines ic-lora and hdr-ic-lora, repeatable: PATH, then STRENGTH if it is not 1.
+    #[arg(
+        long,
+        num_args = 1..=2,
+        value_names = ["PATH", "STRENGTH"],
+        action = clap::ArgAction::Append,
+        alias = "input"
+    )]
     pub video_conditioning: Vec<String>,
     /// How strongly reference videos act, 0 to 1 [default: 1]
     #[arg(long, value_name = "STRENGTH", alias = "conditioning-strength")]

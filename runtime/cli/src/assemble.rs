@@ -13,8 +13,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use ltxc_ir::identity::FileIdentity;
 use ltxc_ir::plan::{
-    AudioSettings, Inputs, Modality, ModelInfo, Pass, Pipeline, Release, SoundRole, Stage, StageAdapter, StageClass,
-    StepProgram, StreamClass, TextSettings, VideoSettings, WeightSource,
+    AudioSettings, Inputs, Modality, ModelInfo, Pass, Pipeline, ReferenceInput, Release, SoundRole, Stage,
+    StageAdapter, StageClass, StepProgram, StreamClass, TextSettings, VideoSettings, WeightSource,
 };
 use ltxc_ir::tiling::TilePlan;
 use ltxc_ir::{DType, Module};
@@ -203,13 +203,17 @@ pub fn assemble(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
     let (mut stages, factors) = (model.stages(shape)?, model.factors());
     let tokens = model.audio_tokens(shape);
     let inputs = inputs(shape, &stages, factors, model.audio_vae.as_ref(), tokens)?;
+    let takes_images = inputs.clip.is_none() && stages.iter().all(|stage| stage.tiles.is_none());
     for (i, stage) in stages.iter_mut().enumerate() {
-        stage.classes = classes(stage, i, shape, &inputs, tokens);
+        stage.classes = match &stage.tiles {
+            Some(tiles) => classes_of_tiles(stage, tiles, shape, inputs.references.get(i)),
+            None => classes(stage, i, shape, &inputs, tokens, takes_images),
+        };
     }
     for stage in &stages {
         for class in &stage.classes {
             for program in &class.programs {
-                let spec = model.spec(shape, stage, class, &program.updates);
+                let spec = model.spec(shape, class, &program.updates);
                 let pass = |&pass: &Pass| transformer_pass(stage, pass, shape.release);
                 let passes: Vec<_> = program.passes.iter().map(pass).collect();
                 let module = transformer::build_passes(&model.transformer, &model.weights, &spec, &passes, dtype);
@@ -482,12 +486,14 @@ impl<'a> Components<'a> {
                 true => guidance(draft.guidance.as_ref(), &shape.sampling, &shape.modalities)?,
                 false => None,
             };
+            let grid = if has_video { grid(shrink) } else { [0; 3] };
+            let tiles = draft.tiles.map(|tiles| TilePlan::denoise(grid.map(|n| n as usize), tiles)).transpose()?;
             let sampler = shape.sampling.sampler().filter(|_| i == 0).unwrap_or(draft.sampler);
             Ok(Stage {
                 name: draft.name.into(),
                 height: if has_video { height as u32 } else { 0 },
                 width: if has_video { width as u32 } else { 0 },
-                grid: if has_video { grid(shrink) } else { [0; 3] },
+                grid,
                 sigmas: draft.sigmas,
                 schedule: draft.schedule,
                 sampler,
@@ -495,13 +501,14 @@ impl<'a> Components<'a> {
                 adapters: draft.adapters,
                 upsampled: draft.upsampled,
                 keeps_sound: draft.keeps_sound && shape.makes(Modality::Audio),
+                tiles,
                 classes: Vec::new(),
             })
         };
         drafts.into_iter().enumerate().map(stage).collect()
     }
 
-    fn spec(&self, shape: &Shape, stage: &Stage, class: &StageClass, updates: &[Modality]) -> TransformerSpec {
+    fn spec(&self, shape: &Shape, class: &StageClass, updates: &[Modality]) -> TransformerSpec {
         let spec = |modality: Modality, tokens: usize| {
             let stream = class.stream(modality)?;
             Some(StreamSpec {
@@ -512,7 +519,7 @@ impl<'a> Components<'a> {
             })
         };
         TransformerSpec {
-            video: spec(Modality::Video, stage.grid.iter().map(|&n| n as usize).product()),
+            video: spec(Modality::Video, class.grid.iter().map(|&n| n as usize).product()),
             audio: spec(Modality::Audio, self.audio_tokens(shape)),
             perturbation: Perturbation::default(),
         }
@@ -581,7 +588,14 @@ impl<'a> Components<'a> {
 
 /// The programs of a stage for each kind of conditioning that a run may bring.
 /// `index` is that of the stage, `tokens` the number of audio tokens.
-fn classes(stage: &Stage, index: usize, shape: &Shape, inputs: &Inputs, tokens: usize) -> Vec<StageClass> {
+fn classes(
+    stage: &Stage,
+    index: usize,
+    shape: &Shape,
+    inputs: &Inputs,
+    tokens: usize,
+    takes_images: bool,
+) -> Vec<StageClass> {
     let [_, rows, columns] = stage.grid;
     let references = inputs.references.get(index);
     // What is kept of a clip has the timestep 0.
@@ -608,11 +622,12 @@ fn classes(stage: &Stage, index: usize, shape: &Shape, inputs: &Inputs, tokens: 
         StageClass {
             programs: step_programs(&name, stage, shape),
             name,
+            grid: stage.grid,
             video: shape.makes(Modality::Video).then_some(video),
             audio: shape.makes(Modality::Audio).then_some(audio),
         }
     };
-    if !shape.makes(Modality::Video) || inputs.clip.is_some() {
+    if !shape.makes(Modality::Video) || !takes_images {
         return vec![class(0, false)];
     }
     let replaces = if inputs.appends_first_image { &[false][..] } else { &[false, true] };
@@ -621,6 +636,31 @@ fn classes(stage: &Stage, index: usize, shape: &Shape, inputs: &Inputs, tokens: 
         .flat_map(|n| replaces.iter().map(move |&first_frame| (n, first_frame)))
         .map(|(n, f)| class(n, f))
         .collect()
+}
+
+/// The programs of a stage in tiles: one for every extent of a tile and of the part of a reference that it sees.
+fn classes_of_tiles(
+    stage: &Stage,
+    tiles: &TilePlan,
+    shape: &Shape,
+    references: Option<&ReferenceInput>,
+) -> Vec<StageClass> {
+    let mut classes: Vec<StageClass> = Vec::new();
+    for tile in tiles.tiles() {
+        let video = StreamClass {
+            appended: references.map_or(0, |r| r.count * r.tokens_of(Some(tile))),
+            rows: 1 + references.map_or(0, |r| r.count),
+            attention: references.is_some_and(|r| r.has_attention),
+        };
+        let grid = tile.map(|axis| axis.len() as u32);
+        if classes.iter().any(|class| class.grid == grid && class.video == Some(video)) {
+            continue;
+        }
+        let name = format!("{}.extent{}", stage.name, classes.len());
+        let programs = step_programs(&name, stage, shape);
+        classes.push(StageClass { name, grid, video: Some(video), audio: None, programs });
+    }
+    classes
 }
 
 /// A program that updates everything, and one for each modality that a step may skip.

@@ -7,7 +7,7 @@ use ltxc_ir::DType;
 use ltxc_ir::plan::{Modality, Plan, ReferenceInput, SoundRole};
 use ltxc_runtime::media::{
     Clip, ClipInfo, ClipRate, ColourSpace, ExrSequence, MediaError, Rational, Window, is_exr, load_audio,
-    resize_and_crop,
+    resize_and_crop, shrink_and_pad,
 };
 use ltxc_runtime::pipeline::{Attention, Media, Reference, SourceClip};
 
@@ -52,6 +52,9 @@ pub fn weighted(flag: &str, values: &[String], occurrences: &[usize]) -> Result<
 /// What is missing or too much, with the flag that gives it.
 pub fn check_given(pipeline: PipelineName, content: &ContentArgs) -> Result<()> {
     let Definition { name, brings, .. } = definition(pipeline);
+    if brings.pads_references && !content.image.is_empty() {
+        bail!("pipeline `{name}` takes no images; leave `--image` out");
+    }
     let dubs = brings.sound == Some(SoundRole::Reference);
     let is_kept = brings.sound == Some(SoundRole::Kept);
     for (what, taken, given, flag) in [
@@ -117,15 +120,17 @@ pub fn references(content: &ContentArgs, occurrences: &Occurrences, plan: &Plan)
 }
 
 /// Size, length and rate that a clip gives to a plan which is compiled for it, where flags do not say otherwise, and the
-/// length of its sound in seconds if that guides.
+/// length of its sound in seconds if that guides. References are `space_scale` times coarser than the video.
 ///
 /// # Errors
 /// A clip that cannot be read, or has no rate while none is given.
-pub fn shape_of_media(args: &ShapeArgs, content: &ContentArgs) -> Result<(ShapeArgs, Option<f64>)> {
-    let brings = definition(args.pipeline.unwrap_or_default()).brings;
-    let (path, gives_size) = match (&content.video_path, &content.reference_video) {
-        (Some(path), _) if brings.clip => (path, true),
-        (_, Some(path)) if brings.sound == Some(SoundRole::Reference) => (path, false),
+pub fn shape_of_media(args: &ShapeArgs, content: &ContentArgs, space_scale: u32) -> Result<(ShapeArgs, Option<f64>)> {
+    let Definition { brings, frames: most, .. } = *definition(args.pipeline.unwrap_or_default());
+    let padded = content.video_conditioning.first().filter(|_| brings.pads_references);
+    let (path, gives_size) = match (&content.video_path, &content.reference_video, padded) {
+        (Some(path), _, _) if brings.clip => (path.as_path(), true),
+        (_, Some(path), _) if brings.sound == Some(SoundRole::Reference) => (path.as_path(), false),
+        (_, _, Some(path)) => (Path::new(path), true),
         _ => return Ok((args.clone(), None)),
     };
     let info = info(path)?;
@@ -137,11 +142,16 @@ pub fn shape_of_media(args: &ShapeArgs, content: &ContentArgs) -> Result<(ShapeA
         bail!("`{}` has no frame rate of its own; give `--frame-rate`", path.display());
     }
     let number = |n: usize| u32::try_from(n).ok();
+    // Whole latents of the first stage, which has half the size, and of references; of every known model.
+    let unit = if padded.is_some() { 64 * space_scale as usize } else { 1 };
+    let side = |n: usize| number(n.next_multiple_of(unit)).filter(|_| gives_size && args.size.is_none());
+    let frames = if padded.is_some() { info.frames.min(most) } else { info.frames };
+    let has_length = args.num_frames.is_some() || args.seconds.is_some();
     let shape = ShapeArgs {
-        height: args.height.or(number(info.height).filter(|_| gives_size)),
-        width: args.width.or(number(info.width).filter(|_| gives_size)),
+        height: args.height.or(side(info.height)),
+        width: args.width.or(side(info.width)),
         // The encoder takes 8k+1 frames of every known model; others are refused later, with the nearest numbers.
-        num_frames: args.num_frames.or(number(info.frames.saturating_sub(1) / 8 * 8 + 1)),
+        num_frames: args.num_frames.or(number(frames.saturating_sub(1) / 8 * 8 + 1).filter(|_| !has_length)),
         frame_rate: args.frame_rate.clone().or(rate),
         ..args.clone()
     };
@@ -168,14 +178,24 @@ fn info(path: &Path) -> Result<ClipInfo, MediaError> {
 /// # Errors
 /// A run without a video, or a plan that computes with less than f32.
 pub fn colour_space(content: &ContentArgs, plan: &Plan) -> Result<Option<ColourSpace>> {
-    let Some(hdr) = content.hdr else { return Ok(None) };
+    let hdr = match (content.hdr, plan.pipeline.inputs.pads_references) {
+        (None, false) => return Ok(None),
+        (None, true) => Hdr::LogC3,
+        (Some(other), true) if other != Hdr::LogC3 => {
+            bail!("pipeline `{}` works with LOGC3 and no other space; leave `--hdr` out", plan.pipeline.name)
+        }
+        (Some(hdr), _) => hdr,
+    };
     if content.video_path.is_none() && content.video_conditioning.is_empty() {
         bail!(
             "`--hdr` says what EXR frames are; give them with `--video-path` or `--video-conditioning`, or leave it out"
         );
     }
     if plan.pipeline.dtype != DType::F32 {
-        bail!("`--hdr` needs the precision of f32; compile the plan without `--dtype {}`", plan.pipeline.dtype);
+        bail!(
+            "a high dynamic range needs the precision of f32; compile the plan without `--dtype {}`",
+            plan.pipeline.dtype
+        );
     }
     Ok(Some(match hdr {
         Hdr::SrgbLinear => ColourSpace::SrgbLinear,
@@ -185,18 +205,66 @@ pub fn colour_space(content: &ContentArgs, plan: &Plan) -> Result<Option<ColourS
     }))
 }
 
+/// Width and height of the result, where that has the size of the references.
+///
+/// # Errors
+/// References that the plan is too small or too large for, or that have not all one size.
+pub fn size_of_references(references: &[Weighted], plan: &Plan) -> Result<Option<(usize, usize)>> {
+    let pipeline = &plan.pipeline;
+    let (Some(planned), true) = (pipeline.inputs.references.first(), pipeline.inputs.pads_references) else {
+        return Ok(None);
+    };
+    let first = pipeline.stages.first().context("the plan has no stages")?;
+    let shrink = (pipeline.video.height / first.height.max(1)).max(1) as usize;
+    let unit = |factor: u32| factor as usize * planned.space_scale as usize * shrink;
+    let units = [unit(pipeline.video.scale[2]), unit(pipeline.video.scale[1])];
+    let taken = (pipeline.video.width as usize, pipeline.video.height as usize);
+    let mut size = None;
+    for Weighted { path, .. } in references {
+        let ClipInfo { width, height, .. } = info(path)?;
+        let needed = (width.next_multiple_of(units[0]), height.next_multiple_of(units[1]));
+        if needed != taken {
+            bail!(
+                "`{}` is {width}x{height}, which takes a plan for {}x{}; this one is for {}x{}: compile it with `--width {1} \
+                 --height {2}`",
+                path.display(),
+                needed.0,
+                needed.1,
+                taken.0,
+                taken.1
+            );
+        }
+        if size.replace((width, height)).is_some_and(|other| other != (width, height)) {
+            bail!("`{}` is {width}x{height}, other reference videos are not; give all one size", path.display());
+        }
+    }
+    Ok(size)
+}
+
+/// How frames become as large as a plan takes them.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Fit {
+    /// They are resized to cover it, and their centre is taken.
+    Crop,
+    /// They are shrunk if they must, and padded.
+    Pad,
+}
+
 /// Hands on the frames of a clip or a sequence of EXR files, each fitted to `width` and `height`, as models see them:
 /// `[height, width, 3]` in `[-1, 1]`. Returns how many there were.
 fn read_frames(
     path: &Path,
     window: Window,
     space: Option<ColourSpace>,
-    (width, height): (usize, usize),
+    (width, height, fit): (usize, usize, Fit),
     sink: &mut dyn FnMut(Vec<f32>),
 ) -> Result<usize> {
     match (is_exr(path), space) {
         (true, Some(space)) => Ok(ExrSequence::open(path)?.read(window.frames, space, &mut |picture| {
-            sink(picture.resize_and_crop(width, height)?);
+            sink(match fit {
+                Fit::Crop => picture.resize_and_crop(width, height)?,
+                Fit::Pad => picture.shrink_and_pad(width, height)?,
+            });
             Ok(())
         })?),
         (true, None) => bail!(
@@ -208,7 +276,10 @@ fn read_frames(
             bail!("`{}` holds no EXR frames; leave `--hdr` out", path.display())
         }
         (false, _) => Ok(Clip::open(path)?.read(window, &mut |picture| {
-            sink(resize_and_crop(picture, width, height)?);
+            sink(match fit {
+                Fit::Crop => resize_and_crop(picture, width, height)?,
+                Fit::Pad => shrink_and_pad(picture, width, height)?,
+            });
             Ok(())
         })?),
     }
@@ -228,7 +299,8 @@ pub fn load(content: &ContentArgs, references: &[Weighted], plan: &Plan) -> Resu
     let mut media = Media::default();
     let space = colour_space(content, plan)?;
     let load = |given: &Weighted| -> Result<Reference> {
-        let frames = inputs.references.iter().map(|planned| reference(&given.path, planned, rate, space));
+        let fit = if inputs.pads_references { Fit::Pad } else { Fit::Crop };
+        let frames = inputs.references.iter().map(|planned| reference(&given.path, planned, rate, space, fit));
         Ok(Reference { frames: frames.collect::<Result<_>>()?, strength: given.strength })
     };
     if let (true, Some(given)) = (inputs.references.is_empty(), references.first()) {
@@ -282,7 +354,7 @@ fn clip(content: &ContentArgs, path: &Path, plan: &Plan, window: Window) -> Resu
     }
     let mut frames = Vec::new();
     let space = colour_space(content, plan)?;
-    read_frames(path, window, space, (info.width, info.height), &mut |frame| frames.extend(frame))?;
+    read_frames(path, window, space, (info.width, info.height, Fit::Crop), &mut |frame| frames.extend(frame))?;
     let end = content.end_time.unwrap_or(window.frames as f64 / window.rate.to_f64());
     let kept = match (content.keep_video, content.keep_audio) {
         (true, true) => bail!("`--keep-video` and `--keep-audio` leave nothing to be made anew; give one of them"),
@@ -294,14 +366,20 @@ fn clip(content: &ContentArgs, path: &Path, plan: &Plan, window: Window) -> Resu
 }
 
 /// Frames 0, 1, 1 + s, 1 + 2 s … of a video, fitted to the size of the plan.
-fn reference(path: &Path, planned: &ReferenceInput, rate: Rational, space: Option<ColourSpace>) -> Result<Vec<f32>> {
+fn reference(
+    path: &Path,
+    planned: &ReferenceInput,
+    rate: Rational,
+    space: Option<ColourSpace>,
+    fit: Fit,
+) -> Result<Vec<f32>> {
     let (count, step) = (planned.frames as usize, planned.time_scale.max(1) as usize);
     let (width, height) = (planned.width as usize, planned.height as usize);
     let needed = if count < 2 { count } else { 2 + (count - 2) * step };
     let mut frames = Vec::with_capacity(count * width * height * 3);
     let mut index = 0;
     let window = Window { rate, start_seconds: 0.0, frames: needed };
-    let found = read_frames(path, window, space, (width, height), &mut |frame| {
+    let found = read_frames(path, window, space, (width, height, fit), &mut |frame| {
         if index == 0 || (index - 1) % step == 0 {
             frames.extend(frame);
         }

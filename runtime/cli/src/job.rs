@@ -11,7 +11,7 @@ use ltxc_runtime::pipeline::positions::ReferenceScale;
 
 use crate::adapters::Loras;
 use crate::args::{ContentArgs, DeviceChoice, PipelineName, Precision, ReferenceVersion, SamplingArgs, ShapeArgs};
-use crate::pipelines::definition;
+use crate::pipelines::{Definition, definition};
 
 /// What a plan is compiled for.
 #[derive(Clone, Debug, PartialEq)]
@@ -177,7 +177,8 @@ impl Shape {
                 bail!("`--skip-stage-2` is for pipeline `ic-lora`, not for `{}`", definition(named).name)
             }
         };
-        let modalities = match (definition(pipeline).has_video, args.no_audio) {
+        let Definition { has_video, has_sound, .. } = *definition(pipeline);
+        let modalities = match (has_video, args.no_audio || !has_sound) {
             (true, true) => vec![Modality::Video],
             (true, false) => Modality::BOTH.to_vec(),
             (false, false) => vec![Modality::Audio],
@@ -233,7 +234,7 @@ impl Shape {
             pipeline,
             height: shrunk(size(high, height, "--height")?, "--height")?,
             width: shrunk(size(wide, width, "--width")?, "--width")?,
-            frames: size(frames, 121, "--num-frames")?,
+            frames: size(frames, definition(pipeline).frames, "--num-frames")?,
             frame_rate,
             max_keyframes: keyframes as usize,
             tile: VaeTile::parse(args.vae_tile.as_deref().unwrap_or(own_tiles))?,

@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicBool;
 use anyhow::{Context, Result, bail};
 use clap::ArgMatches;
 use ltxc_compiler::Options;
-use ltxc_ir::plan::{Kernels, Modality, Plan, Release};
+use ltxc_ir::plan::{Kernels, Modality, Plan, Release, Stage};
 use ltxc_runtime::RunError;
 use ltxc_runtime::adapters::StageAdapters;
 use ltxc_runtime::audio_frontend::resample;
@@ -21,7 +21,7 @@ use ltxc_runtime::media::{
 };
 use ltxc_runtime::memory::{MemoryNeed, available};
 use ltxc_runtime::noise_files;
-use ltxc_runtime::pipeline::{Conditioning, Noise, Output, Request, StageChoice, run as run_pipeline};
+use ltxc_runtime::pipeline::{Conditioning, Noise, Output, Request, StageChoice, run as run_pipeline, tile_name};
 use ltxc_runtime::stats::Stats;
 use ltxc_runtime::tokenizer::Tokenizer;
 use ltxc_runtime::weights::{WeightFiles, find_tokenizer};
@@ -288,12 +288,14 @@ impl Runner {
         let images = job::images(&content.image, &choice.occurrences.image)?;
         let conditioning = images.iter().map(|i| load(i, plan, content.image_codec)).collect::<Result<Vec<_>>>()?;
         let references = inputs::references(content, choice.occurrences, plan)?;
+        let size = inputs::size_of_references(&references, plan)?;
         let stages = stage_choices(choice, plan)?;
         for stage in &plan.pipeline.stages {
             report.note(&describe(stage, stages.get(&stage.name), &plan.pipeline.modalities()));
         }
         let media = inputs::load(content, &references, plan)?;
-        let mut output = FileOutput::create(choice.output, plan, inputs::colour_space(content, plan)?, choice.writing)?;
+        let hdr = inputs::colour_space(content, plan)?;
+        let mut output = FileOutput::create(choice.output, plan, size, hdr, choice.writing)?;
         let tokenizer = match &self.tokenizer {
             Some(folder) => Some(Tokenizer::from_folder(folder)?),
             None if embeddings.is_none() => {
@@ -354,12 +356,13 @@ impl Runner {
             let stats = Stats::of(&noise.shape, &noise.values);
             report.note(&format!("noise {slot} `{}`: {}", path.display(), noise_summary(&stats)));
         }
+        let shown = output.shown;
         let Written { path, frames, bytes, .. } = output.writer.finish()?;
         if choice.writing.save_json {
             let mut facts = json!({
                 "output": &path, "prompt": &prompt, "negative_prompt": &negative, "seed": seed, "plan_hash": hex(&self.hash),
                 "compiler": &plan.compiler, "pipeline": &plan.pipeline.name, "model": &plan.pipeline.model.generation,
-                "height": plan.pipeline.video.height, "width": plan.pipeline.video.width, "frames": frames,
+                "height": shown.1, "width": shown.0, "frames": frames,
                 "frame_rate": [plan.pipeline.video.frame_rate.0, plan.pipeline.video.frame_rate.1],
             });
             if self.enhances_prompt {
@@ -411,7 +414,7 @@ fn plan_and_folders(args: &RunArgs, room: Room, loras: &Loras, mode: DebugMode) 
             reference_attention: args.shape.reference_attention || room.has_attention,
             ..args.shape.clone()
         };
-        let (shape, reference_seconds) = inputs::shape_of_media(&shape, &args.content)?;
+        let (shape, reference_seconds) = inputs::shape_of_media(&shape, &args.content, loras.reference_scale()?.space)?;
         let mut shape = Shape { target, reference_seconds, ..Shape::resolve(&shape, room.images)?.with(loras)? };
         shape.references.frames = room.reference_frames;
         let files = ModelFiles::open(&args.model, shape.has_two_stages())?;
@@ -474,7 +477,13 @@ fn noise_files(content: &ContentArgs, plan: &Plan) -> Result<BTreeMap<String, Pa
     if let Some(folder) = &content.noise_bundle {
         let stages = plan.pipeline.stages.iter();
         let made = plan.pipeline.modalities();
-        let slots = stages.flat_map(|s| made.iter().map(move |m| format!("{}.{}", s.name, m.name())));
+        let names = |stage: &Stage| -> Vec<String> {
+            match &stage.tiles {
+                Some(tiles) => (0..tiles.len()).map(|i| tile_name(&stage.name, i)).collect(),
+                None => vec![stage.name.clone()],
+            }
+        };
+        let slots = stages.flat_map(names).flat_map(|s| made.iter().map(move |m| format!("{s}.{}", m.name())));
         std::fs::create_dir_all(folder).with_context(|| format!("`{}`", folder.display()))?;
         return Ok(slots.map(|slot| (slot.clone(), noise_files::in_folder(folder, &slot))).collect());
     }
@@ -484,7 +493,18 @@ fn noise_files(content: &ContentArgs, plan: &Plan) -> Result<BTreeMap<String, Pa
         ("stage2.video", &content.ltx2_refine_noise_path),
         ("stage2.audio", &content.ltx2_refine_audio_noise_path),
     ];
-    Ok(slots.into_iter().filter_map(|(slot, path)| Some((slot.to_string(), path.clone()?))).collect())
+    let slots: BTreeMap<String, PathBuf> =
+        slots.into_iter().filter_map(|(slot, path)| Some((slot.to_string(), path.clone()?))).collect();
+    for stage in plan.pipeline.stages.iter().filter(|stage| stage.tiles.is_some()) {
+        if let Some(path) = slots.iter().find_map(|(slot, path)| slot.starts_with(&stage.name).then_some(path)) {
+            bail!(
+                "{} runs in tiles, each with noise of its own; give `--noise-bundle` instead of `{}`",
+                stage.name,
+                path.display()
+            );
+        }
+    }
+    Ok(slots)
 }
 
 /// The file that says how `output` was made.
@@ -505,10 +525,21 @@ const COMMON_RATE_HZ: usize = 48_000;
 struct FileOutput {
     writer: MediaWriter,
     has_video: bool,
+    /// Width and height of the frames that come.
+    made: (usize, usize),
+    /// Width and height of what is written of them, from the top left.
+    shown: (usize, usize),
 }
 
 impl FileOutput {
-    fn create(path: &Path, plan: &Plan, hdr: Option<ColourSpace>, writing: &OutputArgs) -> Result<FileOutput> {
+    /// `size` is the width and height of what is written, if that is not all.
+    fn create(
+        path: &Path,
+        plan: &Plan,
+        size: Option<(usize, usize)>,
+        hdr: Option<ColourSpace>,
+        writing: &OutputArgs,
+    ) -> Result<FileOutput> {
         let video = &plan.pipeline.video;
         let made = plan.pipeline.modalities();
         let is_sound = path.extension().is_some_and(|e| e.eq_ignore_ascii_case("wav"));
@@ -524,11 +555,13 @@ impl FileOutput {
             true => Rational::new(num / den, 1)?,
             false => Rational::new(num, den)?,
         };
-        let format = || VideoFormat::new(video.width as usize, video.height as usize, rate);
+        let whole = (video.width as usize, video.height as usize);
+        let shown = size.unwrap_or(whole);
+        let format = || VideoFormat::new(shown.0, shown.1, rate);
         let mut options = OutputOptions { hdr, ..OutputOptions::default() };
         options.crf = writing.crf.unwrap_or(options.crf);
         let writer = MediaWriter::create(path, has_video.then(format).transpose()?, options)?;
-        Ok(FileOutput { writer, has_video })
+        Ok(FileOutput { writer, has_video, made: whole, shown })
     }
 
     /// Says something in the output about how it was made, if there is anything to say.
@@ -541,8 +574,17 @@ impl FileOutput {
 
 impl Output for FileOutput {
     fn frames(&mut self, rgb: &[f32]) -> Result<(), RunError> {
-        if self.has_video {
-            self.writer.write_frames(rgb)?;
+        if !self.has_video {
+            return Ok(());
+        }
+        if self.made == self.shown {
+            return Ok(self.writer.write_frames(rgb)?);
+        }
+        let ((width, height), (shown_width, shown_height)) = (self.made, self.shown);
+        for frame in rgb.chunks_exact(width * height * 3) {
+            let rows = frame.chunks_exact(width * 3).take(shown_height);
+            let cropped: Vec<f32> = rows.flat_map(|row| &row[..shown_width * 3]).copied().collect();
+            self.writer.write_frames(&cropped)?;
         }
         Ok(())
     }

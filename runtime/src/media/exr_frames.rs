@@ -12,7 +12,7 @@ use exr::prelude::traits::{ReadChannels, ReadLayers, ReadSpecificChannel, Writab
 use exr::prelude::{Encoding, Image, Layer, LayerAttributes, SpecificChannels, Text, Vec2, f16};
 
 use super::hdr::ColourSpace;
-use super::image_input::resampled;
+use super::image_input::{padded, resampled};
 use super::video_input::files_of_folder;
 use super::{ClipInfo, ClipRate, MediaError};
 
@@ -38,6 +38,16 @@ impl FloatImage {
     /// Those of [`super::resize_and_crop`].
     pub fn resize_and_crop(&self, width: usize, height: usize) -> Result<Vec<f32>, MediaError> {
         let mut out = resampled([self.width, self.height], |i| self.rgb[i], [width, height])?;
+        out.iter_mut().for_each(|v| *v = *v * 2.0 - 1.0);
+        Ok(out)
+    }
+
+    /// Shrinks and pads a signal in `[0, 1]` and maps it to `[-1, 1]`, as [`super::shrink_and_pad`] does with bytes.
+    ///
+    /// # Errors
+    /// Those of [`super::shrink_and_pad`].
+    pub fn shrink_and_pad(&self, width: usize, height: usize) -> Result<Vec<f32>, MediaError> {
+        let mut out = padded([self.width, self.height], |i| self.rgb[i], [width, height])?;
         out.iter_mut().for_each(|v| *v = *v * 2.0 - 1.0);
         Ok(out)
     }

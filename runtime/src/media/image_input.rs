@@ -176,26 +176,74 @@ pub fn resize_and_crop(image: &RgbImage, width: usize, height: usize) -> Result<
     Ok(out)
 }
 
+/// Shrinks `image` to fit into `width` × `height` if it is larger, continues it below and to the right as in a mirror, and
+/// maps 0..255 to `[-1, 1]`.
+///
+/// # Errors
+/// Those of [`resize_and_crop`].
+pub fn shrink_and_pad(image: &RgbImage, width: usize, height: usize) -> Result<Vec<f32>, MediaError> {
+    let mut out = padded([image.width, image.height], |i| f32::from(image.rgb[i]), [width, height])?;
+    out.iter_mut().for_each(|v| *v = *v / 127.5 - 1.0);
+    Ok(out)
+}
+
 /// The picture of a width and a height with the values `at`, `[h, w, 3]`, resized and cropped to other ones.
 pub(super) fn resampled(
     [from_width, from_height]: [usize; 2],
     at: impl Fn(usize) -> f32,
     [width, height]: [usize; 2],
 ) -> Result<Vec<f32>, MediaError> {
+    check_target(width, height)?;
+    // f64 and these very operations, because rounding up turns one last bit into one more pixel.
+    let scale = (height as f64 / from_height as f64).max(width as f64 / from_width as f64);
+    let columns = taps(from_width, (from_width as f64 * scale).ceil() as usize, width)?;
+    let rows = taps(from_height, (from_height as f64 * scale).ceil() as usize, height)?;
+    Ok(sampled(from_width, at, &rows, &columns))
+}
+
+/// The picture shrunk to fit into other sides, if it must be, and continued below and to the right as in a mirror; by its
+/// last pixels where it is too small for that.
+pub(super) fn padded(
+    [from_width, from_height]: [usize; 2],
+    at: impl Fn(usize) -> f32,
+    [width, height]: [usize; 2],
+) -> Result<Vec<f32>, MediaError> {
+    check_target(width, height)?;
+    let mut inner = [from_width, from_height];
+    if from_width > width || from_height > height {
+        let scale = (height as f64 / from_height as f64).min(width as f64 / from_width as f64);
+        inner = inner.map(|side| ((side as f64 * scale).round_ties_even() as usize).max(1));
+    }
+    let [inner_width, inner_height] = [inner[0].min(width), inner[1].min(height)];
+    let mirrors = width - inner_width < inner_width && height - inner_height < inner_height;
+    let extended = |src: usize, inner: usize, target: usize| -> Result<Vec<Tap>, MediaError> {
+        let taps = taps(src, inner, inner)?;
+        let index = |i: usize| match mirrors {
+            _ if i < inner => i,
+            true => 2 * inner - 2 - i,
+            false => inner - 1,
+        };
+        Ok((0..target).map(|i| taps[index(i)]).collect())
+    };
+    let (columns, rows) = (extended(from_width, inner_width, width)?, extended(from_height, inner_height, height)?);
+    Ok(sampled(from_width, at, &rows, &columns))
+}
+
+fn check_target(width: usize, height: usize) -> Result<(), MediaError> {
     for (what, side) in [("target width", width), ("target height", height)] {
         if !(1..=MAX_SIDE).contains(&side) {
             return Err(MediaError::limit(what, side, "it must be 1 to 32768 pixels"));
         }
     }
-    // f64 and these very operations, because rounding up turns one last bit into one more pixel.
-    let scale = (height as f64 / from_height as f64).max(width as f64 / from_width as f64);
-    let columns = taps(from_width, (from_width as f64 * scale).ceil() as usize, width)?;
-    let rows = taps(from_height, (from_height as f64 * scale).ceil() as usize, height)?;
+    Ok(())
+}
 
-    let mut out = Vec::with_capacity(width * height * 3);
-    for row in &rows {
+/// The values at these rows and columns of a picture, `[rows, columns, 3]`.
+fn sampled(from_width: usize, at: impl Fn(usize) -> f32, rows: &[Tap], columns: &[Tap]) -> Vec<f32> {
+    let mut out = Vec::with_capacity(rows.len() * columns.len() * 3);
+    for row in rows {
         let (top, bottom) = (row.first * from_width * 3, row.second * from_width * 3);
-        for column in &columns {
+        for column in columns {
             for channel in 0..3 {
                 let blend = |line: usize| {
                     let (a, b) = (at(line + column.first * 3 + channel), at(line + column.second * 3 + channel));
@@ -205,10 +253,11 @@ pub(super) fn resampled(
             }
         }
     }
-    Ok(out)
+    out
 }
 
 /// One output position along an axis: two inputs and the weight of the second.
+#[derive(Clone, Copy)]
 struct Tap {
     first: usize,
     second: usize,
@@ -255,6 +304,22 @@ mod tests {
     fn same_size_keeps_the_values() {
         let source = image(4, 2, |x, y| (10 * x + 100 * y) as u8);
         check_reds(&reds(&source, 4, 2), &[0.0, 10.0, 20.0, 30.0, 100.0, 110.0, 120.0, 130.0]);
+    }
+
+    #[test]
+    fn pictures_are_continued_as_in_a_mirror() {
+        let reds = |image: &RgbImage, width: usize, height: usize| -> Vec<f32> {
+            let padded = shrink_and_pad(image, width, height).expect("padded");
+            padded.as_chunks::<3>().0.iter().map(|rgb| ((rgb[0] + 1.0) * 127.5).round()).collect()
+        };
+        let picture = image(3, 2, |x, y| (10 * x + 100 * y) as u8);
+        assert_eq!(reds(&picture, 5, 3), [0., 10., 20., 10., 0., 100., 110., 120., 110., 100., 0., 10., 20., 10., 0.]);
+        // Three more columns than there are to mirror: the last pixels go on.
+        assert_eq!(reds(&picture, 6, 2), [0., 10., 20., 20., 20., 20., 100., 110., 120., 120., 120., 120.]);
+        // 4x2 pixels shrink to 2x1 and leave a row to fill.
+        let wide = image(4, 2, |x, _| (10 * x) as u8);
+        assert_eq!(reds(&wide, 2, 2), [5., 25., 5., 25.]);
+        assert!(shrink_and_pad(&wide, 0, 2).is_err());
     }
 
     #[test]

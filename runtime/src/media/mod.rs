@@ -58,7 +58,7 @@ pub use error::MediaError;
 pub use exr_frames::{ExrSequence, is_exr};
 pub use frames::{Frames, I420, Rational, VideoFormat};
 pub use hdr::ColourSpace;
-pub use image_input::{RgbImage, load_conditioning_image, load_image, resize_and_crop};
+pub use image_input::{RgbImage, load_conditioning_image, load_image, resize_and_crop, shrink_and_pad};
 pub use output::{Kind, MediaWriter, OutputOptions, Written};
 pub use round_trip::{RoundTrip, image_round_trip};
 pub use video_input::{Clip, ClipInfo, ClipRate, Window};

@@ -27,8 +27,8 @@ pub struct Contexts<'a> {
 pub struct Denoiser<'d, 'p> {
     executor: &'d mut Executor<'p>,
     observer: &'d mut dyn Observer,
-    stage: &'p Stage,
-    class: &'p StageClass,
+    stage: &'d Stage,
+    class: &'d StageClass,
     contexts: Contexts<'d>,
     noise: &'d Noise,
     allow_bad_numerics: bool,
@@ -39,19 +39,19 @@ pub struct Denoiser<'d, 'p> {
     /// What guidance and sampler need at the current level; the programs may compute more.
     passes: Vec<Pass>,
     /// Programs whose results for the generation are in the state.
-    prepared: BTreeSet<&'p str>,
+    prepared: BTreeSet<&'d str>,
     /// The program that ran last.
-    latest: Option<&'p str>,
+    latest: Option<&'d str>,
     /// Evaluations so far.
     calls: usize,
 }
 
 /// What a [`Denoiser`] needs besides the executor.
-pub struct Settings<'d, 'p> {
+pub struct Settings<'d> {
     /// The stage.
-    pub stage: &'p Stage,
+    pub stage: &'d Stage,
     /// The programs for its conditioning.
-    pub class: &'p StageClass,
+    pub class: &'d StageClass,
     /// Guidance by noise level.
     pub guidance: Levels<'d>,
     /// Sampler.
@@ -86,7 +86,7 @@ impl<'d, 'p> Denoiser<'d, 'p> {
     pub fn new(
         executor: &'d mut Executor<'p>,
         observer: &'d mut dyn Observer,
-        settings: Settings<'d, 'p>,
+        settings: Settings<'d>,
     ) -> Denoiser<'d, 'p> {
         let Settings { stage, class, guidance, sampler, contexts, noise, allow_bad_numerics } = settings;
         let guider = |m: Modality| class.stream(m).map(|_| ActiveGuider::new(Guider::default()));

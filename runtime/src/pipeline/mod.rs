@@ -8,6 +8,7 @@
 //! | encode text → stages → upsample → decode | `run`, `text`, `decode` |
 //! | let the text encoder write the prompt anew | `enhance` |
 //! | clips and recordings | `media`, `encode`, `tiles` |
+//! | a stage in tiles | `tiled`, `tiles` |
 //! | states, and what conditioning does to them | `state`, `positions`, `conditioning`, `stage` |
 //! | noise levels, steps and fresh noise | `schedule`, `sampler`, `noise` |
 //! | programs of the transformer, and guidance between their passes | `denoise`, `guidance` |
@@ -30,6 +31,7 @@ pub mod schedule;
 mod stage;
 pub mod state;
 mod text;
+mod tiled;
 pub mod tiles;
 
 pub use denoise::needed_passes;
@@ -40,3 +42,4 @@ pub use per::Per;
 pub use request::{Conditioning, Output, Request, StageChoice};
 pub use run::run;
 pub use text::{Embeddings, TextContext};
+pub use tiled::tile_name;

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use ltxc_ir::plan::{Guidance, Modality, Pass, Pipeline, Sampler, SoundRole, Stage, StageClass, StreamClass};
+use ltxc_ir::tiling::AxisTile;
 
 use super::denoise::{needed_passes, program_of};
 use super::guidance::Levels;
@@ -81,12 +82,15 @@ pub trait Output {
 }
 
 /// A stage as a run wants it: the plan's, with the run's choices.
-pub(super) struct ChosenStage<'a, 'p> {
-    pub stage: &'p Stage,
-    pub class: &'p StageClass,
+#[derive(Clone)]
+pub(super) struct ChosenStage<'a> {
+    pub stage: &'a Stage,
+    /// The programs; for a stage in tiles those of the first one.
+    pub class: &'a StageClass,
     pub sigmas: &'a [f32],
     pub sampler: Sampler,
     pub guidance: Levels<'a>,
+    pub noise: &'a Noise,
 }
 
 impl<'a> Request<'a> {
@@ -94,7 +98,7 @@ impl<'a> Request<'a> {
     ///
     /// # Errors
     /// [`RunError::Input`] with what the plan has no room for.
-    pub(super) fn choose<'s, 'p: 's>(&'s self, pipeline: &'p Pipeline) -> Result<Vec<ChosenStage<'s, 'p>>, RunError> {
+    pub(super) fn choose<'s>(&'s self, pipeline: &'s Pipeline) -> Result<Vec<ChosenStage<'s>>, RunError> {
         self.check_images(pipeline)?;
         self.media.check(pipeline)?;
         let named = self.stages.keys().map(|stage| (stage.as_str(), "settings"));
@@ -111,6 +115,9 @@ impl<'a> Request<'a> {
     fn check_images(&self, pipeline: &Pipeline) -> Result<(), RunError> {
         if pipeline.video.channels == 0 && !self.images.is_empty() {
             return Err(RunError::Input(format!("pipeline `{}` makes no video, so it takes no images", pipeline.name)));
+        }
+        if !pipeline.takes_images() && pipeline.inputs.clip.is_none() && !self.images.is_empty() {
+            return Err(RunError::Input(format!("pipeline `{}` takes no images; leave `--image` out", pipeline.name)));
         }
         if pipeline.inputs.clip.is_some() && !self.images.is_empty() {
             return Err(RunError::Input(format!("pipeline `{}` takes a clip and no images", pipeline.name)));
@@ -133,12 +140,9 @@ impl<'a> Request<'a> {
         Ok(())
     }
 
-    fn choose_stage<'s, 'p: 's>(
-        &'s self,
-        pipeline: &'p Pipeline,
-        stage: &'p Stage,
-    ) -> Result<ChosenStage<'s, 'p>, RunError> {
-        let class = self.class(pipeline, stage)?;
+    fn choose_stage<'s>(&'s self, pipeline: &'s Pipeline, stage: &'s Stage) -> Result<ChosenStage<'s>, RunError> {
+        let first = stage.tiles.as_ref().and_then(|tiles| tiles.tiles().next());
+        let class = self.class(pipeline, stage, first)?;
         let choice = self.stages.get(&stage.name);
         let sigmas = choice.and_then(|c| c.sigmas.as_deref()).unwrap_or(&stage.sigmas);
         check_sigmas(sigmas).map_err(RunError::Input)?;
@@ -148,22 +152,29 @@ impl<'a> Request<'a> {
             Some(levels @ [_, ..]) => levels.iter().map(|(bound, guidance)| (*bound, guidance)).collect(),
             _ => constant.map(|guidance| (f32::INFINITY, guidance)).into_iter().collect(),
         };
-        let chosen = ChosenStage { stage, class, sigmas, sampler, guidance };
+        let chosen = ChosenStage { stage, class, sigmas, sampler, guidance, noise: &self.noise };
         chosen.check()?;
         Ok(chosen)
     }
 
-    /// The programs of a stage for the conditioning of this request.
-    fn class<'p>(&self, pipeline: &Pipeline, stage: &'p Stage) -> Result<&'p StageClass, RunError> {
-        let needs = self.needs(pipeline, stage);
+    /// The programs of a stage, or of a tile of it, for the conditioning of this request.
+    pub(super) fn class<'p>(
+        &self,
+        pipeline: &Pipeline,
+        stage: &'p Stage,
+        tile: Option<[AxisTile; 3]>,
+    ) -> Result<&'p StageClass, RunError> {
+        let needs = self.needs(pipeline, stage, tile);
+        let grid = tile.map_or(stage.grid, |tile| tile.map(|axis| axis.len() as u32));
         let fits = |class: &&StageClass| {
-            Modality::BOTH.into_iter().all(|m| match (needs.get(m), class.stream(m)) {
-                (None, None) => true,
-                (Some(need), Some(has)) => {
-                    need.appended == has.appended && need.attention == has.attention && need.rows <= has.rows
-                }
-                _ => false,
-            })
+            class.grid == grid
+                && Modality::BOTH.into_iter().all(|m| match (needs.get(m), class.stream(m)) {
+                    (None, None) => true,
+                    (Some(need), Some(has)) => {
+                        need.appended == has.appended && need.attention == has.attention && need.rows <= has.rows
+                    }
+                    _ => false,
+                })
         };
         let rows = |class: &&StageClass| class.video.map_or(0, |v| v.rows) + class.audio.map_or(0, |a| a.rows);
         stage.classes.iter().filter(fits).min_by_key(rows).ok_or_else(|| {
@@ -179,7 +190,7 @@ impl<'a> Request<'a> {
     }
 
     /// What the states of a stage will look like.
-    fn needs(&self, pipeline: &Pipeline, stage: &Stage) -> Per<StreamClass> {
+    fn needs(&self, pipeline: &Pipeline, stage: &Stage, tile: Option<[AxisTile; 3]>) -> Per<StreamClass> {
         let [_, rows, columns] = stage.grid;
         let index = pipeline.stages.iter().position(|s| s == stage).unwrap_or(0);
         let (mut video, mut audio) = (StreamClass { rows: 1, ..StreamClass::default() }, StreamClass::default());
@@ -187,8 +198,8 @@ impl<'a> Request<'a> {
         // Every strength is a timestep of its own.
         video.rows += self.images.len() as u32;
         audio.rows = 1;
-        if let Some(references) = pipeline.inputs.references.get(index) {
-            let tokens = references.tokens().saturating_mul(references.count);
+        if let Some(references) = pipeline.references_of(stage) {
+            let tokens = references.tokens_of(tile).saturating_mul(references.count);
             video.appended = video.appended.saturating_add(tokens);
             video.rows += references.count;
             video.attention = references.has_attention;
@@ -215,7 +226,7 @@ impl<'a> Request<'a> {
     }
 }
 
-impl ChosenStage<'_, '_> {
+impl ChosenStage<'_> {
     /// The passes that it needs, at every level of noise that guidance tells apart.
     pub fn passes(&self) -> impl Iterator<Item = Vec<Pass>> {
         let guided = self.guidance.iter().map(|(_, guidance)| Some(*guidance));

@@ -11,6 +11,7 @@ use super::per::Per;
 use super::request::{Output, Request};
 use super::stage::{MEL_BINS, Start, run_stage};
 use super::text::{TextContext, encode_prompt};
+use super::tiled::run_tiles;
 use crate::error::RunError;
 use crate::executor::Executor;
 use crate::experiments::Placeholder;
@@ -61,7 +62,13 @@ pub fn run(
             start.frozen = is_kept || frozen.get(modality).is_some();
         }
         executor.set_adapters(request.adapters.of(&chosen.stage.name))?;
-        latents = run_stage(executor, observer, request, chosen, contexts, starts)?;
+        latents = match (&chosen.stage.tiles, starts.video.take()) {
+            (Some(tiles), Some(video)) => {
+                let made = run_tiles(executor, observer, request, chosen, tiles, contexts, video)?;
+                Per { video: Some(made), audio: None }
+            }
+            (_, video) => run_stage(executor, observer, request, chosen, contexts, Per { video, audio: starts.audio })?,
+        };
         executor.unload_all()?;
         if i == pipeline.audio.stage as usize {
             sound = latents.audio.clone();

@@ -8,6 +8,8 @@ use ltxc_ir::plan::Schedule;
 pub const DISTILLED_STAGE_1: [f32; 9] = [1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875, 0.0];
 /// Noise levels of a distilled model, second stage.
 pub const DISTILLED_STAGE_2: [f32; 4] = [0.909375, 0.725, 0.421875, 0.0];
+/// Noise levels of a distilled model, second stage of the HDR IC-LoRA.
+pub const HDR_STAGE_2: [f32; 3] = [0.909375, 0.725, 0.0];
 /// Number of tokens that the shifted schedule assumes where none is given.
 pub const DEFAULT_TOKENS: u32 = 4096;
 

@@ -6,7 +6,7 @@ use ltxc_ir::plan::{Modality, Pipeline, Release, Stage};
 
 use super::conditioning::Item;
 use super::denoise::{Contexts, Denoiser, Settings};
-use super::noise::SlotShape;
+use super::noise::{Noise, SlotShape};
 use super::observe::{Event, Observer};
 use super::per::Per;
 use super::positions::{audio_positions, keyframe_positions, video_positions};
@@ -37,11 +37,11 @@ pub(super) struct Start {
 ///
 /// # Errors
 /// A program that cannot run, noise that does not fit, or bad numerics.
-pub(super) fn run_stage<'p>(
-    executor: &mut Executor<'p>,
+pub(super) fn run_stage(
+    executor: &mut Executor<'_>,
     observer: &mut dyn Observer,
     request: &Request<'_>,
-    chosen: &ChosenStage<'_, 'p>,
+    chosen: &ChosenStage<'_>,
     contexts: Contexts<'_>,
     starts: Per<Start>,
 ) -> Result<Per<Vec<f32>>, RunError> {
@@ -65,7 +65,7 @@ pub(super) fn run_stage<'p>(
         if start.frozen {
             state.freeze();
         }
-        let noise = draw_noise(request, stage, modality, &state)?;
+        let noise = draw_noise(chosen.noise, stage, modality, &state)?;
         state.add_noise(&noise, start.noise_scale);
         let name = modality.name();
         tell(format!("{name}.noise"), &noise);
@@ -86,7 +86,7 @@ pub(super) fn run_stage<'p>(
         guidance: chosen.guidance.clone(),
         sampler: chosen.sampler,
         contexts,
-        noise: &request.noise,
+        noise: chosen.noise,
         allow_bad_numerics: request.allow_bad_numerics,
     };
     observer.event(Event::Stage { name: &stage.name, steps: sampler::steps(chosen.sampler, chosen.sigmas) });
@@ -141,12 +141,12 @@ fn encode_image(executor: &mut Executor<'_>, stage: &Stage, conditioning: &Condi
 }
 
 /// Noise of target and appended tokens.
-fn draw_noise(request: &Request<'_>, stage: &Stage, modality: Modality, state: &State) -> Result<Vec<f32>, RunError> {
+fn draw_noise(noise: &Noise, stage: &Stage, modality: Modality, state: &State) -> Result<Vec<f32>, RunError> {
     let (spatial, inner) = match modality {
         Modality::Video => (stage.grid.iter().map(|&d| d as usize).collect(), 1),
         Modality::Audio => (vec![state.target_tokens], MEL_BINS),
     };
     let shape = SlotShape { spatial, channels: state.channels, inner };
     let slot = format!("{}.{}", stage.name, modality.name());
-    request.noise.draw_all(&slot, &shape, state.tokens() - state.target_tokens)
+    noise.draw_all(&slot, &shape, state.tokens() - state.target_tokens)
 }

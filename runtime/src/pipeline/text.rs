@@ -43,7 +43,7 @@ pub struct Embeddings {
 }
 
 impl Embeddings {
-    /// Shapes of contexts that the programs of a plan take: video, audio.
+    /// Shapes of contexts that the programs of a plan take: video, audio; `[0]` for one that the plan does not make.
     ///
     /// # Errors
     /// A plan without a text side.
@@ -53,8 +53,8 @@ impl Embeddings {
             slot.map(|slot| slot.ty.shape.clone())
         };
         match Modality::BOTH.map(shape) {
-            [Some(video), Some(audio)] => Ok([video, audio]),
-            _ => Err(RunError::Internal("the plan has no program that makes contexts".into())),
+            [None, None] => Err(RunError::Internal("the plan has no program that makes contexts".into())),
+            shapes => Ok(shapes.map(|shape| shape.unwrap_or_else(|| vec![0]))),
         }
     }
 

@@ -21,6 +21,8 @@ pub fn crop(values: &[f32], grid: [usize; 2], channels: usize, tile: [AxisTile; 
 pub struct Sum {
     size: [usize; 2],
     channels: usize,
+    /// The kind of axis whose masks hold along time, height and width.
+    masks: [Axis; 3],
     /// Sums of the weights per axis, where they are not 1.
     weights: Option<[Vec<f32>; 3]>,
     /// The sum from frame `first` on, and values in front of it that were handed out.
@@ -32,7 +34,12 @@ pub struct Sum {
 impl Sum {
     /// An empty sum of frames of `[h, w]`.
     pub fn new(size: [usize; 2], channels: usize, weights: Option<[Vec<f32>; 3]>) -> Sum {
-        Sum { size, channels, weights, values: Vec::new(), handed_out: 0, first: 0 }
+        Sum { size, channels, masks: Axis::ALL, weights, values: Vec::new(), handed_out: 0, first: 0 }
+    }
+
+    /// The same for tiles that fade over time as over space, and whose weights add up to 1.
+    pub fn symmetric(size: [usize; 2], channels: usize) -> Sum {
+        Sum { masks: [Axis::Height, Axis::Height, Axis::Width], ..Sum::new(size, channels, None) }
     }
 
     /// Adds the values of a tile.
@@ -47,7 +54,7 @@ impl Sum {
         self.values.drain(..std::mem::take(&mut self.handed_out));
         let needed = (t.end - self.first) * self.frame_len();
         self.values.resize(self.values.len().max(needed), 0.0);
-        let masks: [Vec<f32>; 3] = std::array::from_fn(|i| tile[i].mask(Axis::ALL[i]));
+        let masks: [Vec<f32>; 3] = std::array::from_fn(|i| tile[i].mask(self.masks[i]));
         for (f, wt) in masks[0].iter().enumerate() {
             for (r, wy) in masks[1].iter().enumerate() {
                 let src = &values[(f * y.len() + r) * x.len() * c..][..x.len() * c];

@@ -24,6 +24,7 @@ use anyhow::{Result, bail};
 use ltxc_ir::Rate;
 use ltxc_ir::plan::summary::{function_costs, weight_bytes};
 use ltxc_ir::plan::{Pass, Plan, Program, Sampler, Stage};
+use ltxc_ir::tiling::AxisTile;
 use ltxc_runtime::RunError;
 use ltxc_runtime::backend::open;
 use ltxc_runtime::executor::Executor;
@@ -184,11 +185,16 @@ fn runs_of(plan: &Plan, program: &Program, bucket: u32) -> u64 {
         // The first class is that without conditioning, and its first program computes everything.
         let is_part = |name: &str| program.name == name || program.name.starts_with(&format!("{name}."));
         let own = class.programs.iter().filter(|p| is_part(&p.name)).max_by_key(|p| p.name.len());
-        let is_plain = stage.classes.first() == Some(class) && own.is_some() && own == class.programs.first();
+        // A class of tiles is that of all which have its extent.
+        let has_extent = |tile: &[AxisTile; 3]| tile.map(|axis| axis.len() as u32) == class.grid;
+        let times = stage.tiles.as_ref().map_or(1, |tiles| tiles.tiles().filter(has_extent).count() as u64);
+        let is_plain = (stage.tiles.is_some() || stage.classes.first() == Some(class))
+            && own.is_some()
+            && own == class.programs.first();
         return match (is_plain, program.rate) {
             (false, _) => 0,
-            (true, Rate::Generation) => 1,
-            (true, _) => stage.sigmas.len().saturating_sub(1) as u64 * evaluations(stage.sampler),
+            (true, Rate::Generation) => times,
+            (true, _) => times * stage.sigmas.len().saturating_sub(1) as u64 * evaluations(stage.sampler),
         };
     }
     let is_guided = |s: &Stage| needed_passes(s.guidance.as_ref(), s.sampler).contains(&Pass::Negative);

@@ -100,7 +100,10 @@ struct Outcome {
 /// A pipeline that is not known, or model files that are missing.
 pub fn run(args: &SmokeArgs, json_output: bool) -> Result<bool> {
     let names = match args.name.as_str() {
-        "all" => PipelineName::value_variants().to_vec(),
+        // EXR frames are not looked at.
+        "all" => {
+            PipelineName::value_variants().iter().copied().filter(|&p| !definition(p).brings.pads_references).collect()
+        }
         name => vec![PipelineName::from_str(name, true).map_err(|_| {
             let known: Vec<&str> = PipelineName::value_variants().iter().map(|&p| definition(p).name).collect();
             anyhow::anyhow!("`{name}` is no pipeline, expected all, {}", known.join(", "))
@@ -183,6 +186,7 @@ fn missing(definition: &Definition, material: &Material) -> Option<&'static str>
         () if definition.brings.references > 0 && !has(&material.lora) => {
             Some("a LoRA that reads reference videos; name it with `--lora`")
         }
+        () if definition.brings.pads_references => Some("EXR frames, which are not looked at here; use `ltxc run`"),
         () => None,
     }
 }

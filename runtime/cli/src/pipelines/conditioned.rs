@@ -1,8 +1,9 @@
 //! Pipelines in two stages that are given more than text: keyframes, a recording, reference videos, or both of these.
 //!
-//! Source: spec/pipelines §9.5, §9.6, §9.7, §9.11.
+//! Source: spec/pipelines §9.5, §9.6, §9.7, §9.11, §9.12.
 
 use ltxc_ir::plan::{Guidance, Guider, SoundRole, StageAdapter};
+use ltxc_runtime::pipeline::schedule::HDR_STAGE_2;
 
 use super::{Basis, Brings, Definition, StageDraft, Training, distilled, one_stage, two_stage};
 
@@ -46,6 +47,22 @@ pub const DUB: Definition = Definition {
     brings: Brings { references: 2, sound: Some(SoundRole::Reference), ..Brings::NOTHING },
     ..distilled::TWO_STAGES
 };
+
+/// Distilled model: a video gets a high dynamic range. It guides both stages, with one LoRA; the second one runs in tiles.
+pub const HDR_IC_LORA: Definition = Definition {
+    name: "hdr-ic-lora",
+    size: (1088, 1920),
+    frames: 161,
+    has_sound: false,
+    stages: |basis| vec![distilled::first(basis), in_tiles(distilled::second(basis))],
+    brings: Brings { references: 2, pads_references: true, ..Brings::NOTHING },
+    ..distilled::TWO_STAGES
+};
+
+/// Two tiles along every axis, at two noise levels.
+fn in_tiles(draft: StageDraft) -> StageDraft {
+    StageDraft { sigmas: HDR_STAGE_2.into(), tiles: Some([(2, 8), (2, 6), (2, 6)]), ..draft }
+}
 
 /// Without the LoRAs of the user, which know references that this stage does not have.
 fn without_loras(draft: StageDraft) -> StageDraft {

@@ -14,6 +14,9 @@ pub fn describe(stage: &Stage, choice: Option<&StageChoice>, modalities: &[Modal
         text += &format!("; up to noise level {bound}");
         modalities.iter().for_each(|&m| text += &format!(", {}", guided(guidance, m)));
     }
+    if let Some(tiles) = &stage.tiles {
+        text += &format!(", {} tiles", tiles.len());
+    }
     match constant.filter(|_| levels.is_empty()) {
         None if levels.is_empty() => text += ", no guidance",
         None => {}

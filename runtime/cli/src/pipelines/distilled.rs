@@ -13,7 +13,9 @@ pub const TWO_STAGES: Definition = Definition {
     name: "distilled",
     training: Training::Distilled,
     size: (1024, 1536),
+    frames: 121,
     has_video: true,
+    has_sound: true,
     has_two_stages: true,
     stages: |basis| vec![first(basis), second(basis)],
     sound_stage: 1,
@@ -47,6 +49,7 @@ pub fn first(basis: &Basis) -> StageDraft {
         adapters,
         upsampled: false,
         keeps_sound: false,
+        tiles: None,
     }
 }
 
@@ -61,6 +64,7 @@ pub fn second(basis: &Basis) -> StageDraft {
         adapters: adapters(basis),
         upsampled: true,
         keeps_sound: false,
+        tiles: None,
     }
 }
 

@@ -46,7 +46,13 @@ pub fn inputs(
         mel_frames: mel_frames(role, audio_vae) as u32,
         time_factor: audio_vae.time_factor() as u32,
     });
-    Ok(Inputs { appends_first_image: brings.appends_first_image, references, clip, sound })
+    Ok(Inputs {
+        appends_first_image: brings.appends_first_image,
+        references,
+        pads_references: brings.pads_references,
+        clip,
+        sound,
+    })
 }
 
 /// The tiles in which a clip is encoded.
@@ -74,6 +80,14 @@ fn references(shape: &Shape, stage: &Stage, factors: [usize; 3]) -> Result<Refer
     let longest = given.frames.unwrap_or(shape.frames).clamp(1, shape.frames);
     let frames = 1 + (longest - 1).div_ceil(stride);
     let latents = (frames - 1) / ft + 1;
+    if stage.tiles.is_some() && (stride != 1 || latents != stage.grid[0] as usize) {
+        bail!(
+            "{} runs in tiles, whose parts of a reference video are as long as they are: it takes a LoRA with temporal factor 1 \
+             (found {stride}) and a reference video of {} frames (found {longest}); choose another `--num-frames`",
+            stage.name,
+            shape.frames
+        );
+    }
     Ok(ReferenceInput {
         count: given.count as u32,
         frames: ((latents - 1) * ft + 1) as u32,

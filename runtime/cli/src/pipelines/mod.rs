@@ -36,8 +36,12 @@ pub struct Definition {
     pub training: Training,
     /// Default height and width of the result.
     pub size: (usize, usize),
+    /// Default number of frames.
+    pub frames: usize,
     /// Whether it makes a picture.
     pub has_video: bool,
+    /// Whether it makes sound.
+    pub has_sound: bool,
     /// Whether a first stage at half the size is upsampled for a second one.
     pub has_two_stages: bool,
     /// Its stages, in order.
@@ -55,6 +59,8 @@ pub struct Brings {
     pub appends_first_image: bool,
     /// Number of stages, from the first one on, that reference videos guide.
     pub references: usize,
+    /// Whether they are padded to whole latents, and the result has their size.
+    pub pads_references: bool,
     /// A clip of which a part is made anew.
     pub clip: bool,
     /// A recording.
@@ -63,7 +69,8 @@ pub struct Brings {
 
 impl Brings {
     /// Text and images are all.
-    pub const NOTHING: Brings = Brings { appends_first_image: false, references: 0, clip: false, sound: None };
+    pub const NOTHING: Brings =
+        Brings { appends_first_image: false, references: 0, pads_references: false, clip: false, sound: None };
 }
 
 /// How a checkpoint was trained.
@@ -105,6 +112,8 @@ pub struct StageDraft {
     pub upsampled: bool,
     /// Whether it keeps the sound of the stage before as it is.
     pub keeps_sound: bool,
+    /// Tiles in which it runs, along time, height and width: their number, and the latents that they overlap by.
+    pub tiles: Option<[(usize, usize); 3]>,
 }
 
 /// The definition of a pipeline.
@@ -123,6 +132,7 @@ pub fn definition(name: PipelineName) -> &'static Definition {
         PipelineName::Retake => &retake::DISTILLED,
         PipelineName::RetakeGuided => &retake::GUIDED,
         PipelineName::Dub => &conditioned::DUB,
+        PipelineName::HdrIcLora => &conditioned::HDR_IC_LORA,
     }
 }
 

@@ -13,7 +13,9 @@ pub const VIDEO: Definition = Definition {
     name: "one-stage",
     training: Training::Full,
     size: (512, 768),
+    frames: 121,
     has_video: true,
+    has_sound: true,
     has_two_stages: false,
     stages: |basis| vec![guided(basis)],
     sound_stage: 0,
@@ -48,5 +50,6 @@ pub fn guided(basis: &Basis) -> StageDraft {
         adapters: vec![StageAdapter::user()],
         upsampled: false,
         keeps_sound: false,
+        tiles: None,
     }
 }

@@ -13,7 +13,9 @@ pub const TWO_STAGES: Definition = Definition {
     name: "two-stage",
     training: Training::Full,
     size: (1024, 1536),
+    frames: 121,
     has_video: true,
+    has_sound: true,
     has_two_stages: true,
     stages: |basis| vec![guided(basis), refinement()],
     // The second stage makes sound too, because the picture looks at it; the first one's is better.
@@ -40,6 +42,7 @@ pub fn refinement() -> StageDraft {
         adapters: vec![StageAdapter::user(), StageAdapter::distilled()],
         upsampled: true,
         keeps_sound: false,
+        tiles: None,
     }
 }
 

@@ -9,6 +9,7 @@ mod conditioned;
 mod devices;
 mod enhance;
 mod everyday;
+mod hdr;
 mod inputs;
 mod jobs;
 mod loras;

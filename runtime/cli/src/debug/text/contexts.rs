@@ -79,6 +79,11 @@ pub fn embeddings(path: &Path, plan: &Plan) -> Result<Embeddings> {
     let find = |names: [&[&str]; 2]| -> Result<[Option<Vec<f32>>; 2]> {
         let mut found = [None, None];
         for ((slot, names), shape) in found.iter_mut().zip(names).zip(&shapes) {
+            if shape[..] == [0] {
+                // Of what the plan does not make, nothing is needed.
+                *slot = Some(Vec::new());
+                continue;
+            }
             let Some(tensor) = names.iter().find_map(|name| named(&tensors, name)) else { continue };
             // An axis for one sample may be left out.
             if tensor.shape != *shape && tensor.shape[..] != shape[1..] {
