@@ -19,7 +19,7 @@ use ltxc_ir::plan::{
 use ltxc_ir::tiling::TilePlan;
 use ltxc_ir::{DType, Module};
 use ltxc_models::audio::{self, AudioVaeConfig, VocoderConfig, decode_audio};
-use ltxc_models::checkpoint::{Checkpoint, GemmaFolder, Generation, Location, hub};
+use ltxc_models::checkpoint::{self, Checkpoint, GemmaFolder, Generation, Location, hub};
 use ltxc_models::text::{self, TextConfig, TextWeights};
 use ltxc_models::transformer::{self, BlockSet, Perturbation, StreamSpec, TransformerConfig, TransformerSpec};
 use ltxc_models::upsampler::{Enlarge, UpsamplerConfig, upsample};
@@ -29,10 +29,10 @@ use ltxc_runtime::pipeline::decode::program_name;
 use ltxc_runtime::pipeline::encode;
 use ltxc_runtime::pipeline::needed_passes;
 
-use crate::args::ModelArgs;
+use crate::args::{ModelArgs, Variant};
 use crate::enhance;
 use crate::job::Shape;
-use crate::pipelines::{Basis, StageDraft, definition, guidance, inputs};
+use crate::pipelines::{Basis, StageDraft, Training, definition, guidance, inputs, training_named};
 use crate::tensors;
 
 /// Names of the weight sources in graphs and plans.
@@ -60,15 +60,39 @@ impl ModelFiles {
     /// # Errors
     /// A file that is missing, damaged, or of another kind.
     pub fn open(args: &ModelArgs, needs_upsampler: bool) -> Result<ModelFiles> {
-        let path = |value: &Option<PathBuf>, flag: &str, what: &str| -> Result<PathBuf> {
-            let Some(path) = value else { bail!("`{flag}` is missing: it names the {what}") };
-            local(path)
+        let found = |path: &Option<PathBuf>| path.as_deref().map(local).transpose();
+        let Some(named) = args.checkpoint_path.as_ref().or(args.transformer_path.as_ref()) else {
+            bail!("`--checkpoint-path` is missing: it names the model file or folder");
         };
-        let checkpoint = path(&args.checkpoint_path, "--checkpoint-path", "model file or folder")?;
-        let model = Checkpoint::open(&checkpoint)?;
-        let gemma = match (&args.gemma_root, bundled_gemma(&checkpoint)) {
-            (None, Some(bundled)) => bundled,
-            _ => path(&args.gemma_root, "--gemma-root", "folder of the Gemma text encoder")?,
+        let checkpoint = variant(local(named)?, args.variant)?;
+        let text_encoder = found(&args.text_encoder_path)?;
+        let parts = checkpoint::ModelFiles {
+            checkpoint: args.checkpoint_path.is_some().then(|| checkpoint.clone()),
+            transformer: args.transformer_path.is_some().then(|| checkpoint.clone()),
+            // A single file has all but Gemma.
+            text_encoder: match found(&args.embeddings_connectors)? {
+                None if args.transformer_path.is_some() => text_encoder.clone().filter(|path| path.is_file()),
+                connectors => connectors,
+            },
+            video_vae: found(&args.video_vae_path)?,
+            audio_vae: found(&args.audio_vae_path)?,
+            ..checkpoint::ModelFiles::default()
+        };
+        let replaced = [&args.video_vae_path, &args.audio_vae_path, &args.embeddings_connectors];
+        let replaced = replaced.into_iter().flatten().next();
+        let model = match (args.transformer_path.is_some(), replaced) {
+            (false, None) => Checkpoint::open(&checkpoint)?,
+            (false, Some(part)) if checkpoint.is_dir() => bail!(
+                "`{}` is a folder, and `{}` replaces a part of a single file; name that file, or the transformer's with \
+                 `--transformer-path`",
+                checkpoint.display(),
+                part.display()
+            ),
+            _ => Checkpoint::open_files(&parts)?,
+        };
+        let gemma = match (found(&args.gemma_root)?, text_encoder, bundled_gemma(&checkpoint)) {
+            (Some(path), ..) | (None, Some(path), _) | (None, None, Some(path)) => path,
+            (None, None, None) => bail!("`--gemma-root` is missing: it names the folder of the Gemma text encoder"),
         };
         let gemma = GemmaFolder::open(&gemma)?;
         if let Some(note) = gemma.check_pairing(&model)? {
@@ -76,7 +100,17 @@ impl ModelFiles {
         }
         let upsampler = match needs_upsampler {
             true => {
-                let path = path(&args.spatial_upsampler_path, "--spatial-upsampler-path", "spatial upscaler")?;
+                let path = match found(&args.spatial_upsampler_path)? {
+                    Some(path) => path,
+                    None => {
+                        let beside = upsampler_beside(&checkpoint)?.with_context(|| {
+                            "`--spatial-upsampler-path` is missing: it names the spatial upscaler, and there is none beside the \
+                             model"
+                        })?;
+                        eprintln!("note: upscaler `{}`, found beside the model", beside.display());
+                        beside
+                    }
+                };
                 Some(Checkpoint::open_upsampler(&path)?)
             }
             false => None,
@@ -145,6 +179,67 @@ pub(crate) fn local(path: &Path) -> Result<PathBuf> {
     }
     let name = path.to_str().with_context(|| format!("`{}` does not exist", path.display()))?;
     Ok(hub::resolve(name)?)
+}
+
+/// The spatial upscaler that is in the folder of a model, or beside its file.
+///
+/// # Errors
+/// Several of them.
+pub(crate) fn upsampler_beside(model: &Path) -> Result<Option<PathBuf>> {
+    let folder = if model.is_dir() { model } else { model.parent().unwrap_or(Path::new(".")) };
+    let folders = ["latent_upsampler", "spatial_upsampler", "spatial_upscaler"].map(|name| folder.join(name));
+    if let Some(path) = folders.into_iter().find(|path| model.is_dir() && path.is_dir()) {
+        return Ok(Some(path));
+    }
+    let is_upsampler = |name: &str| name.contains("spatial-upscaler-x2") || name.contains("spatial-upsampler-x2");
+    let mut found = named_files(folder, &is_upsampler);
+    match (found.pop(), found.pop()) {
+        (Some(one), Some(other)) => bail!(
+            "`{}` and `{}` are both upscalers beside the model; name one with `--spatial-upsampler-path`",
+            other.display(),
+            one.display()
+        ),
+        (found, _) => Ok(found),
+    }
+}
+
+/// The safetensors files in a folder whose names are like this, sorted.
+fn named_files(folder: &Path, is_like: &dyn Fn(&str) -> bool) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
+    let is_safetensors = |path: &PathBuf| path.extension().is_some_and(|e| e == "safetensors");
+    let named = |path: &PathBuf| path.file_name().and_then(|name| name.to_str()).is_some_and(is_like);
+    let mut found: Vec<PathBuf> = entries.filter(is_safetensors).filter(named).collect();
+    found.sort();
+    found
+}
+
+/// The model in a folder of several that is meant; a file must be what is meant.
+fn variant(model: PathBuf, variant: Option<Variant>) -> Result<PathBuf> {
+    let Some(variant) = variant else { return Ok(model) };
+    let (word, training) = match variant {
+        Variant::Distilled => ("distilled", Training::Distilled),
+        Variant::Dev => ("dev", Training::Full),
+    };
+    if !model.is_dir() || model.join("model_index.json").is_file() {
+        return match training_named(&model) {
+            Some(other) if other != training => {
+                bail!("`{}` is not called {word}; leave `--variant {word}` out, or name another file", model.display())
+            }
+            _ => Ok(model),
+        };
+    }
+    let is_other = |name: &str| ["lora", "upscaler", "upsampler", "vae"].iter().any(|part| name.contains(part));
+    let is_meant = |name: &str| training_named(Path::new(name)) == Some(training) && !is_other(name);
+    let mut found = named_files(&model, &is_meant);
+    match (found.pop(), found.pop()) {
+        (Some(one), None) => Ok(one),
+        (None, _) => bail!("`{}` has no file that is called {word}; name the file of the model", model.display()),
+        (Some(one), Some(other)) => bail!(
+            "`{}` and `{}` are both called {word}; name one of them with `--checkpoint-path`",
+            other.display(),
+            one.display()
+        ),
+    }
 }
 
 /// Text encoder inside a diffusers folder.
@@ -488,7 +583,7 @@ impl<'a> Components<'a> {
             };
             let grid = if has_video { grid(shrink) } else { [0; 3] };
             let tiles = draft.tiles.map(|tiles| TilePlan::denoise(grid.map(|n| n as usize), tiles)).transpose()?;
-            let sampler = shape.sampling.sampler().filter(|_| i == 0).unwrap_or(draft.sampler);
+            let sampler = shape.sampling.sampler()?.filter(|_| i == 0).unwrap_or(draft.sampler);
             Ok(Stage {
                 name: draft.name.into(),
                 height: if has_video { height as u32 } else { 0 },

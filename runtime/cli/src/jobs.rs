@@ -12,8 +12,9 @@ use clap::{Arg, ArgAction, ArgMatches, Command, CommandFactory, FromArgMatches, 
 use ltxc_runtime::RunError;
 use serde_json::{Map, Value};
 
-use crate::args::{ContentArgs, OutputArgs, RunArgs, SamplingArgs};
+use crate::args::{ContentArgs, OutputArgs, RunArgs, SamplingArgs, with_negative_numbers};
 use crate::debug::flags::DebugOptions;
+use crate::pipelines::{definition, refuse_idle};
 use crate::report::Report;
 use crate::run::{Choice, Occurrences, Room, Runner};
 
@@ -42,6 +43,9 @@ struct Job {
     output: PathBuf,
 }
 
+/// The output of a job that names none, with this in front.
+type Usual<'a> = dyn Fn(&str, &ContentArgs) -> PathBuf + 'a;
+
 /// Keys of a job that are no flags.
 const NAME: &str = "name";
 const OUTPUT: &str = "output";
@@ -54,13 +58,15 @@ const SEED: &str = "seed";
 pub fn run(args: &RunArgs, path: &Path, command_line: &ArgMatches, report: &mut Report) -> Result<()> {
     let tables = tables(path)?;
     // A plan that is compiled on the way has room for what every job brings.
-    let jobs = |folder: &Path, hash: &[u8; 32]| read(path, &tables, command_line, folder, hash);
-    let folder = match command_line.value_source("output") {
-        Some(ValueSource::CommandLine) => args.output.clone(),
-        _ => PathBuf::from("."),
-    };
+    let jobs =
+        |folder: &Path, hash: &[u8; 32], usual: &Usual<'_>| read(path, &tables, command_line, folder, hash, usual);
+    let folder = args.output.clone().unwrap_or_else(|| PathBuf::from("."));
+    if args.plan.is_none() {
+        let pipeline = definition(args.shape.pipeline.unwrap_or_default());
+        refuse_idle(pipeline, &Occurrences::of(command_line).given, &args.shape.sampling)?;
+    }
     let mut room = Room::default();
-    for job in jobs(&folder, &[0; 32])? {
+    for job in jobs(&folder, &[0; 32], &|stem, _| stem.into())? {
         room = room.or(Room::of(args, &job.args.content, &job.occurrences)?);
     }
     let debug = DebugOptions::resolve(&args.debug, &|name| std::env::var(name).ok())?;
@@ -69,7 +75,7 @@ pub fn run(args: &RunArgs, path: &Path, command_line: &ArgMatches, report: &mut 
     }
     let loras = Occurrences::of(command_line).lora;
     let runner = Runner::open(args, room, &loras, debug.mode, report)?;
-    let jobs = jobs(&folder, runner.plan_hash())?;
+    let jobs = jobs(&folder, runner.plan_hash(), &|stem, content| runner.usual_output(stem, content))?;
     let mut executor = runner.executor(report)?;
     let total = jobs.len();
     let mut failed = 0;
@@ -119,8 +125,8 @@ fn tables(path: &Path) -> Result<Vec<Map<String, Value>>> {
     Ok(tables)
 }
 
-/// Makes jobs of tables. `command_line` holds the flags for all of them, `folder` is for outputs that are not named, and
-/// `plan` is the hash of the plan.
+/// Makes jobs of tables. `command_line` holds the flags for all of them, `folder` is for outputs that are not named, `plan` is
+/// the hash of the plan, and `usual` names outputs.
 ///
 /// # Errors
 /// A job with a key that is no flag or a value that it does not take, two jobs with the same
@@ -131,6 +137,7 @@ fn read(
     command_line: &ArgMatches,
     folder: &Path,
     plan: &[u8; 32],
+    usual: &Usual<'_>,
 ) -> Result<Vec<Job>> {
     let file = || format!("job file `{}`", path.display());
     let mut jobs: Vec<Job> = Vec::new();
@@ -138,7 +145,7 @@ fn read(
         let number = i + 1;
         let of = || format!("{}, job {number}", file());
         for table in seeds(table).with_context(of)? {
-            jobs.push(job(number, table, command_line, folder, plan).with_context(of)?);
+            jobs.push(job(number, table, command_line, folder, plan, usual).with_context(of)?);
         }
     }
     let mut written = BTreeMap::new();
@@ -195,6 +202,7 @@ fn job(
     command_line: &ArgMatches,
     folder: &Path,
     plan: &[u8; 32],
+    usual: &Usual<'_>,
 ) -> Result<Job> {
     let text = |value: Option<Value>, key: &str| match value {
         None => Ok(None),
@@ -202,7 +210,7 @@ fn job(
         Some(other) => bail!("`{key}` is {other}, expected a text"),
     };
     let (name, output) = (text(table.remove(NAME), NAME)?, text(table.remove(OUTPUT), OUTPUT)?);
-    let command = JobArgs::command();
+    let command = with_negative_numbers(JobArgs::command());
     let (mut line, given) = flags_of(&table, &command)?;
     let defaults = command.get_arguments().filter(|arg| {
         let source = command_line
@@ -234,7 +242,8 @@ fn job(
             }
             let prompt = args.content.prompt.as_deref().unwrap_or_default();
             let stem = name.unwrap_or_else(|| slug(prompt));
-            folder.join(format!("{stem}-seed{seed}-{}.mp4", &hash.finalize().to_hex()[..8]))
+            let stem = format!("{stem}-seed{seed}-{}", &hash.finalize().to_hex()[..8]);
+            folder.join(usual(&stem, &args.content))
         }
     };
     Ok(Job { number, args, occurrences, output })
@@ -264,8 +273,11 @@ fn names(arg: &Arg) -> Vec<String> {
     arg.get_long().into_iter().chain(aliases).map(str::to_owned).collect()
 }
 
-/// Adds a flag with the values of a job.
-fn push(line: &mut Vec<String>, arg: &Arg, value: &Value) -> Result<()> {
+/// Adds a flag with the values of a job or of a file of flags.
+///
+/// # Errors
+/// A value that is none for this flag.
+pub fn push(line: &mut Vec<String>, arg: &Arg, value: &Value) -> Result<()> {
     let flag = format!("--{}", arg.get_long().unwrap_or_default());
     let scalar = |value: &Value| match value {
         Value::String(text) => Ok(text.clone()),
@@ -351,7 +363,8 @@ mod tests {
         let line = [&["ltxc", "run", "x.ltxplan", "--jobs", "f"], flags].concat();
         let matches = Cli::command().try_get_matches_from(line)?;
         let run = matches.subcommand_matches("run").expect("the command");
-        read(&path, &tables(&path)?, run, Path::new("out"), &[7; 32])
+        let usual = |stem: &str, _: &ContentArgs| PathBuf::from(format!("{stem}.mp4"));
+        read(&path, &tables(&path)?, run, Path::new("out"), &[7; 32], &usual)
     }
 
     #[track_caller]

@@ -6,6 +6,7 @@ use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, Result, bail};
 use clap::ArgMatches;
+use clap::parser::ValueSource;
 use ltxc_compiler::Options;
 use ltxc_ir::plan::{Kernels, Modality, Plan, Release, Stage};
 use ltxc_runtime::RunError;
@@ -38,7 +39,7 @@ use crate::debug::text::contexts::embeddings;
 use crate::enhance;
 use crate::inputs;
 use crate::job::{self, ImageArg, Shape, pick};
-use crate::pipelines::{definition, describe, levels, stage_choice};
+use crate::pipelines::{definition, definition_named, describe, levels, refuse_idle, stage_choice};
 use crate::report::Report;
 
 /// Set by Ctrl-C; the run stops at the next kernel and removes what it has begun to write.
@@ -51,12 +52,16 @@ pub static INTERRUPT: AtomicBool = AtomicBool::new(false);
 pub fn run(args: &RunArgs, occurrences: &Occurrences, report: &mut Report) -> Result<()> {
     let room = Room::of(args, &args.content, occurrences)?;
     let debug = DebugOptions::resolve(&args.debug, &|name| std::env::var(name).ok())?;
+    if args.lora_mode.is_some() && args.adapters.lora.is_empty() && args.adapters.distilled_lora.is_empty() {
+        bail!("`--lora-mode` says how LoRAs act, and there is none; give `--lora`, or leave it out");
+    }
     let runner = Runner::open(args, room, &occurrences.lora, debug.mode, report)?;
+    let output = args.output.clone().unwrap_or_else(|| runner.usual_output("out", &args.content));
     let choice = Choice {
         content: &args.content,
         sampling: &args.shape.sampling,
         occurrences,
-        output: &args.output,
+        output: &output,
         writing: &args.writing,
     };
     let made = runner.run(&mut runner.executor(report)?, &choice, debug, report)?;
@@ -69,7 +74,7 @@ pub fn run(args: &RunArgs, occurrences: &Occurrences, report: &mut Report) -> Re
     Ok(())
 }
 
-/// How many values each occurrence of a flag had that takes several and can be repeated.
+/// Which flags were given, and how many values each occurrence had of those that take several and can be repeated.
 #[derive(Clone, Debug, Default)]
 pub struct Occurrences {
     /// Of `--image`.
@@ -78,6 +83,8 @@ pub struct Occurrences {
     pub reference: Vec<usize>,
     /// Of `--lora`.
     pub lora: Vec<usize>,
+    /// Ids of all flags that are given.
+    pub given: Vec<String>,
 }
 
 impl Occurrences {
@@ -88,7 +95,14 @@ impl Occurrences {
             let found = matches.try_get_occurrences::<String>(flag).ok().flatten();
             found.map(|occurrences| occurrences.map(Iterator::count).collect()).unwrap_or_default()
         };
-        Occurrences { image: count("image"), reference: count("video_conditioning"), lora: count("lora") }
+        let ids = matches.ids().map(|id| id.as_str());
+        let given = ids.filter(|id| matches.value_source(id) == Some(ValueSource::CommandLine)).map(String::from);
+        Occurrences {
+            image: count("image"),
+            reference: count("video_conditioning"),
+            lora: count("lora"),
+            given: given.collect(),
+        }
     }
 }
 
@@ -112,16 +126,17 @@ impl Room {
     /// Values of flags that are no frame, strength or CRF; without a plan, content that the pipeline does not take, or
     /// reference videos that cannot be read.
     pub fn of(args: &RunArgs, content: &ContentArgs, occurrences: &Occurrences) -> Result<Room> {
-        let images = job::images(&content.image, &occurrences.image)?;
+        let images = job::images(content, &occurrences.image)?;
         let pipeline = args.shape.pipeline.unwrap_or_default();
         let mut reference_frames = None;
         if args.plan.is_none() {
             inputs::check_given(pipeline, content)?;
+            refuse_idle(definition(pipeline), &occurrences.given, &args.shape.sampling)?;
             reference_frames = inputs::shortest(content, occurrences)?;
         }
         let all = definition(pipeline).brings.appends_first_image;
         Ok(Room {
-            images: images.iter().filter(|image| all || image.frame > 0).count(),
+            images: images.iter().filter(|image| all || image.frame != Some(0)).count(),
             references: occurrences.reference.len(),
             reference_frames,
             has_attention: inputs::attention_strength(content)?.is_some()
@@ -241,6 +256,18 @@ impl Runner {
         &self.hash
     }
 
+    /// The output of a run that names none: a video, sound alone, or a folder for EXR frames.
+    pub fn usual_output(&self, stem: &str, content: &ContentArgs) -> PathBuf {
+        let pipeline = &self.plan.pipeline;
+        let is_hdr = pipeline.inputs.pads_references || content.hdr.is_some();
+        match (pipeline.modalities().contains(&Modality::Video), is_hdr) {
+            (false, _) => format!("{stem}.wav"),
+            (true, true) => stem.into(),
+            (true, false) => format!("{stem}.mp4"),
+        }
+        .into()
+    }
+
     /// An executor, which can serve any number of runs.
     ///
     /// # Errors
@@ -273,6 +300,9 @@ impl Runner {
         if self.enhances_prompt {
             enhance::check(plan, content)?;
         }
+        if let Some(definition) = definition_named(&plan.pipeline.name) {
+            refuse_idle(definition, &choice.occurrences.given, choice.sampling)?;
+        }
         let seed = job::seed(&content.seed)?;
         let (said, negative) = (job::prompt(content)?, job::negative_prompt(content)?);
         let embeddings = content.embeddings.as_deref().map(|path| embeddings(path, plan)).transpose()?;
@@ -285,7 +315,10 @@ impl Runner {
             Release::V1_2_0 => "",
         };
         report.note(&format!("seed {seed}, {} ({}){release}", plan.pipeline.name, plan.pipeline.model.generation));
-        let images = job::images(&content.image, &choice.occurrences.image)?;
+        let images = job::images(content, &choice.occurrences.image)?;
+        if plan.pipeline.inputs.appends_first_image && images.is_empty() {
+            bail!("pipeline `{}` passes through images; give `--image PATH FRAME` for each", plan.pipeline.name);
+        }
         let conditioning = images.iter().map(|i| load(i, plan, content.image_codec)).collect::<Result<Vec<_>>>()?;
         let references = inputs::references(content, choice.occurrences, plan)?;
         let size = inputs::size_of_references(&references, plan)?;
@@ -401,7 +434,7 @@ fn carried(executor: &Executor<'_>, kernels: Option<&Kernels>) -> Option<String>
 /// The plan to run and where its weights are. Nothing is compiled for LoRAs that do not fit.
 fn plan_and_folders(args: &RunArgs, room: Room, loras: &Loras, mode: DebugMode) -> Result<(PathBuf, Vec<PathBuf>)> {
     let Some(plan) = &args.plan else {
-        if args.model.checkpoint_path.is_none() {
+        if !args.model.names_model() {
             bail!(
                 "there is nothing to run; name a plan made by `ltxc compile`, or model files from `--checkpoint-path` on"
             );
@@ -434,8 +467,7 @@ fn plan_and_folders(args: &RunArgs, room: Room, loras: &Loras, mode: DebugMode) 
         bail!("`--debug-mode exact` compiles the model without fusion; name model files instead of a plan");
     }
     let mut folders = args.weights.clone();
-    let named = [&args.model.checkpoint_path, &args.model.gemma_root, &args.model.spatial_upsampler_path];
-    folders.extend(named.into_iter().flatten().cloned());
+    folders.extend(args.model.paths().cloned());
     if folders.is_empty() {
         let beside = plan.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
         folders.push(beside.into());
@@ -451,7 +483,8 @@ fn load(arg: &ImageArg, plan: &Plan, codec: ImageCodec) -> Result<Conditioning> 
         ImageCodec::Ffmpeg => RoundTrip::Ffmpeg,
     };
     let image = image_round_trip(&load_image(&arg.path)?, crf, codec)?;
-    Ok(Conditioning { image, frame: arg.frame, strength: arg.strength })
+    let frame = arg.frame.unwrap_or(plan.pipeline.video.frames.saturating_sub(1));
+    Ok(Conditioning { image, frame, strength: arg.strength })
 }
 
 /// What the flags change in the stages of a plan.
@@ -468,6 +501,11 @@ fn stage_choices(choice: &Choice<'_>, plan: &Plan) -> Result<BTreeMap<String, St
     let mut out = BTreeMap::from([(first.name.clone(), first_choice)]);
     if let Some(list) = &content.sigmas_stage2 {
         out.insert("stage2".into(), StageChoice { sigmas: Some(list.clone()), ..StageChoice::default() });
+    }
+    if let (Some(steps), Some(second)) = (content.steps_stage2, plan.pipeline.stages.get(1)) {
+        let own = SamplingArgs::default();
+        let choice = stage_choice(second, &modalities, &own, Some(steps), None).context("`--steps-stage2`")?;
+        out.insert(second.name.clone(), choice);
     }
     Ok(out)
 }

@@ -4,10 +4,10 @@ use std::ffi::OsString;
 use std::process::Command as Process;
 
 use anyhow::{Context, Result, bail};
-use clap::{CommandFactory, FromArgMatches, Parser};
+use clap::{FromArgMatches, Parser};
 
 use super::command;
-use crate::args::{Cli, Command, RunArgs};
+use crate::args::{self, Cli, Command, RunArgs, in_our_words};
 use crate::report::{Report, Style};
 use crate::run::{self, Occurrences};
 
@@ -15,16 +15,16 @@ use crate::run::{self, Occurrences};
 ///
 /// # Errors
 /// Arguments that are none, or what the command fails with.
-pub fn own(args: &[String], json_output: bool) -> Result<bool> {
-    let line = std::iter::once("ltxc").chain(args.iter().map(String::as_str)).map(OsString::from);
-    let matches = Cli::command().try_get_matches_from(line)?;
+pub fn own(words: &[String], json_output: bool) -> Result<bool> {
+    let line = std::iter::once("ltxc").chain(words.iter().map(String::as_str)).map(OsString::from);
+    let matches = args::command().try_get_matches_from(in_our_words(line)?.args)?;
     match Cli::from_arg_matches(&matches)?.command {
         Command::Debug(command) => command::run(&command, json_output),
         Command::Run(args) => {
             let occurrences = matches.subcommand_matches("run").map(Occurrences::of).unwrap_or_default();
             run::run(&args, &occurrences, &mut Report::new(Style::Silent)).map(|()| true)
         }
-        _ => bail!("`ltxc {}` is neither a run nor a debugging command", args.join(" ")),
+        _ => bail!("`ltxc {}` is neither a run nor a debugging command", words.join(" ")),
     }
 }
 
