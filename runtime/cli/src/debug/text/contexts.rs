@@ -14,8 +14,7 @@ use ltxc_runtime::noise_files::{self, Stored};
 use ltxc_runtime::pipeline::{Embeddings, TextContext};
 use serde_json::{Value, json};
 
-use super::Side;
-use crate::debug::modules::Ran;
+use crate::debug::modules::{Ran, Side};
 use crate::debug::parity::text::{TextSide, last_rows};
 use crate::debug::recording::Distance;
 

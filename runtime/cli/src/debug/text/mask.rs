@@ -12,8 +12,7 @@ use ltxc_runtime::noise_files;
 use ltxc_runtime::stats::Stats;
 use serde_json::{Value, json};
 
-use super::Side;
-use crate::debug::modules::Ran;
+use crate::debug::modules::{Ran, Side};
 use crate::debug::parity::text::{TextSide, last_rows};
 use crate::debug::recording::Distance;
 
