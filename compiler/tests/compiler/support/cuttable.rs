@@ -80,9 +80,7 @@ pub fn all() -> Vec<Cuttable> {
             let (x, w, bias) = (p.f32("x", &[5, 9, 13]), p.f32("w", &[5, 13, 11]), p.f32("bias", &[11]));
             b.gelu(b.add(b.matmul(x, w), bias))
         }),
-        graph("product of batches and rows", 700, |b, p| {
-            b.matmul(p.f32("x", &[3, 37, 8]), p.f32("w", &[3, 8, 11]))
-        }),
+        graph("product of batches and rows", 700, |b, p| b.matmul(p.f32("x", &[3, 37, 8]), p.f32("w", &[3, 8, 11]))),
         graph("convolution by frames", 13000, |b, p| frames(b, p, DType::F32, [1, 7, 9, 10, 8], PadMode::Reflect)),
         graph("convolution by frames in bf16", 9000, |b, p| {
             frames(b, p, DType::BF16, [1, 7, 9, 10, 8], PadMode::Zeros)
@@ -120,9 +118,7 @@ pub fn all() -> Vec<Cuttable> {
         graph("pad along the cut axis", 1500, |b, p| {
             b.pad(p.f32("x", &[23, 5, 4]), &[3, 1, 0], &[2, 0, 1], PadMode::Reflect)
         }),
-        graph("transposed inside of the cut axis", 2000, |b, p| {
-            b.transpose(p.f32("x", &[9, 11, 7]), &[0, 2, 1])
-        }),
+        graph("transposed inside of the cut axis", 2000, |b, p| b.transpose(p.f32("x", &[9, 11, 7]), &[0, 2, 1])),
         graph("joined inside of the cut axis", 1500, |b, p| {
             b.concat(&[p.f32("x", &[17, 5, 3]), p.f32("y", &[17, 4, 3])], 1)
         }),
