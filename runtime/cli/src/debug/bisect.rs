@@ -67,12 +67,6 @@ pub struct BisectArgs {
     /// A small synthetic model instead of model files, and a small size.
     #[arg(long, value_enum, conflicts_with = "checkpoint_path")]
     pub preset: Option<SmokePreset>,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub model: ModelArgs,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub shape: ShapeArgs,
     /// One setting, what differs from the flags; the one to trust.
     #[arg(long, value_name = "SETTING", default_value = "fuse=exact")]
     pub a: String,
@@ -107,6 +101,12 @@ pub struct BisectArgs {
     /// Absolute tolerance of sums.
     #[arg(long, default_value_t = 1e-3, requires = "reference")]
     pub tol_abs: f64,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub shape: ShapeArgs,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub debug: DebugFlags,

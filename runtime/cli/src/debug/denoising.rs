@@ -32,18 +32,18 @@ use crate::job::{Shape, pick};
 /// A model and a run of it.
 #[derive(Debug, Args)]
 pub struct RunOf {
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub model: ModelArgs,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub shape: ShapeArgs,
     /// Prompt.
     #[arg(long, short, default_value = "a red fox in deep snow")]
     pub prompt: String,
     /// Seed of all noise.
     #[arg(long, default_value_t = 10)]
     pub seed: u64,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub shape: ShapeArgs,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub debug: DebugFlags,
@@ -129,9 +129,6 @@ impl OpenRun<'_> {
 /// `ltxc debug loop`.
 #[derive(Debug, Args)]
 pub struct LoopArgs {
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub run: RunOf,
     /// Show how streams grow from block to block, and how much of them comes from the text. Compiles without fusion.
     #[arg(long)]
     pub blocks: bool,
@@ -142,6 +139,9 @@ pub struct LoopArgs {
     /// Look at the latent after every step, and at the finished frames, too.
     #[arg(long, conflicts_with = "compare")]
     pub full: bool,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub run: RunOf,
 }
 
 /// Relative L2 by which a run may differ from a recording.
@@ -492,12 +492,12 @@ fn block_part(name: &str) -> Option<(usize, &'static str, bool)> {
 /// `ltxc debug nan`.
 #[derive(Debug, Args)]
 pub struct NanArgs {
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub run: RunOf,
     /// Go on after the first bad value, and list the first of every program.
     #[arg(long)]
     pub full: bool,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub run: RunOf,
 }
 
 /// The first bad value of a program.

@@ -28,6 +28,7 @@ use super::recording::TensorFile;
 use super::session::Session;
 use crate::args::ModelArgs;
 use crate::assemble::{MODEL, checkpoint_source, local};
+use crate::compile::unfused;
 
 /// What runs.
 pub const COMPONENT: &str = "transformer";
@@ -94,7 +95,8 @@ impl<'a> Model<'a> {
 
     fn bench(&self) -> Result<Bench<'_>> {
         let sources = vec![checkpoint_source(MODEL, &self.checkpoint, false)?];
-        Ok(Bench { sources, paths: self.checkpoint.paths(), device: self.device, session: self.session })
+        let (paths, options) = (self.checkpoint.paths(), unfused());
+        Ok(Bench { sources, paths, options, device: self.device, session: self.session })
     }
 }
 

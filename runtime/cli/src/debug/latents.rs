@@ -31,15 +31,15 @@ pub struct LatentsArgs {
     /// Stage of that step.
     #[arg(long, default_value = "stage1", requires = "step")]
     pub stage: String,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub run: RunOf,
     /// Tensor of the file, if it has several.
     #[arg(long)]
     pub tensor: Option<String>,
     /// What it should be: an encoded or finished latent is coherent, noise is not.
     #[arg(long, default_value_t = false)]
     pub noise: bool,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub run: RunOf,
 }
 
 /// The latent that was asked for, (1, c, f, h, w).

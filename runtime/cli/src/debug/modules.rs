@@ -1,7 +1,7 @@
 //! Running one graph with given arguments and keeping every named value: what the commands that look into a model share.
 //!
-//! Their arguments are a [`Side`], which opens the device and the logs; a [`Bench`] runs graphs on it. Graphs are compiled
-//! without fusion, so that every value is there.
+//! Their arguments are a [`Side`], which opens the device and the logs; a [`Bench`] runs graphs on it, which commands let it
+//! compile without fusion, so that every value is there.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -10,7 +10,7 @@ use std::rc::Rc;
 
 use anyhow::{Context, Result};
 use clap::Args;
-use ltxc_compiler::PlanBuilder;
+use ltxc_compiler::{Options, PlanBuilder};
 use ltxc_ir::eval::Tensor;
 use ltxc_ir::plan::{Pipeline, Plan, Program, TextSettings, WeightSource};
 use ltxc_ir::{Module, Rate, TensorType};
@@ -26,19 +26,19 @@ use ltxc_runtime::weights::WeightFiles;
 use super::flags::{DebugOptions, LogFlags};
 use super::session::{About, Session};
 use crate::args::{DeviceChoice, ModelArgs};
-use crate::compile::{unfused, version};
+use crate::compile::version;
 use crate::job::pick;
 use crate::run::INTERRUPT;
 
 /// A model, what it runs on, and what is logged.
 #[derive(Debug, Clone, Args)]
 pub struct Side {
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub model: ModelArgs,
     /// Device.
     #[arg(long, default_value = "cpu")]
     pub device: DeviceChoice,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub model: ModelArgs,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub logs: LogFlags,
@@ -106,6 +106,8 @@ pub struct Bench<'a> {
     pub sources: Vec<WeightSource>,
     /// Files behind them, or folders of them.
     pub paths: Vec<PathBuf>,
+    /// Options of the compiler.
+    pub options: Options,
     /// What runs.
     pub device: &'a Device,
     /// What is logged.
@@ -152,7 +154,7 @@ impl Bench<'_> {
         keep: &dyn Fn(&str) -> bool,
     ) -> Result<Ran> {
         let target = self.device.target.clone();
-        let mut builder = PlanBuilder::new(&version(), target, unfused(), self.sources.clone());
+        let mut builder = PlanBuilder::new(&version(), target, self.options.clone(), self.sources.clone());
         builder.add(component, component, module, entry)?;
         let text = TextSettings { length: CONTEXT_TOKENS as u32, ..TextSettings::default() };
         let plan = builder.finish(Pipeline { text, ..Pipeline::default() })?;

@@ -12,7 +12,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use anyhow::Result;
-use ltxc_ir::plan::{Plan, Program, Stage, container};
+use ltxc_ir::plan::{Plan, Program, Stage, StageAdapter, container};
 use ltxc_ir::{DType, Rate, TensorType};
 use ltxc_runtime::RunError;
 use ltxc_runtime::files::write_atomically;
@@ -56,6 +56,8 @@ struct State {
     /// How often the transformer has run in this step.
     evaluations: usize,
     sums: BTreeMap<String, StageSums>,
+    /// All sums so far.
+    batch: StageSums,
     values: Values,
     /// How many real tokens the prompt has.
     valid: usize,
@@ -730,12 +732,34 @@ impl State {
 
     fn flush(&mut self, stage: &str) {
         let Some(sums) = self.sums.remove(stage) else { return };
+        if self.options.prefix == LogPrefix::Ltxc {
+            return self.write_stage(stage, &sums);
+        }
+        // FastVideo hands one batch from stage to stage, and prints all that it holds by then.
+        let stages = self.stages();
+        let (refines, has_lora) = (stages.len() > 1, stages.get(1).is_some_and(|s| has_refine_lora(s)));
+        self.batch.update(sums);
+        let batch = self.batch.clone();
+        self.write_stage(stage, &batch);
+        match stage {
+            "LTX2TextEncodingStage" if refines => self.write_stage("LTX2RefineInitStage", &batch),
+            "LTX2UpsampleStage" if has_lora => self.write_stage("LTX2RefineLoRAStage", &batch),
+            _ => {}
+        }
+    }
+
+    fn write_stage(&mut self, stage: &str, sums: &StageSums) {
         if let (Some(sink), Some(line)) = (&mut self.logs.stage_sums, sums.line(stage))
             && let Err(e) = sink.line(&line, None, None)
         {
             self.failure.get_or_insert(e);
         }
     }
+}
+
+/// Whether a second stage runs with a LoRA of its own, which FastVideo loads in a stage for that.
+fn has_refine_lora(stage: &Stage) -> bool {
+    stage.adapters.iter().any(|adapter| adapter.role == StageAdapter::DISTILLED)
 }
 
 fn is_detail(path: &str) -> bool {

@@ -39,9 +39,6 @@ const SAMPLES: u32 = 48_000;
 pub struct SmokeArgs {
     /// Name of a pipeline, or `all`.
     pub name: String,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub model: ModelArgs,
     /// A small synthetic model instead of model files.
     #[arg(long, value_enum, conflicts_with = "checkpoint_path")]
     pub preset: Option<SmokePreset>,
@@ -66,6 +63,9 @@ pub struct SmokeArgs {
     /// Keep clips and logs in this folder.
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub model: ModelArgs,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub debug: DebugFlags,

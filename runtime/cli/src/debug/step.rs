@@ -84,9 +84,6 @@ impl CallArgs {
 pub struct StepArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
-    pub run: RunOf,
-    #[command(flatten)]
-    #[allow(missing_docs)]
     pub call: CallArgs,
     /// Check that x0 = x − σ·v, and that Euler steps from x0 and from v agree.
     #[arg(long)]
@@ -109,6 +106,9 @@ pub struct StepArgs {
     /// Of the first stage of a pipeline (--pipeline): the step to look at, from 0.
     #[arg(long, default_value_t = 0)]
     pub at: usize,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub run: RunOf,
 }
 
 /// `ltxc debug block`.
@@ -116,9 +116,6 @@ pub struct StepArgs {
 pub struct BlockArgs {
     /// Number of the block, from 0; without it every block, each on what was recorded in front of it.
     pub block: Option<usize>,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub side: Side,
     /// File with the values in front of the block and behind it: a recording, or what `debug export` wrote.
     #[arg(long, value_name = "FILE")]
     pub compare: PathBuf,
@@ -128,6 +125,9 @@ pub struct BlockArgs {
     /// Relative L2 up to which values agree.
     #[arg(long, default_value_t = LIMIT)]
     pub limit: f64,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub side: Side,
 }
 
 /// `ltxc debug export`.
@@ -138,9 +138,6 @@ pub struct BlockArgs {
 pub struct ExportArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
-    pub side: Side,
-    #[command(flatten)]
-    #[allow(missing_docs)]
     pub call: CallArgs,
     /// Seed of what is drawn.
     #[arg(long, default_value_t = DrawnArgs::default().seed)]
@@ -148,6 +145,9 @@ pub struct ExportArgs {
     /// File to write: .safetensors, .npz or .pt.
     #[arg(long, value_name = "FILE")]
     pub out: PathBuf,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub side: Side,
 }
 
 /// `ltxc debug step`. Returns whether every value is finite, and what was asked for agrees.

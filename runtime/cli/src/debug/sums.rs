@@ -16,7 +16,7 @@ pub const DETAIL: [&str; 8] =
     ["attn1", "attn2", "ff", "audio_attn1", "audio_attn2", "audio_ff", "audio_to_video_attn", "video_to_audio_attn"];
 
 /// Sums of a stage, in the order in which they are printed. Side tensors come last, in order of arrival.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct StageSums {
     main: BTreeMap<usize, Sum>,
     extra: Vec<(String, Sum)>,
@@ -69,6 +69,17 @@ impl StageSums {
                 Some((_, known)) => *known += sum,
                 None => self.extra.push((field.into(), sum)),
             },
+        }
+    }
+
+    /// Takes over the sums of another one in the places of its own.
+    pub fn update(&mut self, other: StageSums) {
+        self.main.extend(other.main);
+        for (name, sum) in other.extra {
+            match self.extra.iter_mut().find(|(own, _)| *own == name) {
+                Some((_, own)) => *own = sum,
+                None => self.extra.push((name, sum)),
+            }
         }
     }
 

@@ -83,6 +83,10 @@ fn one_call_logs_the_sums_that_the_reference_has() {
         ("modality_video.latent_sum", "in.video.latent"),
         ("modality_audio.positions_sum", "in.audio.positions"),
         ("prep_video.x_sum", "prep.video.x"),
+        ("prep_video.pe_cos_sum", "prep.video.rope_cos"),
+        ("prep_video.cross_pe_sin_sum", "prep.video.cross_rope_sin"),
+        ("prep_audio.pe_sin_sum", "prep.audio.rope_sin"),
+        ("prep_audio.cross_pe_cos_sum", "prep.audio.cross_rope_cos"),
         ("block=0.video_sum", "uniform.block0.video"),
         ("block=1.audio_sum", "uniform.block1.audio"),
     ] {

@@ -44,9 +44,6 @@ const EXTENSIONS: [&str; 3] = ["safetensors", "pt", "npz"];
     ltxc debug lora four-way --dir four-way --lora my-lora.safetensors --checkpoint-path ltx-2-19b-dev.safetensors"
 )]
 pub struct FourWayArgs {
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub side: Side,
     /// Folder of phase 1; what this side computes is written there, too.
     #[arg(long, value_name = "DIR")]
     pub dir: PathBuf,
@@ -62,6 +59,9 @@ pub struct FourWayArgs {
     /// Command that writes the files of the reference; {dir}, {lora} and {strength} stand for the values given here.
     #[arg(long, value_name = "COMMAND", requires = "auto")]
     pub ref_cmd: Option<String>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub side: Side,
 }
 
 /// The command of the reference's side, as a hint.

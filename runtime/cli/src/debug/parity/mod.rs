@@ -30,6 +30,7 @@ use super::recording::{Distance, Form, References, TensorFile, thinned};
 use super::session::Session;
 use crate::args::ModelArgs;
 use crate::assemble::{GEMMA, MODEL, ModelFiles, UPSAMPLER};
+use crate::compile::unfused;
 
 /// Relative L2 that two implementations in f32 may differ by, for components.
 const LIMIT: f64 = 1e-5;
@@ -47,9 +48,6 @@ pub struct ParityArgs {
     /// Folder of recordings, made by tests/tools/record_reference.py; repeatable, earlier ones win.
     #[arg(long, value_name = "DIR", required = true)]
     pub reference: Vec<PathBuf>,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub side: Side,
     /// Only these: text, transformer, video_vae, upsampler, audio_vae, vocoder, runs; repeatable.
     #[arg(long, value_name = "COMPONENT")]
     pub only: Vec<String>,
@@ -59,6 +57,9 @@ pub struct ParityArgs {
     /// Go from the first bad block down to the first bad value.
     #[arg(long)]
     pub drill: bool,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub side: Side,
 }
 
 /// One compared tensor.
@@ -187,7 +188,7 @@ impl Setup<'_> {
 
     fn bench(&self) -> Bench<'_> {
         let (sources, paths) = (self.sources.clone(), self.files.paths());
-        Bench { sources, paths, device: self.device, session: self.session }
+        Bench { sources, paths, options: unfused(), device: self.device, session: self.session }
     }
 
     fn weights(&self) -> Weights<'_> {

@@ -17,9 +17,6 @@ use crate::debug::recording::Distance;
 /// `ltxc debug text diff`.
 #[derive(Debug, Args)]
 pub struct DiffArgs {
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub side: Side,
     /// A prompt.
     #[arg(long, short)]
     pub prompt: String,
@@ -38,6 +35,9 @@ pub struct DiffArgs {
     /// Correlation above which they are not.
     #[arg(long, default_value_t = 0.99)]
     pub similar: f64,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub side: Side,
 }
 
 /// Which stages are shown.

@@ -25,9 +25,6 @@ const LIMIT: f64 = 1e-5;
 /// `ltxc debug text mask`.
 #[derive(Debug, Args)]
 pub struct MaskArgs {
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub side: Side,
     /// Prompt.
     #[arg(long, short)]
     pub prompt: String,
@@ -37,6 +34,9 @@ pub struct MaskArgs {
     /// Tensor of that file, if it has several.
     #[arg(long, requires = "reference")]
     pub tensor: Option<String>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub side: Side,
 }
 
 /// The mask of one kind of layer.

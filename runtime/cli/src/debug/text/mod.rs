@@ -23,6 +23,7 @@ use clap::Subcommand;
 use super::modules::{Bench, Side};
 use super::parity::text::TextSide;
 use crate::assemble::{MODEL, ModelFiles};
+use crate::compile::unfused;
 
 /// `ltxc debug text`.
 #[derive(Debug, Subcommand)]
@@ -77,7 +78,7 @@ fn look(
 ) -> Result<bool> {
     side.look(parts, seed, |device, session| {
         let files = ModelFiles::open(&side.model, false)?;
-        let bench = Bench { sources: files.sources()?, paths: files.paths(), device, session };
+        let bench = Bench { sources: files.sources()?, paths: files.paths(), options: unfused(), device, session };
         let weights = ltxc_models::Weights::new(MODEL, &files.model);
         look(&TextSide::new(&files, bench, weights)?, &files)
     })

@@ -25,9 +25,6 @@ const DEAF: f64 = 1.0 - 1e-9;
 /// `ltxc debug text sensitivity`.
 #[derive(Debug, Args)]
 pub struct SensitivityArgs {
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub side: Side,
     /// A prompt.
     #[arg(long, short)]
     pub prompt: String,
@@ -43,6 +40,9 @@ pub struct SensitivityArgs {
     /// Seed of the noise.
     #[arg(long, default_value_t = 10)]
     pub seed: u64,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub side: Side,
 }
 
 /// One stream behind one block.

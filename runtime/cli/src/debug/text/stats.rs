@@ -18,9 +18,6 @@ use crate::debug::recording::Distance;
 /// `ltxc debug text stats`.
 #[derive(Debug, Args)]
 pub struct StatsArgs {
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub side: Side,
     /// Prompt.
     #[arg(long, short)]
     pub prompt: String,
@@ -36,6 +33,9 @@ pub struct StatsArgs {
     /// File for those lines, instead of standard output.
     #[arg(long, value_name = "FILE", requires = "detail")]
     pub detail_path: Option<PathBuf>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub side: Side,
 }
 
 /// A check that ports fail: what it is about, whether it holds, and the numbers.

@@ -24,9 +24,6 @@ const MOST_FACTOR: f64 = 1.25;
 /// `ltxc debug vae audio`.
 #[derive(Debug, Args)]
 pub struct AudioArgs {
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub side: Side,
     /// Latent: zero, random, or a file (.safetensors, .npy, .npz, .pt) of shape (1, c, t, bins), or (1, t, c·bins).
     #[arg(long, default_value = "random", conflicts_with = "mel")]
     pub latent: String,
@@ -42,6 +39,9 @@ pub struct AudioArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub reference: ReferenceArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub side: Side,
 }
 
 /// The audio side of a model.

@@ -34,9 +34,6 @@ const NO_EFFECT: f64 = 1e-6;
 pub struct Source {
     #[command(flatten)]
     #[allow(missing_docs)]
-    pub side: Side,
-    #[command(flatten)]
-    #[allow(missing_docs)]
     pub latent: LatentArgs,
     /// Timestep, for decoders that take one; `none` leaves the conditioning out [default: the model's 0.05]
     #[arg(long)]
@@ -45,17 +42,20 @@ pub struct Source {
     /// else it is drawn.
     #[arg(long, value_name = "FILE")]
     pub noise: Option<PathBuf>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub side: Side,
 }
 
 /// `ltxc debug vae trace`.
 #[derive(Debug, Args)]
 pub struct TraceArgs {
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub source: Source,
     /// Compare with the lines that this command has written with --json for another model or by another tool.
     #[arg(long, value_name = "FILE", alias = "ref")]
     pub compare: Option<PathBuf>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub source: Source,
 }
 
 /// `ltxc debug vae decode`.
@@ -63,10 +63,10 @@ pub struct TraceArgs {
 pub struct DecodeArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
-    pub source: Source,
+    pub reference: ReferenceArgs,
     #[command(flatten)]
     #[allow(missing_docs)]
-    pub reference: ReferenceArgs,
+    pub source: Source,
 }
 
 /// `ltxc debug vae timestep`.
@@ -74,13 +74,13 @@ pub struct DecodeArgs {
 pub struct TimestepArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
-    pub side: Side,
-    #[command(flatten)]
-    #[allow(missing_docs)]
     pub latent: LatentArgs,
     /// Timesteps to decode at.
     #[arg(long, value_delimiter = ',', default_value = "0,0.05,0.5,1")]
     pub timesteps: Vec<f32>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub side: Side,
 }
 
 impl Source {

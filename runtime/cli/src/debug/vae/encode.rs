@@ -24,9 +24,6 @@ const STD: std::ops::RangeInclusive<f64> = 0.5..=2.0;
 /// `ltxc debug vae encode`.
 #[derive(Debug, Args)]
 pub struct EncodeArgs {
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub side: Side,
     /// Image, clip, or file of tensors with pixels (1, 3, f, h, w) in [-1, 1] or 0 to 255.
     pub input: PathBuf,
     /// Tensor of that file, if it has several.
@@ -44,14 +41,14 @@ pub struct EncodeArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub reference: ReferenceArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub side: Side,
 }
 
 /// `ltxc debug vae roundtrip`.
 #[derive(Debug, Args)]
 pub struct RoundtripArgs {
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub side: Side,
     /// Image or clip.
     pub image: PathBuf,
     /// Height to which it is resized, a multiple of 32.
@@ -66,6 +63,9 @@ pub struct RoundtripArgs {
     /// PSNR in dB below which something is wrong; a VAE with trained weights reaches about 30.
     #[arg(long, default_value_t = 20.0)]
     pub least_psnr: f64,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub side: Side,
 }
 
 /// Pixels `[1, f, h, w, 3]` in `[-1, 1]`.

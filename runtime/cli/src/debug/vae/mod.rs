@@ -35,6 +35,7 @@ use super::modules::{Bench, Ran, Side};
 use super::session::Session;
 use crate::args::ModelArgs;
 use crate::assemble::{MODEL, UPSAMPLER, checkpoint_source, local};
+use crate::compile::unfused;
 
 /// `ltxc debug vae`.
 #[derive(Debug, Subcommand)]
@@ -131,7 +132,7 @@ impl Model<'_> {
             sources.push(checkpoint_source(UPSAMPLER, upsampler, false)?);
             paths.extend(upsampler.paths());
         }
-        Ok(Bench { sources, paths, device: self.device, session: self.session })
+        Ok(Bench { sources, paths, options: unfused(), device: self.device, session: self.session })
     }
 
     /// Decodes a latent `[1, f, h, w, c]` with `config`, and keeps the values inside whose names `keep` wants. `given`

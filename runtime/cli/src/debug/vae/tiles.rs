@@ -27,9 +27,6 @@ const MOST_SEAM: f64 = 2.0;
 pub struct TilesArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
-    pub side: Side,
-    #[command(flatten)]
-    #[allow(missing_docs)]
     pub latent: LatentArgs,
     /// Tiles, as for `ltxc compile`: SIZExOVERLAP,FRAMESxOVERLAP in pixels and frames.
     #[arg(long, default_value = "64x32,16x8")]
@@ -37,6 +34,9 @@ pub struct TilesArgs {
     /// Picture of the differences, the largest of all frames, white where they are largest.
     #[arg(long, value_name = "FILE.png")]
     pub map: Option<PathBuf>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub side: Side,
 }
 
 pub(super) fn tiles(args: &TilesArgs, model: &Model<'_>, json_output: bool) -> Result<bool> {

@@ -38,9 +38,6 @@ const MOST_GROWTH: f64 = 2.0;
 pub struct UpscaleArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
-    pub side: Side,
-    #[command(flatten)]
-    #[allow(missing_docs)]
     pub latent: LatentArgs,
     /// Which result is written and compared.
     #[arg(long, value_enum, default_value_t)]
@@ -51,6 +48,9 @@ pub struct UpscaleArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub reference: ReferenceArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub side: Side,
 }
 
 /// Ways to enlarge a latent.
