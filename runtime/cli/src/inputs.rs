@@ -29,6 +29,9 @@ pub struct Weighted {
 /// # Errors
 /// A strength that is no number.
 pub fn weighted(content: &ContentArgs, occurrences: &[usize]) -> Result<Vec<Weighted>> {
+    if content.video_conditioning.is_empty() && content.control_strength.is_some() {
+        bail!("`--control-strength` is for reference videos; give them with `--video-conditioning`");
+    }
     let mut rest = &content.video_conditioning[..];
     let mut out = Vec::new();
     for &n in occurrences {

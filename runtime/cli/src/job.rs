@@ -389,6 +389,11 @@ pub const LAST: &str = "last";
 /// # Errors
 /// A frame, strength or CRF that is none.
 pub fn images(content: &ContentArgs, occurrences: &[usize]) -> Result<Vec<ImageArg>> {
+    if content.image.is_empty() && (content.image_strength.is_some() || content.image_crf.is_some()) {
+        bail!(
+            "`--image-strength` and `--image-crf` are for images, and there is none; give `--image`, or leave them out"
+        );
+    }
     let mut rest = &content.image[..];
     let mut out = Vec::new();
     for &n in occurrences {

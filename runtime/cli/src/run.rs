@@ -511,7 +511,8 @@ fn stage_choices(choice: &Choice<'_>, plan: &Plan) -> Result<BTreeMap<String, St
     if let Some(list) = &content.sigmas_stage2 {
         out.insert("stage2".into(), StageChoice { sigmas: Some(list.clone()), ..StageChoice::default() });
     }
-    if let (Some(steps), Some(second)) = (content.steps_stage2, plan.pipeline.stages.get(1)) {
+    if let Some(steps) = content.steps_stage2 {
+        let second = plan.pipeline.stages.get(1).context("`--steps-stage2`: the plan has one stage; leave it out")?;
         let own = SamplingArgs::default();
         let choice = stage_choice(second, &modalities, &own, Some(steps), None).context("`--steps-stage2`")?;
         out.insert(second.name.clone(), choice);

@@ -17,7 +17,7 @@ pub struct AdapterArgs {
     )]
     pub lora: Vec<String>,
     /// Strength of LoRAs that have none of their own [default: 1]
-    #[arg(long, value_name = "STRENGTH", hide_short_help = true)]
+    #[arg(long, value_name = "STRENGTH", hide_short_help = true, requires = "lora")]
     pub lora_strength: Option<f64>,
     /// LoRA that makes a dev model act like a distilled one: PATH, then STRENGTH if it is not 1.
     #[arg(

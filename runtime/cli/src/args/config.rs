@@ -87,7 +87,10 @@ fn argument_of(name: &str, value: &Value, command: &Command) -> Result<Vec<OsStr
     if value.is_null() {
         return Ok(Vec::new());
     }
-    if let Some(arg) = argument(name, command).filter(|arg| arg.get_long() != Some(CONFIG)) {
+    if name == CONFIG {
+        bail!("is no flag in a file of flags");
+    }
+    if let Some(arg) = argument(name, command) {
         let mut line = Vec::new();
         push(&mut line, arg, value)?;
         return Ok(line.into_iter().map(OsString::from).collect());

@@ -112,7 +112,7 @@ pub fn in_our_words(args: impl IntoIterator<Item = OsString>) -> Result<Line> {
     let at = args.iter().skip(1).position(|arg| !arg.to_string_lossy().starts_with('-')).map(|i| i + 1);
     let command = at.and_then(|at| root.find_subcommand(args[at].to_str()?));
     let (Some(at), Some(command)) = (at, command.filter(|command| COMMANDS.contains(&command.get_name()))) else {
-        return Ok(Line { args: args.into_iter().map(dashed).collect(), notes: Vec::new() });
+        return Ok(Line { args: args.into_iter().map(dashed).map(pipeline_of_mode).collect(), notes: Vec::new() });
     };
     let (front, rest) = args.split_at(at + 1);
     let (tokens, tail) = tokens(rest, command)?;
@@ -147,6 +147,13 @@ fn dashed(arg: OsString) -> OsString {
         }
         _ => arg,
     }
+}
+
+/// `--pipeline=NAME` for a flag that chooses a pipeline.
+fn pipeline_of_mode(arg: OsString) -> OsString {
+    let mode = arg.to_str().and_then(|text| text.strip_prefix("--"));
+    let pipeline = mode.and_then(|mode| MODES.iter().find(|(flag, _)| *flag == mode));
+    pipeline.map_or(arg.clone(), |(_, pipeline)| format!("--pipeline={pipeline}").into())
 }
 
 /// Splits arguments into flags with their values, and other words. What follows a flag that nobody knows is left to the

@@ -19,6 +19,8 @@ enum Subject {
     Clip,
     Recording,
     References,
+    /// How strongly reference videos act.
+    Attention,
     Dub,
     SecondStage,
     /// The distilled LoRA in the stage with this index.
@@ -28,7 +30,7 @@ enum Subject {
 use Subject::*;
 
 /// Flags by their ids, and what each is about. Those of media are checked where media are.
-const FLAGS: [(&str, Subject); 41] = [
+const FLAGS: [(&str, Subject); 43] = [
     ("negative_prompt", Guidance),
     ("guidance_table", Guidance),
     ("cfg_rule", Guidance),
@@ -63,7 +65,9 @@ const FLAGS: [(&str, Subject); 41] = [
     ("audio_start_time", Recording),
     ("audio_max_duration", Recording),
     ("reference_count", References),
-    ("reference_attention", References),
+    ("reference_attention", Attention),
+    ("conditioning_attention_strength", Attention),
+    ("conditioning_attention_mask", Attention),
     ("control_strength", References),
     ("reference_strength", Dub),
     ("sigmas_stage2", SecondStage),
@@ -120,7 +124,7 @@ impl Subject {
             Images => "images",
             Clip => "a clip of which a part is made anew",
             Recording => "a recording",
-            References => "reference videos",
+            References | Attention => "reference videos",
             Dub => "a clip that is spoken anew",
             SecondStage => "a second stage",
             DistilledAdapter(0) => "the distilled LoRA in stage 1",
@@ -143,6 +147,7 @@ impl Definition {
             Clip => self.brings.clip,
             Recording => self.brings.sound == Some(SoundRole::Kept),
             References => self.brings.references > 0 && !self.has(Dub),
+            Attention => self.brings.references > 0,
             Dub => self.brings.sound == Some(SoundRole::Reference),
             SecondStage => self.has_two_stages,
             DistilledAdapter(index) => {

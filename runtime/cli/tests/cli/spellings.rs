@@ -463,13 +463,16 @@ fn flags_that_would_do_nothing_are_refused() {
     let lora = fixtures().join("tiny-ltx2/distilled-lora-tiny.safetensors").display().to_string();
     let flags = ["--distilled-lora", &lora, "--distilled-lora-strength-stage-1", "0.5"];
     refused("two-stage", &flags, &["--distilled-lora-strength-stage-1", "in stage 1", "`hq`"]);
-    refused("hq", &["--distilled-lora", &lora, "--stg", "1"], &["--video-stg-guidance-scale 1", "--video-stg-blocks"]);
     // Also with a plan, and where one is compiled.
     let place = Place::new();
     let run = |more: &[&str]| with(tiny().run_args(), &[&["-p", "x", "-o", "a.mp4"], more].concat());
     place.refused(&run(&["--negative-prompt", "blur"]), &["--negative-prompt", "`distilled` has none"]);
     let compile = ["compile".to_string()].into_iter().chain(tiny().model_args()).collect();
-    place.refused(&with(compile, &["--reference-count", "2"]), &["--reference-count", "`distilled` has none"]);
+    let compile: Vec<String> = with(compile, &SHAPE);
+    place.refused(&with(compile.clone(), &["--reference-count", "2"]), &["--reference-count", "`distilled` has none"]);
+    let blocks = ["--video-stg-guidance-scale 1", "acts in blocks", "--video-stg-blocks"];
+    place.refused(&with(compile.clone(), &["--pipeline", "hq", "--stg", "1"]), &blocks);
+    place.ok(&with(compile, &["--pipeline", "hq", "--stg", "1", "--stg-blocks", "0"]));
     // Gradient estimation with nothing is no gradient estimation.
     place.ok(&run(&["--no-metadata", "--ge-gamma", "0"]));
     let off = place.read("a.mp4");
