@@ -16,6 +16,7 @@ pub mod job;
 pub mod jobs;
 pub mod lora;
 pub mod pipelines;
+pub mod planned;
 pub mod report;
 pub mod run;
 pub mod synth;

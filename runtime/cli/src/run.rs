@@ -1,6 +1,6 @@
 //! `ltxc run`: a prompt to a video with sound.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
@@ -38,7 +38,8 @@ use crate::debug::text::contexts::embeddings;
 use crate::enhance;
 use crate::inputs;
 use crate::job::{self, ImageArg, Shape, pick};
-use crate::pipelines::{definition, describe, levels, stage_choice};
+use crate::pipelines::{definition, describe, describe_output, levels, stage_choice};
+use crate::planned;
 use crate::report::Report;
 
 /// Set by Ctrl-C; the run stops at the next kernel and removes what it has begun to write.
@@ -117,7 +118,8 @@ impl Room {
         let mut reference_frames = None;
         if args.plan.is_none() {
             inputs::check_given(pipeline, content)?;
-            reference_frames = inputs::shortest(content, occurrences)?;
+            let rate = job::frame_rate(args.shape.frame_rate.as_deref().unwrap_or("24"))?;
+            reference_frames = inputs::shortest(content, occurrences, rate)?;
         }
         let all = definition(pipeline).brings.appends_first_image;
         Ok(Room {
@@ -200,6 +202,9 @@ impl Runner {
         let loras = Loras::open(&args.adapters, lora_occurrences)?;
         let (plan_path, folders) = plan_and_folders(args, room, &loras, mode)?;
         let (plan, kernels, hash) = read_with_kernels(&plan_path)?;
+        if args.plan.is_some() {
+            planned::check(&args.shape, &plan_path, &plan)?;
+        }
         let enhances_prompt = args.shape.enhance_prompt;
         let device = pick(&args.shape.device, Some(&plan))?;
         // Contexts from elsewhere need no text encoder.
@@ -286,6 +291,8 @@ impl Runner {
         };
         report.note(&format!("seed {seed}, {} ({}){release}", plan.pipeline.name, plan.pipeline.model.generation));
         let images = job::images(&content.image, &choice.occurrences.image)?;
+        let crfs: BTreeSet<u8> = images.iter().map(|image| image.crf_in(plan)).collect();
+        report.note(&describe_output(&plan.pipeline, &crfs));
         let conditioning = images.iter().map(|i| load(i, plan, content.image_codec)).collect::<Result<Vec<_>>>()?;
         let references = inputs::references(content, choice.occurrences, plan)?;
         let size = inputs::size_of_references(&references, plan)?;
@@ -293,7 +300,7 @@ impl Runner {
         for stage in &plan.pipeline.stages {
             report.note(&describe(stage, stages.get(&stage.name), &plan.pipeline.modalities()));
         }
-        let media = inputs::load(content, &references, plan)?;
+        let media = inputs::load(content, &references, plan, report)?;
         let hdr = inputs::colour_space(content, plan)?;
         let mut output = FileOutput::create(choice.output, plan, size, hdr, choice.writing)?;
         let tokenizer = match &self.tokenizer {
@@ -444,7 +451,7 @@ fn plan_and_folders(args: &RunArgs, room: Room, loras: &Loras, mode: DebugMode) 
 }
 
 fn load(arg: &ImageArg, plan: &Plan, codec: ImageCodec) -> Result<Conditioning> {
-    let crf = arg.crf.unwrap_or(plan.pipeline.model.image_crf as u8);
+    let crf = arg.crf_in(plan);
     let codec = match codec {
         ImageCodec::Auto => RoundTrip::Auto,
         ImageCodec::Embedded => RoundTrip::Embedded,

@@ -23,7 +23,7 @@ use ltxc_ir::plan::{Guidance, Sampler, Schedule, SoundRole, StageAdapter};
 use ltxc_models::checkpoint::{Checkpoint, Generation};
 
 use crate::args::PipelineName;
-pub use describe::describe;
+pub use describe::{describe, describe_output};
 pub use inputs::inputs;
 pub use levels::levels;
 pub use sampling::{guidance, stage_choice};

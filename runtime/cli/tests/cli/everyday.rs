@@ -40,6 +40,30 @@ fn synth_compile_and_run_make_a_video() {
 }
 
 #[test]
+fn a_plan_is_not_run_as_another() {
+    let place = Place::new();
+    let words = |flags: &[&str], words: &[&str]| {
+        let args = with(tiny().run_args(), &[&["-p", "x", "-o", "a.mp4"], flags].concat());
+        place.refused(&args, &[&["tiny.ltxplan` was compiled", "or compile a plan"], words].concat());
+    };
+    words(&["--height", "256"], &["with `--height 64`, not with `--height 256`; leave `--height` out"]);
+    words(&["--num-frames", "17"], &["with `--num-frames 9`"]);
+    words(&["--frame-rate", "30"], &["with `--frame-rate 24`"]);
+    words(&["--no-audio"], &["without it, not with `--no-audio`"]);
+    words(&["--max-keyframes", "3"], &["with `--max-keyframes 1`"]);
+    words(&["--lora-rank", "8"], &["with `--lora-rank 0`"]);
+    words(&["--pipeline", "two-stage"], &["with `--pipeline distilled`"]);
+    let mut named = with(tiny().run_args(), &["-p", "x", "-o", "a.mp4"]);
+    named.insert(1, "two-stage".into());
+    place.refused(&named, &["with `--pipeline distilled`, not with `--pipeline two-stage`"]);
+    // What it has may be said again, and is told.
+    let same = [&SHAPE[..], &["--pipeline", "distilled", "--frame-rate", "24", "--max-keyframes", "1"]].concat();
+    let done = render(&place, &[&["-p", "x", "-o", "a.wav"], &same[..]].concat());
+    assert!(done.stderr.contains("64x64, 9 frames at 24 per second\n"), "{}", done.stderr);
+    place.refused(&["inspect", &tiny().plan.display().to_string(), "--width", "128"], &["with `--width 64`"]);
+}
+
+#[test]
 fn sound_and_frames_are_outputs_too() {
     let place = Place::new();
     render(&place, &["-p", "x", "-o", "a.wav", "-q"]);
@@ -126,7 +150,7 @@ fn inspect_shows_plans_and_graphs() {
     let (place, tiny) = (Place::new(), tiny());
     let plan = tiny.plan.display().to_string();
     let text = place.ok(&["inspect", &plan]).stdout;
-    for word in ["stage1", "encode.1024", "64x64, 9 frames at 24 fps", "synthetic weights", "peak"] {
+    for word in ["stage1", "encode.1024", "64x64, 9 frames at 24 per second", "synthetic weights", "peak"] {
         assert!(text.contains(word), "{text}");
     }
     let facts: Value = serde_json::from_str(&place.ok(&["inspect", &plan, "--json"]).stdout).unwrap();
