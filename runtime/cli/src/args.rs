@@ -295,6 +295,18 @@ pub struct AdapterArgs {
     pub lora_ignore_unmatched: bool,
 }
 
+/// Low-rank adapters of a run, and how they act.
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "Adapters (LoRA)")]
+pub struct RunAdapterArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub adapters: AdapterArgs,
+    /// How LoRAs act [default: live if the plan has room for it]
+    #[arg(long, value_enum)]
+    pub lora_mode: Option<LoraMode>,
+}
+
 /// How LoRAs act.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum LoraMode {
@@ -502,10 +514,7 @@ pub struct RunArgs {
     pub content: ContentArgs,
     #[command(flatten)]
     #[allow(missing_docs)]
-    pub adapters: AdapterArgs,
-    /// How LoRAs act [default: live if the plan has room for it]
-    #[arg(long, value_enum)]
-    pub lora_mode: Option<LoraMode>,
+    pub adapters: RunAdapterArgs,
     /// Output: .mp4, .wav, or a folder for PNG or EXR frames and a WAV file.
     #[arg(long, short, value_name = "PATH", default_value = "out.mp4", aliases = ["output-path", "output-dir"])]
     pub output: PathBuf,
@@ -635,7 +644,7 @@ pub struct ContentArgs {
     /// Codec for the H.264 round trip of images.
     #[arg(long, value_enum, default_value_t)]
     pub image_codec: ImageCodec,
-    /// Folder for the noise of all stages: files in it are read, missing ones are written.
+    /// Folder for all noise that a run draws, a file for each stream: files in it are read, missing ones are written.
     #[arg(
         long,
         value_name = "DIR",

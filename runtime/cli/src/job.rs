@@ -8,6 +8,7 @@ use ltxc_runtime::RunError;
 use ltxc_runtime::backend::{Device, DeviceName, find};
 use ltxc_runtime::media::Rational;
 use ltxc_runtime::pipeline::positions::ReferenceScale;
+use serde_json::{Value, json};
 
 use crate::adapters::Loras;
 use crate::args::{ContentArgs, DeviceChoice, PipelineName, Precision, ReferenceVersion, SamplingArgs, ShapeArgs};
@@ -168,6 +169,7 @@ impl Shape {
     /// # Errors
     /// Values that no model could run. What depends on the model is checked when its files are known.
     pub fn resolve(args: &ShapeArgs, keyframes: usize) -> Result<Shape> {
+        args.sampling.check()?;
         let named = args.pipeline.unwrap_or_default();
         let (height, width) = definition(named).size;
         let (pipeline, shrink) = match (named, args.skip_stage_2) {
@@ -269,6 +271,13 @@ impl Shape {
         let lives = self.release == Release::V1_0_0 && self.adapter_rank == 0;
         let adapter_rank = if lives { loras.rank() } else { self.adapter_rank };
         Ok(Shape { has_distilled_adapter: loras.has_distilled(), references, adapter_rank, ..self })
+    }
+
+    /// The shape of a plan that serves both, if that makes no difference to either: a plan may have room for more images.
+    pub fn or(&self, other: &Shape) -> Option<Shape> {
+        let max_keyframes = self.max_keyframes.max(other.max_keyframes);
+        let (one, two) = (Shape { max_keyframes, ..self.clone() }, Shape { max_keyframes, ..other.clone() });
+        (one == two).then_some(one)
     }
 
     /// Whether the pipeline has a second stage at twice the size.
@@ -398,6 +407,11 @@ impl ImageArg {
     /// CRF of its round trip in a run of `plan`.
     pub fn crf_in(&self, plan: &Plan) -> u8 {
         self.crf.unwrap_or(plan.pipeline.model.image_crf as u8)
+    }
+
+    /// What it is in a run of `plan`, for machines.
+    pub fn facts(&self, plan: &Plan) -> Value {
+        json!({"path": &self.path, "frame": self.frame, "strength": self.strength, "crf": self.crf_in(plan)})
     }
 }
 

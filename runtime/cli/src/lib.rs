@@ -9,6 +9,7 @@ pub mod debug;
 pub mod demo;
 pub mod doctor;
 pub mod enhance;
+pub mod identity;
 pub mod inputs;
 pub mod inspect;
 pub mod inspect_html;

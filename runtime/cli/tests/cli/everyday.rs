@@ -106,6 +106,38 @@ fn recorded_noise_replaces_the_seed() {
 }
 
 #[test]
+fn a_bundle_has_all_noise_of_a_run() {
+    let place = Place::new();
+    render(&place, &["-p", "x", "-o", "frames"]);
+    let (lora, own) = (crate::loras::fixture("tiny-ltx2/distilled-lora-tiny"), tiny().run_args());
+    let shape = ["--device", "cpu", "--distilled-lora", &lora, "--pipeline", "hq"];
+    let hq = with([vec!["run".to_string()], crate::loras::files("ltx2")].concat(), &[&SHAPE[..], &shape].concat());
+    let image = ["--image", "frames/frame_00004.png", "8", "0.5"];
+    for (i, (start, flags, names)) in [
+        (&own, &image[..], &["stage1.video.extra", "stage2.video.extra"][..]),
+        (&own, &["--sampler", "euler-a"], &["stage1.step.000.video", "stage1.step.000.audio"]),
+        (&hq, &image, &["stage1.video.extra", "stage1.substep.000.audio", "stage2.step.001.video"]),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let bundle = format!("noise{i}");
+        let made = |seed: &str, more: &[&str]| {
+            let usual = ["-p", "x", "--steps", "2", "--seed", seed, "--no-metadata", "-o", "a.mp4"];
+            place.ok(&with(start.clone(), &[&usual, flags, more].concat()));
+            place.read("a.mp4")
+        };
+        let first = made("7", &["--noise-bundle", &bundle]);
+        assert!(first == made("7", &[]), "run {i}: saving noise changes it");
+        assert!(first == made("8", &["--noise-bundle", &bundle]), "run {i}: some noise is not in the bundle");
+        assert!(first != made("8", &[]), "run {i}");
+        for name in [&["stage1.video", "stage1.audio", "stage2.video", "stage2.audio"], names].concat() {
+            assert!(place.path(&format!("{bundle}/{name}.safetensors")).exists(), "{bundle}/{name}");
+        }
+    }
+}
+
+#[test]
 fn images_and_steps_are_free_at_run_time() {
     let place = Place::new();
     render(&place, &["-p", "x", "-o", "frames"]);

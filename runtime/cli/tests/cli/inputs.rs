@@ -7,7 +7,7 @@ use ltxc_runtime::media::{ColourSpace, exr_frames};
 use crate::binary::{Place, SHAPE, sentence, tiny, with};
 
 /// A folder of `n` grey images of 64x64, each a little brighter.
-fn folder(place: &Place, name: &str, n: u8) -> String {
+pub fn folder(place: &Place, name: &str, n: u8) -> String {
     std::fs::create_dir(place.path(name)).unwrap();
     for i in 0..n {
         let mut png = Vec::new();
@@ -18,7 +18,7 @@ fn folder(place: &Place, name: &str, n: u8) -> String {
 }
 
 /// `run --pipeline retake` with the model files of the small model.
-fn retake(flags: &[&str]) -> Vec<String> {
+pub fn retake(flags: &[&str]) -> Vec<String> {
     let start = ["run", "--pipeline", "retake", "-p", "x", "--steps", "1"].map(String::from);
     with([&start[..], &tiny().model_args()].concat(), flags)
 }
