@@ -16,7 +16,7 @@ use ltxc_runtime::adapters::{Adapter, AdapterMode, AdapterSet, Factor, StageAdap
 use ltxc_runtime::pipeline::positions::ReferenceScale;
 use ltxc_runtime::weights::WeightFiles;
 
-use crate::args::{AdapterArgs, LoraMode};
+use crate::args::{AdapterArgs, Hdr, LoraMode};
 use crate::assemble::{MODEL, local};
 use crate::pipelines::{Definition, takes_references};
 
@@ -59,6 +59,10 @@ impl Loras {
             list.push(Lora::parse("--lora", path, options)?);
         }
         if let Some((path, options)) = args.distilled_lora.split_first() {
+            let is_file = |option: &&String| option.parse::<f64>().is_err() && Path::new(option.as_str()).exists();
+            if let Some(second) = options.iter().find(is_file) {
+                bail!("`--distilled-lora` is given as `{path}` and as `{second}`; a run has one, leave the other out");
+            }
             let lora = Lora::parse("--distilled-lora", path, options)?;
             list.push(Lora { role: StageAdapter::DISTILLED, ..lora });
         }
@@ -139,20 +143,21 @@ impl Loras {
         }
     }
 
-    /// Checks that adapters and output agree on whether there is a high dynamic range, as far as headers say.
+    /// Checks that adapters agree with a pipeline, which may make a high dynamic range, and with the range that is asked for,
+    /// as far as headers say.
     ///
     /// # Errors
     /// An adapter for a high dynamic range that is run without, or the other way round.
-    pub fn check_range(&self, pipeline: &Pipeline, is_hdr: bool) -> Result<()> {
+    pub fn check_range(&self, pipeline: &str, makes_hdr: bool, hdr: Option<Hdr>) -> Result<()> {
         for lora in self.of_role(StageAdapter::USER) {
-            let (name, path) = (&pipeline.name, lora.file.path().display());
+            let path = lora.file.path().display();
             match lora.file.makes_light() {
-                Some(true) if !is_hdr => bail!(
+                Some(true) if !makes_hdr && hdr.is_none() => bail!(
                     "`{path}` makes LogC3, a signal with a high dynamic range, which is no picture; choose `--pipeline \
                      hdr-ic-lora`, or pipeline `ic-lora` with `--hdr LOGC3` and a folder for EXR frames"
                 ),
-                Some(false) if pipeline.inputs.pads_references => bail!(
-                    "`{path}` says in its header that it makes no high dynamic range, for which pipeline `{name}` is; choose \
+                Some(false) if makes_hdr => bail!(
+                    "`{path}` says in its header that it makes no high dynamic range, for which pipeline `{pipeline}` is; choose \
                      another LoRA, or `--pipeline ic-lora`"
                 ),
                 _ => {}

@@ -141,6 +141,7 @@ impl Choice<'_> {
         }
         let named = definition(pipeline);
         loras.check_complete(named)?;
+        loras.check_range(named.name, named.brings.pads_references, content.hdr)?;
         let references = u32::try_from(occurrences.reference.len()).ok().filter(|&n| n > 0);
         let given = ShapeArgs {
             reference_count: args.shape.reference_count.or(references),
@@ -254,7 +255,7 @@ impl Runner {
             false => loras.fit(&adapters::targets(plan, weights)?, &plan.pipeline.name)?,
         };
         loras.check_references(&plan.pipeline)?;
-        loras.check_range(&plan.pipeline, choice.content.hdr.is_some() || plan.pipeline.inputs.pads_references)?;
+        loras.check_range(&plan.pipeline.name, plan.pipeline.inputs.pads_references, choice.content.hdr)?;
         let mode = adapters::mode(choice.adapters.lora_mode, plan);
         let (adapters, mut notes) = loras.stages(fits, &plan.pipeline, mode, &mut self.opened)?;
         let experiments = Experiments::new(choice.content.experiment.clone(), plan)?;

@@ -372,6 +372,26 @@ fn outputs_are_written_as_asked() {
     let facts: serde_json::Value = serde_json::from_slice(&place.read("a.mp4.json")).unwrap();
     assert_eq!((&facts["prompt"], &facts["seed"], &facts["frames"]), (&"rain".into(), &10.into(), &9.into()));
     assert_eq!(facts["plan_hash"].as_str().map(str::len), Some(64));
+    // A distilled model reads no negative prompt.
+    assert!(facts["negative_prompt"].is_null() && facts["images"].as_array().is_some_and(Vec::is_empty));
+    let stages: Vec<_> = facts["stages"].as_array().unwrap().iter().map(|s| (s["steps"].as_u64(), s["loras"].to_string())).collect();
+    assert_eq!(stages, [(Some(8), "[]".into()), (Some(3), "[]".into())]);
+    assert!(facts["stages"][0]["guidance"].is_null() && facts["stages"][0]["sampler"].is_string());
+    let lora = fixture("tiny-ltx2/distilled-lora-tiny.safetensors");
+    let (image, guided) = (fixture("inputs/image0.png"), ["--distilled-lora", &lora, "0.8", "--num-inference-steps", "2"]);
+    let more = ["--image", &image, "0", "0.9", "--cfg", "2.5", "--save-json"];
+    place.ok(&self::run("ltx2", "two-stage", &[&guided[..], &more].concat()));
+    let facts: serde_json::Value = serde_json::from_slice(&place.read("a.mp4.json")).unwrap();
+    assert!(facts["negative_prompt"].as_str().is_some_and(|text| text.len() > 100));
+    assert_eq!(facts["images"], serde_json::json!([{"path": image, "frame": 0, "strength": 0.9, "crf": 33}]));
+    assert_eq!((&facts["stages"][0]["steps"], &facts["stages"][0]["guidance"]["video"]["cfg"]), (&2.into(), &2.5.into()));
+    assert_eq!(facts["stages"][1]["loras"], serde_json::json!([{"path": lora, "strength": 0.8}]));
+    // What says how it was made is not missing from what was made.
+    std::fs::remove_file(place.path("a.mp4.json")).unwrap();
+    std::fs::remove_file(place.path("a.mp4")).unwrap();
+    std::fs::create_dir(place.path("a.mp4.json")).unwrap();
+    place.refused(&run(&["--save-json"]), &["a.mp4.json", "which is a folder"]);
+    std::fs::remove_dir(place.path("a.mp4.json")).unwrap();
     place.refused(&run(&["--crf", "52"]), &["52", "--crf"]);
 
     let compile = ["compile".to_string()].into_iter().chain(crate::binary::tiny().model_args()).collect();

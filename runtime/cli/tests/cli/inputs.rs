@@ -77,6 +77,18 @@ fn clips_that_do_not_fit_are_refused() {
     run(&["--video-path", &cut], &["cut.mp4", "the file is cut"]);
 }
 
+/// Nobody gave the size of the clip as a flag.
+#[test]
+fn a_clip_of_odd_size_is_named() {
+    let place = Place::new();
+    std::fs::create_dir(place.path("wide")).unwrap();
+    let mut png = Vec::new();
+    ltxc_runtime::media::png::write(130, 64, &[90; 130 * 64 * 3], &mut png).unwrap();
+    place.write("wide/0.png", &png);
+    let done = place.run(&retake(&["--video-path", "wide", "--frame-rate", "24", "--start-time", "0"]));
+    sentence(&done, &["a plan for a clip of 130x64", "multiple of 32", "128 or 160"]);
+}
+
 #[test]
 fn one_of_picture_and_sound_can_stay() {
     let place = Place::new();

@@ -149,6 +149,8 @@ fn adapters_that_do_not_fit_are_refused_before_compiling() {
     refused("ltx2", &["--lora", &ltx2, "strong"], &["strength `strong` is not a number"]);
     refused("ltx2", &["--lora", &ltx2, "1", "stage=x"], &["`stage=x` does not name stages"]);
     refused("ltx2", &["--lora", &ltx2, "1", "2"], &["one value too many"]);
+    let twice = ["--distilled-lora", &ltx2, "0.8", "--distilled-lora", &ltx23];
+    refused("ltx2", &twice, &["`--distilled-lora` is given as", "leave the other out"]);
     refused("ltx2", &["--lora", &fixture("tiny-ltx2/ltx-2-tiny")], &["holds no LoRA"]);
 }
 
