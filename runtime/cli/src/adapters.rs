@@ -149,7 +149,8 @@ impl Loras {
     /// # Errors
     /// An adapter for a high dynamic range that is run without, or the other way round.
     pub fn check_range(&self, pipeline: &str, makes_hdr: bool, hdr: Option<Hdr>) -> Result<()> {
-        for lora in self.of_role(StageAdapter::USER) {
+        // Elsewhere they are refused for want of reference videos.
+        for lora in self.of_role(StageAdapter::USER).filter(|_| takes_references(pipeline)) {
             let path = lora.file.path().display();
             match lora.file.makes_light() {
                 Some(true) if !makes_hdr && hdr.is_none() => bail!(

@@ -340,6 +340,9 @@ pub fn load(content: &ContentArgs, references: &[Weighted], plan: &Plan, report:
         references.iter().try_for_each(|given| note_cut(&given.path, rate, video.frames, report))?;
     }
     if let Some(path) = &content.video_path {
+        if inputs.clip.is_none() {
+            bail!("pipeline `{}` takes no clip; leave `--video-path {}` out", plan.pipeline.name, path.display());
+        }
         media.clip =
             Some(clip(content, path, plan, Window { rate, start_seconds: 0.0, frames: video.frames as usize })?);
         note_cut(path, rate, video.frames, report)?;
