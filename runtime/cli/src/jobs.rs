@@ -112,7 +112,7 @@ pub fn run(args: &RunArgs, path: &Path, command_line: &ArgMatches, report: &mut 
         Some(ValueSource::CommandLine) => args.output.clone(),
         _ => PathBuf::from("."),
     };
-    let debug = DebugOptions::resolve(&args.debug, &|name| std::env::var(name).ok())?;
+    let debug = DebugOptions::of(&args.debug)?;
     if debug.is_on() {
         bail!("flags for debugging look at one run; give them without `--jobs`");
     }
@@ -120,7 +120,7 @@ pub fn run(args: &RunArgs, path: &Path, command_line: &ArgMatches, report: &mut 
     let (total, mut ended, mut made, mut failed) = (jobs.len(), 0, 0, 0);
     for Group { shape, jobs } in groups(args, path, &jobs)? {
         let loras: Vec<&Loras> = jobs.iter().map(|(_, loras)| loras).collect();
-        let mut runner = Runner::open(args, shape.as_ref(), &loras, debug.mode, report)?;
+        let mut runner = Runner::open(args, shape.as_ref(), &loras, debug.mode.unwrap_or_default(), report)?;
         let mut prepared = Vec::new();
         for (job, loras) in &jobs {
             let output = job.output.with(runner.plan_hash());

@@ -6,7 +6,6 @@ use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, Result, bail};
 use clap::ArgMatches;
-use ltxc_compiler::Options;
 use ltxc_ir::plan::{Kernels, Modality, Plan, Release, Stage};
 use ltxc_runtime::RunError;
 use ltxc_runtime::adapters::StageAdapters;
@@ -30,8 +29,9 @@ use serde_json::{Value, json};
 use crate::adapters::{self, Loras, Opened};
 use crate::args::{ContentArgs, ImageCodec, OutputArgs, RunAdapterArgs, RunArgs, SamplingArgs, ShapeArgs};
 use crate::assemble::{GEMMA, ModelFiles};
-use crate::compile::{cached, memory, read_with_kernels, unfused};
+use crate::compile::{cached, memory, read_with_kernels};
 use crate::debug::flags::{DebugMode, DebugOptions};
+use crate::debug::names::components;
 use crate::debug::noise::summary as noise_summary;
 use crate::debug::session::{About, Session};
 use crate::debug::text::contexts::embeddings;
@@ -50,7 +50,7 @@ pub static INTERRUPT: AtomicBool = AtomicBool::new(false);
 /// # Errors
 /// Anything that stops the run; no output is left then.
 pub fn run(args: &RunArgs, occurrences: &Occurrences, report: &mut Report) -> Result<()> {
-    let debug = DebugOptions::resolve(&args.debug, &|name| std::env::var(name).ok())?;
+    let debug = DebugOptions::of(&args.debug)?;
     let choice = Choice {
         content: &args.content,
         sampling: &args.shape.sampling,
@@ -60,7 +60,7 @@ pub fn run(args: &RunArgs, occurrences: &Occurrences, report: &mut Report) -> Re
     };
     let loras = choice.loras()?;
     let shape = choice.shape(args, &loras)?;
-    let mut runner = Runner::open(args, shape.as_ref(), &[&loras], debug.mode, report)?;
+    let mut runner = Runner::open(args, shape.as_ref(), &[&loras], debug.mode.unwrap_or_default(), report)?;
     let adapters = runner.prepare(&choice, &loras, report)?;
     let made = runner.run(&mut runner.executor(report)?, &choice, &adapters, &args.output, debug, report)?;
     let kernels = json!({"launched": made.kernels.launched, "compiled": made.kernels.compiled});
@@ -213,6 +213,9 @@ impl Runner {
         let device = pick(&args.shape.device, Some(&plan))?;
         // Contexts from elsewhere need no text encoder.
         let encodes_text = args.content.embeddings.is_none();
+        if encodes_text && plan.pipeline.text.buckets.is_empty() {
+            bail!("`{}` was compiled without a text encoder; give contexts with `--embeddings`", plan_path.display());
+        }
         let unused = if encodes_text { None } else { Some(GEMMA) };
         let weights = WeightFiles::open_without(&plan, &folders, args.model.verify, unused)?;
         let tokenizer = encodes_text.then(|| find_tokenizer(&plan.pipeline.text, &folders)).transpose()?;
@@ -278,6 +281,12 @@ impl Runner {
         &self.hash
     }
 
+    /// The components that run.
+    fn components(&self) -> Vec<&'static str> {
+        let encodes_text = self.tokenizer.is_some();
+        components(&self.plan).into_iter().filter(|&c| encodes_text || c != "text_encoder").collect()
+    }
+
     /// An executor, which can serve any number of runs.
     ///
     /// # Errors
@@ -309,6 +318,7 @@ impl Runner {
         report: &mut Report,
     ) -> Result<Made> {
         let (plan, content) = (&self.plan, choice.content);
+        let debug = debug.only(&self.components())?;
         if self.enhances_prompt {
             enhance::check(plan, content)?;
         }
@@ -386,19 +396,21 @@ impl Runner {
             output.tag("embeddings", embeddings.map(String::from));
         }
         output.tag("experiments", (!labels.is_empty()).then(|| labels.join(", ")));
-        match debug.is_on() {
-            false => run_pipeline(executor, tokenizer, &request, report, &mut output)?,
-            true => {
-                let device = self.device.name.to_string();
-                let (noise, spares_decoders) = (&request.noise.files, request.noise.spares_decoders);
-                let about =
-                    About { hash: self.hash, device, seed, noise, spares_decoders, experiments: labels.clone() };
-                let session = Session::new(plan, &self.weights, debug, &about)?;
-                executor.set_tap(Some(session.tap()))?;
-                run_pipeline(executor, tokenizer, &request, &mut session.observer(report), &mut output)?;
-                session.finish()?.iter().for_each(|note| report.note(note));
-            }
+        let about = About {
+            hash: Some(self.hash),
+            device: self.device.name.to_string(),
+            seed: Some(seed),
+            noise: request.noise.files.clone(),
+            spares_decoders: request.noise.spares_decoders,
+            experiments: labels.clone(),
+            run: None,
+        };
+        let session = Session::new(debug, about);
+        if let Some(tap) = session.tap(plan, &self.weights, None)? {
+            executor.set_tap(Some(tap))?;
         }
+        run_pipeline(executor, tokenizer, &request, &mut session.observer(report), &mut output)?;
+        session.finish()?.iter().for_each(|note| report.note(note));
         for (slot, path) in request.noise.files.iter().filter(|(_, path)| path.exists()) {
             let noise = noise_files::pick(path, slot)?;
             let stats = Stats::of(&noise.shape, &noise.values);
@@ -471,17 +483,14 @@ fn plan_and_folders(
     mode: DebugMode,
 ) -> Result<(PathBuf, Vec<PathBuf>)> {
     if let Some(shape) = shape {
-        let files = ModelFiles::open(&args.model, shape.has_two_stages())?;
+        let open = if args.content.embeddings.is_some() { ModelFiles::open_without_text } else { ModelFiles::open };
+        let files = open(&args.model, shape.has_two_stages())?;
         // The cache knows what is in files, and not what they are called.
         definition(shape.pipeline).check_training(&files.model, shape.has_distilled_adapter)?;
         job::refuse_quantization(&args.shape, files.model.name(), files.model.has_fp8())?;
         loras.iter().try_for_each(|loras| loras.check(&files.model, definition(shape.pipeline).name))?;
-        let options = match mode {
-            DebugMode::Fused => Options::default(),
-            DebugMode::Exact => unfused(),
-        };
         let is_of_clip = definition(shape.pipeline).brings.clip && args.shape.height.is_none() && args.shape.size.is_none();
-        let path = cached(&files, shape, &options).map_err(|error| match is_of_clip {
+        let path = cached(&files, shape, &mode.compiler()).map_err(|error| match is_of_clip {
             true => error.context(format!("a plan for a clip of {}x{}", shape.width, shape.height)),
             false => error,
         })?;
