@@ -332,7 +332,8 @@ fn the_rate_that_ffmpeg_tells_is_that_of_all_pictures() {
         return;
     }
     let path = clip("varying.mp4");
-    let (own, theirs) = (Clip::open(&path).expect("opened").info(), Ffmpeg::find().unwrap().probe(&path).expect("probed"));
+    let (own, theirs) =
+        (Clip::open(&path).expect("opened").info(), Ffmpeg::find().unwrap().probe(&path).expect("probed"));
     assert_eq!((theirs.frames_at(rate("24")), theirs.frames_at(rate("60"))), (14, 35));
     assert_eq!((own.width, own.height, own.frames), (theirs.width, theirs.height, theirs.frames));
 }

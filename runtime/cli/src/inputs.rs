@@ -86,7 +86,9 @@ pub fn check_given(pipeline: PipelineName, content: &ContentArgs) -> Result<()> 
 fn part(content: &ContentArgs) -> Result<(f64, Option<f64>)> {
     let (start, end) = (content.start_time, content.end_time);
     if start.is_none() && end.is_none() {
-        bail!("which part of the clip is made anew? give `--start-time`, `--end-time` or both; `--start-time 0` is all of it");
+        bail!(
+            "which part of the clip is made anew? give `--start-time`, `--end-time` or both; `--start-time 0` is all of it"
+        );
     }
     for (flag, time) in [("--start-time", start), ("--end-time", end)] {
         if let Some(time) = time.filter(|time| !(time.is_finite() && *time >= 0.0)) {
@@ -401,7 +403,10 @@ fn clip(content: &ContentArgs, path: &Path, plan: &Plan, window: Window) -> Resu
     let (start, end) = part(content)?;
     let length = window.frames as f64 / window.rate.to_f64();
     if start >= length {
-        bail!("`--start-time {start}` is at or behind the end of `{}`, of which {length:.3} s are used", path.display());
+        bail!(
+            "`--start-time {start}` is at or behind the end of `{}`, of which {length:.3} s are used",
+            path.display()
+        );
     }
     let kept = match (content.keep_video, content.keep_audio) {
         (true, true) => bail!("`--keep-video` and `--keep-audio` leave nothing to be made anew; give one of them"),

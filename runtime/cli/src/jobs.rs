@@ -96,8 +96,16 @@ const OUTPUTS: [&str; 5] = [OUTPUT, "output_path", "output-path", "output_dir", 
 
 /// Flags whose first value is a file or folder that a job reads, and on which its output depends.
 const READ: [&str; 10] = [
-    "embeddings", "image", "video_conditioning", "conditioning_attention_mask", "reference_video", "audio_path", "video_path",
-    "guidance_table", "lora", "distilled_lora",
+    "embeddings",
+    "image",
+    "video_conditioning",
+    "conditioning_attention_mask",
+    "reference_video",
+    "audio_path",
+    "video_path",
+    "guidance_table",
+    "lora",
+    "distilled_lora",
 ];
 
 /// Those of them that may be hub names.
@@ -124,7 +132,11 @@ pub fn run(args: &RunArgs, path: &Path, command_line: &ArgMatches, report: &mut 
         let mut prepared = Vec::new();
         for (job, loras) in &jobs {
             let output = job.output.with(runner.plan_hash());
-            prepared.push((job.choice(), output, runner.prepare(&job.choice(), loras, report).with_context(|| of(path, job))?));
+            prepared.push((
+                job.choice(),
+                output,
+                runner.prepare(&job.choice(), loras, report).with_context(|| of(path, job))?,
+            ));
         }
         let mut executor = runner.executor(report)?;
         for (choice, output, adapters) in prepared {
@@ -140,7 +152,8 @@ pub fn run(args: &RunArgs, path: &Path, command_line: &ArgMatches, report: &mut 
                     made += 1;
                 }
                 Err(e) if matches!(e.downcast_ref::<RunError>(), Some(RunError::Interrupted)) => {
-                    let text = format!("interrupted; {made} of {total} outputs are there, the same command makes the others");
+                    let text =
+                        format!("interrupted; {made} of {total} outputs are there, the same command makes the others");
                     return Err(e.context(text));
                 }
                 Err(e) => {
@@ -270,12 +283,7 @@ fn seeds(table: &Map<String, Value>) -> Result<Vec<Map<String, Value>>> {
     Ok(seeds.iter().map(with).collect())
 }
 
-fn job(
-    number: usize,
-    mut table: Map<String, Value>,
-    command_line: &ArgMatches,
-    folder: &Path,
-) -> Result<Job> {
+fn job(number: usize, mut table: Map<String, Value>, command_line: &ArgMatches, folder: &Path) -> Result<Job> {
     let text = |value: Option<Value>, key: &str| match value {
         None => Ok(None),
         Some(Value::String(text)) => Ok(Some(text)),
@@ -525,7 +533,9 @@ mod tests {
             names.push(name(&text));
         }
         assert_ne!(jobs("x.jsonl", &text, &["--enhance-prompt"]).unwrap()[0].output.with(&[7; 32]), name(&text));
-        for (from, to) in [("0.5", "0.6"), ("0.5", "0.5, \"stage=1\""), ("\"lora\"", "\"lora-mode\": \"live\", \"lora\"")] {
+        for (from, to) in
+            [("0.5", "0.6"), ("0.5", "0.5, \"stage=1\""), ("\"lora\"", "\"lora-mode\": \"live\", \"lora\"")]
+        {
             names.push(name(&text.replace(from, to)));
         }
         let different: std::collections::BTreeSet<_> = names.iter().collect();
@@ -536,7 +546,11 @@ mod tests {
     fn every_file_that_a_job_reads_counts() {
         // Noise may be written by the first run; the job file itself is no part of a job.
         let others = [
-            "jobs", "noise_bundle", "ltx2_initial_latent_path", "ltx2_audio_latent_path", "ltx2_refine_noise_path",
+            "jobs",
+            "noise_bundle",
+            "ltx2_initial_latent_path",
+            "ltx2_audio_latent_path",
+            "ltx2_refine_noise_path",
             "ltx2_refine_audio_noise_path",
         ];
         for arg in JobArgs::command().get_arguments() {

@@ -63,7 +63,8 @@ pub fn check(args: &ShapeArgs, path: &Path, plan: &Plan) -> Result<()> {
         Some(given) if given != own => refused(flag, &format!(" {given}"), format!("with `--{flag} {own}`")),
         _ => Ok(()),
     };
-    let check_number = |flag: &str, given: &Option<u32>, own: u64| check(flag, given.map(|n| n.to_string()), own.to_string());
+    let check_number =
+        |flag: &str, given: &Option<u32>, own: u64| check(flag, given.map(|n| n.to_string()), own.to_string());
     let check_switch = |flag: &str, given: bool, own: bool| match (given, own) {
         (true, false) => refused(flag, "", "without it".into()),
         _ => Ok(()),
@@ -104,7 +105,9 @@ pub fn check(args: &ShapeArgs, path: &Path, plan: &Plan) -> Result<()> {
         _ => "f32",
     };
     check("dtype", dtype.and_then(name), own_dtype.into())?;
-    if let (Some(text), Some(last), [Modality::Video, ..]) = (vae_tile, planned.stages.last(), &planned.modalities()[..]) {
+    if let (Some(text), Some(last), [Modality::Video, ..]) =
+        (vae_tile, planned.stages.last(), &planned.modalities()[..])
+    {
         let (grid, factors) = (last.grid.map(|n| n as usize), video.scale.map(|n| n as usize));
         if TilePlan::decode(grid, factors, &VaeTile::parse(text)?.tiling(grid, factors)?)? != planned.decode {
             refused("vae-tile", &format!(" {text}"), format!("with {} tiles of another size", planned.decode.len()))?;
@@ -210,7 +213,9 @@ mod tests {
             let sentence = run(other).expect_err(flag).to_string();
             let words = match flag {
                 "quantization" => vec!["weights are not quantised".to_string()],
-                _ => ["`a.ltxplan` was compiled", &format!("leave `--{flag}` out"), "compile a plan"].map(String::from).into(),
+                _ => ["`a.ltxplan` was compiled", &format!("leave `--{flag}` out"), "compile a plan"]
+                    .map(String::from)
+                    .into(),
             };
             assert!(words.iter().all(|word| sentence.contains(word)), "{sentence}");
         }
@@ -220,7 +225,10 @@ mod tests {
     fn what_the_plan_has_is_said() {
         let sentence = |line: &[&str]| checked(line).unwrap_err().to_string();
         assert!(sentence(&["--height", "256"]).contains("compiled with `--height 64`, not with `--height 256`"));
-        assert!(sentence(&["--pipeline", "two-stage"]).contains("with `--pipeline distilled`, not with `--pipeline two-stage`"));
+        assert!(
+            sentence(&["--pipeline", "two-stage"])
+                .contains("with `--pipeline distilled`, not with `--pipeline two-stage`")
+        );
         assert!(sentence(&["--seconds", "1"]).contains("`--num-frames 9`, not with `--seconds 1`"));
         assert!(sentence(&["--no-audio"]).contains("compiled without it, not with `--no-audio`"));
     }

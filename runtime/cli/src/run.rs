@@ -489,7 +489,8 @@ fn plan_and_folders(
         definition(shape.pipeline).check_training(&files.model, shape.has_distilled_adapter)?;
         job::refuse_quantization(&args.shape, files.model.name(), files.model.has_fp8())?;
         loras.iter().try_for_each(|loras| loras.check(&files.model, definition(shape.pipeline).name))?;
-        let is_of_clip = definition(shape.pipeline).brings.clip && args.shape.height.is_none() && args.shape.size.is_none();
+        let is_of_clip =
+            definition(shape.pipeline).brings.clip && args.shape.height.is_none() && args.shape.size.is_none();
         let path = cached(&files, shape, &mode.compiler()).map_err(|error| match is_of_clip {
             true => error.context(format!("a plan for a clip of {}x{}", shape.width, shape.height)),
             false => error,
@@ -550,7 +551,9 @@ fn sampling_facts(plan: &Plan, stages: &BTreeMap<String, StageChoice>, adapters:
         let guidance = choice.and_then(|c| c.guidance.as_ref()).or(stage.guidance.as_ref());
         let set = adapters.of(&stage.name);
         // As short as it was typed, not with the digits that f32 adds.
-        let loras = set.members().map(|(path, strength)| json!({"path": path, "strength": strength.to_string().parse::<f64>().ok()}));
+        let loras = set
+            .members()
+            .map(|(path, strength)| json!({"path": path, "strength": strength.to_string().parse::<f64>().ok()}));
         let mut facts = json!({
             "name": &stage.name, "steps": sigmas.len().saturating_sub(1), "sigmas": sigmas,
             "sampler": choice.and_then(|c| c.sampler).unwrap_or(stage.sampler), "guidance": guidance,

@@ -64,7 +64,9 @@ impl ClipInfo {
     pub fn frames_at(&self, rate: Rational) -> usize {
         match self.rate {
             // Times are rounded, to microseconds at worst.
-            ClipRate::Variable(mean) if mean > 0.0 => (self.frames as f64 / mean * rate.to_f64() + 1e-3).floor() as usize,
+            ClipRate::Variable(mean) if mean > 0.0 => {
+                (self.frames as f64 / mean * rate.to_f64() + 1e-3).floor() as usize
+            }
             _ => self.frames,
         }
     }

@@ -154,7 +154,8 @@ fn without_strengths_nothing_is_masked() {
     let sound = |more: &[&str]| {
         let video = ["--video-conditioning", &frames, "--video-conditioning", &frames];
         place.ok(&run("ltx2", "ic-lora", &[&["--lora", &lora, "-o", "a.wav"], &video[..], more].concat()));
-        let samples = place.read("a.wav")[44..].as_chunks::<2>().0.iter().map(|b| i16::from_le_bytes(*b)).collect::<Vec<_>>();
+        let samples =
+            place.read("a.wav")[44..].as_chunks::<2>().0.iter().map(|b| i16::from_le_bytes(*b)).collect::<Vec<_>>();
         samples
     };
     let plain = sound(&[]);
@@ -195,7 +196,8 @@ fn references_have_the_frames_that_the_lora_says() {
     let plan = std::fs::read_dir(place.path("cache")).unwrap().map(|entry| entry.unwrap().path().display().to_string());
     let scales: std::collections::BTreeSet<(u64, u64)> = plan
         .map(|plan| {
-            let facts: serde_json::Value = serde_json::from_str(&place.ok(&["inspect", &plan, "--json"]).stdout).unwrap();
+            let facts: serde_json::Value =
+                serde_json::from_str(&place.ok(&["inspect", &plan, "--json"]).stdout).unwrap();
             let reference = &facts["pipeline"]["inputs"]["references"][0];
             (reference["time_scale"].as_u64().unwrap(), reference["frames"].as_u64().unwrap())
         })
@@ -374,17 +376,22 @@ fn outputs_are_written_as_asked() {
     assert_eq!(facts["plan_hash"].as_str().map(str::len), Some(64));
     // A distilled model reads no negative prompt.
     assert!(facts["negative_prompt"].is_null() && facts["images"].as_array().is_some_and(Vec::is_empty));
-    let stages: Vec<_> = facts["stages"].as_array().unwrap().iter().map(|s| (s["steps"].as_u64(), s["loras"].to_string())).collect();
+    let stages: Vec<_> =
+        facts["stages"].as_array().unwrap().iter().map(|s| (s["steps"].as_u64(), s["loras"].to_string())).collect();
     assert_eq!(stages, [(Some(8), "[]".into()), (Some(3), "[]".into())]);
     assert!(facts["stages"][0]["guidance"].is_null() && facts["stages"][0]["sampler"].is_string());
     let lora = fixture("tiny-ltx2/distilled-lora-tiny.safetensors");
-    let (image, guided) = (fixture("inputs/image0.png"), ["--distilled-lora", &lora, "0.8", "--num-inference-steps", "2"]);
+    let (image, guided) =
+        (fixture("inputs/image0.png"), ["--distilled-lora", &lora, "0.8", "--num-inference-steps", "2"]);
     let more = ["--image", &image, "0", "0.9", "--cfg", "2.5", "--save-json"];
     place.ok(&self::run("ltx2", "two-stage", &[&guided[..], &more].concat()));
     let facts: serde_json::Value = serde_json::from_slice(&place.read("a.mp4.json")).unwrap();
     assert!(facts["negative_prompt"].as_str().is_some_and(|text| text.len() > 100));
     assert_eq!(facts["images"], serde_json::json!([{"path": image, "frame": 0, "strength": 0.9, "crf": 33}]));
-    assert_eq!((&facts["stages"][0]["steps"], &facts["stages"][0]["guidance"]["video"]["cfg"]), (&2.into(), &2.5.into()));
+    assert_eq!(
+        (&facts["stages"][0]["steps"], &facts["stages"][0]["guidance"]["video"]["cfg"]),
+        (&2.into(), &2.5.into())
+    );
     assert_eq!(facts["stages"][1]["loras"], serde_json::json!([{"path": lora, "strength": 0.8}]));
     // What says how it was made is not missing from what was made.
     std::fs::remove_file(place.path("a.mp4.json")).unwrap();

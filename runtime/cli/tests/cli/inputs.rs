@@ -56,11 +56,16 @@ fn clips_that_do_not_fit_are_refused() {
     };
     run(&[], &["pipeline `retake` needs a clip", "--video-path"]);
     run(&["--video-path", &frames], &["which part", "--start-time", "--end-time"]);
-    run(&["--video-path", &frames, "--start-time", "5", "--end-time", "6"], &["--start-time 5", "behind the end", "0.375 s"]);
+    run(
+        &["--video-path", &frames, "--start-time", "5", "--end-time", "6"],
+        &["--start-time 5", "behind the end", "0.375 s"],
+    );
     run(&["--video-path", &frames, "--start-time", "0.375"], &["behind the end"]);
     run(&["--video-path", &frames, "--start-time=-1"], &["--start-time -1", "no time of the clip"]);
     let start = ["--start-time", "0.1"];
-    let run = |flags: &[&str], words: &[&str]| run(&[flags, &start[..if flags.contains(&"--start-time") { 0 } else { 2 }]].concat(), words);
+    let run = |flags: &[&str], words: &[&str]| {
+        run(&[flags, &start[..if flags.contains(&"--start-time") { 0 } else { 2 }]].concat(), words)
+    };
     run(&["--video-path", "gone.mp4"], &["cannot read `gone.mp4`"]);
     run(&["--video-path", &clip("reordered.mp4")], &["is 64x48, the plan is for 64x64", "--height 48"]);
     run(&["--video-path", &frames, "--image", "a.png"], &["a.png"]);
@@ -72,7 +77,8 @@ fn clips_that_do_not_fit_are_refused() {
     std::fs::create_dir(&empty).unwrap();
     run(&["--video-path", "empty"], &["holds no PNG"]);
     place.refused(&retake(&["--video-path", &frames]), &["which part"]);
-    place.refused(&retake(&["--video-path", &frames, "--end-time", "1"]), &["no frame rate of its own", "--frame-rate"]);
+    place
+        .refused(&retake(&["--video-path", &frames, "--end-time", "1"]), &["no frame rate of its own", "--frame-rate"]);
     let cut = place.write("cut.mp4", &std::fs::read(clip("portrait.mp4")).unwrap()[..900]).display().to_string();
     run(&["--video-path", &cut], &["cut.mp4", "the file is cut"]);
 }

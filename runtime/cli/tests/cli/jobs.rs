@@ -86,7 +86,10 @@ fn outputs_are_kept_only_if_they_are_made_of_the_same() {
     };
     let (plain, with_lora) = (run(&[]), run(&["--lora", &lora]));
     let weaker = run(&["--lora", &lora, "0.5"]);
-    assert!([&plain, &with_lora, &weaker].iter().all(|(status, _)| status == "done"), "{plain:?} {with_lora:?} {weaker:?}");
+    assert!(
+        [&plain, &with_lora, &weaker].iter().all(|(status, _)| status == "done"),
+        "{plain:?} {with_lora:?} {weaker:?}"
+    );
     assert!(place.read(&plain.1) != place.read(&with_lora.1) && place.read(&with_lora.1) != place.read(&weaker.1));
     assert_eq!(run(&[]), ("kept".into(), plain.1.clone()));
     assert_eq!(run(&["--lora", &lora]), ("kept".into(), with_lora.1));
@@ -140,7 +143,10 @@ fn jobs_are_made_as_if_they_were_alone() {
     let start = with(start, &[&shape[..], &["-p", "x", "--lora", &half]].concat());
     let jobs = [
         ("a.wav", format!("\"video_conditioning\": [[\"{long}\"], [\"{long}\"]]")),
-        ("b.wav", format!("\"video_conditioning\": [[\"{long}\"], [\"{long}\"]], \"conditioning_attention_strength\": 0.5")),
+        (
+            "b.wav",
+            format!("\"video_conditioning\": [[\"{long}\"], [\"{long}\"]], \"conditioning_attention_strength\": 0.5"),
+        ),
         ("c.wav", format!("\"video_conditioning\": [\"{short}\"]")),
     ];
     let lines: Vec<String> = jobs.iter().map(|(name, rest)| format!("{{\"output\": \"{name}\", {rest}}}")).collect();

@@ -181,7 +181,9 @@ fn loras_for_references_are_recognised_by_header_and_name() {
     };
     let video = ["--video-conditioning", &frames];
     // A name proves nothing, and the want of any sign does neither.
-    for (name, is_like) in [("depth-control", true), ("x-union-control-ref0.5", true), ("LTX_Camera_Control_Static", false)] {
+    for (name, is_like) in
+        [("depth-control", true), ("x-union-control-ref0.5", true), ("LTX_Camera_Control_Static", false)]
+    {
         let file = format!("{name}.safetensors");
         place.write(&file, &std::fs::read(fixture(plain)).unwrap());
         let said = done(&of("distilled", &file, &[]));
@@ -227,7 +229,8 @@ fn training_is_checked_whatever_the_cache_has() {
         args[at + 1] = name.into();
         args
     };
-    let refused = |name: &str| crate::binary::sentence(&place.run(&named(name)), &["is a dev model", "--distilled-lora"]);
+    let refused =
+        |name: &str| crate::binary::sentence(&place.run(&named(name)), &["is a dev model", "--distilled-lora"]);
     std::fs::copy(model, place.path("ltx-2-19b-dev.safetensors")).unwrap();
     refused("ltx-2-19b-dev.safetensors");
     std::os::unix::fs::symlink("ltx-2-19b-dev.safetensors", place.path("model.safetensors")).unwrap();
