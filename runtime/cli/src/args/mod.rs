@@ -22,7 +22,7 @@ use ltxc_models::synth::Preset;
 use crate::debug::command::{DebugCommand, SCRIPTS};
 use crate::debug::flags::DebugFlags;
 
-pub use adapters::{AdapterArgs, LoraMode};
+pub use adapters::{AdapterArgs, LoraMode, RunAdapterArgs};
 pub use compiler::{CompilerArgs, FuseLevel};
 pub use content::{ContentArgs, Hdr, ImageCodec};
 pub use model::{ModelArgs, Variant};
@@ -162,10 +162,7 @@ pub struct RunArgs {
     pub content: ContentArgs,
     #[command(flatten)]
     #[allow(missing_docs)]
-    pub adapters: AdapterArgs,
-    /// How LoRAs act [default: live if the plan has room for it]
-    #[arg(long, value_enum)]
-    pub lora_mode: Option<LoraMode>,
+    pub adapters: RunAdapterArgs,
     /// Output: .mp4, .wav, or a folder for PNG or EXR frames and a WAV file [default: out.mp4, out.wav for sound, out for EXR]
     #[arg(long, short, value_name = "PATH", aliases = ["output-path", "output-dir"])]
     pub output: Option<PathBuf>,

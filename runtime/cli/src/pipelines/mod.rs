@@ -16,7 +16,7 @@ mod sampling;
 mod takes;
 mod two_stage;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 use clap::ValueEnum;
@@ -24,7 +24,7 @@ use ltxc_ir::plan::{Guidance, Sampler, Schedule, SoundRole, StageAdapter};
 use ltxc_models::checkpoint::{Checkpoint, Generation};
 
 use crate::args::PipelineName;
-pub use describe::describe;
+pub use describe::{describe, describe_output};
 pub use inputs::inputs;
 pub use levels::levels;
 pub use sampling::{guidance, stage_choice};
@@ -187,11 +187,11 @@ impl Definition {
     }
 }
 
-/// How a checkpoint was trained, if its file is called as it was published.
+/// How a checkpoint was trained, if its file, or the one that a link leads to, is called as it was published.
 fn training_of(checkpoint: &Checkpoint) -> Option<Training> {
-    let paths = checkpoint.paths();
-    let mut named = [Path::new(checkpoint.name())].into_iter().chain(paths.iter().map(|p| p.as_path()));
-    named.find_map(training_named)
+    let paths = [vec![PathBuf::from(checkpoint.name())], checkpoint.paths()].concat();
+    let behind = paths.iter().filter_map(|path| path.canonicalize().ok()).collect();
+    [paths, behind].concat().iter().find_map(|path| training_named(path))
 }
 
 /// How a checkpoint with this path was trained, if it is called as it was published.
