@@ -163,8 +163,16 @@ fn tokens(args: &[OsString], command: &Command) -> Result<(Vec<Token>, Vec<OsStr
     let mut rest = args;
     let mut behind = None;
     while let Some((arg, after)) = rest.split_first() {
-        let text = arg.to_str().unwrap_or_default();
-        if text == "--" {
+        let Some(text) = arg.to_str() else {
+            if arg.to_string_lossy().starts_with('-') {
+                return Ok((tokens, rest.to_vec()));
+            }
+            tokens.push(Token::Word { word: arg.clone(), behind: None });
+            rest = after;
+            continue;
+        };
+        // Behind two dashes there are no flags, and help has a short and a long form.
+        if ["--", "-h", "--help"].contains(&text) {
             return Ok((tokens, rest.to_vec()));
         }
         if !is_flag(text) {
@@ -423,8 +431,8 @@ impl Words {
             let weights = kept.iter_mut().find(|flag| flag.name == "weights" && is_model(flag));
             weights.into_iter().for_each(|flag| flag.name = MODELS[0].into());
         }
-        let pipeline = self.pipeline(kept)?;
-        if let Some(pipeline) = pipeline.filter(|pipeline| !has_plan || pipeline != GENERATE) {
+        // A plan has its pipeline, and without a model there is none to choose.
+        if let Some(pipeline) = self.pipeline(kept)?.filter(|pipeline| pipeline != GENERATE) {
             kept.insert(0, Given::new("pipeline", pipeline));
         }
         Ok(())

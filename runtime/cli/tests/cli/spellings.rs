@@ -442,7 +442,11 @@ fn flags_that_would_do_nothing_are_refused() {
         ("t2a", &["--modality", "2"], &["--a2v-guidance-scale", "`t2a` has none"]),
         ("t2a", &["--v2a-guidance-scale", "2"], &["--v2a-guidance-scale", "picture and sound together"]),
         ("t2a", &["--video-skip-step", "1"], &["--video-skip-step", "`t2a` has none"]),
-        ("distilled", &["--keep-audio"], &["--keep-audio", "`distilled` has none", "it takes", "images", "`retake`"]),
+        (
+            "distilled",
+            &["--keep-audio"],
+            &["--keep-audio", "`distilled` has none", "this one takes", "images", "`retake`"],
+        ),
         ("distilled", &["--start-time", "1"], &["--start-time", "`retake`, `retake-guided` take it"]),
         ("distilled", &["--end-latent", "1"], &["--end-latent", "a clip"]),
         ("distilled", &["--audio-start-time", "1"], &["--audio-start-time", "a recording", "`a2v`"]),
