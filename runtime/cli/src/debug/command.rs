@@ -44,7 +44,8 @@ Instead of a port's script:
   validate_vae_encoder, test_vae_roundtrip          vae encode --compare FILE, vae roundtrip
   test_latent_normalization                         vae norm
   debug_adaln, verify_attention_weights             weights FILE --adaln N, weights FILE --attn N
-  convert_ltx2_weights                              weights FILE --against FILE; no file needs it
+  convert_ltx2_weights                              ltxc convert, weights FILE --against FILE
+  wan_to_diffusers, longcat_to_fastvideo            ltxc convert --map FILE
   test_distilled_pipeline                           pipeline distilled
   test_dev_model                                    pipeline one-stage --steps 25
   debug_twostage, test_ltx2_pipeline_smoke          pipeline two-stage, pipeline all --preset tiny

@@ -172,6 +172,11 @@ impl Definition {
     }
 }
 
+/// Whether a checkpoint is a distilled one, if its file is called as it was published.
+pub(crate) fn is_distilled(checkpoint: &Checkpoint) -> Option<bool> {
+    training_of(checkpoint).map(|training| training == Training::Distilled)
+}
+
 /// How a checkpoint was trained, if its file is called as it was published.
 fn training_of(checkpoint: &Checkpoint) -> Option<Training> {
     let paths = checkpoint.paths();

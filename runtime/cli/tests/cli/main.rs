@@ -6,6 +6,7 @@ mod bad_plans;
 mod bench;
 mod binary;
 mod conditioned;
+mod convert;
 mod devices;
 mod enhance;
 mod everyday;

@@ -65,9 +65,17 @@ pub fn run(command: &TextCommand, json: bool) -> Result<bool> {
         TextCommand::Stats(args) => args.side.look(|side, files| stats::run(args, side, files, json)),
         TextCommand::Mask(args) => args.side.look(|side, _| mask::run(args, side, json)),
         TextCommand::Compare(args) => args.side.look(|side, _| contexts::compare(args, side, json)),
-        TextCommand::Export(args) => args.side.look(|side, _| contexts::export(args, side, json)),
+        TextCommand::Export(args) => export(args, json),
         TextCommand::Sensitivity(args) => args.side.look(|side, files| sensitivity::run(args, side, files, json)),
     }
+}
+
+/// `ltxc encode-text`, also `ltxc debug text export`.
+///
+/// # Errors
+/// Model files that cannot be read or run, or a file that cannot be written.
+pub fn export(args: &contexts::ExportArgs, json: bool) -> Result<bool> {
+    args.side.look(|side, _| contexts::export(args, side, json))
 }
 
 impl Side {
