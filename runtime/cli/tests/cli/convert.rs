@@ -619,7 +619,7 @@ fn rules_that_go_wrong_are_told() {
 // --------------------------------------------------------------------------------------------------------------- GGUF
 
 /// The transformer of a family as GGUF: matrices of whole blocks in Q8_0, some tensors in bf16, the others in f32.
-fn gguf(family: &str, prefix: &str, change: impl Fn(&str, &mut Vec<f32>)) -> Vec<u8> {
+pub fn gguf(family: &str, prefix: &str, change: impl Fn(&str, &mut Vec<f32>)) -> Vec<u8> {
     let checkpoint = Checkpoint::open(&model(family)).unwrap();
     let connector = "_embeddings_connector.";
     let keys: Vec<&str> = checkpoint

@@ -11,6 +11,7 @@ mod devices;
 mod enhance;
 mod everyday;
 mod hdr;
+mod info;
 mod inputs;
 mod jobs;
 mod loras;
