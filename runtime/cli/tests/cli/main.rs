@@ -7,6 +7,7 @@ mod bench;
 mod binary;
 mod conditioned;
 mod convert;
+mod cut;
 mod devices;
 mod enhance;
 mod everyday;
