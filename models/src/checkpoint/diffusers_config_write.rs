@@ -14,7 +14,7 @@ use crate::ModelError;
 use crate::audio::{AudioVaeConfig, FinalActivation, GeneratorConfig, GeneratorKind, VocoderConfig};
 use crate::text::{ConnectorConfig, Connectors};
 use crate::transformer::{ROPE_LAYOUTS, TransformerConfig};
-use crate::video_vae::{DecoderBlock, EncoderBlock, PADDING_MODES, PaddingMode, VideoVaeConfig};
+use crate::video_vae::{DecoderBlock, EncoderBlock, LogVariance, PADDING_MODES, PaddingMode, VideoVaeConfig};
 
 type Object = Map<String, Value>;
 
@@ -221,6 +221,12 @@ pub(super) fn video_vae(checkpoint: &Checkpoint) -> Result<Object, ModelError> {
         "decoder_spatial_padding_mode": padding(config.decoder_padding),
         "spatial_compression_ratio": rows, "temporal_compression_ratio": frames,
     }));
+    // A variance that means nothing has no word, and nobody reads a variance.
+    let log_variance = match config.log_variance {
+        LogVariance::Constant => LogVariance::Uniform,
+        other => other,
+    };
+    let config = VideoVaeConfig { log_variance, ..config };
     same("vae", &config, read::video_vae(&written).and_then(|value| VideoVaeConfig::from_json(&value)))?;
     Ok(written)
 }

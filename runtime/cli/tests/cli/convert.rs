@@ -191,7 +191,7 @@ fn what_a_layout_cannot_hold_is_refused() {
         std::fs::remove_file(path).unwrap();
     };
     let mut parts = Parts::read(&model("ltx2"));
-    parts.configure(|c| c["vae"]["latent_log_var"] = "constant".into());
+    parts.configure(|c| c["vae"]["latent_log_var"] = "per_channel".into());
     refused(parts, &["`vae`", "besides those of the published models", "write a single file or split files"]);
     let mut parts = Parts::read(&model("ltx2"));
     parts.configure(|c| {
