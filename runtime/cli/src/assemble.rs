@@ -120,12 +120,12 @@ impl ModelFiles {
 
 /// A checkpoint as a source of plans, with the identity of every file.
 pub(crate) fn checkpoint_source(name: &str, checkpoint: &Checkpoint, verify: bool) -> Result<WeightSource> {
-    Ok(weight_source(name, checkpoint.identities(verify)?, checkpoint.tensors()))
+    Ok(weight_source(name, checkpoint.identities(verify)?, checkpoint.files(), checkpoint.tensors()))
 }
 
 /// The text encoder as a source of plans, with the identity of every file.
 pub(crate) fn gemma_source(gemma: &GemmaFolder, verify: bool) -> Result<WeightSource> {
-    Ok(weight_source(GEMMA, gemma.identities(verify)?, gemma.tensors()))
+    Ok(weight_source(GEMMA, gemma.identities(verify)?, gemma.files(), gemma.tensors()))
 }
 
 fn weight_source<'t>(
