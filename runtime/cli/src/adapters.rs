@@ -19,6 +19,7 @@ use ltxc_runtime::weights::WeightFiles;
 use crate::args::{AdapterArgs, Hdr, LoraMode};
 use crate::assemble::{MODEL, local};
 use crate::pipelines::{Definition, takes_references};
+use crate::report::Report;
 
 /// Strengths beyond this are possible, but hardly ever meant.
 const USUAL_STRENGTH: f64 = 2.0;
