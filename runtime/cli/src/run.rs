@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicBool;
 use anyhow::{Context, Result, bail};
 use clap::ArgMatches;
 use clap::parser::ValueSource;
-use ltxc_ir::plan::{Kernels, Modality, Plan, Release, Stage};
+use ltxc_ir::plan::{Kernels, Modality, Plan, Release, Sampler, Stage};
 use ltxc_runtime::RunError;
 use ltxc_runtime::adapters::StageAdapters;
 use ltxc_runtime::audio_frontend::resample;
@@ -377,6 +377,11 @@ impl Runner {
         for stage in &plan.pipeline.stages {
             report.note(&describe(stage, stages.get(&stage.name), &plan.pipeline.modalities()));
         }
+        let sampler_of = |stage: &Stage| stages.get(&stage.name).and_then(|c| c.sampler).unwrap_or(stage.sampler);
+        if content.compat.is_some() && !plan.pipeline.stages.iter().any(|stage| sampler_of(stage) == Sampler::Res2s) {
+            let name = &plan.pipeline.name;
+            bail!("`--compat official` is about the noise of sampler res2s, which pipeline `{name}` does not use here");
+        }
         let media = inputs::load(content, &references, plan, report)?;
         let hdr = inputs::colour_space(content, plan)?;
         let facts_path = choice.writing.save_json.then(|| sidecar(to));
@@ -408,6 +413,7 @@ impl Runner {
             stages,
             noise: Noise {
                 seed,
+                fixes_res2s: content.compat.is_some(),
                 files: noise_files(content, plan)?,
                 folder: content.noise_bundle.clone(),
                 spares_decoders: content.no_decode_noise || debug.spares_decoders,

@@ -244,7 +244,8 @@ impl Model for Denoiser<'_, '_> {
 
     fn noise(&mut self, kind: &str, step: usize, modality: Modality, count: usize) -> Result<Vec<f32>, RunError> {
         let shape = SlotShape { spatial: vec![count], channels: 1, inner: 1 };
-        self.noise.draw(&format!("{}.{kind}.{step:03}.{}", self.stage.name, modality.name()), &shape)
+        let slot = format!("{}.{kind}.{step:03}.{}", self.stage.name, modality.name());
+        self.noise.draw_step(kind, self.sampler, &slot, &shape)
     }
 
     fn show(&mut self, what: &str, step: usize, modality: Modality, values: &[f32]) {

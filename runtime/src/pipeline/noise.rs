@@ -9,6 +9,8 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use ltxc_ir::plan::Sampler;
+
 use crate::error::RunError;
 use crate::noise_files::{self, Container, Stored};
 use crate::random::NormalStream;
@@ -24,6 +26,9 @@ pub struct Noise {
     pub files: BTreeMap<String, PathBuf>,
     /// Folder for the files of all other slots.
     pub folder: Option<PathBuf>,
+    /// Whether samplers of second order (res_2s) draw the noise of their steps from the constant seeds of the reference, so
+    /// that it is the same for every seed.
+    pub fixes_res2s: bool,
     /// Whether decoders that add noise to latents decode without it.
     pub spares_decoders: bool,
 }
@@ -118,6 +123,24 @@ impl Noise {
     /// # Errors
     /// Given or recorded noise of another shape, or a file that cannot be read or written.
     pub fn draw(&self, slot: &str, shape: &SlotShape) -> Result<Vec<f32>, RunError> {
+        self.draw_from(self.seed, slot, shape)
+    }
+
+    /// The noise of a slot of a step, of `kind` `step` or `substep`.
+    ///
+    /// # Errors
+    /// As for [`Noise::draw`].
+    pub fn draw_step(&self, kind: &str, sampler: Sampler, slot: &str, shape: &SlotShape) -> Result<Vec<f32>, RunError> {
+        let seed = match (self.fixes_res2s && sampler == Sampler::Res2s, kind) {
+            (false, _) => self.seed,
+            // spec/pipelines §10.1.
+            (true, "substep") => 9999,
+            (true, _) => u64::MAX,
+        };
+        self.draw_from(seed, slot, shape)
+    }
+
+    fn draw_from(&self, seed: u64, slot: &str, shape: &SlotShape) -> Result<Vec<f32>, RunError> {
         if let Some(values) = self.given.get(slot) {
             if values.len() != shape.len() {
                 return Err(RunError::Input(format!(
@@ -131,12 +154,12 @@ impl Noise {
             return Ok(values.clone());
         }
         let Some(path) = self.file(slot) else {
-            return Ok(NormalStream::new(self.seed, slot).draw(shape.len()));
+            return Ok(NormalStream::new(seed, slot).draw(shape.len()));
         };
         if path.exists() {
             return read(&path, slot, shape);
         }
-        let values = NormalStream::new(self.seed, slot).draw(shape.len());
+        let values = NormalStream::new(seed, slot).draw(shape.len());
         write(&path, slot, shape, &values)?;
         Ok(values)
     }

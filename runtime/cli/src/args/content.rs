@@ -157,6 +157,9 @@ pub struct ContentArgs {
         ]
     )]
     pub noise_bundle: Option<PathBuf>,
+    /// Draw the noise of the steps of res2s as the reference seeds it: the same for every --seed.
+    #[arg(long, value_enum, hide_short_help = true)]
+    pub compat: Option<Compat>,
     /// Decode without the noise that some decoders add to latents.
     #[arg(long, hide_short_help = true)]
     pub no_decode_noise: bool,
@@ -184,6 +187,13 @@ pub enum Hdr {
     /// Light, primaries of sRGB, for LoRAs that know LogC3; references of 8 bits may be given, too.
     #[value(name = "LOGC3")]
     LogC3,
+}
+
+/// Whose choices are followed where they are no use to anybody.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Compat {
+    /// Those of the official pipelines.
+    Official,
 }
 
 /// Codec for the H.264 round trip of conditioning images.

@@ -27,7 +27,7 @@ use crate::info::InfoArgs;
 
 pub use adapters::{AdapterArgs, LoraMode, RunAdapterArgs};
 pub use compiler::{CompilerArgs, FuseLevel};
-pub use content::{ContentArgs, Hdr, ImageCodec};
+pub use content::{Compat, ContentArgs, Hdr, ImageCodec};
 pub use model::{ModelArgs, Variant};
 pub use output::OutputArgs;
 pub use sampling::{RuleName, SamplerName, SamplingArgs, ScheduleName, StgMode};

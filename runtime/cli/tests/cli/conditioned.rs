@@ -368,6 +368,27 @@ fn pipelines_have_the_names_of_other_tools() {
     assert!(Path::new(&place.path("a.wav")).exists());
 }
 
+/// The reference seeds the noise of the steps of its best pipeline with constants.
+#[test]
+fn noise_of_steps_can_be_that_of_every_seed() {
+    let place = Place::new();
+    let distilled = fixture("tiny-ltx2/distilled-lora-tiny.safetensors");
+    let noise = [
+        ["--ltx2-initial-latent-path", "v1.npy"],
+        ["--ltx2-audio-latent-path", "a1.npy"],
+        ["--ltx2-refine-noise-path", "v2.npy"],
+        ["--ltx2-refine-audio-noise-path", "a2.npy"],
+    ];
+    let start = [&noise.concat()[..], &["--distilled-lora", &distilled, "--steps", "2", "--no-decode-noise"]].concat();
+    let made = |more: &[&str]| movie(&place, &run("ltx2", "hq", &[&start[..], more].concat())).video;
+    let (first, second) = (made(&["--seed", "1"]), made(&["--seed", "2"]));
+    assert_ne!(first, second);
+    let fixed = made(&["--seed", "1", "--compat", "official"]);
+    assert!(fixed != first && fixed == made(&["--seed", "2", "--compat", "official"]));
+    let other = with(crate::binary::tiny().run_args(), &["-p", "x", "-o", "b.mp4", "--compat", "official"]);
+    place.refused(&other, &["--compat official", "res2s", "`distilled`"]);
+}
+
 #[test]
 fn outputs_are_written_as_asked() {
     let place = Place::new();
