@@ -155,7 +155,8 @@ pub struct TuneArgs {
     after_help = "Example:\n  ltxc run x.ltxplan --weights models/ --prompt \"a red fox in deep snow\" -o fox.mp4"
 )]
 pub struct RunArgs {
-    /// Plan made by `ltxc compile`; without one, model files are compiled into the cache first.
+    /// Plan made by `ltxc compile`; without one, model files are compiled into the cache first. The name of a pipeline and the
+    /// prompt may stand here, too.
     pub plan: Option<PathBuf>,
     /// Folder with the weight files of the plan; may be repeated.
     #[arg(long, value_name = "DIR")]
