@@ -33,11 +33,11 @@ struct Together<'a> {
 
 impl<'a> Together<'a> {
     /// `None` if the parts have to run one after the other.
-    fn new(fused: &'a Fused) -> Option<Together<'a>> {
-        let anchor = match fused.form() {
-            Ok(Form::Product { anchor, .. }) if Grid::can_pad(&pads(fused, anchor)) => anchor,
-            Ok(Form::Attention { anchor, .. }) if prepare::can_prepare(fused, anchor) => anchor,
-            Ok(Form::GroupNorm { .. }) => 0,
+    fn new(fused: &'a Fused, form: Option<Form>) -> Option<Together<'a>> {
+        let anchor = match form? {
+            Form::Product { anchor, .. } if Grid::can_pad(&pads(fused, anchor)) => anchor,
+            Form::Attention { anchor, .. } if prepare::can_prepare(fused, anchor) => anchor,
+            Form::GroupNorm { .. } => 0,
             _ => return None,
         };
         Some(Together { fused, anchor, layout: Layout::new(fused, anchor)? })
@@ -109,9 +109,10 @@ fn pads(fused: &Fused, anchor: usize) -> Vec<Padding<'_>> {
 
 /// Scratch for a run on `threads` threads.
 pub(crate) fn need(fused: &Fused, threads: usize) -> Need {
-    match Together::new(fused) {
+    let form = fused.form().ok();
+    match Together::new(fused, form) {
         Some(together) => together.need(),
-        None => by_rows::need(fused, threads),
+        None => by_rows::need(fused, form, threads),
     }
 }
 
@@ -121,11 +122,13 @@ pub(crate) unsafe fn launch(fused: &Fused, args: &[Arg<'_>], results: &[Output<'
     if results.iter().all(|r| r.ty.elements() == 0) {
         return;
     }
+    // Finding it takes as long as a row of a few thousand elements, so that it is looked for once.
+    let form = fused.form().ok();
     // SAFETY: passed on to the caller.
     unsafe {
-        match Together::new(fused) {
+        match Together::new(fused, form) {
             Some(together) => together.launch(args, results, workspace),
-            None => by_rows::launch(fused, args, results, workspace),
+            None => by_rows::launch(fused, form, args, results, workspace),
         }
     }
 }
