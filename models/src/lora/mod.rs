@@ -15,6 +15,7 @@
 mod alpha;
 mod fit;
 mod keys;
+mod write;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -24,6 +25,7 @@ use ltxc_ir::DType;
 use ltxc_ir::eval::Tensor;
 
 pub use fit::{LoraFactor, LoraFit, LoraTargets, Place};
+pub use write::{LayerKeys, WrittenDialect, adapter_settings, layer_keys};
 
 use crate::checkpoint::header::clip;
 use crate::checkpoint::{Generation, StoredTensor, StoredType, WeightFile};
@@ -202,8 +204,30 @@ impl LoraFile {
     /// Whether the header says that this adapter reads reference videos, or the name does, for want of a better sign.
     pub fn is_in_context(&self) -> bool {
         let keys = ["reference_downscale_factor", "reference_spatial_scale_factor", "reference_temporal_scale_factor"];
-        let name = self.path().file_name().map(|n| n.to_string_lossy().to_lowercase().replace('_', "-"));
-        keys.iter().any(|key| self.metadata().contains_key(*key)) || name.is_some_and(|n| n.contains("ic-lora"))
+        keys.iter().any(|key| self.metadata().contains_key(*key))
+            || self.makes_light() == Some(true)
+            || self.file_name().contains("ic-lora")
+    }
+
+    /// Whether the name is like those of adapters that read reference videos, which proves nothing.
+    pub fn has_name_of_in_context(&self) -> bool {
+        // Published ones move the camera and read no reference videos.
+        let name = self.file_name().replace("camera-control", "");
+        ["control", "ref0.5", "dubit", "lipdub", "hdr"].iter().any(|part| name.contains(part))
+    }
+
+    /// Whether it makes a signal with a high dynamic range, LogC3, as the header says (`hdr_transform`,
+    /// `use_hdr_transform`); `None` if it says nothing.
+    pub fn makes_light(&self) -> Option<bool> {
+        let value = ["hdr_transform", "use_hdr_transform"].iter().find_map(|key| self.metadata().get(*key))?;
+        let value = value.trim().trim_matches('"').to_lowercase();
+        Some(!["", "false", "0", "none", "null"].contains(&value.as_str()))
+    }
+
+    /// In lower case, with dashes.
+    fn file_name(&self) -> String {
+        let name = self.path().file_name().unwrap_or_default();
+        name.to_string_lossy().to_lowercase().replace(['_', ' '], "-")
     }
 
     /// What it was made for; `None` if nothing tells.
@@ -275,6 +299,15 @@ impl LoraFile {
             let stored = self.tensor(index);
             // Modules have factors of types that graphs know.
             stored.ty().map(|ty| Tensor::from_bytes(ty, self.file.data(stored)).to_f32()).unwrap_or_default()
+        })
+    }
+
+    /// The factors of one of [`LoraFile::modules`] as they are stored, `down` and `up`.
+    pub fn stored_factors(&self, module: &LoraModule) -> [(DType, &[u8]); 2] {
+        [module.down, module.up].map(|index| {
+            let stored = self.tensor(index);
+            // Factors were found to have one of the types that graphs know.
+            (stored.ty().map_or(DType::F32, |ty| ty.dtype), self.file.data(stored))
         })
     }
 
@@ -411,9 +444,10 @@ fn module(file: &WeightFile, name: &str, parts: &Parts, config: &AdapterConfig) 
     }
     let alpha = match parts.alpha {
         Some(index) => Some(alpha::scalar(file, tensor(index))?),
-        None => config.alpha,
+        None => config.alpha(name),
     };
-    Ok(LoraModule { name: name.into(), rank, inputs, outputs, alpha, scale: config.scale(alpha, rank), down, up })
+    let scale = config.scale(name, alpha, rank);
+    Ok(LoraModule { name: name.into(), rank, inputs, outputs, alpha, scale, down, up })
 }
 
 /// The extents of a matrix; trailing axes of 1, which some trainers add, are left out.

@@ -19,8 +19,8 @@ use ltxc_ir::plan::{
 use ltxc_ir::tiling::TilePlan;
 use ltxc_ir::{DType, Module};
 use ltxc_models::audio::{self, AudioVaeConfig, VocoderConfig, decode_audio};
-use ltxc_models::checkpoint::{Checkpoint, GemmaFolder, Generation, Location, hub};
-use ltxc_models::text::{self, TextConfig, TextWeights};
+use ltxc_models::checkpoint::{self, Checkpoint, GemmaFolder, Generation, Location, WeightFile, hub};
+use ltxc_models::text::{self, Connectors, TextConfig, TextWeights};
 use ltxc_models::transformer::{self, BlockSet, Perturbation, StreamSpec, TransformerConfig, TransformerSpec};
 use ltxc_models::upsampler::{Enlarge, UpsamplerConfig, upsample};
 use ltxc_models::video_vae::{self, VideoVaeConfig};
@@ -29,10 +29,10 @@ use ltxc_runtime::pipeline::decode::program_name;
 use ltxc_runtime::pipeline::encode;
 use ltxc_runtime::pipeline::needed_passes;
 
-use crate::args::ModelArgs;
+use crate::args::{ModelArgs, Variant};
 use crate::enhance;
 use crate::job::Shape;
-use crate::pipelines::{Basis, StageDraft, definition, guidance, inputs};
+use crate::pipelines::{Basis, StageDraft, Training, definition, guidance, inputs, training_named};
 use crate::tensors;
 
 /// Names of the weight sources in graphs and plans.
@@ -47,8 +47,8 @@ const BUCKETS: [usize; 6] = [32, 64, 128, 256, 512, 1024];
 pub struct ModelFiles {
     /// Transformer, VAEs, vocoder, text projection.
     pub model: Checkpoint,
-    /// Text encoder.
-    pub gemma: GemmaFolder,
+    /// Text encoder; none for runs whose contexts come from elsewhere.
+    gemma: Option<GemmaFolder>,
     /// Latent upsampler, if the pipeline has two stages.
     pub upsampler: Option<Checkpoint>,
     verify: bool,
@@ -60,35 +60,60 @@ impl ModelFiles {
     /// # Errors
     /// A file that is missing, damaged, or of another kind.
     pub fn open(args: &ModelArgs, needs_upsampler: bool) -> Result<ModelFiles> {
-        let path = |value: &Option<PathBuf>, flag: &str, what: &str| -> Result<PathBuf> {
-            let Some(path) = value else { bail!("`{flag}` is missing: it names the {what}") };
-            local(path)
-        };
-        let checkpoint = path(&args.checkpoint_path, "--checkpoint-path", "model file or folder")?;
-        let model = Checkpoint::open(&checkpoint)?;
-        let gemma = match (&args.gemma_root, bundled_gemma(&checkpoint)) {
-            (None, Some(bundled)) => bundled,
-            _ => path(&args.gemma_root, "--gemma-root", "folder of the Gemma text encoder")?,
+        let mut files = ModelFiles::open_without_text(args, needs_upsampler)?;
+        let found = |path: &Option<PathBuf>| path.as_deref().map(local).transpose();
+        let bundled = found(&args.checkpoint_path)?.as_deref().and_then(bundled_gemma);
+        let gemma = match (found(&args.gemma_root)?, found(&args.text_encoder_path)?, bundled) {
+            (Some(path), ..) | (None, Some(path), _) | (None, None, Some(path)) => path,
+            (None, None, None) => bail!("`--gemma-root` is missing: it names the folder of the Gemma text encoder"),
         };
         let gemma = GemmaFolder::open(&gemma)?;
-        if let Some(note) = gemma.check_pairing(&model)? {
+        if let Some(note) = gemma.check_pairing(&files.model)? {
             eprintln!("note: {note}");
         }
+        files.gemma = Some(gemma);
+        Ok(files)
+    }
+
+    /// The same without the text encoder.
+    ///
+    /// # Errors
+    /// Those of [`ModelFiles::open`].
+    pub fn open_without_text(args: &ModelArgs, needs_upsampler: bool) -> Result<ModelFiles> {
+        let (model, path) = model(args)?;
         let upsampler = match needs_upsampler {
             true => {
-                let path = path(&args.spatial_upsampler_path, "--spatial-upsampler-path", "spatial upscaler")?;
+                let path = match &args.spatial_upsampler_path {
+                    Some(path) => local(path)?,
+                    None => {
+                        let beside = upsampler_beside(&path)?.context(
+                            "`--spatial-upsampler-path` is missing: it names the spatial upscaler, and there is none beside the \
+                             model",
+                        )?;
+                        eprintln!("note: upscaler `{}`, found beside the model", beside.display());
+                        beside
+                    }
+                };
                 Some(Checkpoint::open_upsampler(&path)?)
             }
             false => None,
         };
-        Ok(ModelFiles { model, gemma, upsampler, verify: args.verify })
+        Ok(ModelFiles { model, gemma: None, upsampler, verify: args.verify })
+    }
+
+    /// The text encoder.
+    ///
+    /// # Errors
+    /// Files that were opened without it.
+    pub fn gemma(&self) -> Result<&GemmaFolder> {
+        self.gemma.as_ref().context("the text encoder was not opened; name its folder with `--gemma-root`")
     }
 
     /// The file of a weight source that has the tensor `key`; all of them together if none has.
     pub(crate) fn file_of(&self, source: &str, key: &str) -> PathBuf {
-        if source == GEMMA {
-            let at = self.gemma.tensor(key).map(|t| self.gemma.files()[t.file].path());
-            return at.unwrap_or(self.gemma.path()).into();
+        if let Some(gemma) = self.gemma.as_ref().filter(|_| source == GEMMA) {
+            let at = gemma.tensor(key).map(|t| gemma.files()[t.file].path());
+            return at.unwrap_or(gemma.path()).into();
         }
         let checkpoint = self.upsampler.as_ref().filter(|_| source == UPSAMPLER).unwrap_or(&self.model);
         let at = checkpoint.tensor(key).map(|t| checkpoint.files()[t.file].path());
@@ -98,8 +123,8 @@ impl ModelFiles {
     /// Paths of all files, for a run right after compiling.
     pub fn paths(&self) -> Vec<PathBuf> {
         let mut paths = self.model.paths();
-        paths.extend(self.gemma.tokenizer_path());
-        paths.extend(self.gemma.files().iter().map(|f| f.path().to_path_buf()));
+        paths.extend(self.gemma.iter().filter_map(GemmaFolder::tokenizer_path));
+        paths.extend(self.gemma.iter().flat_map(GemmaFolder::files).map(|f| f.path().to_path_buf()));
         paths.extend(self.upsampler.iter().flat_map(Checkpoint::paths));
         paths
     }
@@ -109,8 +134,10 @@ impl ModelFiles {
     /// # Errors
     /// A file that cannot be read.
     pub fn sources(&self) -> Result<Vec<WeightSource>> {
-        let gemma = gemma_source(&self.gemma, self.verify)?;
-        let mut sources = vec![checkpoint_source(MODEL, &self.model, self.verify)?, gemma];
+        let mut sources = vec![checkpoint_source(MODEL, &self.model, self.verify)?];
+        if let Some(gemma) = &self.gemma {
+            sources.push(gemma_source(gemma, self.verify)?);
+        }
         if let Some(upsampler) = &self.upsampler {
             sources.push(checkpoint_source(UPSAMPLER, upsampler, self.verify)?);
         }
@@ -120,22 +147,65 @@ impl ModelFiles {
 
 /// A checkpoint as a source of plans, with the identity of every file.
 pub(crate) fn checkpoint_source(name: &str, checkpoint: &Checkpoint, verify: bool) -> Result<WeightSource> {
-    Ok(weight_source(name, checkpoint.identities(verify)?, checkpoint.tensors()))
+    Ok(weight_source(name, checkpoint.identities(verify)?, checkpoint.files(), checkpoint.tensors()))
 }
 
 /// The text encoder as a source of plans, with the identity of every file.
 pub(crate) fn gemma_source(gemma: &GemmaFolder, verify: bool) -> Result<WeightSource> {
-    Ok(weight_source(GEMMA, gemma.identities(verify)?, gemma.tensors()))
+    Ok(weight_source(GEMMA, gemma.identities(verify)?, gemma.files(), gemma.tensors()))
 }
 
 fn weight_source<'t>(
     name: &str,
-    files: Vec<FileIdentity>,
+    identities: Vec<FileIdentity>,
+    files: &[WeightFile],
     tensors: impl Iterator<Item = (&'t str, Location<'t>)>,
 ) -> WeightSource {
-    let keys: Vec<(String, String)> = tensors.map(|(key, at)| (key.to_string(), at.stored.key.clone())).collect();
+    // Folders of components have the same keys in several files.
+    let has = |file: &WeightFile, key: &str| file.header().tensor(key).is_some_and(|t| t.ty().is_some());
+    let in_files = |at: Location<'_>| match files.iter().take(at.file).any(|file| has(file, &at.stored.key)) {
+        true => WeightSource::in_file(at.file, &at.stored.key),
+        false => at.stored.key.clone(),
+    };
+    let keys: Vec<(String, String)> = tensors.map(|(key, at)| (key.to_string(), in_files(at))).collect();
     let renames = WeightSource::renames_of(keys.iter().map(|(a, b)| (a.as_str(), b.as_str())));
-    WeightSource { name: name.into(), files, renames }
+    WeightSource { name: name.into(), files: identities, renames }
+}
+
+/// The model that is named, whole, in parts, or with parts replaced; and its path, or that of its transformer.
+fn model(args: &ModelArgs) -> Result<(Checkpoint, PathBuf)> {
+    let found = |path: &Option<PathBuf>| path.as_deref().map(local).transpose();
+    let Some(named) = args.checkpoint_path.as_ref().or(args.transformer_path.as_ref()) else {
+        bail!("`--checkpoint-path` is missing: it names the model file or folder");
+    };
+    let (path, is_split) = (variant(local(named)?, args.variant)?, args.transformer_path.is_some());
+    let replaced = [&args.video_vae_path, &args.audio_vae_path, &args.embeddings_connectors];
+    let replaced = replaced.into_iter().flatten().next();
+    if let (false, Some(part), true) = (is_split, replaced, path.is_dir()) {
+        bail!(
+            "`{}` is a folder, and `{}` replaces a part of a single file; name that file, or the transformer's with \
+             `--transformer-path`",
+            path.display(),
+            part.display()
+        );
+    }
+    if !is_split && replaced.is_none() {
+        return Ok((Checkpoint::open(&path)?, path));
+    }
+    let text = match &args.embeddings_connectors {
+        // A single file has all but Gemma.
+        None if is_split => found(&args.text_encoder_path)?.filter(|path| path.is_file()),
+        connectors => found(connectors)?,
+    };
+    let parts = checkpoint::ModelFiles {
+        checkpoint: (!is_split).then(|| path.clone()),
+        transformer: is_split.then(|| path.clone()),
+        text_encoder: text,
+        video_vae: found(&args.video_vae_path)?,
+        audio_vae: found(&args.audio_vae_path)?,
+        ..checkpoint::ModelFiles::default()
+    };
+    Ok((Checkpoint::open_files(&parts)?, path))
 }
 
 /// A path as it is, or the local copy of a hub name.
@@ -145,6 +215,67 @@ pub(crate) fn local(path: &Path) -> Result<PathBuf> {
     }
     let name = path.to_str().with_context(|| format!("`{}` does not exist", path.display()))?;
     Ok(hub::resolve(name)?)
+}
+
+/// The spatial upscaler that is in the folder of a model, or beside its file.
+///
+/// # Errors
+/// Several of them.
+pub(crate) fn upsampler_beside(model: &Path) -> Result<Option<PathBuf>> {
+    let folder = if model.is_dir() { model } else { model.parent().unwrap_or(Path::new(".")) };
+    let folders = ["latent_upsampler", "spatial_upsampler", "spatial_upscaler"].map(|name| folder.join(name));
+    if let Some(path) = folders.into_iter().find(|path| model.is_dir() && path.is_dir()) {
+        return Ok(Some(path));
+    }
+    let is_upsampler = |name: &str| name.contains("spatial-upscaler-x2") || name.contains("spatial-upsampler-x2");
+    let mut found = named_files(folder, &is_upsampler);
+    match (found.pop(), found.pop()) {
+        (Some(one), Some(other)) => bail!(
+            "`{}` and `{}` are both upscalers beside the model; name one with `--spatial-upsampler-path`",
+            other.display(),
+            one.display()
+        ),
+        (found, _) => Ok(found),
+    }
+}
+
+/// The safetensors files in a folder whose names are like this, sorted.
+fn named_files(folder: &Path, is_like: &dyn Fn(&str) -> bool) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
+    let is_safetensors = |path: &PathBuf| path.extension().is_some_and(|e| e == "safetensors");
+    let named = |path: &PathBuf| path.file_name().and_then(|name| name.to_str()).is_some_and(is_like);
+    let mut found: Vec<PathBuf> = entries.filter(is_safetensors).filter(named).collect();
+    found.sort();
+    found
+}
+
+/// The model in a folder of several that is meant; a file must be what is meant.
+fn variant(model: PathBuf, variant: Option<Variant>) -> Result<PathBuf> {
+    let Some(variant) = variant else { return Ok(model) };
+    let (word, training) = match variant {
+        Variant::Distilled => ("distilled", Training::Distilled),
+        Variant::Dev => ("dev", Training::Full),
+    };
+    if !model.is_dir() || model.join("model_index.json").is_file() {
+        return match training_named(&model) {
+            Some(other) if other != training => {
+                bail!("`{}` is not called {word}; leave `--variant {word}` out, or name another file", model.display())
+            }
+            _ => Ok(model),
+        };
+    }
+    let is_other = |name: &str| ["lora", "upscaler", "upsampler", "vae"].iter().any(|part| name.contains(part));
+    let is_meant = |name: &str| training_named(Path::new(name)) == Some(training) && !is_other(name);
+    let mut found = named_files(&model, &is_meant);
+    match (found.pop(), found.pop()) {
+        (Some(one), None) => Ok(one),
+        (None, _) => bail!("`{}` has no file that is called {word}; name the file of the model", model.display()),
+        (Some(one), Some(other)) => bail!(
+            "`{}` and `{}` are both called {word}; name one of them with `--checkpoint-path`",
+            other.display(),
+            one.display()
+        ),
+    }
 }
 
 /// Text encoder inside a diffusers folder.
@@ -179,25 +310,26 @@ pub fn assemble(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
     let model = Components::read(files, shape)?;
     model.check(files, shape)?;
     let (dtype, mut programs) = (shape.dtype, Programs::default());
-    let mut asked = vec![(MODEL, model.weights.clone()), (GEMMA, Weights::new(GEMMA, &files.gemma))];
-
-    let text_weights = TextWeights {
-        gemma: asked[1].1.clone(),
-        projection: model.weights.clone(),
-        transformer: model.weights.clone(),
-    };
-    // Gemma 3 adds up states beyond 65504, the largest number of f16.
-    let states = if dtype == DType::F16 { DType::F32 } else { dtype };
-    for bucket in BUCKETS {
-        programs.add("text", &format!("encode.{bucket}"), text::encode(&model.text, &text_weights, bucket, states));
-    }
-    if shape.enhances_prompt {
-        match enhance::programs(&model.text.gemma, &asked[1].1, states) {
-            Ok(built) => programs.built.extend(built),
-            Err(failure) => programs.fail(failure),
+    let mut asked = vec![(MODEL, model.weights.clone())];
+    if let (Some(config), Some(gemma)) = (&model.text, &files.gemma) {
+        let gemma = Weights::new(GEMMA, gemma);
+        let text_weights =
+            TextWeights { gemma: gemma.clone(), projection: model.weights.clone(), transformer: model.weights.clone() };
+        // Gemma 3 adds up states beyond 65504, the largest number of f16.
+        let states = if dtype == DType::F16 { DType::F32 } else { dtype };
+        for bucket in BUCKETS {
+            programs.add("text", &format!("encode.{bucket}"), text::encode(config, &text_weights, bucket, states));
         }
+        if shape.enhances_prompt {
+            match enhance::programs(&config.gemma, &gemma, states) {
+                Ok(built) => programs.built.extend(built),
+                Err(failure) => programs.fail(failure),
+            }
+        }
+        asked.push((GEMMA, gemma));
     }
-    let connectors = &model.text.connectors;
+    // Contexts from elsewhere have the shapes that this one gives.
+    let connectors = &model.connectors;
     programs.add("text", "connect", text::connect(connectors, &model.weights, text::CONTEXT_TOKENS, dtype));
 
     let (mut stages, factors) = (model.stages(shape)?, model.factors());
@@ -288,7 +420,8 @@ pub fn assemble(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
         programs.add("sound", "decode_audio", module);
     }
 
-    tensors::check(files, &asked, shape.modalities.len() == 2 && !keeps_sound, programs.failure)?;
+    let is_whole = shape.modalities.len() == 2 && !keeps_sound && model.text.is_some();
+    tensors::check(files, &asked, is_whole, programs.failure)?;
     let pipeline = model.pipeline(files, shape, stages, inputs, tiles)?;
     Ok(Assembly { programs: programs.built, pipeline })
 }
@@ -346,7 +479,9 @@ struct Components<'a> {
     checkpoint: &'a Checkpoint,
     /// One view for all programs, so that what is wrong with the files is known in the end.
     weights: Weights<'a>,
-    text: TextConfig,
+    /// Of the text encoder, if there is one.
+    text: Option<TextConfig>,
+    connectors: Connectors,
     transformer: TransformerConfig,
     /// Of what is made; files of models for one modality have no others.
     video_vae: Option<VideoVaeConfig>,
@@ -383,12 +518,17 @@ impl<'a> Components<'a> {
             Modality::Video => text::Modality::Video,
             Modality::Audio => text::Modality::Audio,
         });
+        let made: Vec<text::Modality> = made.collect();
+        let text = |gemma: &GemmaFolder| -> Result<TextConfig> {
+            Ok(TextConfig::from_json(gemma.config(), model.section("transformer")?)?.only(made.clone()))
+        };
         // The transformer comes before the text side, which reads the same section and a file of its own.
         Ok(Components {
             checkpoint: model,
             weights: Weights::new(MODEL, model).with_adapter_slots(shape.adapter_rank),
             transformer: TransformerConfig::from_json(model.section("transformer")?).with_context(name)?,
-            text: TextConfig::from_json(files.gemma.config(), model.section("transformer")?)?.only(made.collect()),
+            text: files.gemma.as_ref().map(text).transpose()?,
+            connectors: Connectors::from_json(model.section("transformer")?)?.only(made),
             video_vae: vae.map(VideoVaeConfig::from_json).transpose().with_context(name)?,
             audio_vae: audio_vae.map(AudioVaeConfig::from_json).transpose().with_context(name)?,
             vocoder: vocoder.map(VocoderConfig::from_json).transpose().with_context(name)?,
@@ -419,7 +559,7 @@ impl<'a> Components<'a> {
                 "`{name}`: the audio VAE has tokens of {tokens} values, the transformer takes {audio}; they are not of one model"
             );
         }
-        for (modality, width) in self.text.connectors.made_widths() {
+        for (modality, width) in self.connectors.made_widths() {
             let stream = match modality {
                 text::Modality::Video => transformer::Stream::Video,
                 text::Modality::Audio => transformer::Stream::Audio,
@@ -436,7 +576,8 @@ impl<'a> Components<'a> {
 
     /// Checks that the text projection was made for the states of this text encoder.
     fn check_projection(&self, files: &ModelFiles) -> Result<()> {
-        let gemma = &self.text.gemma;
+        let (Some(text), Some(folder)) = (&self.text, &files.gemma) else { return Ok(()) };
+        let gemma = &text.gemma;
         let given = gemma.states().saturating_mul(gemma.hidden_size);
         for kind in ["", "video_", "audio_"] {
             let stored = files.model.tensor_type(&format!("text_embedding_projection.{kind}aggregate_embed.weight"));
@@ -445,7 +586,7 @@ impl<'a> Components<'a> {
                 bail!(
                     "the text encoder `{}` gives {} states of {} values, {given} in all; `{}` takes {taken}; name the Gemma that \
                      the model was trained with",
-                    files.gemma.path().display(),
+                    folder.path().display(),
                     gemma.states(),
                     gemma.hidden_size,
                     files.model.name()
@@ -488,7 +629,7 @@ impl<'a> Components<'a> {
             };
             let grid = if has_video { grid(shrink) } else { [0; 3] };
             let tiles = draft.tiles.map(|tiles| TilePlan::denoise(grid.map(|n| n as usize), tiles)).transpose()?;
-            let sampler = shape.sampling.sampler().filter(|_| i == 0).unwrap_or(draft.sampler);
+            let sampler = shape.sampling.sampler()?.filter(|_| i == 0).unwrap_or(draft.sampler);
             Ok(Stage {
                 name: draft.name.into(),
                 height: if has_video { height as u32 } else { 0 },
@@ -540,7 +681,8 @@ impl<'a> Components<'a> {
         inputs: Inputs,
         decode: TilePlan,
     ) -> Result<Pipeline> {
-        let tokenizer = files.gemma.tokenizer_json()?;
+        let tokenizer = files.gemma.as_ref().map(GemmaFolder::tokenizer_json).transpose()?;
+        let tokenizer = tokenizer.map(|json| (json.len() as u64, *blake3::hash(&json).as_bytes()));
         let version = self.checkpoint.model_version().unwrap_or_default();
         let definition = definition(shape.pipeline);
         let audio_vae = self.audio_vae.as_ref();
@@ -574,10 +716,10 @@ impl<'a> Components<'a> {
                 },
             },
             text: TextSettings {
-                buckets: BUCKETS.map(|n| n as u32).into(),
+                buckets: tokenizer.iter().flat_map(|_| BUCKETS.map(|n| n as u32)).collect(),
                 length: text::CONTEXT_TOKENS as u32,
-                registers: self.text.connectors.registers(&self.weights, text::CONTEXT_TOKENS)? as u32,
-                tokenizer: (tokenizer.len() as u64, *blake3::hash(&tokenizer).as_bytes()),
+                registers: self.connectors.registers(&self.weights, text::CONTEXT_TOKENS)? as u32,
+                tokenizer: tokenizer.unwrap_or_default(),
             },
             stages,
             inputs,

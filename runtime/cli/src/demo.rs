@@ -3,7 +3,7 @@
 use anyhow::{Context, Result};
 use ltxc_models::synth::{Preset, synth};
 
-use crate::args::{AdapterArgs, ContentArgs, DemoArgs, ModelArgs, OutputArgs, RunArgs, ShapeArgs};
+use crate::args::{ContentArgs, DemoArgs, ModelArgs, OutputArgs, RunAdapterArgs, RunArgs, ShapeArgs};
 use crate::report::Report;
 use crate::run::Occurrences;
 use crate::synth::SEED;
@@ -25,13 +25,13 @@ pub fn run(args: &DemoArgs, report: &mut Report) -> Result<()> {
             checkpoint_path: Some(model.checkpoint),
             gemma_root: Some(model.gemma),
             spatial_upsampler_path: model.upsamplers.into_iter().next(),
-            verify: false,
+            ..ModelArgs::default()
         },
         shape: ShapeArgs { height: Some(256), width: Some(384), num_frames: Some(49), ..ShapeArgs::default() },
         content: ContentArgs { prompt: Some(PROMPT.into()), seed: SEED.to_string(), ..ContentArgs::default() },
-        adapters: AdapterArgs::default(),
-        lora_mode: None,
-        output: args.output.clone(),
+        adapters: RunAdapterArgs::default(),
+        output: Some(args.output.clone()),
+        config: None,
         frozen: false,
         writing: OutputArgs::default(),
         debug: Default::default(),

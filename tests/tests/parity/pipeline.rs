@@ -383,6 +383,7 @@ impl Files {
             gemma_root: Some(gemma.clone()),
             spatial_upsampler_path: Some(file(upsampler)),
             verify: true,
+            ..ModelArgs::default()
         };
         let device = find(Some("cpu")).named(&DeviceName::Cpu).expect("there is a processor").clone();
         Files { args, folders: vec![root().join(folder), gemma], device }
@@ -425,9 +426,8 @@ impl Files {
         let weights = WeightFiles::open(plan, &self.folders, true).unwrap_or_else(|e| panic!("{e}"));
         let targets = adapters::targets(plan, &weights).unwrap_or_else(|e| panic!("{e:#}"));
         let fits = loras.fit(&targets, &plan.pipeline.name).unwrap_or_else(|e| panic!("{e:#}"));
-        let mut report = ltxc::report::Report::new(ltxc::report::Style::Quiet);
         let mode = adapters::mode(None, plan);
-        loras.stages(fits, &plan.pipeline, mode, &mut report).unwrap_or_else(|e| panic!("{e:#}"))
+        loras.stages(fits, &plan.pipeline, mode, &mut Default::default()).unwrap_or_else(|e| panic!("{e:#}")).0
     }
 
     fn run(&self, plan: &Plan, request: &Request<'_>) -> Outcome {

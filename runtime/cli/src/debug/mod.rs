@@ -6,7 +6,7 @@
 //! | `names` | names of values as people and other tools know them |
 //! | `sums`, `log` | lines of sums, and where they go |
 //! | `profile` | times of programs and kernels |
-//! | `entries`, `compare` | logs as numbers under keys, and two of them side by side |
+//! | `entries`, `compare`, `elements` | logs as numbers under keys, two of them side by side, and two files of tensors |
 //! | `recording`, `parity` | recorded tensors of the reference, and how ours compare with them |
 //! | `modules`, `pipeline` | one graph, or a whole run, for its values instead of its picture |
 //! | `evaluation` | one evaluation of the transformer on given inputs |
@@ -14,13 +14,15 @@
 //! | `lora` | a LoRA here and in the reference |
 //! | `bisect`, `reference` | the first op that differs between two settings, and from a reference |
 //! | `commands`, `smoke` | commands that run others; a short run of every pipeline |
-//! | `noise`, `weights`, `manifest`, `text`, `vae`, `denoising`, `latents`, `positions`, `schedule`, `video_stats` | one part of a model or run each |
+//! | `noise`, `weights`, `against`, `manifest`, `text`, `vae`, `denoising`, `latents`, `positions`, `schedule`, `video_stats` | one part of a model or run each |
 
+mod against;
 pub mod bisect;
 pub mod command;
 pub mod commands;
 pub mod compare;
 pub mod denoising;
+mod elements;
 pub mod entries;
 pub mod evaluation;
 pub mod flags;

@@ -168,7 +168,14 @@ fn the_first_nan_is_named_with_its_layer() {
         "{facts}"
     );
     assert!(facts["nan"].as_u64() > Some(0) && !facts["reads"].as_array().unwrap().is_empty(), "{facts}");
+    // Step and pass, and the values beside the first bad one.
+    assert_eq!((facts["run"].as_u64(), facts["pass"].as_str()), (Some(0), Some("cond")), "{facts}");
+    let place_of_first = facts["first"].as_u64().unwrap() - facts["around_from"].as_u64().unwrap();
+    assert_eq!(facts["around"][place_of_first as usize], "NaN", "{facts}");
     assert_eq!(nan(&tiny().checkpoint).code, Some(0));
+    let step = ["debug", "step", "--check-nan", "--checkpoint-path", &faulty.display().to_string()];
+    let found = crate::binary::sentence(&place.run(&step), &["transformer.blocks.1.", "first at", "values from"]);
+    assert!(!found.contains("--allow-bad-numerics"), "{found}");
 
     // A run stops, too, and says where; with the flag it names the first value.
     let run = |checkpoint: &Path, more: &[&str]| {
@@ -464,6 +471,7 @@ fn runs_are_compared_step_by_step_and_shown_block_by_block() {
     let compare = ["--compare", &recording.display().to_string()];
     let (code, rows, errors) = run(&ltx2(), &compare);
     assert_eq!(code, Some(0), "{rows:?} {errors}");
+    let rows = rows.last().unwrap()["tensors"].as_array().unwrap();
     let names: Vec<&str> = rows.iter().filter_map(|r| r["tensor"].as_str()).collect();
     for name in ["stage1.video.noised", "stage1.step7.audio.denoised", "stage2.step2.video.latent"] {
         assert!(names.contains(&name), "no `{name}` in {names:?}");
@@ -471,7 +479,7 @@ fn runs_are_compared_step_by_step_and_shown_block_by_block() {
     let table = format!("{BLOCK_1}scale_shift_table");
     let faulty = with_tensor(&place, &ltx2(), &table, |bytes| swap_rows(bytes, 6, 0, 1));
     let (code, rows, _) = run(&faulty, &compare);
-    let first = rows.last().unwrap()["first_different"].clone();
+    let first = rows.last().unwrap()["first"]["tensor"].clone();
     assert_eq!((code, first.as_str()), (Some(1), Some("stage1.step0.video.denoised")), "{rows:?}");
     // Streams behind every block of every step, and logs as a run writes them.
     let (_, rows, errors) = run(&ltx2(), &["--blocks", "--debug-stage-sums-path", "sums.log"]);
@@ -491,6 +499,8 @@ fn runs_are_compared_step_by_step_and_shown_block_by_block() {
         (facts["tensor"].as_str(), &facts["shape"]),
         (Some("stage2.step0.video.latent"), &serde_json::json!([1, 8, 2, 2, 2]))
     );
+    let shares = facts["histogram"].as_array().unwrap().iter().map(|share| share[1].as_f64().unwrap());
+    assert!((0.9..1.0 + 1e-9).contains(&shares.sum::<f64>()), "{facts}");
     crate::binary::sentence(&latents(&["--step", "99"]), &["`stage1` has no step 99"]);
 }
 

@@ -28,6 +28,7 @@ use crate::args::{PipelineName, SamplingArgs, ShapeArgs};
 use crate::assemble::ModelFiles;
 use crate::debug::pipeline::{Pipeline, Tensors, plan_for};
 use crate::debug::recording::TensorFile;
+use crate::debug::session::Session;
 use crate::job::{References, Shape};
 use crate::pipelines::{definition, stage_choice};
 
@@ -54,7 +55,8 @@ pub(super) fn check(setup: &Setup<'_>, rows: &mut Vec<Row>) -> Result<()> {
         for (name, path) in setup.references.below(&folder) {
             let needs_upsampler = pipeline_of(&name).is_some_and(|p| definition(p).has_two_stages);
             if pipeline_of(&name).is_some() && (setup.files.upsampler.is_some() || !needs_upsampler) {
-                check_run(&setup.files, setup.device, &path, rows).with_context(|| format!("run {name}"))?;
+                let on = RunOn { device: setup.device, options: Options::default(), session: setup.session };
+                check_run(&setup.files, &on, &path, rows).with_context(|| format!("run {name}"))?;
             }
         }
     }
@@ -65,11 +67,21 @@ fn pipeline_of(name: &str) -> Option<PipelineName> {
     PIPELINES.iter().find(|(start, _)| name.starts_with(start)).map(|(_, pipeline)| *pipeline)
 }
 
+/// How a recorded run is repeated.
+pub struct RunOn<'a> {
+    /// What runs it.
+    pub device: &'a Device,
+    /// Options of the compiler.
+    pub options: Options,
+    /// What is logged.
+    pub session: &'a Session,
+}
+
 /// Runs what the recording at `path` is of, and compares; `rows` gets what is found, in the order of the run.
 ///
 /// # Errors
 /// A recording that is no run, a file that it names and that is not there, or a run that fails.
-pub fn check_run(files: &ModelFiles, device: &Device, path: &Path, rows: &mut Vec<Row>) -> Result<()> {
+pub fn check_run(files: &ModelFiles, on: &RunOn<'_>, path: &Path, rows: &mut Vec<Row>) -> Result<()> {
     let stem = path.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
     let known = || format!("`{}` is named like no run; recordings of runs begin with {}", path.display(), names());
     let pipeline = pipeline_of(&stem).with_context(known)?;
@@ -80,11 +92,12 @@ pub fn check_run(files: &ModelFiles, device: &Device, path: &Path, rows: &mut Ve
     let appends_first = definition(pipeline).brings.appends_first_image;
     let keyframes = images.iter().filter(|i| i.frame > 0 || appends_first).count();
     let shape = run.with_adapters(Shape::resolve(&run.shape(&check.meta)?, keyframes)?);
-    let plan = plan_for(files, &shape, device, Options::default())?;
+    let plan = plan_for(files, &shape, on.device, on.options.clone())?;
     let ran = Pipeline {
         plan: &plan,
         paths: files.paths(),
-        device,
+        device: on.device,
+        session: on.session,
         prompt: run.params["prompt"].as_str().context("the recording has no prompt")?,
         negative_prompt: run.params["negative_prompt"].as_str().unwrap_or_default(),
         images: &images,
@@ -179,6 +192,31 @@ fn compare_substeps(check: &mut Check<'_>, ran: &Tensors, stage: &str, modality:
     }
 }
 
+/// The flags that the guiders of a recorded run stand for.
+pub fn sampling(params: &Value) -> SamplingArgs {
+    let number = |modality: &str, key: &str| params[format!("{modality}_guider")][key].as_f64();
+    let blocks = |modality: &str| -> Option<Vec<u32>> {
+        let listed = params[format!("{modality}_guider")]["stg_blocks"].as_array()?;
+        Some(listed.iter().filter_map(Value::as_u64).map(|b| b as u32).collect())
+    };
+    let skip = |modality: &str| number(modality, "skip_step").map(|n| n as u32);
+    SamplingArgs {
+        cfg: number("video", "cfg_scale"),
+        cfg_audio: number("audio", "cfg_scale"),
+        stg: number("video", "stg_scale"),
+        stg_audio: number("audio", "stg_scale"),
+        stg_blocks: blocks("video"),
+        stg_blocks_audio: blocks("audio"),
+        modality: number("video", "modality_scale"),
+        modality_audio: number("audio", "modality_scale"),
+        rescale: number("video", "rescale_scale"),
+        rescale_audio: number("audio", "rescale_scale"),
+        video_skip_step: skip("video"),
+        audio_skip_step: skip("audio"),
+        ..SamplingArgs::default()
+    }
+}
+
 /// A recorded run: what it was given.
 struct Recorded<'a> {
     params: Value,
@@ -206,7 +244,7 @@ impl Recorded<'_> {
             num_frames: size("num_frames", 0)?,
             frame_rate: Some(rate),
             vae_tile: meta.get("tiling").and_then(Value::as_str).and_then(|t| tile_flag(t, &self.params)),
-            sampling: self.sampling(),
+            sampling: sampling(&self.params),
             reference_attention: self.params["conditioning_attention_strength"].is_number(),
             skip_stage_2: self.params["skip_stage_2"].as_bool().unwrap_or(false),
             ..ShapeArgs::default()
@@ -220,36 +258,10 @@ impl Recorded<'_> {
         Shape { references, has_distilled_adapter: self.params["distilled_lora"].is_string(), ..shape }
     }
 
-    /// The flags that its guiders stand for.
-    fn sampling(&self) -> SamplingArgs {
-        let guider = |modality: &str, key: &str| self.params[format!("{modality}_guider")][key].clone();
-        let number = |modality: &str, key: &str| guider(modality, key).as_f64();
-        let blocks = |modality: &str| -> Option<Vec<u32>> {
-            let listed = guider(modality, "stg_blocks");
-            Some(listed.as_array()?.iter().filter_map(Value::as_u64).map(|b| b as u32).collect())
-        };
-        let skip = |modality: &str| number(modality, "skip_step").map(|n| n as u32);
-        SamplingArgs {
-            cfg: number("video", "cfg_scale"),
-            cfg_audio: number("audio", "cfg_scale"),
-            stg: number("video", "stg_scale"),
-            stg_audio: number("audio", "stg_scale"),
-            stg_blocks: blocks("video"),
-            stg_blocks_audio: blocks("audio"),
-            modality: number("video", "modality_scale"),
-            modality_audio: number("audio", "modality_scale"),
-            rescale: number("video", "rescale_scale"),
-            rescale_audio: number("audio", "rescale_scale"),
-            video_skip_step: skip("video"),
-            audio_skip_step: skip("audio"),
-            ..SamplingArgs::default()
-        }
-    }
-
     fn stages(&self, plan: &Plan) -> Result<BTreeMap<String, StageChoice>> {
         let first = plan.pipeline.stages.first().context("the plan has no stages")?;
         let steps = self.params["num_inference_steps"].as_u64().map(|n| n as usize);
-        let choice = stage_choice(first, &plan.pipeline.modalities(), &self.sampling(), steps, None)?;
+        let choice = stage_choice(first, &plan.pipeline.modalities(), &sampling(&self.params), steps, None)?;
         Ok(BTreeMap::from([(first.name.clone(), choice)]))
     }
 
