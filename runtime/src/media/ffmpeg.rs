@@ -91,7 +91,8 @@ impl Ffmpeg {
     /// [`MediaError::Input`] if ffmpeg cannot read the file or finds no pictures, [`MediaError::NoFfmpeg`] if the program
     /// `ffprobe` is not beside it.
     pub fn probe(&self, path: &Path) -> Result<ClipInfo, MediaError> {
-        let show = "stream=width,height,avg_frame_rate,r_frame_rate:stream_side_data=rotation:packet=pts_time,duration_time";
+        let show =
+            "stream=width,height,avg_frame_rate,r_frame_rate:stream_side_data=rotation:packet=pts_time,duration_time";
         let facts = self.ffprobe(path, &["-select_streams", "v:0", "-show_entries", show])?;
         let bad = |what: &str| MediaError::input(path, format!("ffmpeg reads it and finds {what}"));
         let stream = facts["streams"].get(0).ok_or_else(|| bad("no pictures"))?;
