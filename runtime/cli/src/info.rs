@@ -175,7 +175,7 @@ fn model(args: &InfoArgs, path: &Path) -> Result<(String, Value)> {
             checkpoint_path: Some(path.into()),
             gemma_root: args.gemma_root.clone(),
             spatial_upsampler_path: args.spatial_upsampler_path.clone(),
-            verify: false,
+            ..ModelArgs::default()
         };
         let files = ModelFiles::open(&files, shape.has_two_stages())?;
         let plan = compile(&files, &shape, Default::default(), &mut |_, _, _| {})?;

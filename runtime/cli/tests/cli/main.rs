@@ -20,3 +20,4 @@ mod misused_files;
 mod one_modality;
 mod pipelines;
 mod recorded;
+mod spellings;
