@@ -42,4 +42,4 @@ pub use per::Per;
 pub use request::{Conditioning, Output, Request, StageChoice};
 pub use run::run;
 pub use text::{Embeddings, TextContext};
-pub use tiled::tile_name;
+pub use tiled::{tile_name, tile_of};
