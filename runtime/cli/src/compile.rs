@@ -74,7 +74,7 @@ pub fn version() -> String {
 pub fn run(args: &CompileArgs, lora_occurrences: &[usize], report: &mut Report) -> Result<()> {
     let loras = Loras::open(&args.adapters, lora_occurrences)?;
     let shape = Shape::resolve(&args.shape, 0)?.with(&loras)?;
-    let files = ModelFiles::open(&args.model, shape.has_two_stages())?;
+    let files = ModelFiles::of_pipeline(&args.model, shape.pipeline, true)?;
     job::refuse_quantization(&args.shape, files.model.name(), files.model.has_fp8())?;
     loras.check(&files.model, definition(shape.pipeline).name)?;
     let print = |program: &str, pass: &'static str, module: &Module| {

@@ -25,7 +25,7 @@ pub fn run(args: &DemoArgs, report: &mut Report) -> Result<()> {
             checkpoint_path: Some(model.checkpoint),
             gemma_root: Some(model.gemma),
             spatial_upsampler_path: model.upsamplers.into_iter().next(),
-            verify: false,
+            ..ModelArgs::default()
         },
         shape: ShapeArgs { height: Some(256), width: Some(384), num_frames: Some(49), ..ShapeArgs::default() },
         content: ContentArgs { prompt: Some(PROMPT.into()), seed: SEED.to_string(), ..ContentArgs::default() },

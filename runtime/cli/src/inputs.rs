@@ -51,9 +51,14 @@ pub fn weighted(flag: &str, values: &[String], occurrences: &[usize]) -> Result<
 /// # Errors
 /// What is missing or too much, with the flag that gives it.
 pub fn check_given(pipeline: PipelineName, content: &ContentArgs) -> Result<()> {
-    let Definition { name, brings, .. } = definition(pipeline);
-    if brings.pads_references && !content.image.is_empty() {
+    let of = definition(pipeline);
+    let Definition { name, brings, .. } = of;
+    check_text(name, of.denoises(), content)?;
+    if (brings.pads_references || !of.denoises()) && !content.image.is_empty() {
         bail!("pipeline `{name}` takes no images; leave `--image` out");
+    }
+    if !of.denoises() {
+        check_whole(name, content)?;
     }
     let dubs = brings.sound == Some(SoundRole::Reference);
     let is_kept = brings.sound == Some(SoundRole::Kept);
@@ -75,6 +80,32 @@ pub fn check_given(pipeline: PipelineName, content: &ContentArgs) -> Result<()> 
         }
     }
     Ok(())
+}
+
+/// Checks that there is text where it is read, and none elsewhere.
+///
+/// # Errors
+/// A prompt that is missing or of no use.
+pub fn check_text(pipeline: &str, is_read: bool, content: &ContentArgs) -> Result<()> {
+    match (is_read, content.prompt.is_some() || content.embeddings.is_some()) {
+        (true, false) => bail!("`--prompt` is missing: it says what to show"),
+        (false, true) => bail!("pipeline `{pipeline}` reads no text; leave `--prompt` and `--embeddings` out"),
+        _ => Ok(()),
+    }
+}
+
+/// Refuses what chooses a part of a clip, where all of it is used.
+fn check_whole(pipeline: &str, content: &ContentArgs) -> Result<()> {
+    let given = [
+        ("--start-time", content.start_time.is_some()),
+        ("--end-time", content.end_time.is_some()),
+        ("--keep-video", content.keep_video),
+        ("--keep-audio", content.keep_audio),
+    ];
+    match given.iter().find(|(_, given)| *given) {
+        Some((flag, _)) => bail!("pipeline `{pipeline}` takes the clip as a whole, with its sound; leave `{flag}` out"),
+        None => Ok(()),
+    }
 }
 
 /// Frames of the shortest reference video of a run; `None` without one, or if its frames are chosen by their times.
@@ -293,14 +324,16 @@ const MOST_REFERENCE_SECONDS: f64 = 600.0;
 /// # Errors
 /// A file that cannot be read, is too short, or has another rate or size than the plan.
 pub fn load(content: &ContentArgs, references: &[Weighted], plan: &Plan) -> Result<Media> {
-    let (inputs, video) = (&plan.pipeline.inputs, &plan.pipeline.video);
-    let rate = Rational::new(video.frame_rate.0, video.frame_rate.1)?;
-    let seconds = f64::from(video.frames) / rate.to_f64();
+    let inputs = &plan.pipeline.inputs;
+    let ([frames, ..], (num, den)) = plan.pipeline.clip_shape();
+    let rate = Rational::new(num, den)?;
+    let seconds = f64::from(frames) / rate.to_f64();
     let mut media = Media::default();
     let space = colour_space(content, plan)?;
     let load = |given: &Weighted| -> Result<Reference> {
         let fit = if inputs.pads_references { Fit::Pad } else { Fit::Crop };
-        let frames = inputs.references.iter().map(|planned| reference(&given.path, planned, rate, space, fit));
+        let stands = if inputs.doubles_frames { 2 } else { 1 };
+        let frames = inputs.references.iter().map(|planned| reference(&given.path, planned, stands, rate, space, fit));
         Ok(Reference { frames: frames.collect::<Result<_>>()?, strength: given.strength })
     };
     if let (true, Some(given)) = (inputs.references.is_empty(), references.first()) {
@@ -315,8 +348,7 @@ pub fn load(content: &ContentArgs, references: &[Weighted], plan: &Plan) -> Resu
         media.sound = Some(load_audio(&given.path, 0.0, samples as f64 / f64::from(guide.rate_hz.max(1)))?);
     }
     if let Some(path) = &content.video_path {
-        media.clip =
-            Some(clip(content, path, plan, Window { rate, start_seconds: 0.0, frames: video.frames as usize })?);
+        media.clip = Some(clip(content, path, plan, Window { rate, start_seconds: 0.0, frames: frames as usize })?);
         media.sound = match load_audio(path, 0.0, seconds) {
             Ok(recording) => Some(recording),
             Err(MediaError::NoSound { .. }) => None,
@@ -336,20 +368,22 @@ pub fn load(content: &ContentArgs, references: &[Weighted], plan: &Plan) -> Resu
 
 /// A clip of which a part is made anew.
 fn clip(content: &ContentArgs, path: &Path, plan: &Plan, window: Window) -> Result<SourceClip> {
-    let video = &plan.pipeline.video;
+    if plan.pipeline.upscale.is_some() {
+        check_whole(&plan.pipeline.name, content)?;
+    }
+    let ([_, height, width], _) = plan.pipeline.clip_shape();
     let info = info(path)?;
-    if plan.pipeline.inputs.clip.is_some() && (info.width, info.height) != (video.width as usize, video.height as usize)
-    {
+    if plan.pipeline.inputs.clip.is_some() && (info.width, info.height) != (width as usize, height as usize) {
         bail!(
             "`{}` is {}x{}, the plan is for {}x{}; compile it with `--width {} --height {}`, which must be multiples of {}",
             path.display(),
             info.width,
             info.height,
-            video.width,
-            video.height,
+            width,
+            height,
             info.width,
             info.height,
-            video.scale[1]
+            plan.pipeline.video.scale[1]
         );
     }
     let mut frames = Vec::new();
@@ -365,25 +399,29 @@ fn clip(content: &ContentArgs, path: &Path, plan: &Plan, window: Window) -> Resu
     Ok(SourceClip { frames, start: content.start_time.unwrap_or(0.0), end, kept })
 }
 
-/// Frames 0, 1, 1 + s, 1 + 2 s … of a video, fitted to the size of the plan.
+/// Frames 0, 1, 1 + s, 1 + 2 s … of a video whose frames stand `stands` times each, fitted to the size of the plan.
 fn reference(
     path: &Path,
     planned: &ReferenceInput,
+    stands: usize,
     rate: Rational,
     space: Option<ColourSpace>,
     fit: Fit,
 ) -> Result<Vec<f32>> {
     let (count, step) = (planned.frames as usize, planned.time_scale.max(1) as usize);
     let (width, height) = (planned.width as usize, planned.height as usize);
-    let needed = if count < 2 { count } else { 2 + (count - 2) * step };
+    let end = if count < 2 { count } else { 2 + (count - 2) * step };
+    let needed = end.div_ceil(stands);
     let mut frames = Vec::with_capacity(count * width * height * 3);
     let mut index = 0;
     let window = Window { rate, start_seconds: 0.0, frames: needed };
     let found = read_frames(path, window, space, (width, height, fit), &mut |frame| {
-        if index == 0 || (index - 1) % step == 0 {
-            frames.extend(frame);
+        for index in index..(index + stands).min(end) {
+            if index == 0 || (index - 1) % step == 0 {
+                frames.extend_from_slice(&frame);
+            }
         }
-        index += 1;
+        index += stands;
     })?;
     if found < needed {
         bail!(

@@ -15,8 +15,14 @@ pub struct ModelArgs {
     #[arg(long, value_name = "DIR", aliases = ["gemma-path", "text-encoder", "gemma"])]
     pub gemma_root: Option<PathBuf>,
     /// Spatial upscaler, needed by pipelines of two stages.
-    #[arg(long, value_name = "FILE", alias = "spatial-upsampler")]
+    #[arg(long, value_name = "FILE", aliases = ["spatial-upsampler", "spatial-upscaler-weights"])]
     pub spatial_upsampler_path: Option<PathBuf>,
+    /// Temporal upscaler, with which pipeline upscale doubles the frame rate of a clip.
+    #[arg(long, value_name = "FILE", aliases = ["temporal-upsampler", "temporal-upscaler-weights"])]
+    pub temporal_upsampler_path: Option<PathBuf>,
+    /// Double the frame rate, as naming that file does.
+    #[arg(long, requires = "temporal_upsampler_path", hide_short_help = true)]
+    pub temporal: bool,
     /// Compare complete hashes of weight files instead of samples.
     #[arg(long)]
     pub verify: bool,

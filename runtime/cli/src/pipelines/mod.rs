@@ -14,6 +14,7 @@ mod one_stage;
 mod retake;
 mod sampling;
 mod two_stage;
+mod upscale;
 
 use std::path::Path;
 
@@ -24,7 +25,7 @@ use ltxc_models::checkpoint::{Checkpoint, Generation};
 
 use crate::args::PipelineName;
 pub use describe::describe;
-pub use inputs::inputs;
+pub use inputs::{inputs, tiles};
 pub use levels::levels;
 pub use sampling::{guidance, stage_choice};
 
@@ -61,7 +62,7 @@ pub struct Brings {
     pub references: usize,
     /// Whether they are padded to whole latents, and the result has their size.
     pub pads_references: bool,
-    /// A clip of which a part is made anew.
+    /// A clip of which a part is made anew, or that is upscaled.
     pub clip: bool,
     /// A recording.
     pub sound: Option<SoundRole>,
@@ -133,6 +134,7 @@ pub fn definition(name: PipelineName) -> &'static Definition {
         PipelineName::RetakeGuided => &retake::GUIDED,
         PipelineName::Dub => &conditioned::DUB,
         PipelineName::HdrIcLora => &conditioned::HDR_IC_LORA,
+        PipelineName::Upscale => &upscale::UPSCALE,
     }
 }
 
@@ -145,10 +147,17 @@ pub fn takes_references(name: &str) -> bool {
 impl Definition {
     /// Whether a stage of it needs the distilled adapter.
     pub fn needs_distilled_adapter(&self) -> bool {
-        // Which adapters a stage has depends on nothing but the last of these.
-        let basis = Basis { generation: Generation::Ltx2, layers: 1, first_tokens: 1, has_distilled_adapter: false };
-        let stages = (self.stages)(&basis);
-        stages.iter().flat_map(|stage| &stage.adapters).any(|a| a.role == StageAdapter::DISTILLED)
+        self.any_stages().iter().flat_map(|stage| &stage.adapters).any(|a| a.role == StageAdapter::DISTILLED)
+    }
+
+    /// Whether it has stages. Without any it needs neither transformer nor text encoder.
+    pub fn denoises(&self) -> bool {
+        !self.any_stages().is_empty()
+    }
+
+    /// Its stages for some model without a distilled adapter; which adapters a stage has depends on nothing else.
+    fn any_stages(&self) -> Vec<StageDraft> {
+        (self.stages)(&Basis { generation: Generation::Ltx2, layers: 1, first_tokens: 1, has_distilled_adapter: false })
     }
 
     /// Refuses a checkpoint that was trained for other pipelines, as far as its name tells: nothing else does. A full

@@ -250,7 +250,7 @@ fn no_panic(bytes: &[u8], what: &str) {
         checkpoint_path: Some(place.write("model.safetensors", bytes)),
         gemma_root: Some(tiny().gemma.clone()),
         spatial_upsampler_path: Some(tiny().upsampler.clone()),
-        verify: false,
+        ..ModelArgs::default()
     };
     let shape = ShapeArgs { height: Some(64), width: Some(64), num_frames: Some(9), ..ShapeArgs::default() };
     let shape = ltxc::job::Shape::resolve(&shape, 0).unwrap();

@@ -18,3 +18,4 @@ mod misused_files;
 mod one_modality;
 mod pipelines;
 mod recorded;
+mod upscale;
