@@ -97,8 +97,9 @@ impl ColourSpace {
 pub fn displayed(light: [f32; 3]) -> [f32; 3] {
     light.map(|v| {
         // NaN is less than nothing here.
-        let v = v.max(0.0).min(1.0);
-        if v <= 0.003_130_8 { 12.92 * v } else { 1.055 * v.powf(1.0 / 2.4) - 0.055 }
+        let v = f64::from(v.max(0.0).min(1.0));
+        let shown = if v <= 0.003_130_8 { 12.92 * v } else { 1.055 * v.powf(1.0 / 2.4) - 0.055 };
+        shown as f32
     })
 }
 

@@ -1,7 +1,7 @@
 //! A run, whatever the pipeline: encode text → stages → decode. What differs between pipelines stands in the plan. A
 //! pipeline that upscales a clip has no stages, see `upscale`.
 
-use ltxc_ir::plan::{Modality, Pass, Pipeline, Plan, SoundRole, Stage};
+use ltxc_ir::plan::{Modality, Pipeline, Plan, SoundRole, Stage};
 
 use super::decode::decode_video;
 use super::denoise::Contexts;
@@ -36,7 +36,7 @@ pub fn run(
         return run_upscale(executor, upscale, request, observer, output);
     }
     let stages = request.choose(pipeline)?;
-    let needs_negative = stages.iter().any(|s| s.passes().any(|passes| passes.contains(&Pass::Negative)));
+    let needs_negative = request.needs_negative(pipeline)?;
     executor.set_experiments(&request.experiments)?;
     if let Some(placeholder) = request.experiments.placeholder() {
         let latents = placeholders(executor.plan(), request, placeholder)?;
