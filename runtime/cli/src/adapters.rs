@@ -2,7 +2,7 @@
 //!
 //! A file is opened and matched with the model by `ltxc_models`; the runtime gets keys and places in the file.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -19,6 +19,7 @@ use ltxc_runtime::weights::WeightFiles;
 use crate::args::{AdapterArgs, Hdr, LoraMode};
 use crate::assemble::{MODEL, local};
 use crate::pipelines::{Definition, takes_references};
+use crate::report::Report;
 
 /// Strengths beyond this are possible, but hardly ever meant.
 const USUAL_STRENGTH: f64 = 2.0;
@@ -246,6 +247,27 @@ impl Loras {
             Ok(lora.file.fit(targets, self.ignores_unmatched)?)
         });
         fits.collect()
+    }
+
+    /// All of them, to become part of the weights of `targets` for good, and the keys of these.
+    ///
+    /// # Errors
+    /// One that does not fit, or is for certain stages.
+    pub fn merged_into(&self, targets: &LoraTargets, report: &mut Report) -> Result<(AdapterSet, BTreeSet<String>)> {
+        let (mut members, mut keys) = (Vec::new(), BTreeSet::new());
+        for lora in &self.list {
+            if lora.stages.is_some() {
+                bail!(
+                    "`--lora {}` is for certain stages, and a merged weight acts in all; leave `stage=…` out",
+                    lora.file.path().display()
+                );
+            }
+            let fit = lora.file.fit(targets, self.ignores_unmatched)?;
+            report.note(&lora.summary(&fit, &[Some(lora.strength)], &Pipeline::default()));
+            keys.extend(fit.factors.iter().map(|factor| factor.key.clone()));
+            members.push((opened_adapter(&lora.file, fit)?, lora.strength as f32));
+        }
+        Ok((AdapterSet::new(members, AdapterMode::Merged), keys))
     }
 
     /// The adapters of every stage of a plan, given what [`Loras::fit`] found, and a line about each of them.

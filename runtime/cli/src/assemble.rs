@@ -21,7 +21,7 @@ use ltxc_ir::plan::{
 use ltxc_ir::tiling::TilePlan;
 use ltxc_ir::{DType, Module};
 use ltxc_models::audio::{self, AudioVaeConfig, VocoderConfig, decode_audio};
-use ltxc_models::checkpoint::{Checkpoint, GemmaFolder, Generation, Location, hub};
+use ltxc_models::checkpoint::{Checkpoint, GemmaFolder, Generation, Location, WeightFile, hub};
 use ltxc_models::text::{self, Connectors, TextConfig, TextWeights};
 use ltxc_models::transformer::{self, BlockSet, Perturbation, StreamSpec, TransformerConfig, TransformerSpec};
 use ltxc_models::upsampler::{Enlarge, UpsamplerConfig, upsample};
@@ -185,22 +185,29 @@ impl ModelFiles {
 
 /// A checkpoint as a source of plans, with the identity of every file.
 pub(crate) fn checkpoint_source(name: &str, checkpoint: &Checkpoint, verify: bool) -> Result<WeightSource> {
-    Ok(weight_source(name, checkpoint.identities(verify)?, checkpoint.tensors()))
+    Ok(weight_source(name, checkpoint.identities(verify)?, checkpoint.files(), checkpoint.tensors()))
 }
 
 /// The text encoder as a source of plans, with the identity of every file.
 pub(crate) fn gemma_source(gemma: &GemmaFolder, verify: bool) -> Result<WeightSource> {
-    Ok(weight_source(GEMMA, gemma.identities(verify)?, gemma.tensors()))
+    Ok(weight_source(GEMMA, gemma.identities(verify)?, gemma.files(), gemma.tensors()))
 }
 
 fn weight_source<'t>(
     name: &str,
-    files: Vec<FileIdentity>,
+    identities: Vec<FileIdentity>,
+    files: &[WeightFile],
     tensors: impl Iterator<Item = (&'t str, Location<'t>)>,
 ) -> WeightSource {
-    let keys: Vec<(String, String)> = tensors.map(|(key, at)| (key.to_string(), at.stored.key.clone())).collect();
+    // Folders of components have the same keys in several files.
+    let has = |file: &WeightFile, key: &str| file.header().tensor(key).is_some_and(|t| t.ty().is_some());
+    let in_files = |at: Location<'_>| match files.iter().take(at.file).any(|file| has(file, &at.stored.key)) {
+        true => WeightSource::in_file(at.file, &at.stored.key),
+        false => at.stored.key.clone(),
+    };
+    let keys: Vec<(String, String)> = tensors.map(|(key, at)| (key.to_string(), in_files(at))).collect();
     let renames = WeightSource::renames_of(keys.iter().map(|(a, b)| (a.as_str(), b.as_str())));
-    WeightSource { name: name.into(), files, renames }
+    WeightSource { name: name.into(), files: identities, renames }
 }
 
 /// A path that `flag` has to name.

@@ -65,7 +65,7 @@ pub fn run(args: &InspectArgs, json: bool) -> Result<()> {
 }
 
 /// Everything about a plan, for machines.
-fn facts(plan: &Plan, hash: &[u8; 32], bytes: u64) -> Value {
+pub(crate) fn facts(plan: &Plan, hash: &[u8; 32], bytes: u64) -> Value {
     let costs = function_costs(plan);
     let fusion = summaries(plan);
     let need = MemoryNeed::of(plan, rayon::current_num_threads());
@@ -172,7 +172,7 @@ fn hex(hash: &[u8; 32]) -> String {
 }
 
 /// The same for people.
-fn text(plan: &Plan, facts: &Value) -> String {
+pub(crate) fn text(plan: &Plan, facts: &Value) -> String {
     let p = &plan.pipeline;
     let synthetic = if p.model.synthetic { ", synthetic weights" } else { "" };
     let mut out = format!(

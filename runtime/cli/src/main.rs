@@ -7,7 +7,7 @@ use clap::{ArgMatches, CommandFactory, FromArgMatches};
 use ltxc::args::{Cli, Command, LoraCommand, in_our_words};
 use ltxc::report::{Report, Style};
 use ltxc::run::Occurrences;
-use ltxc::{bench, compile, debug, demo, doctor, enhance, inspect, jobs, lora, run, synth, tune};
+use ltxc::{bench, compile, convert, debug, demo, doctor, enhance, info, inspect, jobs, lora, run, synth, tune};
 use ltxc_runtime::RunError;
 
 /// Exit code after Ctrl-C, as shells expect it.
@@ -60,7 +60,13 @@ fn execute(cli: &Cli, matches: &ArgMatches, report: &mut Report) -> anyhow::Resu
             (Some(file), Some(line)) => jobs::run(args, file, line, report),
             (_, line) => run::run(args, &line.map(Occurrences::of).unwrap_or_default(), report),
         },
+        Command::Convert(args) => {
+            let line = matches.subcommand_matches("convert");
+            convert::run(args, &line.map(Occurrences::of).unwrap_or_default().lora, report)
+        }
         Command::Tune(args) => tune::run(args, report),
+        Command::Info(args) => info::run(args, cli.json),
+        Command::EncodeText(args) => return debug::text::export(args, cli.json),
         Command::Inspect(args) => inspect::run(args, cli.json),
         Command::Lora(LoraCommand::Inspect(args)) => lora::inspect(args, cli.json),
         Command::Synth(args) => synth::run(args, report),

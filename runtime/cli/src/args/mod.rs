@@ -17,8 +17,11 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
 use ltxc_models::synth::Preset;
 
+use crate::convert::ConvertArgs;
 use crate::debug::command::{DebugCommand, SCRIPTS};
 use crate::debug::flags::DebugFlags;
+use crate::debug::text::contexts::ExportArgs;
+use crate::info::InfoArgs;
 
 pub use adapters::{AdapterArgs, LoraMode, RunAdapterArgs};
 pub use compiler::{CompilerArgs, FuseLevel};
@@ -58,15 +61,21 @@ pub enum Command {
     Run(Box<RunArgs>),
     /// Compile the kernels of a plan for a device of this machine, and store them in the plan.
     Tune(TuneArgs),
+    /// Tell what a file is: model, LoRA, upsampler, text encoder, plan or GGUF; and what a run of a model would need.
+    Info(Box<InfoArgs>),
     /// Show what a plan, or the graph of model files, contains.
     Inspect(InspectArgs),
     /// Show what a LoRA file contains and which models it fits.
     #[command(subcommand)]
     Lora(LoraCommand),
+    /// Convert model files and LoRAs to other layouts, dtypes and dialects; merge LoRAs; rename keys.
+    Convert(ConvertArgs),
     /// Write synthetic model files in the published format.
     Synth(SynthArgs),
     /// Let the text encoder write a prompt anew, in detail, and print that.
     Enhance(EnhanceArgs),
+    /// Write the text contexts of a prompt to a file, for runs with --embeddings.
+    EncodeText(Box<ExportArgs>),
     /// Measure how long the parts of a plan take, and how close to the limits of the device.
     Bench(BenchArgs),
     /// Make ./demo.mp4 with a tiny synthetic model.

@@ -181,6 +181,11 @@ impl Definition {
     }
 }
 
+/// Whether a checkpoint is a distilled one, if its file is called as it was published.
+pub(crate) fn is_distilled(checkpoint: &Checkpoint) -> Option<bool> {
+    training_of(checkpoint).map(|training| training == Training::Distilled)
+}
+
 /// How a checkpoint was trained, if its file, or the one that a link leads to, is called as it was published.
 fn training_of(checkpoint: &Checkpoint) -> Option<Training> {
     let paths = [vec![PathBuf::from(checkpoint.name())], checkpoint.paths()].concat();
