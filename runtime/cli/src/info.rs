@@ -175,9 +175,9 @@ fn model(args: &InfoArgs, path: &Path) -> Result<(String, Value)> {
             checkpoint_path: Some(path.into()),
             gemma_root: args.gemma_root.clone(),
             spatial_upsampler_path: args.spatial_upsampler_path.clone(),
-            verify: false,
+            ..ModelArgs::default()
         };
-        let files = ModelFiles::open(&files, shape.has_two_stages())?;
+        let files = ModelFiles::of_pipeline(&files, shape.pipeline, true)?;
         let plan = compile(&files, &shape, Default::default(), &mut |_, _, _| {})?;
         let need = MemoryNeed::of(&plan, rayon::current_num_threads());
         let need = need.with_copies(&plan, &|_, source, key| source == MODEL && files.model.is_fp8(key));
