@@ -57,14 +57,14 @@ impl Loras {
             let (this, others) = rest.split_at(n.min(rest.len()));
             rest = others;
             let Some((path, options)) = this.split_first() else { continue };
-            list.push(Lora::parse("--lora", path, options)?);
+            list.push(Lora::parse("--lora", path, options, args.lora_strength)?);
         }
         if let Some((path, options)) = args.distilled_lora.split_first() {
             let is_file = |option: &&String| option.parse::<f64>().is_err() && Path::new(option.as_str()).exists();
             if let Some(second) = options.iter().find(is_file) {
                 bail!("`--distilled-lora` is given as `{path}` and as `{second}`; a run has one, leave the other out");
             }
-            let lora = Lora::parse("--distilled-lora", path, options)?;
+            let lora = Lora::parse("--distilled-lora", path, options, args.distilled_lora_strength)?;
             list.push(Lora { role: StageAdapter::DISTILLED, ..lora });
         }
         let distilled_strengths = [args.distilled_lora_strength_stage_1, args.distilled_lora_strength_stage_2];
@@ -357,8 +357,8 @@ fn missing_distilled(pipeline: &str) -> String {
 }
 
 impl Lora {
-    /// `flag` is for messages.
-    fn parse(flag: &str, path: &str, options: &[String]) -> Result<Lora> {
+    /// `flag` is for messages; `usual` is the strength of LoRAs without one of their own.
+    fn parse(flag: &str, path: &str, options: &[String], usual: Option<f64>) -> Result<Lora> {
         let named = format!("`{flag} {path}`");
         let (mut strength, mut stages) = (None, None);
         for option in options {
@@ -377,7 +377,7 @@ impl Lora {
             }
         }
         let file = LoraFile::open(&local(Path::new(path))?)?;
-        Ok(Lora { file, role: StageAdapter::USER, strength: strength.unwrap_or(1.0), stages })
+        Ok(Lora { file, role: StageAdapter::USER, strength: strength.or(usual).unwrap_or(1.0), stages })
     }
 
     /// Whether it acts in the stage with this index, as `role`.

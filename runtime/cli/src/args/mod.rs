@@ -4,7 +4,9 @@
 
 mod adapters;
 mod compiler;
+mod config;
 mod content;
+mod foreign;
 mod model;
 mod output;
 mod sampling;
@@ -14,7 +16,7 @@ mod words;
 use std::path::PathBuf;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand};
 use ltxc_models::synth::Preset;
 
 use crate::convert::ConvertArgs;
@@ -26,11 +28,11 @@ use crate::info::InfoArgs;
 pub use adapters::{AdapterArgs, LoraMode, RunAdapterArgs};
 pub use compiler::{CompilerArgs, FuseLevel};
 pub use content::{ContentArgs, Hdr, ImageCodec};
-pub use model::ModelArgs;
+pub use model::{ModelArgs, Variant};
 pub use output::OutputArgs;
 pub use sampling::{RuleName, SamplerName, SamplingArgs, ScheduleName, StgMode};
 pub use shape::{DeviceChoice, PipelineName, Precision, ReferenceVersion, ShapeArgs};
-pub use words::in_our_words;
+pub use words::{Line, in_our_words};
 
 /// Compile LTX-2 models ahead of time and run them.
 #[derive(Debug, Parser)]
@@ -50,6 +52,20 @@ pub struct Cli {
     /// Print nothing but results and errors.
     #[arg(long, short, global = true)]
     pub quiet: bool,
+}
+
+/// The parser of the command line. A value may be a negative number everywhere, so that flags say themselves what they take.
+pub fn command() -> clap::Command {
+    with_negative_numbers(Cli::command())
+}
+
+/// The same parser, in which values of flags may be negative numbers.
+pub fn with_negative_numbers(command: clap::Command) -> clap::Command {
+    let command = command.mut_args(|arg| match arg.get_action().takes_values() && !arg.is_positional() {
+        true => arg.allow_negative_numbers(true),
+        false => arg,
+    });
+    command.mut_subcommands(with_negative_numbers)
 }
 
 /// The commands.
@@ -106,6 +122,9 @@ pub struct CompileArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub adapters: AdapterArgs,
+    /// File of flags: .toml, .json or .yaml with their names as keys; the command line wins.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
     /// Leave kernels out of the plan; otherwise it carries those of a GPU that is chosen or named by number.
     #[arg(long)]
     pub no_kernels: bool,
@@ -153,9 +172,12 @@ pub struct RunArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub adapters: RunAdapterArgs,
-    /// Output: .mp4, .wav, or a folder for PNG or EXR frames and a WAV file.
-    #[arg(long, short, value_name = "PATH", default_value = "out.mp4", aliases = ["output-path", "output-dir"])]
-    pub output: PathBuf,
+    /// Output: .mp4, .wav, or a folder for PNG or EXR frames and a WAV file [default: out.mp4, out.wav for sound, out for EXR]
+    #[arg(long, short, value_name = "PATH", aliases = ["output-path", "output-dir"])]
+    pub output: Option<PathBuf>,
+    /// File of flags: .toml, .json or .yaml with their names as keys; the command line wins.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
     /// Fail rather than compile a kernel: use those that the plan carries.
     #[arg(long)]
     pub frozen: bool,

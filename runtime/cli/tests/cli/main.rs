@@ -20,4 +20,5 @@ mod misused_files;
 mod one_modality;
 mod pipelines;
 mod recorded;
+mod spellings;
 mod upscale;

@@ -104,7 +104,10 @@ fn a_clip_gets_more_pixels_more_frames_and_keeps_its_sound() {
     let other = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/clips/reordered.mp4").display().to_string();
     place.refused(&[&planned[..], &[&other]].concat(), &["is 64x48, the plan is for 64x64"]);
     place.refused(&[&planned[..], &["clip.mp4", "-p", "x"]].concat(), &["`upscale` reads no text", "--prompt"]);
-    place.refused(&[&planned[..], &["clip.mp4", "--keep-audio"]].concat(), &["as a whole", "--keep-audio"]);
+    place.refused(
+        &[&planned[..], &["clip.mp4", "--keep-audio"]].concat(),
+        &["`--keep-audio` is about a clip of which a part"],
+    );
     place.refused(&["run", "a.ltxplan", "--weights", &weights, "-o", "b.wav"], &["b.wav"]);
 }
 
@@ -178,7 +181,7 @@ fn what_does_not_fit_is_refused() {
     let run = |more: &[&str], words: &[&str]| run(&[&fits[..], more].concat(), words);
     run(&["-p", "rain"], &["pipeline `upscale` reads no text", "leave `--prompt`"]);
     run(&["--image", &fixture("inputs/image0.png")], &["takes no images", "--image"]);
-    run(&["--start-time", "0.1"], &["takes the clip as a whole", "leave `--start-time` out"]);
+    run(&["--start-time", "0.1"], &["`--start-time` is about a clip of which a part", "takes a clip (`--video-path`)"]);
     run(&["--lora", &fixture("tiny-ltx2/ic-lora-tiny.safetensors")], &["runs no transformer", "leave it out"]);
     run(&["--audio-path", "a.wav"], &["takes no recording", "--audio-path"]);
     refused(&command("run", &[&fits[..], &["-o", "a.mp4"]].concat()), &["needs a clip", "--video-path"]);
