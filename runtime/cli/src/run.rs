@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicBool;
 use anyhow::{Context, Result, bail};
 use clap::ArgMatches;
 use clap::parser::ValueSource;
-use ltxc_ir::plan::{Kernels, Plan, Release, Stage, Upscale, VideoSettings};
+use ltxc_ir::plan::{Kernels, Modality, Plan, Release, Stage, Upscale, VideoSettings};
 use ltxc_runtime::adapters::StageAdapters;
 use ltxc_runtime::backend::{Device, KernelCounts, missing_units, open_with};
 use ltxc_runtime::executor::Executor;
