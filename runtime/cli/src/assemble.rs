@@ -2,7 +2,8 @@
 //!
 //! # Programs
 //! - `encode.<n>` and `connect`: text to contexts, a program per bucket of prompt lengths;
-//! - `enhance.prefill` and `enhance.decode`, if prompts are to be enhanced;
+//! - `enhance.prefill` and `enhance.decode`, if prompts are to be enhanced; `enhance.see` and `enhance.prefill_image`, if
+//!   they can be enhanced with an image;
 //! - one group per stage and kind of conditioning, named by [`StageClass::name`], with a program for every combination
 //!   of modalities that one step may update;
 //! - `encode_image.<stage>`, `upsample`, `decode.<f>x<h>x<w>`, `decode_audio`.
@@ -181,6 +182,11 @@ pub fn assemble(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
     let (dtype, mut programs) = (shape.dtype, Programs::default());
     let mut asked = vec![(MODEL, model.weights.clone()), (GEMMA, Weights::new(GEMMA, &files.gemma))];
 
+    let (mut stages, factors) = (model.stages(shape)?, model.factors());
+    let tokens = model.audio_tokens(shape);
+    let inputs = inputs(shape, &stages, factors, model.audio_vae.as_ref(), tokens)?;
+    let takes_images = inputs.clip.is_none() && stages.iter().all(|stage| stage.tiles.is_none());
+
     let text_weights = TextWeights {
         gemma: asked[1].1.clone(),
         projection: model.weights.clone(),
@@ -191,8 +197,12 @@ pub fn assemble(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
     for bucket in BUCKETS {
         programs.add("text", &format!("encode.{bucket}"), text::encode(&model.text, &text_weights, bucket, states));
     }
+    let mut vision = None;
     if shape.enhances_prompt {
-        match enhance::programs(&model.text.gemma, &asked[1].1, states) {
+        if takes_images && shape.makes(Modality::Video) {
+            vision = enhance::vision(&files.gemma, &asked[1].1)?;
+        }
+        match enhance::programs(&model.text.gemma, vision.as_ref(), &asked[1].1, states) {
             Ok(built) => programs.built.extend(built),
             Err(failure) => programs.fail(failure),
         }
@@ -200,10 +210,6 @@ pub fn assemble(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
     let connectors = &model.text.connectors;
     programs.add("text", "connect", text::connect(connectors, &model.weights, text::CONTEXT_TOKENS, dtype));
 
-    let (mut stages, factors) = (model.stages(shape)?, model.factors());
-    let tokens = model.audio_tokens(shape);
-    let inputs = inputs(shape, &stages, factors, model.audio_vae.as_ref(), tokens)?;
-    let takes_images = inputs.clip.is_none() && stages.iter().all(|stage| stage.tiles.is_none());
     for (i, stage) in stages.iter_mut().enumerate() {
         stage.classes = match &stage.tiles {
             Some(tiles) => classes_of_tiles(stage, tiles, shape, inputs.references.get(i)),
@@ -289,7 +295,8 @@ pub fn assemble(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
     }
 
     tensors::check(files, &asked, shape.modalities.len() == 2 && !keeps_sound, programs.failure)?;
-    let pipeline = model.pipeline(files, shape, stages, inputs, tiles)?;
+    let mut pipeline = model.pipeline(files, shape, stages, inputs, tiles)?;
+    pipeline.text.image = vision.as_ref().map(enhance::image_tokens);
     Ok(Assembly { programs: programs.built, pipeline })
 }
 
@@ -578,6 +585,7 @@ impl<'a> Components<'a> {
                 length: text::CONTEXT_TOKENS as u32,
                 registers: self.text.connectors.registers(&self.weights, text::CONTEXT_TOKENS)? as u32,
                 tokenizer: (tokenizer.len() as u64, *blake3::hash(&tokenizer).as_bytes()),
+                image: None,
             },
             stages,
             inputs,
