@@ -45,6 +45,7 @@ streams otherwise than later releases, which ltxc follows, so only cases with on
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -252,12 +253,7 @@ def record_vision(args):
         image_seq_length=tokens,
     )
 
-    # The long side gets 896 pixels, and values are cut to whole numbers.
-    image = torch.tensor(numpy.array(Image.open(args.image))[..., :3]).movedim(-1, 0)[None].float()
-    height, width = image.shape[-2:]
-    sides = [int(side * (896 / float(max(height, width)))) for side in (height, width)]
-    image = torch.nn.functional.interpolate(image, size=sides, mode="bilinear", align_corners=False)
-    image = image[0].movedim(0, -1).to(torch.uint8)
+    image = as_enhanced(torch.tensor(numpy.array(Image.open(args.image))[..., :3]))
 
     said = PROMPTS["short"]
     request = [{"type": "image"}, {"type": "text", "text": f"User Raw Input Prompt: {said}."}]
@@ -298,6 +294,19 @@ def record_vision(args):
     recording.add("greedy.ids", written.sequences[0, turn.input_ids.shape[1] :].to(torch.int32), whole=True)
     recording.add("greedy.logits", torch.cat(written.logits))
     recording.save(args.out / "vision.safetensors")
+
+
+def as_enhanced(image, long_side=896):
+    """What ltx_pipelines' generate_enhanced_prompt hands to the processor: values are cut to whole numbers in 1.2.0."""
+    height, width = image.shape[:2]
+    scale = long_side / float(max(height, width))
+    rows, columns = int(height * scale), int(width * scale)
+    scale = max(rows / height, columns / width)
+    covering = [math.ceil(side * scale) for side in (height, width)]
+    image = image.movedim(-1, 0)[None].float()
+    image = torch.nn.functional.interpolate(image, size=covering, mode="bilinear", align_corners=False)[0].movedim(0, -1)
+    top, left = (covering[0] - rows) // 2, (covering[1] - columns) // 2
+    return image[top : top + rows, left : left + columns].to(torch.uint8)
 
 
 def set_window(model, window):

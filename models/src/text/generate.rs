@@ -66,11 +66,14 @@ pub fn generate(
         })
         .collect();
 
-    let weights_below = language_model(weights);
-    let mut h = embed(&b, config, &weights_below, ids, dtype);
     let image = soft_tokens.map(|n| {
         let soft = b.param("image", TensorType::f32([1, n, config.hidden_size]), Rate::Step);
-        let at = b.param("image_at", TensorType::i32([]), Rate::Step);
+        (soft, b.param("image_at", TensorType::i32([]), Rate::Step), n)
+    });
+
+    let weights_below = language_model(weights);
+    let mut h = embed(&b, config, &weights_below, ids, dtype);
+    let image = image.map(|(soft, at, n)| {
         h = b.update(h, b.cast(soft, dtype), at, TOKENS);
         [at, b.add(at, b.int_scalar(n as i64))]
     });
