@@ -21,7 +21,7 @@ use ltxc_runtime::executor::Executor;
 use ltxc_runtime::weights::WeightFiles;
 use serde::Serialize;
 
-use crate::measure::{median, relative_difference};
+use crate::measure::{Interval, median, relative_difference};
 use crate::session;
 use crate::subjects::Subject;
 use crate::synthetic;
@@ -60,6 +60,8 @@ pub struct Level {
     pub seconds: f64,
     /// Seconds of full fusion by seconds of this level, the median over rounds.
     pub full_by_this: f64,
+    /// Seconds that full fusion gains over this level, by neighbouring runs; `None` with too few rounds.
+    pub gain: Option<Interval>,
     /// Seconds that full fusion gains over this level by the elementwise bytes that it does not move, at the rate of a large
     /// copy.
     pub predicted_gain: f64,
@@ -73,9 +75,6 @@ pub struct Level {
 
 /// Levels with their names, the most first.
 pub const LEVELS: [(&str, Fuse); 3] = [("full", Fuse::Full), ("composite", Fuse::Composite), ("none", Fuse::None)];
-
-/// Most rounds.
-const ROUNDS: usize = 7;
 
 /// Benchmarks are stopped with the process.
 static NEVER: AtomicBool = AtomicBool::new(false);
@@ -98,7 +97,9 @@ pub fn expected_seconds(plan: &Plan, ceilings: &Ceilings) -> f64 {
     2.0 * LEVELS.len() as f64 * least / EXPECTED_SHARE
 }
 
-/// Measures a component until the rounds or the time are over. `folder` takes its weights.
+/// Measures a component until `rounds` or the time are over. `folder` takes its weights.
+///
+/// Every other round runs the levels backwards, so that a machine that slows down or warms up favours none.
 ///
 /// # Errors
 /// A graph or device that fails.
@@ -107,7 +108,7 @@ pub fn measure(
     device: &Device,
     weights: DType,
     ceilings: &Ceilings,
-    limit: Duration,
+    (rounds, limit): (usize, Duration),
     folder: &Path,
 ) -> Result<ComponentRow> {
     let path = folder.join(format!("{}.safetensors", subject.name.replace(' ', "-")));
@@ -145,8 +146,10 @@ pub fn measure(
         row.missing.iter().map(|[_, why]| why.as_str()).collect::<Vec<_>>().join("; ")
     );
     let start = Instant::now();
-    for round in 0..ROUNDS {
-        for level in &mut running {
+    let count = running.len();
+    for round in 0..rounds {
+        for i in 0..count {
+            let level = &mut running[if round % 2 == 0 { i } else { count - 1 - i }];
             let seconds = level.run()?;
             level.seconds.push(seconds);
         }
@@ -250,6 +253,7 @@ impl<'a> Running<'a> {
             arena_bytes: programs().map(|p| p.arena_bytes.iter().sum::<u64>()).max().unwrap_or(0),
             seconds,
             full_by_this: ratio,
+            gain: Interval::of_median(self.seconds.iter().zip(full).map(|(this, full)| this - full)),
             predicted_gain: 0.0,
             first_seconds: self.first_seconds,
             share: least / seconds,

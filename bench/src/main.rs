@@ -38,7 +38,7 @@ struct Cli {
     #[arg(long, global = true)]
     threads: Option<usize>,
     /// Runs of each side.
-    #[arg(long, global = true, default_value_t = 5)]
+    #[arg(long, global = true, default_value_t = 7)]
     rounds: usize,
     /// Folder for weights and other files of up to 5 GB [default: a temporary one]
     #[arg(long, global = true)]
@@ -153,6 +153,9 @@ struct SuiteArgs {
     /// Only kernels whose name or operand types have this in them.
     #[arg(long)]
     only: Option<String>,
+    /// Only components whose name has this in it.
+    #[arg(long)]
+    component: Option<String>,
 }
 
 /// Full-size models.
@@ -294,6 +297,8 @@ fn run_suite(
         limit: Duration::from_secs_f64(args.seconds.clamp(0.0, 86400.0)),
         kernel_part: args.kernels.clamp(0.0, 1.0),
         only: args.only.clone(),
+        component: args.component.clone(),
+        rounds: cli.rounds,
     };
     let widths = match args.divisor {
         1 => "published widths".to_string(),

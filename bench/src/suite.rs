@@ -6,7 +6,7 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use ltxc::bench::ceilings::Ceilings;
 use ltxc_compiler::Fuse;
 use ltxc_ir::plan::{KernelCall, Plan};
@@ -30,6 +30,10 @@ pub struct Settings {
     pub kernel_part: f64,
     /// Only kernels whose name or types have this in them.
     pub only: Option<String>,
+    /// Only components whose name has this in it.
+    pub component: Option<String>,
+    /// Most rounds of a component.
+    pub rounds: usize,
 }
 
 /// What was measured.
@@ -76,7 +80,12 @@ pub fn run(
             Err(e) => suite.notes.push(format!("PyTorch's ceilings: {e:#}")),
         }
     }
-    let subjects = subjects::subjects(&settings.subjects)?;
+    let mut subjects = subjects::subjects(&settings.subjects)?;
+    if let Some(component) = &settings.component {
+        let names = subjects.iter().map(|s| s.name).collect::<Vec<_>>().join("`, `");
+        subjects.retain(|subject| subject.name.contains(component));
+        ensure!(!subjects.is_empty(), "no component has `{component}` in its name; there are `{names}`");
+    }
     let until = |part: f64| start + settings.limit.mul_f64(part);
     let mut saved = Instant::now();
     let mut save_sometimes = |suite: &Suite| -> Result<()> {
@@ -130,7 +139,14 @@ pub fn run(
         }
         // Every later component may still have half of what is left.
         let limit = if i + 1 < subjects.len() { left / 2 } else { left };
-        match levels::measure(subject, device, settings.subjects.weights, &suite.ceilings, limit, folder) {
+        match levels::measure(
+            subject,
+            device,
+            settings.subjects.weights,
+            &suite.ceilings,
+            (settings.rounds, limit),
+            folder,
+        ) {
             Ok(mut row) => {
                 if let (Some(torch), Some(sizes)) = (&mut torch, subject.block) {
                     for found in torch.block(sizes, settings.subjects.dtype) {
@@ -242,7 +258,11 @@ impl Suite {
             text,
             "Ratios are of full fusion to the level, medians over rounds of neighbouring runs. Gains are of full fusion over",
         );
-        line(text, "the level; predicted is what the elementwise bytes saved take at the rate of a large copy.\n");
+        line(
+            text,
+            "the level, in brackets where the true median lies with 95 % certainty; predicted is what the elementwise",
+        );
+        line(text, "bytes saved take at the rate of a large copy.\n");
         let columns = [
             "component",
             "fusion",
@@ -269,7 +289,7 @@ impl Suite {
                     figure(level.elementwise_bytes as f64 / 1e6),
                     figure(level.seconds * 1e3),
                     if i == 0 { String::new() } else { figure(level.full_by_this) },
-                    if i == 0 { String::new() } else { figure(level.seconds * (1.0 - level.full_by_this) * 1e3) },
+                    if i == 0 { String::new() } else { gain(level) },
                     if i == 0 { String::new() } else { figure(level.predicted_gain * 1e3) },
                     percent(level.share),
                     figure(level.first_seconds * 1e3),
@@ -316,6 +336,15 @@ impl Suite {
             let rows: Vec<Vec<String>> = own.into_iter().map(kernel_cells).collect();
             markdown_table(text, &columns, &rows);
         }
+    }
+}
+
+/// Milliseconds gained, with the interval if there is one.
+fn gain(level: &levels::Level) -> String {
+    let ms = |seconds: f64| figure(seconds * 1e3);
+    match level.gain {
+        Some(gain) => format!("{} [{}, {}]", ms(gain.median), ms(gain.low), ms(gain.high)),
+        None => ms(level.seconds * (1.0 - level.full_by_this)),
     }
 }
 

@@ -6,10 +6,10 @@
 //! Nothing is copied that need not be: a reshape, a contiguous slice or a slice of a weight is the same memory; chains
 //! of movement become one copy; the operands of a concatenation are written where they belong if that is one range.
 
+mod cut;
 mod fused;
 mod map;
 mod place;
-mod rows;
 mod view;
 
 use std::collections::BTreeMap;

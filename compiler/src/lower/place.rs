@@ -9,7 +9,7 @@ use ltxc_ir::TensorType;
 use ltxc_ir::plan::{FunctionCall, KernelCall, Operand, Place, PlanFunction, Step, Storage, Target, Work};
 use ltxc_kernels::catalogue;
 
-use super::rows::{self, Piece};
+use super::cut::{self, Piece};
 use super::view::Base;
 use super::{Action, Draft, DraftOperand, DraftStep};
 use crate::error::CompileError;
@@ -33,7 +33,7 @@ pub(super) fn place(
         match &step.action {
             Action::Work(work) => {
                 check_bindings(name, work, args.len() + results.len(), target)?;
-                let pieces = rows::pieces(Piece { work: work.clone(), args, results }, target);
+                let pieces = cut::pieces(Piece { work: work.clone(), args, results }, target);
                 let pieces = pieces.map_err(|ty| too_large(name, work, &ty, target))?;
                 steps.extend(pieces.into_iter().map(|Piece { work, args, results }| {
                     let arg_types: Vec<&TensorType> = args.iter().map(|a| &a.ty).collect();

@@ -1,7 +1,6 @@
 //! Every pass, and the whole compiler, keep what random modules compute.
 
-use crate::support::interp::Interpreter;
-use crate::support::{arguments, assert_close, evaluate, evaluate_split, plan, random};
+use crate::support::{arguments, assert_close, evaluate, evaluate_split, interpret, plan, random};
 use ltxc_compiler::{Fuse, Options, optimize, passes};
 use ltxc_ir::plan::{Plan, Target};
 use ltxc_ir::verify::verify;
@@ -11,16 +10,6 @@ const SEEDS: u64 = 150;
 
 fn options(fuse: Fuse) -> Options {
     Options { fuse, verify: true, passes_per_evaluation: 2, packs_projections: true, ..Options::default() }
-}
-
-/// Runs all parts of `main` and returns what the last one gives.
-fn interpret(plan: &Plan, args: &[(String, ltxc_ir::eval::Tensor)]) -> Vec<(String, ltxc_ir::eval::Tensor)> {
-    let mut interpreter = Interpreter::new(plan);
-    let mut last = Vec::new();
-    for program in &plan.programs {
-        last = interpreter.run(&program.name, args);
-    }
-    last
 }
 
 #[test]

@@ -4,7 +4,7 @@ use crate::support::interp::Interpreter;
 use crate::support::{self, builder, pipeline};
 use ltxc_compiler::{CompileError, Options};
 use ltxc_ir::eval::Tensor;
-use ltxc_ir::ops::{Attention, Conv, ReduceKind, RopeLayout};
+use ltxc_ir::ops::{Attention, ReduceKind, RopeLayout};
 use ltxc_ir::plan::verify::verify;
 use ltxc_ir::plan::{Plan, SlotPlace, Step, Target, WeightOrigin};
 use ltxc_ir::{Builder, DType, Function, Module, Rate, TensorType};
@@ -302,14 +302,13 @@ fn calls_beyond_32_bits_are_cut() {
 fn tensors_that_cannot_be_cut_are_refused() {
     let module = single("main", |b| {
         let x = b.param("x", TensorType::new(DType::BF16, [1, 1 << 13, 1 << 10, 1 << 10]), Rate::Step);
-        let w = b.weight("model", "w", TensorType::new(DType::BF16, [1, 1, 1 << 10, 8]));
-        let op = Conv { stride: vec![1; 2], dilation: vec![1; 2], pad: vec![(0, 0); 2], groups: 1 };
-        b.result("y", b.conv(op, x, w));
+        let [weight, bias] = ["w", "b"].map(|key| b.weight("model", key, TensorType::new(DType::BF16, [1 << 10])));
+        b.result("y", b.group_norm(x, weight, bias, 32, 1e-6));
     });
     // 2^33 elements are fewer bytes than a device allows, but more than it counts.
     let error = refused(&module, "main", Options::default(), Target { max_tensor_bytes: 1 << 36, ..Target::cuda() });
     let words = error.to_string();
-    for part in ["`conv`", "17179869184 bytes", "allows tensors of 8589803520", "compile a smaller size"] {
+    for part in ["`group_norm`", "17179869184 bytes", "allows tensors of 8589803520", "compile a smaller size"] {
         assert!(words.contains(part), "`{part}` is not in: {words}");
     }
 }

@@ -431,27 +431,52 @@ impl Part {
 
     /// How the part reads operand `arg` when its work is cut into `rows` rows; `None` if it cannot be cut so.
     pub fn access(&self, arg: usize, rows: usize) -> Option<Access> {
-        let ty = &self.args[arg].ty;
+        let (ty, result) = (&self.args[arg].ty, &self.result);
+        let split = leading_axes(result, rows).filter(|&axes| axes <= self.independent_axes())?;
         let as_row = || leading_axes(ty, rows).map(|_| Access::Row);
+        let is_first = arg == 0;
         match &self.kernel {
-            Kernel::Map(_) => {
-                let split = leading_axes(&self.result, rows)?;
-                broadcast_access(ty, &self.result.shape[..split], self.result.rank())
-            }
-            // Rows of the left operand, with one right operand for all.
-            Kernel::Matmul(_) if arg == 0 => leading_axes(&self.result, rows).and_then(|_| as_row()),
-            Kernel::Matmul(_) => (ty.rank() == 2).then_some(Access::Whole),
-            Kernel::RmsNorm(_) | Kernel::LayerNorm(_) if arg > 0 => Some(Access::Whole),
-            Kernel::Rope(_) if arg > 0 => {
-                let split = leading_axes(&self.result, rows)?;
-                broadcast_access(ty, &self.result.shape[..split], self.result.rank())
-            }
+            Kernel::Map(_) => broadcast_access(ty, &result.shape[..split], result.rank()),
+            Kernel::Rope(_) if !is_first => broadcast_access(ty, &result.shape[..split], result.rank()),
+            // Whoever works on some rows of a matrix needs all of the other one.
+            Kernel::Matmul(_) if !is_first && (ty.rank() == 2 || split + 1 == result.rank()) => Some(Access::Whole),
+            // All queries look at the same keys, and add what the bias has for them.
+            Kernel::Attention(_) if split > 1 => match arg {
+                0 => as_row(),
+                1 | 2 => Some(Access::Whole),
+                _ => match ty.shape.split_last_chunk::<2>() {
+                    Some((heads, &[t, _])) if t > 1 => heads.iter().all(|&n| n == 1).then_some(Access::Row),
+                    _ => Some(Access::Whole),
+                },
+            },
+            Kernel::Attention(_) if arg > 2 => broadcast_access(ty, &result.shape[..split], result.rank()),
             // The table is read where the index says, the index by row.
-            Kernel::Gather(_) if arg == 0 => Some(Access::Whole),
-            Kernel::RmsNorm(_) | Kernel::LayerNorm(_) | Kernel::Rope(_) | Kernel::Gather(_) | Kernel::Reduce(_) => {
-                as_row()
+            Kernel::Gather(op) if is_first == (op.axis == 0) => Some(Access::Whole),
+            Kernel::RmsNorm(_) | Kernel::LayerNorm(_) | Kernel::GroupNorm(_) if !is_first => Some(Access::Whole),
+            Kernel::Conv(_) | Kernel::ConvTranspose(_) if !is_first => Some(Access::Whole),
+            _ => as_row(),
+        }
+    }
+
+    /// How many of the leading axes of the result count rows that need nothing from each other.
+    pub fn independent_axes(&self) -> usize {
+        let rank = self.result.rank();
+        match &self.kernel {
+            Kernel::Map(_) => rank,
+            Kernel::RmsNorm(_) | Kernel::LayerNorm(_) => rank.saturating_sub(1),
+            Kernel::Rope(_) => rank.saturating_sub(2),
+            Kernel::Gather(op) => op.axis.max(1),
+            Kernel::Reduce(op) => op.axes.first().copied().unwrap_or(rank),
+            Kernel::Matmul(_) => {
+                let batch = rank.saturating_sub(2);
+                let is_shared = self.args.get(1).is_some_and(|b| b.ty.rank() == 2);
+                if is_shared || self.result.shape[..batch].iter().all(|&d| d == 1) { batch + 1 } else { batch }
             }
-            _ => None,
+            // How many keys a query sees depends on how many come after it.
+            Kernel::Attention(op) if !op.causal && self.result.shape.first() == Some(&1) => 2,
+            Kernel::Attention(_) | Kernel::Conv(_) | Kernel::ConvTranspose(_) | Kernel::GroupNorm(_) => 1,
+            Kernel::Pad(op) => (0..rank).find(|&a| op.lo[a] + op.hi[a] > 0).unwrap_or(rank),
+            Kernel::Copy(_) | Kernel::Update(_) => 0,
         }
     }
 }

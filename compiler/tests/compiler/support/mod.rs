@@ -1,5 +1,6 @@
 //! Shared by the tests of the compiler: random graphs, weights for them, and a plan interpreter.
 
+pub mod cuttable;
 pub mod interp;
 pub mod random;
 
@@ -73,6 +74,16 @@ pub fn evaluate(module: &Module, entry: &str, args: &[(String, Tensor)]) -> Vec<
     let ordered: Vec<Tensor> = f.params.iter().map(|p| find(f.name_of(p.value)).1.clone()).collect();
     let results = Evaluator::new(module, &weight).run(entry, &ordered).unwrap();
     f.results.iter().map(|r| r.name.clone()).zip(results).collect()
+}
+
+/// Runs all parts of `main` of a plan and returns what the last one gives.
+pub fn interpret(plan: &Plan, args: &[(String, Tensor)]) -> Vec<(String, Tensor)> {
+    let mut interpreter = interp::Interpreter::new(plan);
+    let mut last = Vec::new();
+    for program in &plan.programs {
+        last = interpreter.run(&program.name, args);
+    }
+    last
 }
 
 /// Runs `main` as it was split: slow parts first, and what they give is there for the faster ones.

@@ -6,6 +6,7 @@ mod bad_plans;
 mod bench;
 mod binary;
 mod conditioned;
+mod cut;
 mod devices;
 mod enhance;
 mod everyday;

@@ -1,0 +1,42 @@
+//! Flags for low-rank adapters.
+
+use clap::{Args, ValueEnum};
+
+/// Low-rank adapters.
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "Adapters (LoRA)")]
+pub struct AdapterArgs {
+    /// LoRA, repeatable: PATH, then STRENGTH if it is not 1, then stage=1 or stage=2 if it is not for all.
+    #[arg(
+        long,
+        num_args = 1..=3,
+        value_names = ["PATH", "STRENGTH", "STAGE"],
+        action = clap::ArgAction::Append,
+        allow_negative_numbers = true,
+        aliases = ["lora-path", "hdr-lora"]
+    )]
+    pub lora: Vec<String>,
+    /// LoRA that makes a dev model act like a distilled one: PATH, then STRENGTH if it is not 1.
+    #[arg(long, num_args = 1..=2, value_names = ["PATH", "STRENGTH"], allow_negative_numbers = true)]
+    pub distilled_lora: Vec<String>,
+    /// Strength of the distilled LoRA in stage 1, where that stage has it.
+    #[arg(long, value_name = "STRENGTH", allow_negative_numbers = true)]
+    pub distilled_lora_strength_stage_1: Option<f64>,
+    /// Strength of the distilled LoRA in stage 2, where that stage has it.
+    #[arg(long, value_name = "STRENGTH", allow_negative_numbers = true)]
+    pub distilled_lora_strength_stage_2: Option<f64>,
+    /// Go on with LoRAs that have keys which the model has nothing for.
+    #[arg(long)]
+    pub lora_ignore_unmatched: bool,
+}
+
+/// How LoRAs act.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LoraMode {
+    /// Added to the weights when these are loaded, as the reference does.
+    #[value(alias = "fuse")]
+    Merged,
+    /// Computed beside each layer, in plans compiled with --lora-rank.
+    #[value(alias = "side")]
+    Live,
+}

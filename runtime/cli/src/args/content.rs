@@ -1,0 +1,153 @@
+//! Flags for what a run may choose freely.
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+use ltxc_runtime::experiments::Experiment;
+
+/// What a run may choose freely.
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "Content")]
+pub struct ContentArgs {
+    /// What to show; `-` reads standard input, `@FILE` a file.
+    #[arg(long, short, required_unless_present_any = ["jobs", "embeddings"])]
+    pub prompt: Option<String>,
+    /// Text contexts made elsewhere, instead of prompts: .safetensors, .npz or .pt, as `ltxc debug text export` writes them.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["prompt", "negative_prompt"], alias = "text-embeddings")]
+    pub embeddings: Option<PathBuf>,
+    /// Many runs: tables `[[job]]` (.toml) or a JSON object per line (.jsonl), with the names of flags as keys.
+    #[arg(long, value_name = "FILE")]
+    pub jobs: Option<PathBuf>,
+    /// What not to show, for guided pipelines; `@FILE` reads a file [default: a text for every picture]
+    #[arg(long)]
+    pub negative_prompt: Option<String>,
+    /// Seed of all noise, or `random`.
+    #[arg(long, default_value = "10")]
+    pub seed: String,
+    /// Image to start from or pass through, repeatable: PATH, then FRAME, STRENGTH and CRF if they are not 0, 1 and the model's.
+    #[arg(long, num_args = 1..=4, value_names = ["PATH", "FRAME", "STRENGTH", "CRF"], action = clap::ArgAction::Append)]
+    pub image: Vec<String>,
+    /// Reference video of pipelines ic-lora and hdr-ic-lora, repeatable: PATH, then STRENGTH if it is not 1.
+    #[arg(
+        long,
+        num_args = 1..=2,
+        value_names = ["PATH", "STRENGTH"],
+        action = clap::ArgAction::Append,
+        alias = "input"
+    )]
+    pub video_conditioning: Vec<String>,
+    /// How strongly reference videos act, 0 to 1 [default: 1]
+    #[arg(long, value_name = "STRENGTH", alias = "conditioning-strength")]
+    pub conditioning_attention_strength: Option<f32>,
+    /// Video whose brightness says where they act: PATH, then STRENGTH if it is not 1.
+    #[arg(long, num_args = 1..=2, value_names = ["PATH", "STRENGTH"])]
+    pub conditioning_attention_mask: Vec<String>,
+    /// Clip that pipeline dubit speaks anew: H.264 in MP4 or MOV with sound, or what ffmpeg reads.
+    #[arg(long, value_name = "PATH")]
+    pub reference_video: Option<PathBuf>,
+    /// How closely its picture is followed, 0 to 1 [default: 1]
+    #[arg(long, value_name = "STRENGTH")]
+    pub reference_strength: Option<f64>,
+    /// Recording that a2v makes the video for: WAV, FLAC, MP3, AAC, the sound of a video, or what ffmpeg reads.
+    #[arg(long, value_name = "PATH", alias = "audio")]
+    pub audio_path: Option<PathBuf>,
+    /// Where it starts, in seconds [default: 0]
+    #[arg(long, value_name = "SECONDS", alias = "audio-start")]
+    pub audio_start_time: Option<f64>,
+    /// How much of it is used at most, in seconds [default: the length of the video]
+    #[arg(long, value_name = "SECONDS")]
+    pub audio_max_duration: Option<f64>,
+    /// Clip of which a part is made anew: H.264 in MP4 or MOV, a folder of images, or what ffmpeg reads.
+    #[arg(long, value_name = "PATH")]
+    pub video_path: Option<PathBuf>,
+    /// Clip and references are EXR frames, whose numbers are these; EXR frames are written too, into a folder.
+    #[arg(long, value_enum, value_name = "SPACE", ignore_case = true)]
+    pub hdr: Option<Hdr>,
+    /// Where that part begins, in seconds [default: 0]
+    #[arg(long, value_name = "SECONDS")]
+    pub start_time: Option<f64>,
+    /// Where it ends, in seconds [default: with the clip]
+    #[arg(long, value_name = "SECONDS")]
+    pub end_time: Option<f64>,
+    /// Make only the sound of that part anew.
+    #[arg(long)]
+    pub keep_video: bool,
+    /// Make only the picture of that part anew.
+    #[arg(long)]
+    pub keep_audio: bool,
+    /// Steps of the first stage; of a distilled model fewer than its own.
+    #[arg(long, alias = "steps")]
+    pub num_inference_steps: Option<usize>,
+    /// Noise levels of the first stage, from at most 1 down to 0.
+    #[arg(long, value_delimiter = ',')]
+    pub sigmas: Option<Vec<f32>>,
+    /// Noise levels of the second stage.
+    #[arg(long, value_delimiter = ',')]
+    pub sigmas_stage2: Option<Vec<f32>>,
+    /// Guidance by noise level: tables `[[level]]` (.toml) with `up_to` and flags of guidance.
+    #[arg(long, value_name = "FILE")]
+    pub guidance_table: Option<PathBuf>,
+    /// Noise of stage 1, video: read if the file exists, else written.
+    #[arg(long, value_name = "FILE")]
+    pub ltx2_initial_latent_path: Option<PathBuf>,
+    /// Noise of stage 1, sound.
+    #[arg(long, value_name = "FILE")]
+    pub ltx2_audio_latent_path: Option<PathBuf>,
+    /// Noise of stage 2, video.
+    #[arg(long, value_name = "FILE")]
+    pub ltx2_refine_noise_path: Option<PathBuf>,
+    /// Noise of stage 2, sound.
+    #[arg(long, value_name = "FILE")]
+    pub ltx2_refine_audio_noise_path: Option<PathBuf>,
+    /// Codec for the H.264 round trip of images.
+    #[arg(long, value_enum, default_value_t)]
+    pub image_codec: ImageCodec,
+    /// Folder for the noise of all stages: files in it are read, missing ones are written.
+    #[arg(
+        long,
+        value_name = "DIR",
+        conflicts_with_all = [
+            "ltx2_initial_latent_path", "ltx2_audio_latent_path", "ltx2_refine_noise_path", "ltx2_refine_audio_noise_path"
+        ]
+    )]
+    pub noise_bundle: Option<PathBuf>,
+    /// Decode without the noise that some decoders add to latents.
+    #[arg(long, hide_short_help = true)]
+    pub no_decode_noise: bool,
+    /// Deviate from the model, not a fix of anything; repeatable: placeholder-latents=zero|noise, early-text-layers=N,
+    /// cross-attn-scale=S@FROM. The output is marked.
+    #[arg(long, value_name = "NAME[=VALUE]", hide_short_help = true)]
+    pub experiment: Vec<Experiment>,
+    /// Go on with latents or frames that are NaN, infinite or constant.
+    #[arg(long)]
+    pub allow_bad_numerics: bool,
+}
+
+/// What the numbers of EXR frames are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Hdr {
+    /// Light, primaries of sRGB.
+    #[value(name = "SRGB_LINEAR")]
+    SrgbLinear,
+    /// Light, primaries AP1.
+    #[value(name = "ACESCG")]
+    AcesCg,
+    /// A logarithm of light, primaries AP1.
+    #[value(name = "ACESCCT")]
+    AcesCct,
+    /// Light, primaries of sRGB, for LoRAs that know LogC3; references of 8 bits may be given, too.
+    #[value(name = "LOGC3")]
+    LogC3,
+}
+
+/// Codec for the H.264 round trip of conditioning images.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum ImageCodec {
+    /// ffmpeg's libx264 if ffmpeg is installed, else the embedded codec.
+    #[default]
+    Auto,
+    /// The embedded codec.
+    Embedded,
+    /// ffmpeg's libx264.
+    Ffmpeg,
+}

@@ -1,0 +1,285 @@
+//! What was typed. Names are those of the official tools where they have one; other spellings are aliases.
+//!
+//! Nothing is resolved here: see [`crate::job`] for what it means.
+
+mod adapters;
+mod compiler;
+mod content;
+mod model;
+mod output;
+mod sampling;
+mod shape;
+mod words;
+
+use std::path::PathBuf;
+
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use clap::{Args, Parser, Subcommand};
+use ltxc_models::synth::Preset;
+
+use crate::debug::command::{DebugCommand, SCRIPTS};
+use crate::debug::flags::DebugFlags;
+
+pub use adapters::{AdapterArgs, LoraMode};
+pub use compiler::{CompilerArgs, FuseLevel};
+pub use content::{ContentArgs, Hdr, ImageCodec};
+pub use model::ModelArgs;
+pub use output::OutputArgs;
+pub use sampling::{RuleName, SamplerName, SamplingArgs, ScheduleName, StgMode};
+pub use shape::{DeviceChoice, PipelineName, Precision, ReferenceVersion, ShapeArgs};
+pub use words::in_our_words;
+
+/// Compile LTX-2 models ahead of time and run them.
+#[derive(Debug, Parser)]
+#[command(
+    name = "ltxc",
+    version,
+    about,
+    after_help = "Example:\n  ltxc demo            writes ./demo.mp4 from a tiny synthetic model"
+)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+    /// Print one JSON object per event to standard output.
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// Print nothing but results and errors.
+    #[arg(long, short, global = true)]
+    pub quiet: bool,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Compile a plan from model files.
+    Compile(CompileArgs),
+    /// Make a video from a prompt, with a plan or straight from model files.
+    Run(Box<RunArgs>),
+    /// Compile the kernels of a plan for a device of this machine, and store them in the plan.
+    Tune(TuneArgs),
+    /// Show what a plan, or the graph of model files, contains.
+    Inspect(InspectArgs),
+    /// Show what a LoRA file contains and which models it fits.
+    #[command(subcommand)]
+    Lora(LoraCommand),
+    /// Write synthetic model files in the published format.
+    Synth(SynthArgs),
+    /// Let the text encoder write a prompt anew, in detail, and print that.
+    Enhance(EnhanceArgs),
+    /// Measure how long the parts of a plan take, and how close to the limits of the device.
+    Bench(BenchArgs),
+    /// Make ./demo.mp4 with a tiny synthetic model.
+    Demo(DemoArgs),
+    /// Show devices, memory, caches and codecs of this machine.
+    Doctor,
+    /// Find the first tensor that is wrong.
+    #[command(subcommand, after_long_help = SCRIPTS)]
+    Debug(Box<DebugCommand>),
+}
+
+/// `ltxc compile`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Example:\n  ltxc compile --checkpoint-path ltx-2-19b-distilled.safetensors --gemma-root gemma-3-12b \\\n    \
+    --spatial-upsampler-path ltx-2-spatial-upscaler-x2-1.0.safetensors --height 512 --width 768 -o x.ltxplan"
+)]
+pub struct CompileArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub shape: ShapeArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub compiler: CompilerArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub adapters: AdapterArgs,
+    /// Leave kernels out of the plan; otherwise it carries those of a GPU that is chosen or named by number.
+    #[arg(long)]
+    pub no_kernels: bool,
+    /// Where to write the plan.
+    #[arg(long, short, value_name = "FILE", default_value = "model.ltxplan", alias = "output-path")]
+    pub output: PathBuf,
+}
+
+/// `ltxc tune`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Example:\n  ltxc tune x.ltxplan --device cuda:0   runs of x.ltxplan on this GPU compile nothing"
+)]
+pub struct TuneArgs {
+    /// Plan made by `ltxc compile`.
+    pub plan: PathBuf,
+    /// Device: auto, cuda:N, vulkan:N or metal
+    #[arg(long, default_value = "auto")]
+    pub device: DeviceChoice,
+    /// Where to write the plan [default: where it is]
+    #[arg(long, short, value_name = "FILE", alias = "output-path")]
+    pub output: Option<PathBuf>,
+}
+
+/// `ltxc run`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Example:\n  ltxc run x.ltxplan --weights models/ --prompt \"a red fox in deep snow\" -o fox.mp4"
+)]
+pub struct RunArgs {
+    /// Plan made by `ltxc compile`; without one, model files are compiled into the cache first.
+    pub plan: Option<PathBuf>,
+    /// Folder with the weight files of the plan; may be repeated.
+    #[arg(long, value_name = "DIR")]
+    pub weights: Vec<PathBuf>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub shape: ShapeArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub content: ContentArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub adapters: AdapterArgs,
+    /// How LoRAs act [default: live if the plan has room for it]
+    #[arg(long, value_enum)]
+    pub lora_mode: Option<LoraMode>,
+    /// Output: .mp4, .wav, or a folder for PNG or EXR frames and a WAV file.
+    #[arg(long, short, value_name = "PATH", default_value = "out.mp4", aliases = ["output-path", "output-dir"])]
+    pub output: PathBuf,
+    /// Fail rather than compile a kernel: use those that the plan carries.
+    #[arg(long)]
+    pub frozen: bool,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub writing: OutputArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub debug: DebugFlags,
+}
+
+/// `ltxc inspect`.
+#[derive(Debug, Args)]
+pub struct InspectArgs {
+    /// Plan to show; without one, the graph of the model files.
+    pub plan: Option<PathBuf>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub shape: ShapeArgs,
+    /// Print the IR text: kernel calls of a plan, ops of model files.
+    #[arg(long)]
+    pub graph: bool,
+    /// Print the text of the kernels that a plan carries.
+    #[arg(long, conflicts_with = "graph")]
+    pub kernels: bool,
+    /// Write a page that draws the plan: steps, memory over time, and the roofline of every kernel.
+    #[arg(long, value_name = "FILE", requires = "plan")]
+    pub html: Option<PathBuf>,
+    /// Ceiling of the roofline in GFLOP/s.
+    #[arg(long, value_name = "N", default_value_t = 500.0, requires = "html")]
+    pub peak_gflops: f64,
+    /// Memory bandwidth of the roofline in GB/s.
+    #[arg(long, value_name = "N", default_value_t = 40.0, requires = "html")]
+    pub peak_gbytes: f64,
+}
+
+/// `ltxc lora`.
+#[derive(Debug, Subcommand)]
+pub enum LoraCommand {
+    /// Dialect, ranks, alphas, layers and header of a LoRA file, and whether it fits a model.
+    Inspect(LoraInspectArgs),
+}
+
+/// `ltxc lora inspect`.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "Example:\n  ltxc lora inspect my-lora.safetensors --checkpoint-path ltx-2-19b-dev.safetensors")]
+pub struct LoraInspectArgs {
+    /// LoRA file, or folder with one.
+    pub file: PathBuf,
+    /// Model to compare with; without one, the published ones.
+    #[arg(long, value_name = "FILE", aliases = ["checkpoint", "model-path", "model"])]
+    pub checkpoint_path: Option<PathBuf>,
+    /// Read the whole file, and tell the norm of what it adds to every layer.
+    #[arg(long)]
+    pub norms: bool,
+}
+
+/// `ltxc synth`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Example:\n  ltxc synth --preset ltx-2-19b models/   writes sparse files of full size in a second"
+)]
+pub struct SynthArgs {
+    /// Model to write; the full-size ones have real shapes and no data.
+    #[arg(long, value_parser = preset_parser())]
+    pub preset: Preset,
+    /// Folder to write into.
+    pub dir: PathBuf,
+}
+
+/// `ltxc enhance`.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  ltxc enhance --gemma-root gemma-3-12b --prompt \"a red fox in deep snow\"")]
+pub struct EnhanceArgs {
+    /// Folder of the Gemma text encoder, or its hub name.
+    #[arg(long, value_name = "DIR", aliases = ["gemma-path", "text-encoder", "gemma"])]
+    pub gemma_root: PathBuf,
+    /// What to show; `-` reads standard input, `@FILE` a file.
+    #[arg(long, short)]
+    pub prompt: String,
+    /// Seed of the words that are drawn, or `random`.
+    #[arg(long, default_value = "42")]
+    pub seed: String,
+    /// Image that the video begins with, which the text encoder looks at.
+    #[arg(long, value_name = "FILE", conflicts_with = "image_to_video")]
+    pub image: Option<PathBuf>,
+    /// For a video that begins with an image which the text encoder does not see: leave its looks to it.
+    #[arg(long)]
+    pub image_to_video: bool,
+    /// Device: auto, cpu, cuda:N, vulkan:N or metal
+    #[arg(long, default_value = "auto")]
+    pub device: DeviceChoice,
+}
+
+/// `ltxc bench`.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  ltxc bench x.ltxplan --weights models/ --only stage1")]
+pub struct BenchArgs {
+    /// Plan made by `ltxc compile`.
+    pub plan: PathBuf,
+    /// Folder with the weight files of the plan; may be repeated [default: the plan's]
+    #[arg(long, value_name = "DIR")]
+    pub weights: Vec<PathBuf>,
+    /// Device: auto, cpu, cuda:N, vulkan:N or metal
+    #[arg(long, default_value = "auto")]
+    pub device: DeviceChoice,
+    /// Tokens of the prompt.
+    #[arg(long, default_value_t = 64)]
+    pub tokens: usize,
+    /// Warm runs of each program; the median counts.
+    #[arg(long, default_value_t = 3)]
+    pub rounds: usize,
+    /// Measure one part only, for example stage1 or decode.
+    #[arg(long, value_name = "PART")]
+    pub only: Option<String>,
+}
+
+/// `ltxc demo`.
+#[derive(Debug, Args)]
+pub struct DemoArgs {
+    /// Where to write the video.
+    #[arg(long, short, default_value = "demo.mp4")]
+    pub output: PathBuf,
+}
+
+fn preset_parser() -> impl TypedValueParser<Value = Preset> {
+    let names = PossibleValuesParser::new(Preset::ALL.map(Preset::name));
+    // The parser before has accepted the name, so there is a preset of it.
+    names.map(|name| Preset::from_name(&name).unwrap_or(Preset::Tiny))
+}

@@ -1,0 +1,21 @@
+//! Flags for how outputs are written.
+
+use clap::Args;
+
+/// How outputs are written.
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "Output")]
+pub struct OutputArgs {
+    /// Quality of the video on x264's scale, 0 to 51; lower is better and larger [default: 19]
+    #[arg(long, value_parser = clap::value_parser!(u8).range(0..=51))]
+    pub crf: Option<u8>,
+    /// Write whole frames per second, rounded down, as the reference does; a fractional rate then drifts from the sound.
+    #[arg(long)]
+    pub integer_fps: bool,
+    /// Write how the output was made into a file beside it, `<OUTPUT>.json`.
+    #[arg(long)]
+    pub save_json: bool,
+    /// Leave prompt and seed out of the output's metadata.
+    #[arg(long)]
+    pub no_metadata: bool,
+}
