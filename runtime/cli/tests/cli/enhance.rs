@@ -18,6 +18,11 @@ fn enhance(place: &Place, more: &[&str]) -> String {
     lines
 }
 
+/// The last of several lines of JSON.
+fn last_of(lines: &str) -> serde_json::Value {
+    serde_json::from_str(lines.lines().last().unwrap()).unwrap()
+}
+
 fn run(place: &Place, more: &[&str]) -> String {
     let weights = tiny().folder.display().to_string();
     place.ok(&[&["run", "a.ltxplan", "--weights", &weights], more].concat()).stderr
@@ -37,7 +42,7 @@ fn a_prompt_is_written_anew_by_its_seed() {
     assert!(first.chars().next().is_some_and(char::is_alphabetic) && first != SAID, "{first}");
     assert_ne!(enhance(&place, &["--seed", "7"]), first);
     assert_ne!(enhance(&place, &["--image-to-video"]), first);
-    let json: serde_json::Value = serde_json::from_str(enhance(&place, &["--json"]).lines().last().unwrap()).unwrap();
+    let json = last_of(&enhance(&place, &["--json"]));
     assert_eq!((&json["prompt"], &json["seed"]), (&first.into(), &42.into()));
 }
 
@@ -81,7 +86,7 @@ fn a_run_is_that_of_what_is_written_about_its_first_image() {
     let text = run(&place, &[&["-p", SAID, "--enhance-prompt", "-o", "a.mp4"], &images[..]].concat());
     assert!(text.contains(&format!("enhancement: looks at `{first}`")), "{text}");
     assert_eq!(tag(&place, "a.mp4", "prompt_image").as_deref(), Some("frame_00000.png"));
-    let json: serde_json::Value = serde_json::from_slice(&place.read("a.json")).unwrap();
+    let json: serde_json::Value = serde_json::from_slice(&place.read("a.mp4.json")).unwrap();
     assert_eq!(json["prompt_image"], "frame_00000.png");
     let seen = enhance(&place, &["--image", first]);
     assert_eq!(tag(&place, "a.mp4", "comment"), Some(seen.clone()));
@@ -90,7 +95,7 @@ fn a_run_is_that_of_what_is_written_about_its_first_image() {
     assert_ne!(seen, enhance(&place, &[]));
     let other = crate::binary::fixtures().join("inputs/image0.png").display().to_string();
     assert_ne!(seen, enhance(&place, &["--image", &other]));
-    let json: serde_json::Value = serde_json::from_str(&enhance(&place, &["--image", first, "--json"])).unwrap();
+    let json = last_of(&enhance(&place, &["--image", first, "--json"]));
     assert_eq!((&json["prompt"], &json["saw_image"]), (&seen.into(), &true.into()));
     // Without an image, a plan that could see one writes what any other does.
     run(&place, &["-p", SAID, "--enhance-prompt", "-o", "b.mp4"]);
@@ -122,8 +127,7 @@ fn a_text_encoder_that_cannot_see_says_so_and_goes_on() {
     let done = place.ok(&args);
     assert_eq!(done.stderr.matches("no vision tower; prompt enhancement reads the prompt alone").count(), 1);
     assert_eq!(done.stdout.trim_end(), enhance(&place, &["--image-to-video"]));
-    let json: serde_json::Value = serde_json::from_str(&place.ok(&[&args[..], &["--json"]].concat()).stdout).unwrap();
-    assert_eq!(json["saw_image"], false);
+    assert_eq!(last_of(&place.ok(&[&args[..], &["--json"]].concat()).stdout)["saw_image"], false);
     let model = tiny().model_args_with(&tiny().checkpoint, std::path::Path::new(&gemma));
     let compile = ["compile".to_string()].into_iter().chain(model).collect();
     place.ok(&with(compile, &[&SHAPE[..], &["--enhance-prompt", "-o", "a.ltxplan"]].concat()));
