@@ -2,11 +2,11 @@
 //!
 //! A value that a faster part needs is worth keeping if computing it takes at least [`WORK_PER_BYTE`] for each byte that
 //! keeping it takes. If its last op adds little work and many bytes (a broadcast, a widening cast), its operands are
-//! looked at instead. What is not worth keeping is computed by every part that needs it.
+//! looked at instead. A value that was given its name by a reshape is kept in that shape, under that name. What is not worth keeping is computed by every part that needs it.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use ltxc_ir::ValueId;
+use ltxc_ir::{Op, ValueId};
 
 use super::{Body, Level};
 use crate::cost;
@@ -122,10 +122,21 @@ impl Search<'_> {
         let operand_bytes = operands.iter().fold(0u64, |n, &a| n.saturating_add(f.ty(a).bytes() as u64));
         let own = cost::work(f, &f.nodes[node], self.work);
         let more_bytes = bytes.saturating_sub(operand_bytes);
-        if !operands.is_empty() && bytes >= operand_bytes && own <= more_bytes.saturating_mul(WORK_PER_BYTE) {
+        let is_no_better = bytes >= operand_bytes && own <= more_bytes.saturating_mul(WORK_PER_BYTE);
+        if !operands.is_empty() && is_no_better && !self.gives_name(node) {
             return None;
         }
         Some(Candidate { node, work, bytes })
+    }
+
+    /// Whether a node is a reshape that names a value which nothing else uses. Either can be kept; people know the named one.
+    fn gives_name(&self, node: usize) -> bool {
+        let f = &self.body.function;
+        let reshape = &f.nodes[node];
+        let [arg] = reshape.args[..] else { return false };
+        let users = || f.nodes.iter().filter(|n| n.args.contains(&arg)).count();
+        let is_named = !f.name_of(reshape.results[0]).is_empty() && f.name_of(arg).is_empty();
+        matches!(reshape.op, Op::Reshape(_)) && is_named && users() == 1 && f.results.iter().all(|r| r.value != arg)
     }
 
     /// Work of a node and everything it is computed from.

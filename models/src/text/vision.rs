@@ -117,7 +117,10 @@ impl VisionConfig {
                 root.problem_at("mm_tokens_per_image", problem);
             }
             if !hidden_size.is_multiple_of(heads) {
-                vision.problem_at("num_attention_heads", format!("is {heads}, expected to divide {hidden_size} channels"));
+                vision.problem_at(
+                    "num_attention_heads",
+                    format!("is {heads}, expected to divide {hidden_size} channels"),
+                );
             }
         }
         let read = root.finish(read)?;
@@ -180,12 +183,7 @@ impl Levels {
 ///
 /// # Errors
 /// A dtype that activations cannot have, and weights that are missing or do not fit.
-pub fn see(
-    config: &VisionConfig,
-    weights: &Weights,
-    hidden_size: usize,
-    dtype: DType,
-) -> Result<Module, ModelError> {
+pub fn see(config: &VisionConfig, weights: &Weights, hidden_size: usize, dtype: DType) -> Result<Module, ModelError> {
     check_compute_dtype(dtype)?;
     let (b, functions) = (Builder::new("see"), Functions::default());
     let side = config.image_size;
@@ -302,7 +300,8 @@ mod tests {
 
     #[test]
     fn a_preprocessor_may_scale_otherwise() {
-        let levels = |preprocessor: Value| VisionConfig::from_json(&published(), Some(&preprocessor)).expect("valid").levels;
+        let levels =
+            |preprocessor: Value| VisionConfig::from_json(&published(), Some(&preprocessor)).expect("valid").levels;
         let found = levels(json!({"image_mean": [0.0, 0.1, 0.2], "image_std": [1, 2, 3], "rescale_factor": 0.5}));
         assert_eq!(found, Levels { rescale: 0.5, mean: [0.0, 0.1, 0.2], std: [1.0, 2.0, 3.0] });
         let plain = levels(json!({"do_rescale": false, "do_normalize": false, "size": {"height": 896, "width": 896}}));
@@ -311,7 +310,8 @@ mod tests {
 
     #[track_caller]
     fn check_error(config: Value, preprocessor: Value, text: &str) {
-        let problem = VisionConfig::from_json(&config, Some(&preprocessor)).expect_err("must not be accepted").to_string();
+        let problem =
+            VisionConfig::from_json(&config, Some(&preprocessor)).expect_err("must not be accepted").to_string();
         assert!(problem.contains(text) && problem.contains(": 1 problem(s):"), "{problem}");
     }
 

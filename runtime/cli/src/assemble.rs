@@ -21,7 +21,7 @@ use ltxc_ir::tiling::TilePlan;
 use ltxc_ir::{DType, Module};
 use ltxc_models::audio::{self, AudioVaeConfig, VocoderConfig, decode_audio};
 use ltxc_models::checkpoint::{Checkpoint, GemmaFolder, Generation, Location, hub};
-use ltxc_models::text::{self, TextConfig, TextWeights};
+use ltxc_models::text::{self, Connectors, TextConfig, TextWeights};
 use ltxc_models::transformer::{self, BlockSet, Perturbation, StreamSpec, TransformerConfig, TransformerSpec};
 use ltxc_models::upsampler::{Enlarge, UpsamplerConfig, upsample};
 use ltxc_models::video_vae::{self, VideoVaeConfig};
@@ -48,8 +48,8 @@ const BUCKETS: [usize; 6] = [32, 64, 128, 256, 512, 1024];
 pub struct ModelFiles {
     /// Transformer, VAEs, vocoder, text projection.
     pub model: Checkpoint,
-    /// Text encoder.
-    pub gemma: GemmaFolder,
+    /// Text encoder; none for runs whose contexts come from elsewhere.
+    gemma: Option<GemmaFolder>,
     /// Latent upsampler, if the pipeline has two stages.
     pub upsampler: Option<Checkpoint>,
     verify: bool,
@@ -61,35 +61,48 @@ impl ModelFiles {
     /// # Errors
     /// A file that is missing, damaged, or of another kind.
     pub fn open(args: &ModelArgs, needs_upsampler: bool) -> Result<ModelFiles> {
-        let path = |value: &Option<PathBuf>, flag: &str, what: &str| -> Result<PathBuf> {
-            let Some(path) = value else { bail!("`{flag}` is missing: it names the {what}") };
-            local(path)
-        };
-        let checkpoint = path(&args.checkpoint_path, "--checkpoint-path", "model file or folder")?;
-        let model = Checkpoint::open(&checkpoint)?;
-        let gemma = match (&args.gemma_root, bundled_gemma(&checkpoint)) {
+        let mut files = ModelFiles::open_without_text(args, needs_upsampler)?;
+        let gemma = match (&args.gemma_root, args.checkpoint_path.as_deref().and_then(bundled_gemma)) {
             (None, Some(bundled)) => bundled,
-            _ => path(&args.gemma_root, "--gemma-root", "folder of the Gemma text encoder")?,
+            _ => named(&args.gemma_root, "--gemma-root", "folder of the Gemma text encoder")?,
         };
         let gemma = GemmaFolder::open(&gemma)?;
-        if let Some(note) = gemma.check_pairing(&model)? {
+        if let Some(note) = gemma.check_pairing(&files.model)? {
             eprintln!("note: {note}");
         }
+        files.gemma = Some(gemma);
+        Ok(files)
+    }
+
+    /// The same without the text encoder.
+    ///
+    /// # Errors
+    /// Those of [`ModelFiles::open`].
+    pub fn open_without_text(args: &ModelArgs, needs_upsampler: bool) -> Result<ModelFiles> {
+        let model = Checkpoint::open(&named(&args.checkpoint_path, "--checkpoint-path", "model file or folder")?)?;
         let upsampler = match needs_upsampler {
             true => {
-                let path = path(&args.spatial_upsampler_path, "--spatial-upsampler-path", "spatial upscaler")?;
+                let path = named(&args.spatial_upsampler_path, "--spatial-upsampler-path", "spatial upscaler")?;
                 Some(Checkpoint::open_upsampler(&path)?)
             }
             false => None,
         };
-        Ok(ModelFiles { model, gemma, upsampler, verify: args.verify })
+        Ok(ModelFiles { model, gemma: None, upsampler, verify: args.verify })
+    }
+
+    /// The text encoder.
+    ///
+    /// # Errors
+    /// Files that were opened without it.
+    pub fn gemma(&self) -> Result<&GemmaFolder> {
+        self.gemma.as_ref().context("the text encoder was not opened; name its folder with `--gemma-root`")
     }
 
     /// The file of a weight source that has the tensor `key`; all of them together if none has.
     pub(crate) fn file_of(&self, source: &str, key: &str) -> PathBuf {
-        if source == GEMMA {
-            let at = self.gemma.tensor(key).map(|t| self.gemma.files()[t.file].path());
-            return at.unwrap_or(self.gemma.path()).into();
+        if let Some(gemma) = self.gemma.as_ref().filter(|_| source == GEMMA) {
+            let at = gemma.tensor(key).map(|t| gemma.files()[t.file].path());
+            return at.unwrap_or(gemma.path()).into();
         }
         let checkpoint = self.upsampler.as_ref().filter(|_| source == UPSAMPLER).unwrap_or(&self.model);
         let at = checkpoint.tensor(key).map(|t| checkpoint.files()[t.file].path());
@@ -99,8 +112,8 @@ impl ModelFiles {
     /// Paths of all files, for a run right after compiling.
     pub fn paths(&self) -> Vec<PathBuf> {
         let mut paths = self.model.paths();
-        paths.extend(self.gemma.tokenizer_path());
-        paths.extend(self.gemma.files().iter().map(|f| f.path().to_path_buf()));
+        paths.extend(self.gemma.iter().filter_map(GemmaFolder::tokenizer_path));
+        paths.extend(self.gemma.iter().flat_map(GemmaFolder::files).map(|f| f.path().to_path_buf()));
         paths.extend(self.upsampler.iter().flat_map(Checkpoint::paths));
         paths
     }
@@ -110,8 +123,10 @@ impl ModelFiles {
     /// # Errors
     /// A file that cannot be read.
     pub fn sources(&self) -> Result<Vec<WeightSource>> {
-        let gemma = gemma_source(&self.gemma, self.verify)?;
-        let mut sources = vec![checkpoint_source(MODEL, &self.model, self.verify)?, gemma];
+        let mut sources = vec![checkpoint_source(MODEL, &self.model, self.verify)?];
+        if let Some(gemma) = &self.gemma {
+            sources.push(gemma_source(gemma, self.verify)?);
+        }
         if let Some(upsampler) = &self.upsampler {
             sources.push(checkpoint_source(UPSAMPLER, upsampler, self.verify)?);
         }
@@ -137,6 +152,14 @@ fn weight_source<'t>(
     let keys: Vec<(String, String)> = tensors.map(|(key, at)| (key.to_string(), at.stored.key.clone())).collect();
     let renames = WeightSource::renames_of(keys.iter().map(|(a, b)| (a.as_str(), b.as_str())));
     WeightSource { name: name.into(), files, renames }
+}
+
+/// A path that `flag` has to name.
+fn named(value: &Option<PathBuf>, flag: &str, what: &str) -> Result<PathBuf> {
+    match value {
+        Some(path) => local(path),
+        None => bail!("`{flag}` is missing: it names the {what}"),
+    }
 }
 
 /// A path as it is, or the local copy of a hub name.
@@ -180,34 +203,36 @@ pub fn assemble(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
     let model = Components::read(files, shape)?;
     model.check(files, shape)?;
     let (dtype, mut programs) = (shape.dtype, Programs::default());
-    let mut asked = vec![(MODEL, model.weights.clone()), (GEMMA, Weights::new(GEMMA, &files.gemma))];
+    let mut asked = vec![(MODEL, model.weights.clone())];
 
     let (mut stages, factors) = (model.stages(shape)?, model.factors());
     let tokens = model.audio_tokens(shape);
     let inputs = inputs(shape, &stages, factors, model.audio_vae.as_ref(), tokens)?;
     let takes_images = inputs.clip.is_none() && stages.iter().all(|stage| stage.tiles.is_none());
 
-    let text_weights = TextWeights {
-        gemma: asked[1].1.clone(),
-        projection: model.weights.clone(),
-        transformer: model.weights.clone(),
-    };
-    // Gemma 3 adds up states beyond 65504, the largest number of f16.
-    let states = if dtype == DType::F16 { DType::F32 } else { dtype };
-    for bucket in BUCKETS {
-        programs.add("text", &format!("encode.{bucket}"), text::encode(&model.text, &text_weights, bucket, states));
-    }
     let mut vision = None;
-    if shape.enhances_prompt {
-        if takes_images && shape.makes(Modality::Video) {
-            vision = enhance::vision(&files.gemma, &asked[1].1)?;
+    if let (Some(config), Some(folder)) = (&model.text, &files.gemma) {
+        let gemma = Weights::new(GEMMA, folder);
+        let text_weights =
+            TextWeights { gemma: gemma.clone(), projection: model.weights.clone(), transformer: model.weights.clone() };
+        // Gemma 3 adds up states beyond 65504, the largest number of f16.
+        let states = if dtype == DType::F16 { DType::F32 } else { dtype };
+        for bucket in BUCKETS {
+            programs.add("text", &format!("encode.{bucket}"), text::encode(config, &text_weights, bucket, states));
         }
-        match enhance::programs(&model.text.gemma, vision.as_ref(), &asked[1].1, states) {
-            Ok(built) => programs.built.extend(built),
-            Err(failure) => programs.fail(failure),
+        if shape.enhances_prompt {
+            if takes_images && shape.makes(Modality::Video) {
+                vision = enhance::vision(folder, &gemma)?;
+            }
+            match enhance::programs(&config.gemma, vision.as_ref(), &gemma, states) {
+                Ok(built) => programs.built.extend(built),
+                Err(failure) => programs.fail(failure),
+            }
         }
+        asked.push((GEMMA, gemma));
     }
-    let connectors = &model.text.connectors;
+    // Contexts from elsewhere have the shapes that this one gives.
+    let connectors = &model.connectors;
     programs.add("text", "connect", text::connect(connectors, &model.weights, text::CONTEXT_TOKENS, dtype));
 
     for (i, stage) in stages.iter_mut().enumerate() {
@@ -294,7 +319,8 @@ pub fn assemble(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
         programs.add("sound", "decode_audio", module);
     }
 
-    tensors::check(files, &asked, shape.modalities.len() == 2 && !keeps_sound, programs.failure)?;
+    let is_whole = shape.modalities.len() == 2 && !keeps_sound && model.text.is_some();
+    tensors::check(files, &asked, is_whole, programs.failure)?;
     let mut pipeline = model.pipeline(files, shape, stages, inputs, tiles)?;
     pipeline.text.image = vision.as_ref().map(enhance::image_tokens);
     Ok(Assembly { programs: programs.built, pipeline })
@@ -353,7 +379,9 @@ struct Components<'a> {
     checkpoint: &'a Checkpoint,
     /// One view for all programs, so that what is wrong with the files is known in the end.
     weights: Weights<'a>,
-    text: TextConfig,
+    /// Of the text encoder, if there is one.
+    text: Option<TextConfig>,
+    connectors: Connectors,
     transformer: TransformerConfig,
     /// Of what is made; files of models for one modality have no others.
     video_vae: Option<VideoVaeConfig>,
@@ -390,12 +418,17 @@ impl<'a> Components<'a> {
             Modality::Video => text::Modality::Video,
             Modality::Audio => text::Modality::Audio,
         });
+        let made: Vec<text::Modality> = made.collect();
+        let text = |gemma: &GemmaFolder| -> Result<TextConfig> {
+            Ok(TextConfig::from_json(gemma.config(), model.section("transformer")?)?.only(made.clone()))
+        };
         // The transformer comes before the text side, which reads the same section and a file of its own.
         Ok(Components {
             checkpoint: model,
             weights: Weights::new(MODEL, model).with_adapter_slots(shape.adapter_rank),
             transformer: TransformerConfig::from_json(model.section("transformer")?).with_context(name)?,
-            text: TextConfig::from_json(files.gemma.config(), model.section("transformer")?)?.only(made.collect()),
+            text: files.gemma.as_ref().map(text).transpose()?,
+            connectors: Connectors::from_json(model.section("transformer")?)?.only(made),
             video_vae: vae.map(VideoVaeConfig::from_json).transpose().with_context(name)?,
             audio_vae: audio_vae.map(AudioVaeConfig::from_json).transpose().with_context(name)?,
             vocoder: vocoder.map(VocoderConfig::from_json).transpose().with_context(name)?,
@@ -426,7 +459,7 @@ impl<'a> Components<'a> {
                 "`{name}`: the audio VAE has tokens of {tokens} values, the transformer takes {audio}; they are not of one model"
             );
         }
-        for (modality, width) in self.text.connectors.made_widths() {
+        for (modality, width) in self.connectors.made_widths() {
             let stream = match modality {
                 text::Modality::Video => transformer::Stream::Video,
                 text::Modality::Audio => transformer::Stream::Audio,
@@ -443,7 +476,8 @@ impl<'a> Components<'a> {
 
     /// Checks that the text projection was made for the states of this text encoder.
     fn check_projection(&self, files: &ModelFiles) -> Result<()> {
-        let gemma = &self.text.gemma;
+        let (Some(text), Some(folder)) = (&self.text, &files.gemma) else { return Ok(()) };
+        let gemma = &text.gemma;
         let given = gemma.states().saturating_mul(gemma.hidden_size);
         for kind in ["", "video_", "audio_"] {
             let stored = files.model.tensor_type(&format!("text_embedding_projection.{kind}aggregate_embed.weight"));
@@ -452,7 +486,7 @@ impl<'a> Components<'a> {
                 bail!(
                     "the text encoder `{}` gives {} states of {} values, {given} in all; `{}` takes {taken}; name the Gemma that \
                      the model was trained with",
-                    files.gemma.path().display(),
+                    folder.path().display(),
                     gemma.states(),
                     gemma.hidden_size,
                     files.model.name()
@@ -547,7 +581,8 @@ impl<'a> Components<'a> {
         inputs: Inputs,
         decode: TilePlan,
     ) -> Result<Pipeline> {
-        let tokenizer = files.gemma.tokenizer_json()?;
+        let tokenizer = files.gemma.as_ref().map(GemmaFolder::tokenizer_json).transpose()?;
+        let tokenizer = tokenizer.map(|json| (json.len() as u64, *blake3::hash(&json).as_bytes()));
         let version = self.checkpoint.model_version().unwrap_or_default();
         let definition = definition(shape.pipeline);
         let audio_vae = self.audio_vae.as_ref();
@@ -581,10 +616,10 @@ impl<'a> Components<'a> {
                 },
             },
             text: TextSettings {
-                buckets: BUCKETS.map(|n| n as u32).into(),
+                buckets: tokenizer.iter().flat_map(|_| BUCKETS.map(|n| n as u32)).collect(),
                 length: text::CONTEXT_TOKENS as u32,
-                registers: self.text.connectors.registers(&self.weights, text::CONTEXT_TOKENS)? as u32,
-                tokenizer: (tokenizer.len() as u64, *blake3::hash(&tokenizer).as_bytes()),
+                registers: self.connectors.registers(&self.weights, text::CONTEXT_TOKENS)? as u32,
+                tokenizer: tokenizer.unwrap_or_default(),
                 image: None,
             },
             stages,

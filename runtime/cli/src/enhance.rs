@@ -83,11 +83,11 @@ pub fn programs(
 /// # Errors
 /// What to do instead.
 pub fn check(plan: &Plan, content: &ContentArgs) -> Result<()> {
-    if !can_enhance(plan) {
-        bail!("the plan was compiled without `--enhance-prompt`; compile it with that flag, or leave it out here");
-    }
     if let Some(path) = &content.embeddings {
         bail!("`{}` holds an encoded prompt, which cannot be enhanced; leave `--enhance-prompt` out", path.display());
+    }
+    if !can_enhance(plan) {
+        bail!("the plan was compiled without `--enhance-prompt`; compile it with that flag, or leave it out here");
     }
     Ok(())
 }

@@ -63,12 +63,12 @@ pub fn run(args: &RunArgs, path: &Path, command_line: &ArgMatches, report: &mut 
     for job in jobs(&folder, &[0; 32])? {
         room = room.or(Room::of(args, &job.args.content, &job.occurrences)?);
     }
-    let debug = DebugOptions::resolve(&args.debug, &|name| std::env::var(name).ok())?;
+    let debug = DebugOptions::of(&args.debug)?;
     if debug.is_on() {
         bail!("flags for debugging look at one run; give them without `--jobs`");
     }
     let loras = Occurrences::of(command_line).lora;
-    let runner = Runner::open(args, room, &loras, debug.mode, report)?;
+    let runner = Runner::open(args, room, &loras, debug.mode.unwrap_or_default(), report)?;
     let jobs = jobs(&folder, runner.plan_hash())?;
     let mut executor = runner.executor(report)?;
     let total = jobs.len();

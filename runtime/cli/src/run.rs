@@ -6,7 +6,6 @@ use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, Result, bail};
 use clap::ArgMatches;
-use ltxc_compiler::Options;
 use ltxc_ir::plan::{Kernels, Modality, Plan, Release, Stage};
 use ltxc_runtime::RunError;
 use ltxc_runtime::adapters::StageAdapters;
@@ -30,8 +29,9 @@ use serde_json::json;
 use crate::adapters::{self, Loras};
 use crate::args::{ContentArgs, ImageCodec, OutputArgs, RunArgs, SamplingArgs, ShapeArgs};
 use crate::assemble::{GEMMA, ModelFiles};
-use crate::compile::{cached, memory, read_with_kernels, unfused};
+use crate::compile::{cached, memory, read_with_kernels};
 use crate::debug::flags::{DebugMode, DebugOptions};
+use crate::debug::names::components;
 use crate::debug::noise::summary as noise_summary;
 use crate::debug::session::{About, Session};
 use crate::debug::text::contexts::embeddings;
@@ -50,8 +50,8 @@ pub static INTERRUPT: AtomicBool = AtomicBool::new(false);
 /// Anything that stops the run; no output is left then.
 pub fn run(args: &RunArgs, occurrences: &Occurrences, report: &mut Report) -> Result<()> {
     let room = Room::of(args, &args.content, occurrences)?;
-    let debug = DebugOptions::resolve(&args.debug, &|name| std::env::var(name).ok())?;
-    let runner = Runner::open(args, room, &occurrences.lora, debug.mode, report)?;
+    let debug = DebugOptions::of(&args.debug)?;
+    let runner = Runner::open(args, room, &occurrences.lora, debug.mode.unwrap_or_default(), report)?;
     let choice = Choice {
         content: &args.content,
         sampling: &args.shape.sampling,
@@ -204,6 +204,9 @@ impl Runner {
         let device = pick(&args.shape.device, Some(&plan))?;
         // Contexts from elsewhere need no text encoder.
         let encodes_text = args.content.embeddings.is_none();
+        if encodes_text && plan.pipeline.text.buckets.is_empty() {
+            bail!("`{}` was compiled without a text encoder; give contexts with `--embeddings`", plan_path.display());
+        }
         let unused = if encodes_text { None } else { Some(GEMMA) };
         let weights = WeightFiles::open_without(&plan, &folders, args.model.verify, unused)?;
         let fits = match loras.is_empty() {
@@ -241,6 +244,12 @@ impl Runner {
         &self.hash
     }
 
+    /// The components that run.
+    fn components(&self) -> Vec<&'static str> {
+        let encodes_text = self.tokenizer.is_some();
+        components(&self.plan).into_iter().filter(|&c| encodes_text || c != "text_encoder").collect()
+    }
+
     /// An executor, which can serve any number of runs.
     ///
     /// # Errors
@@ -270,6 +279,7 @@ impl Runner {
         report: &mut Report,
     ) -> Result<Made> {
         let (plan, content) = (&self.plan, choice.content);
+        let debug = debug.only(&self.components())?;
         if self.enhances_prompt {
             enhance::check(plan, content)?;
         }
@@ -343,19 +353,21 @@ impl Runner {
             output.tag("embeddings", embeddings.map(String::from));
         }
         output.tag("experiments", (!labels.is_empty()).then(|| labels.join(", ")));
-        match debug.is_on() {
-            false => run_pipeline(executor, tokenizer, &request, report, &mut output)?,
-            true => {
-                let device = self.device.name.to_string();
-                let (noise, spares_decoders) = (&request.noise.files, request.noise.spares_decoders);
-                let about =
-                    About { hash: self.hash, device, seed, noise, spares_decoders, experiments: labels.clone() };
-                let session = Session::new(plan, &self.weights, debug, &about)?;
-                executor.set_tap(Some(session.tap()))?;
-                run_pipeline(executor, tokenizer, &request, &mut session.observer(report), &mut output)?;
-                session.finish()?.iter().for_each(|note| report.note(note));
-            }
+        let about = About {
+            hash: Some(self.hash),
+            device: self.device.name.to_string(),
+            seed: Some(seed),
+            noise: request.noise.files.clone(),
+            spares_decoders: request.noise.spares_decoders,
+            experiments: labels.clone(),
+            run: None,
+        };
+        let session = Session::new(debug, about);
+        if let Some(tap) = session.tap(plan, &self.weights, None)? {
+            executor.set_tap(Some(tap))?;
         }
+        run_pipeline(executor, tokenizer, &request, &mut session.observer(report), &mut output)?;
+        session.finish()?.iter().for_each(|note| report.note(note));
         for (slot, path) in request.noise.files.iter().filter(|(_, path)| path.exists()) {
             let noise = noise_files::pick(path, slot)?;
             let stats = Stats::of(&noise.shape, &noise.values);
@@ -425,14 +437,11 @@ fn plan_and_folders(args: &RunArgs, room: Room, loras: &Loras, mode: DebugMode) 
         let (shape, reference_seconds) = inputs::shape_of_media(&shape, &args.content, loras.reference_scale()?.space)?;
         let mut shape = Shape { target, reference_seconds, ..Shape::resolve(&shape, room.images)?.with(loras)? };
         shape.references.frames = room.reference_frames;
-        let files = ModelFiles::open(&args.model, shape.has_two_stages())?;
+        let open = if args.content.embeddings.is_some() { ModelFiles::open_without_text } else { ModelFiles::open };
+        let files = open(&args.model, shape.has_two_stages())?;
         job::refuse_quantization(&args.shape, files.model.name(), files.model.has_fp8())?;
         loras.check(&files.model, definition(shape.pipeline).name)?;
-        let options = match mode {
-            DebugMode::Fused => Options::default(),
-            DebugMode::Exact => unfused(),
-        };
-        let path = cached(&files, &shape, &options)?;
+        let path = cached(&files, &shape, &mode.compiler())?;
         return Ok((path, [files.paths(), args.weights.clone()].concat()));
     };
     if plan.extension().is_none() && !plan.exists() {

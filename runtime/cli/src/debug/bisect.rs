@@ -5,29 +5,40 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use ltxc_ir::DType;
 use ltxc_ir::plan::{Plan, Program};
+use ltxc_models::lora::LoraTargets;
 use ltxc_runtime::RunError;
-use ltxc_runtime::adapters::StageAdapters;
+use ltxc_runtime::adapters::AdapterMode;
 use ltxc_runtime::pipeline::{Media, Noise};
 use ltxc_runtime::stats::decoded;
 use ltxc_runtime::tap::{Role, Tap, Value};
 use serde_json::json;
 
 use super::compare::likely_causes;
-use super::names::{component, full_name};
+use super::flags::{DebugFlags, DebugMode, DebugOptions};
+use super::names::{component, components, full_name};
 use super::pipeline::{Pipeline, plan_for};
 use super::recording::Distance;
 use super::reference::run_against;
-use crate::args::{CompilerArgs, FuseLevel, ModelArgs, Precision, ShapeArgs};
+use super::session::{About, Session};
+use super::smoke::{SmokePreset, tiny};
+use crate::adapters::Loras;
+use crate::args::{AdapterArgs, CompilerArgs, FuseLevel, ModelArgs, PipelineName, Precision, ShapeArgs};
 use crate::assemble::ModelFiles;
 use crate::compile::{options, unfused};
 use crate::job::{Shape, pick};
+use crate::pipelines::definition;
+use crate::report::{Report, Style};
+
+/// Folder of a reference that is run, if no other is named.
+const FOLDER: &str = "bisect";
 
 /// Most values of a sketch.
 const SKETCH: usize = 2048;
@@ -39,21 +50,23 @@ const TOLERANCE_F32: f64 = 1e-3;
 const TOLERANCE_BF16: f64 = 0.1;
 
 /// `ltxc debug bisect`.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 #[command(
     after_help = "A setting is a list of: fuse=none|composite|full|exact, device=NAME, dtype=f32|bf16, disable=PASS,\n\
-    checkpoint=FILE, gemma=DIR, upsampler=FILE.\n\n\
-    Example:\n  ltxc debug bisect --checkpoint-path x.safetensors --gemma-root gemma --pipeline distilled-one-stage \\\n    \
+    checkpoint=FILE, gemma=DIR, upsampler=FILE.\n\
+    Logs of the settings are two files: `sums.log` becomes `sums.a.log` and `sums.b.log`. With --ref all logs there are\n\
+    lie in its folder.\n\n\
+    Examples:\n  ltxc debug bisect two-stage --preset tiny\n  ltxc debug bisect --checkpoint-path x.safetensors --gemma-root gemma --pipeline distilled-one-stage \\\n    \
     -H 64 -W 96 --num-frames 9 --a fuse=none --b fuse=full,device=vulkan:0\n  \
     ltxc debug bisect --checkpoint-path x.safetensors --gemma-root gemma --ref logs --ref-cmd 'python reference.py {noise}'"
 )]
 pub struct BisectArgs {
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub model: ModelArgs,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub shape: ShapeArgs,
+    /// Pipeline, as for --pipeline.
+    #[arg(value_enum, conflicts_with = "pipeline")]
+    pub name: Option<PipelineName>,
+    /// A small synthetic model instead of model files, and a small size.
+    #[arg(long, value_enum, conflicts_with = "checkpoint_path")]
+    pub preset: Option<SmokePreset>,
     /// One setting, what differs from the flags; the one to trust.
     #[arg(long, value_name = "SETTING", default_value = "fuse=exact")]
     pub a: String,
@@ -69,18 +82,18 @@ pub struct BisectArgs {
     /// Relative L2 above which values differ [default: 1e-3, with bf16 0.1]
     #[arg(long, value_name = "LIMIT")]
     pub tolerance: Option<f64>,
-    /// Compare with a reference instead, whose logs are in this folder, or are written there.
+    /// Compare with a reference instead, whose logs are in this folder, or are written there. [with --ref-cmd: bisect]
     #[arg(long = "ref", value_name = "DIR", conflicts_with_all = ["a", "b"])]
     pub reference: Option<PathBuf>,
     /// Command that runs the reference; it finds in its environment what to log (FASTVIDEO_DEBUG_…). {dir} stands for the
     /// folder, {noise} for flags that name files of noise, {dump} for flags that ask for values.
-    #[arg(long, value_name = "COMMAND", requires = "reference")]
+    #[arg(long, value_name = "COMMAND", conflicts_with_all = ["a", "b"])]
     pub ref_cmd: Option<String>,
     /// Model of the reference, to compare weights.
     #[arg(long, value_name = "FILE", requires = "reference")]
     pub ref_checkpoint: Option<PathBuf>,
     /// Distilled LoRA, for pipelines that need it.
-    #[arg(long, value_name = "FILE", requires = "reference")]
+    #[arg(long, value_name = "FILE")]
     pub distilled_lora: Option<PathBuf>,
     /// Relative tolerance of sums.
     #[arg(long, default_value_t = 5e-3, requires = "reference")]
@@ -88,6 +101,15 @@ pub struct BisectArgs {
     /// Absolute tolerance of sums.
     #[arg(long, default_value_t = 1e-3, requires = "reference")]
     pub tol_abs: f64,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub shape: ShapeArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub debug: DebugFlags,
 }
 
 /// A sketch of one value.
@@ -120,10 +142,20 @@ struct Matched {
 /// # Errors
 /// A setting that is none, or a run that fails.
 pub fn run(args: &BisectArgs, json_output: bool) -> Result<bool> {
-    if let Some(folder) = &args.reference {
+    let default = args.ref_cmd.is_some().then(|| PathBuf::from(FOLDER));
+    let folder = args.reference.clone().or(default);
+    let temporary = tempfile::tempdir().context("temporary folder")?;
+    // A reference that is run by hand has to find the model later.
+    let made = folder.as_ref().map_or(temporary.path().to_path_buf(), |folder| folder.join("model"));
+    let args = &prepared(args, &made)?;
+    if let Some(folder) = &folder {
+        if args.debug != DebugFlags::default() {
+            bail!("the logs of a comparison with a reference are in `{}`; leave their flags out", folder.display());
+        }
         return run_against(args, folder, json_output);
     }
-    let (a, b) = (sketches(args, &args.a).context("setting a")?, sketches(args, &args.b).context("setting b")?);
+    let a = sketches(args, &args.a, "a").context("setting a")?;
+    let b = sketches(args, &args.b, "b").context("setting b")?;
     let is_narrow = [&a.dtype, &b.dtype].contains(&&DType::BF16);
     let tolerance = args.tolerance.unwrap_or(if is_narrow { TOLERANCE_BF16 } else { TOLERANCE_F32 });
     let matched = matched(&a.sketches, &b.sketches);
@@ -149,6 +181,39 @@ pub fn run(args: &BisectArgs, json_output: bool) -> Result<bool> {
     Ok(first.is_none())
 }
 
+/// The arguments with the pipeline that was named, and with the model and size of the preset; it is made in `folder`.
+fn prepared(args: &BisectArgs, folder: &Path) -> Result<BisectArgs> {
+    let mut args = args.clone();
+    args.shape.pipeline = args.name.or(args.shape.pipeline);
+    if args.preset.is_none() {
+        return Ok(args);
+    }
+    std::fs::create_dir_all(folder).with_context(|| format!("`{}`", folder.display()))?;
+    let (model, lora) = tiny(folder, args.seed)?;
+    args.model = model;
+    let definition = definition(args.shape.pipeline.unwrap_or_default());
+    if definition.needs_distilled_adapter() {
+        args.distilled_lora.get_or_insert(lora);
+    }
+    let shape = &mut args.shape;
+    let size = if definition.has_two_stages { 128 } else { 64 };
+    if shape.size.is_none() {
+        shape.height.get_or_insert(size);
+        shape.width.get_or_insert(size);
+    }
+    if shape.seconds.is_none() {
+        shape.num_frames.get_or_insert(9);
+    }
+    Ok(args)
+}
+
+/// A file of one of both sides.
+fn of_side(path: &Path, side: &str) -> PathBuf {
+    let word = |part: Option<&OsStr>| part.map(|part| part.to_string_lossy().into_owned()).unwrap_or_default();
+    let end = path.extension().map(|end| format!(".{}", end.to_string_lossy())).unwrap_or_default();
+    path.with_file_name(format!("{}.{side}{end}", word(path.file_stem())))
+}
+
 struct Side {
     plan: Plan,
     dtype: DType,
@@ -156,7 +221,7 @@ struct Side {
 }
 
 /// Runs a setting and sketches every named value.
-fn sketches(args: &BisectArgs, setting: &str) -> Result<Side> {
+fn sketches(args: &BisectArgs, setting: &str, side: &str) -> Result<Side> {
     let (mut model, mut shape) = (args.model.clone(), args.shape.clone());
     let (mut compiler, mut exact) = (CompilerArgs::default(), false);
     for part in setting.split(',').map(str::trim).filter(|p| !p.is_empty()) {
@@ -176,26 +241,49 @@ fn sketches(args: &BisectArgs, setting: &str) -> Result<Side> {
             _ => bail!("`{part}` is no part of a setting; see `ltxc help debug bisect`"),
         }
     }
+    let mut logs = DebugOptions::of(&args.debug)?.with_files(&|path| of_side(path, side));
+    if logs.mode.replace(if exact { DebugMode::Exact } else { DebugMode::Fused }).is_some() {
+        bail!("`--debug-mode` is a part of the settings here: `--a fuse=exact`, `--b fuse=full`");
+    }
     let device = pick(&shape.device, None)?;
-    let shape = Shape::resolve(&shape, 0)?;
+    let adapters = AdapterArgs {
+        distilled_lora: args.distilled_lora.iter().map(|path| path.display().to_string()).collect(),
+        ..AdapterArgs::default()
+    };
+    let loras = Loras::open(&adapters, &[])?;
+    let shape = Shape::resolve(&shape, 0)?.with(&loras)?;
+    loras.check_complete(definition(shape.pipeline))?;
     let files = ModelFiles::open(&model, shape.has_two_stages())?;
     let options = if exact { unfused() } else { options(&compiler) };
     let plan = plan_for(&files, &shape, &device, options)?;
+    let fits = loras.fit(&LoraTargets::of(&files.model), &plan.pipeline.name)?;
+    let adapters = loras.stages(fits, &plan.pipeline, AdapterMode::Merged, &mut Report::new(Style::Silent))?;
+    let about = About {
+        device: device.name.to_string(),
+        seed: Some(args.seed),
+        run: Some(setting.to_string()),
+        ..About::default()
+    };
+    let spares_decoders = logs.spares_decoders;
+    let about = About { spares_decoders, ..about };
+    let session = Session::new(logs.only(&components(&plan))?, about);
     let kept = Rc::new(RefCell::new(Vec::new()));
     let tap = Sketcher { plan: &plan, kept: kept.clone(), runs: BTreeMap::new(), seen: BTreeMap::new() };
     let pipeline = Pipeline {
         plan: &plan,
         paths: files.paths(),
         device: &device,
+        session: &session,
         prompt: &args.prompt,
         negative_prompt: "",
         images: &[],
         media: Media::default(),
         stages: BTreeMap::new(),
-        adapters: StageAdapters::default(),
-        noise: Noise { seed: args.seed, ..Noise::default() },
+        adapters,
+        noise: Noise { seed: args.seed, spares_decoders, ..Noise::default() },
     };
     pipeline.run(Some(Box::new(tap)))?;
+    session.finish()?.iter().for_each(|note| eprintln!("{note}"));
     let sketches = kept.take();
     Ok(Side { dtype: shape.dtype, plan, sketches })
 }

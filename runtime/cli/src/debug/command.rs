@@ -21,36 +21,45 @@ use super::weights::{self, WeightsArgs};
 
 /// What takes the place of the scripts of known ports, for `ltxc debug --help`.
 pub const SCRIPTS: &str = "\
+Every command that runs a part of a model takes the flags of logs that `ltxc run` has (--tap, --dump-tensors,
+--debug-model-sums, --debug-module-sums, --trace-activations, --check-nan, --profile …; see its --help), and the
+variables FASTVIDEO_… and LTX2_… that mean the same. Logs of stages and steps need a pipeline.
+
 Instead of a port's script:
-  compare_text_embeddings, debug_embedding_stages   text compare --ref FILE, text diff --stages all
+  compare_text_embeddings, test_ltx2_gemma_encoder  text compare --ref FILE, text diff
+  debug_embedding_stages                            text diff --stages all
   debug_text_differentiation                        text diff, text sensitivity
-  debug_text_encoder, debug_embeddings, debug_mask  text stats, text mask, text export
+  debug_text_encoder, debug_embeddings              text stats, text stats --values, text export
+  debug_mask                                        text mask
   debug_nan                                         nan, nan --full
   debug_velocity                                    step --velocity [--pipeline NAME]
-  debug_single_step, analyze_transformer_output     step --stats, latents FILE
+  debug_single_step, analyze_transformer_output     step, step --stats, latents FILE
   debug_pipeline_step                               step --pipeline NAME --trace
   debug_denoising, test_with_gemma, debug_full_loop loop, loop --prompt TEXT, loop --full
   compare_denoising_step, compare_denoising_loop    step --compare FILE, loop --compare FILE
   compare_full_forward                              step --compare FILE --outputs-only
-  compare_all_blocks                                compare on model sums; run --tap '*blocks*'
-  compare_block_forward, compare_pytorch            block N --compare FILE
+  compare_all_blocks                                compare on model sums; run --dump-tensors block
+  compare_block_forward, compare_pytorch            block N --compare FILE, block --compare FILE
   compare_with_pytorch                              export --out FILE
-  bisect_divergence                                 bisect --a SETTING --b SETTING
-  test_pytorch_pipeline                             bisect --ref DIR --ref-cmd COMMAND
-  test_ltx2_two_stage_parity                        bisect --pipeline two-stage --ref DIR …
+  bisect_divergence                                 bisect [--a SETTING --b SETTING]
+  test_pytorch_pipeline                             bisect --ref-cmd COMMAND [--ref DIR]
+  test_ltx2_two_stage_parity                        bisect two-stage --preset tiny
   debug_scheduler, debug_latent_distribution        schedule, latents
   compare_pixel_coords                              positions --compare FILE
-  debug_vae, trace_decoder, validate_vae_decoder    vae decode [--compare FILE], vae trace
-  validate_vae_encoder, test_vae_roundtrip          vae encode --compare FILE, vae roundtrip
-  test_latent_normalization                         vae norm
-  debug_adaln, verify_attention_weights             weights FILE --adaln N, weights FILE --attn N
+  debug_vae, trace_decoder                          vae decode --latent zero|random, vae trace, vae tiles
+  validate_vae_decoder, test_ltx2_vae               vae decode --compare FILE
+  validate_vae_encoder, test_ltx2_vae_official      vae encode --compare FILE
+  test_vae_roundtrip, test_latent_normalization     vae roundtrip, vae norm
+  test_ltx2_audio_vae                               vae audio --compare FILE
+  debug_adaln, verify_attention_weights             weights FILE --adaln [N], weights FILE --attn [N], vae timestep
   convert_ltx2_weights                              weights FILE --against FILE; no file needs it
   test_distilled_pipeline                           pipeline distilled
   test_dev_model                                    pipeline one-stage --steps 25
-  debug_twostage, test_ltx2_pipeline_smoke          pipeline two-stage, pipeline all --preset tiny
+  debug_twostage, debug_twostage_v2                 pipeline two-stage, vae upscale
+  test_ltx2_pipeline_smoke                          pipeline one-stage --preset tiny, pipeline all --preset tiny
   debug_lora_full_comparison                        lora inputs, lora four-way
   run_lora_full_debug                               lora four-way --auto --ref-cmd COMMAND
-  test_ltx2, test_ltx2_gemma_encoder, test_ltx2_vae parity --reference DIR --only COMPONENT
+  test_ltx2, test_ltx2_audio                        step --compare FILE --case CASE, compare OURS THEIRS on tensors
   interpolate                                       ltxc run --pipeline keyframes
   generate, basic_ltx2                              ltxc run";
 

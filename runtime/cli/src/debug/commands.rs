@@ -4,28 +4,39 @@ use std::ffi::OsString;
 use std::process::Command as Process;
 
 use anyhow::{Context, Result, bail};
-use clap::{CommandFactory, FromArgMatches, Parser};
+use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser};
 
 use super::command;
 use crate::args::{Cli, Command, RunArgs};
 use crate::report::{Report, Style};
 use crate::run::{self, Occurrences};
 
-/// Runs `ltxc run …` or `ltxc debug …` in this process, as a user would. Returns whether it found nothing wrong.
+fn parsed(args: &[String]) -> Result<(Command, ArgMatches)> {
+    let line = std::iter::once("ltxc").chain(args.iter().map(String::as_str)).map(OsString::from);
+    let matches = Cli::command().try_get_matches_from(line)?;
+    Ok((Cli::from_arg_matches(&matches)?.command, matches))
+}
+
+/// Runs `ltxc debug …` in this process, as a user would. Returns whether it found nothing wrong.
 ///
 /// # Errors
 /// Arguments that are none, or what the command fails with.
-pub fn own(args: &[String], json_output: bool) -> Result<bool> {
-    let line = std::iter::once("ltxc").chain(args.iter().map(String::as_str)).map(OsString::from);
-    let matches = Cli::command().try_get_matches_from(line)?;
-    match Cli::from_arg_matches(&matches)?.command {
+pub fn debug_line(args: &[String], json_output: bool) -> Result<bool> {
+    match parsed(args)?.0 {
         Command::Debug(command) => command::run(&command, json_output),
-        Command::Run(args) => {
-            let occurrences = matches.subcommand_matches("run").map(Occurrences::of).unwrap_or_default();
-            run::run(&args, &occurrences, &mut Report::new(Style::Silent)).map(|()| true)
-        }
-        _ => bail!("`ltxc {}` is neither a run nor a debugging command", args.join(" ")),
+        _ => bail!("`ltxc {}` is no debugging command", args.join(" ")),
     }
+}
+
+/// Runs `ltxc run …` in this process, with what `change` makes of its arguments.
+///
+/// # Errors
+/// Arguments that are none, or what the run fails with.
+pub fn run_line(args: &[String], change: impl FnOnce(&mut RunArgs)) -> Result<()> {
+    let (Command::Run(mut run), matches) = parsed(args)? else { bail!("`ltxc {}` is no run", args.join(" ")) };
+    change(&mut run);
+    let occurrences = matches.subcommand_matches("run").map(Occurrences::of).unwrap_or_default();
+    run::run(&run, &occurrences, &mut Report::new(Style::Silent))
 }
 
 /// What `ltxc run` without any flag but the prompt means.

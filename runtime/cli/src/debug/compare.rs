@@ -1,4 +1,5 @@
-//! `ltxc debug compare`: two logs side by side, the first difference, and what it usually means.
+//! `ltxc debug compare`: two logs side by side, the first difference, and what it usually means. Files of tensors are
+//! compared element by element, see `elements`.
 //!
 //! Two numbers differ if `|a − b| > abs + rel · max(|a|, |b|)`. A sum may be near zero although its tensor is large; where both
 //! logs have the mean magnitude of a tensor, that decides instead (0.5 %), and its sums are only shown.
@@ -10,17 +11,18 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 use serde_json::json;
 
+use super::elements;
 use super::entries::{Entry, Log, parse};
 
 /// `ltxc debug compare`.
 #[derive(Debug, Args)]
 pub struct CompareArgs {
-    /// Our log, of any kind.
+    /// Our log, of any kind, or a file of captured tensors.
     pub ours: PathBuf,
-    /// The log to compare with; kinds may be mixed [default: the file that FASTVIDEO_DEBUG_REF_SUMS_PATH or
+    /// What to compare with; kinds of logs may be mixed [default: the file that FASTVIDEO_DEBUG_REF_SUMS_PATH or
     /// LTX2_REFERENCE_GEMMA_LOG names]
     pub theirs: Option<PathBuf>,
-    /// Relative tolerance.
+    /// Relative tolerance; of tensors the largest relative L2.
     #[arg(long, default_value_t = 5e-3)]
     pub tol_rel: f64,
     /// Absolute tolerance.
@@ -32,6 +34,13 @@ pub struct CompareArgs {
     /// Most rows of the table.
     #[arg(long, default_value_t = 20)]
     pub top: usize,
+    /// Of files of tensors: only those in whose names this regular expression is found.
+    #[arg(long, value_name = "REGEX")]
+    pub dump_tensors: Option<String>,
+    /// Of files of tensors: the least Pearson correlation that counts as equal, instead of a tolerance. Usual are 0.95 for
+    /// stages of a pipeline and 0.9999 for a block in f32.
+    #[arg(long, value_name = "R")]
+    pub correlation: Option<f64>,
 }
 
 /// Variables that name the log of a reference.
@@ -79,6 +88,20 @@ impl Comparison {
 /// # Errors
 /// A file that cannot be read, or logs that have nothing in common.
 pub fn run(args: &CompareArgs, json_output: bool) -> Result<bool> {
+    let theirs = args.theirs.clone().or_else(|| REFERENCES.iter().find_map(std::env::var_os).map(PathBuf::from));
+    let Some(theirs) = theirs else { bail!("there is no log to compare with; name it, or set `{}`", REFERENCES[0]) };
+    let map = match &args.map {
+        Some(path) => parse_map(&std::fs::read_to_string(path).with_context(|| format!("map `{}`", path.display()))?)?,
+        None => BTreeMap::new(),
+    };
+    match [&args.ours, &theirs].map(|path| elements::has_tensors(path)) {
+        [true, true] => return elements::run(args, &theirs, &map, json_output),
+        [false, false] => {}
+        _ => bail!("one file holds tensors and the other is a log; compare two of a kind"),
+    }
+    if args.dump_tensors.is_some() || args.correlation.is_some() {
+        bail!("`--dump-tensors` and `--correlation` are about files of tensors, and these are logs");
+    }
     let read = |path: &PathBuf| -> Result<Log> {
         let text = std::fs::read_to_string(path).with_context(|| format!("log `{}`", path.display()))?;
         let log = parse(&text);
@@ -87,12 +110,6 @@ pub fn run(args: &CompareArgs, json_output: bool) -> Result<bool> {
         }
         Ok(log)
     };
-    let map = match &args.map {
-        Some(path) => parse_map(&std::fs::read_to_string(path).with_context(|| format!("map `{}`", path.display()))?)?,
-        None => BTreeMap::new(),
-    };
-    let theirs = args.theirs.clone().or_else(|| REFERENCES.iter().find_map(std::env::var_os).map(PathBuf::from));
-    let Some(theirs) = theirs else { bail!("there is no log to compare with; name it, or set `{}`", REFERENCES[0]) };
     let comparison = compare(&read(&args.ours)?, &read(&theirs)?, &map, args.tol_rel, args.tol_abs);
     if comparison.pairs.is_empty() {
         bail!(

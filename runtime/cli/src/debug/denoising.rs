@@ -4,43 +4,34 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::rc::Rc;
-use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use clap::Args;
-use ltxc_compiler::Options;
-use ltxc_ir::plan::{Plan, Program, container};
+use ltxc_ir::plan::{Plan, Program};
 use ltxc_runtime::RunError;
 use ltxc_runtime::adapters::StageAdapters;
 use ltxc_runtime::backend::Device;
-use ltxc_runtime::pipeline::{Media, Noise, Silent};
+use ltxc_runtime::pipeline::{Media, Noise};
 use ltxc_runtime::stats::{Stats, decoded};
-use ltxc_runtime::tap::{CallInfo, Role, Tap, Value};
-use ltxc_runtime::weights::WeightFiles;
+use ltxc_runtime::tap::{Role, Tap, Value};
 use serde_json::json;
 
 use super::flags::{DebugFlags, DebugMode, DebugOptions};
-use super::names::{component, full_name};
+use super::names::{COMPONENTS, component, components, full_name, pass_of};
+use super::parity::Check;
 use super::parity::runs::check_run;
 use super::pipeline::{Pipeline, Tensors, plan_for};
-use super::recording::{Distance, Form, TensorFile, thinned};
+use super::recording::{Distance, TensorFile};
 use super::session::{About, Session};
 use super::step::print_rows;
 use super::video_stats::{Collector, structure};
 use crate::args::{ModelArgs, ShapeArgs};
 use crate::assemble::ModelFiles;
-use crate::compile::unfused;
 use crate::job::{Shape, pick};
 
 /// A model and a run of it.
 #[derive(Debug, Args)]
 pub struct RunOf {
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub model: ModelArgs,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub shape: ShapeArgs,
     /// Prompt.
     #[arg(long, short, default_value = "a red fox in deep snow")]
     pub prompt: String,
@@ -49,32 +40,43 @@ pub struct RunOf {
     pub seed: u64,
     #[command(flatten)]
     #[allow(missing_docs)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub shape: ShapeArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
     pub debug: DebugFlags,
 }
 
 impl RunOf {
-    /// Compiles the pipeline; without fusion if every value is to be seen.
+    /// Compiles the pipeline; without fusion if every value is to be seen, which is `usual` where nobody says otherwise.
     ///
     /// # Errors
-    /// Model files that are missing or do not fit.
-    pub fn open(&self, options: Options) -> Result<OpenRun<'_>> {
-        let debug = DebugOptions::resolve(&self.debug, &|name| std::env::var(name).ok())?;
+    /// Model files that are missing or do not fit, or a log that the pipeline cannot give.
+    pub fn open(&self, usual: DebugMode) -> Result<OpenRun<'_>> {
+        let mut options = DebugOptions::of(&self.debug)?;
+        let mode = options.mode.unwrap_or(usual);
+        options.mode = Some(mode);
         let device = pick(&self.shape.device, None)?;
         let shape = Shape::resolve(&self.shape, 0)?;
         let files = ModelFiles::open(&self.model, shape.has_two_stages())?;
-        let options = if debug.mode == DebugMode::Exact { unfused() } else { options };
-        let plan = plan_for(&files, &shape, &device, options)?;
-        Ok(OpenRun { of: self, debug, plan, paths: files.paths(), device })
+        let plan = plan_for(&files, &shape, &device, mode.compiler())?;
+        let spares_decoders = options.spares_decoders;
+        let device_name = device.name.to_string();
+        let about = About { device: device_name, seed: Some(self.seed), spares_decoders, ..About::default() };
+        let session = Session::new(options.only(&components(&plan))?, about);
+        Ok(OpenRun { of: self, session, spares_decoders, plan, paths: files.paths(), device })
     }
 
     /// Compiles and runs; `tap` looks at values of the plan that it is given. Noise that is not in `given` is drawn.
     pub(super) fn run(
         &self,
-        options: Options,
+        usual: DebugMode,
         given: BTreeMap<String, Vec<f32>>,
         tap: impl FnOnce(&Plan) -> Option<Box<dyn Tap>>,
     ) -> Result<(Plan, Tensors)> {
-        let open = self.open(options)?;
+        let open = self.open(usual)?;
         let tap = tap(&open.plan);
         let tensors = match open.run(given, tap)? {
             (tensors, Ok(())) => tensors,
@@ -87,7 +89,8 @@ impl RunOf {
 /// A pipeline that was compiled.
 pub struct OpenRun<'a> {
     of: &'a RunOf,
-    debug: DebugOptions,
+    session: Session,
+    spares_decoders: bool,
     /// Its plan.
     pub plan: Plan,
     paths: Vec<PathBuf>,
@@ -108,93 +111,24 @@ impl OpenRun<'_> {
             plan: &self.plan,
             paths: self.paths.clone(),
             device: &self.device,
+            session: &self.session,
             prompt: &self.of.prompt,
             negative_prompt: "",
             images: &[],
             media: Media::default(),
             stages: BTreeMap::new(),
             adapters: StageAdapters::default(),
-            noise: Noise { seed: self.of.seed, given, ..Noise::default() },
+            noise: Noise { seed: self.of.seed, given, spares_decoders: self.spares_decoders, ..Noise::default() },
         };
-        if !self.debug.is_on() {
-            return pipeline.run_until(tap, &mut Silent);
-        }
-        let weights = WeightFiles::open(&self.plan, &self.paths, false)?;
-        let about = About {
-            hash: container::hash(&container::encode(&self.plan)?),
-            device: self.device.name.to_string(),
-            seed: self.of.seed,
-            noise: &BTreeMap::new(),
-            spares_decoders: false,
-            experiments: Vec::new(),
-        };
-        let session = Session::new(&self.plan, &weights, self.debug.clone(), &about)?;
-        let both = Both { own: tap, session: session.tap() };
-        let ran = pipeline.run_until(Some(Box::new(both)), &mut session.observer(&mut Silent))?;
-        session.finish()?.iter().for_each(|note| eprintln!("{note}"));
+        let ran = pipeline.run_until(tap)?;
+        self.session.finish()?.iter().for_each(|note| eprintln!("{note}"));
         Ok(ran)
-    }
-}
-
-/// The tap of a command, and that of the logs that it was asked for.
-struct Both<'a> {
-    own: Option<Box<dyn Tap + 'a>>,
-    session: Box<dyn Tap + 'a>,
-}
-
-impl Tap for Both<'_> {
-    fn wants(&mut self, program: &Program, value: &Value) -> bool {
-        let own = self.own.as_mut().is_some_and(|own| own.wants(program, value));
-        self.session.wants(program, value) || own
-    }
-
-    fn begin(&mut self, program: &Program) {
-        self.session.begin(program);
-        self.own.iter_mut().for_each(|own| own.begin(program));
-    }
-
-    fn value(&mut self, program: &Program, value: &Value, bytes: &[u8]) -> Result<(), RunError> {
-        for tap in self.own.iter_mut().chain(std::iter::once(&mut self.session)) {
-            if tap.wants(program, value) {
-                tap.value(program, value, bytes)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn skips_finite(&self, program: &Program, value: &Value) -> bool {
-        self.session.skips_finite(program, value)
-            && self.own.as_ref().is_none_or(|own| own.skips_finite(program, value))
-    }
-
-    fn finite(&mut self, program: &Program, value: &Value) {
-        self.own.iter_mut().for_each(|own| own.finite(program, value));
-    }
-
-    fn end(&mut self, program: &Program) -> Result<(), RunError> {
-        self.session.end(program)?;
-        self.own.iter_mut().try_for_each(|own| own.end(program))
-    }
-
-    fn times_calls(&self) -> bool {
-        self.session.times_calls()
-    }
-
-    fn called(&mut self, program: &Program, call: &CallInfo, elapsed: Duration) {
-        self.session.called(program, call, elapsed);
-    }
-
-    fn loaded(&mut self, program: &Program, elapsed: Duration) {
-        self.session.loaded(program, elapsed);
     }
 }
 
 /// `ltxc debug loop`.
 #[derive(Debug, Args)]
 pub struct LoopArgs {
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub run: RunOf,
     /// Show how streams grow from block to block, and how much of them comes from the text. Compiles without fusion.
     #[arg(long)]
     pub blocks: bool,
@@ -205,6 +139,9 @@ pub struct LoopArgs {
     /// Look at the latent after every step, and at the finished frames, too.
     #[arg(long, conflicts_with = "compare")]
     pub full: bool,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub run: RunOf,
 }
 
 /// Relative L2 by which a run may differ from a recording.
@@ -313,19 +250,23 @@ pub fn run_loop(args: &LoopArgs, json_output: bool) -> Result<bool> {
     let recording = args.compare.as_deref().map(TensorFile::open).transpose()?;
     if let Some(recording) = recording.as_ref().filter(|r| r.meta()["params"].is_object()) {
         let files = ModelFiles::open(&args.run.model, args.run.model.spatial_upsampler_path.is_some())?;
+        let device = pick(&args.run.shape.device, None)?;
+        let options = DebugOptions::of(&args.run.debug)?.only(&COMPONENTS)?;
+        let session = Session::new(options, About { device: device.name.to_string(), ..About::default() });
         let mut rows = Vec::new();
-        check_run(&files, &pick(&args.run.shape.device, None)?, &recording.path, &mut rows)?;
+        check_run(&files, &device, &session, &recording.path, &mut rows)?;
+        session.finish()?.iter().for_each(|note| eprintln!("{note}"));
         return print_rows(&rows, &recording.path.display().to_string(), json_output);
     }
     let given = recording.as_ref().map(recorded_noise).unwrap_or_default();
     // What attention to the text gives has no memory of its own in fused kernels.
-    let options = if args.blocks { unfused() } else { Options::default() };
-    let (plan, ran) = args.run.run(options, given, |plan| {
+    let usual = if args.blocks { DebugMode::Exact } else { DebugMode::Fused };
+    let (plan, ran) = args.run.run(usual, given, |plan| {
         let tap = VelocityTap { plan: plan.clone(), blocks: args.blocks, kept: velocities.clone() };
         Some(Box::new(tap))
     })?;
     let velocities = velocities.take();
-    if let Some(recording) = &recording {
+    if let Some(recording) = recording {
         return compare_run(&ran, recording, json_output);
     }
     let facts = step_facts(&ran.tensors, &velocities.values);
@@ -434,42 +375,21 @@ fn recorded_noise(recording: &TensorFile) -> BTreeMap<String, Vec<f32>> {
 }
 
 /// Compares the tensors of a run with recorded ones, in the order in which they came.
-fn compare_run(ran: &Tensors, recording: &TensorFile, json_output: bool) -> Result<bool> {
-    let (mut first, mut compared) = (None, 0);
-    let meta = recording.meta();
-    for name in &ran.order {
-        let found = &ran.tensors[name];
+fn compare_run(ran: &Tensors, recording: TensorFile, json_output: bool) -> Result<bool> {
+    let path = recording.path.display().to_string();
+    let mut rows = Vec::new();
+    let mut check = Check::new("runs", recording, COMPARED_LIMIT, &mut rows);
+    // Results are laid out in other ways by other tools.
+    let is_comparable = |name: &&String| !name.starts_with("final.") && !name.ends_with("initial_latent");
+    for name in ran.order.iter().filter(is_comparable) {
         // Recordings name predictions after steps, of which each has one evaluation here.
         let recorded = match name.strip_suffix(".denoised") {
             Some(_) => name.replace(".call", ".step"),
             None => name.clone(),
         };
-        let layout_differs = name.starts_with("final.") || name.ends_with("initial_latent");
-        let Some(form) = Form::of(recording, &meta, &recorded, found.len()).filter(|_| !layout_differs) else {
-            continue;
-        };
-        let error = Distance::of(&thinned(found, form.step), &form.values).relative_l2;
-        let differs = error.is_nan() || error > COMPARED_LIMIT;
-        compared += 1;
-        if differs && first.is_none() {
-            first = Some(recorded.clone());
-        }
-        if json_output {
-            let error = if error.is_finite() { json!(error) } else { json!("inf") };
-            println!("{}", json!({"tensor": recorded, "relative_l2": error, "differs": differs}));
-        } else {
-            println!("{recorded:<40} relative L2 {error:.2e}{}", if differs { "  < differs" } else { "" });
-        }
+        check.check(&recorded, &ran.tensors[name]);
     }
-    if compared == 0 {
-        bail!("`{}` has no tensor of such a run, for example `stage1.step0.video.latent`", recording.path.display());
-    }
-    match &first {
-        Some(name) if json_output => println!("{}", json!({"first_different": name})),
-        Some(name) => println!("first difference: {name}"),
-        None => {}
-    }
-    Ok(first.is_none())
+    print_rows(&rows, &path, json_output)
 }
 
 /// A stream behind a block.
@@ -572,12 +492,12 @@ fn block_part(name: &str) -> Option<(usize, &'static str, bool)> {
 /// `ltxc debug nan`.
 #[derive(Debug, Args)]
 pub struct NanArgs {
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub run: RunOf,
     /// Go on after the first bad value, and list the first of every program.
     #[arg(long)]
     pub full: bool,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub run: RunOf,
 }
 
 /// The first bad value of a program.
@@ -586,7 +506,11 @@ struct Finding {
     program: String,
     run: usize,
     name: String,
+    /// Pass of the transformer that it belongs to.
+    pass: Option<&'static str>,
     stats: Stats,
+    /// Number of the first value of those, and the values themselves: the first bad one and those beside it.
+    around: (usize, Vec<f32>),
     reads: Vec<(String, Stats)>,
 }
 
@@ -619,12 +543,16 @@ impl Tap for NanTap {
         found.checked += 1;
         if stats.is_bad() && !found.findings.iter().any(|f| f.program == program.name) {
             let reads = value.reads.iter().filter_map(|n| Some((n.clone(), self.seen.get(n)?.clone()))).collect();
-            let name = full_name(component(&self.plan, program), &value.name);
+            let component = component(&self.plan, program);
+            let name = full_name(component, &value.name);
+            let pass = (component == "transformer").then(|| pass_of(&value.name).0);
             let run = self.runs.get(&program.name).copied().unwrap_or(0);
             found.findings.push(Finding {
                 program: program.name.clone(),
                 run,
                 name: name.clone(),
+                pass,
+                around: around(&decoded(&value.ty, bytes), stats.first_bad.unwrap_or(0)),
                 stats: stats.clone(),
                 reads,
             });
@@ -651,13 +579,25 @@ impl Tap for NanTap {
     }
 }
 
+/// Values in a line.
+pub fn listed(values: &[f32]) -> String {
+    values.iter().map(|v| format!("{v:.4}")).collect::<Vec<_>>().join(" ")
+}
+
+/// The value at an index and those beside it, with the number of the first of them.
+pub fn around(values: &[f32], index: usize) -> (usize, Vec<f32>) {
+    const BESIDE: usize = 3;
+    let first = index.saturating_sub(BESIDE);
+    (first, values.iter().skip(first).take(index - first + 1 + BESIDE).copied().collect())
+}
+
 /// `ltxc debug nan`. Returns whether every value is finite.
 ///
 /// # Errors
 /// A run that fails for another reason.
 pub fn run_nan(args: &NanArgs, json_output: bool) -> Result<bool> {
     let found = Rc::new(RefCell::new(Found::default()));
-    let result = args.run.run(unfused(), BTreeMap::new(), |plan| {
+    let result = args.run.run(DebugMode::Exact, BTreeMap::new(), |plan| {
         let (runs, seen) = (BTreeMap::new(), BTreeMap::new());
         Some(Box::new(NanTap { plan: plan.clone(), full: args.full, runs, seen, found: found.clone() }))
     });
@@ -670,22 +610,25 @@ pub fn run_nan(args: &NanArgs, json_output: bool) -> Result<bool> {
         if json_output {
             println!(
                 "{}",
-                json!({"value": f.name, "program": f.program, "run": f.run, "nan": s.nan, "infinite": s.infinite,
-                "of": s.ty.elements(), "first": s.first_bad, "reads": f.reads.iter().map(|(n, s)| json!({"value": n, "mean": s.mean,
+                json!({"value": f.name, "program": f.program, "run": f.run, "pass": f.pass, "nan": s.nan, "infinite": s.infinite,
+                "of": s.ty.elements(), "first": s.first_bad, "around_from": f.around.0,
+                "around": f.around.1.iter().map(ToString::to_string).collect::<Vec<_>>(), "reads": f.reads.iter().map(|(n, s)| json!({"value": n, "mean": s.mean,
                 "std": s.std, "min": s.min, "max": s.max})).collect::<Vec<_>>()})
             );
             continue;
         }
         println!(
-            "{}: NaN in {}, infinite in {} of {} values, first at {} (program {}, run {})",
+            "{}: NaN in {}, infinite in {} of {} values, first at {} (program {}, step {}{})",
             f.name,
             s.nan,
             s.infinite,
             s.ty.elements(),
             s.first_bad.unwrap_or(0),
             f.program,
-            f.run
+            f.run,
+            f.pass.map(|pass| format!(", pass {pass}")).unwrap_or_default()
         );
+        println!("  values from {} on: {}", f.around.0, listed(&f.around.1));
         for (name, s) in &f.reads {
             println!("  computed from {name}: mean {:.4} std {:.4} [{:.4}, {:.4}]", s.mean, s.std, s.min, s.max);
         }

@@ -25,10 +25,13 @@ use serde_json::Value;
 use super::modules::{Bench, Ran};
 use super::parity::transformer::{StreamCase, case_config, perturbation, stream_case};
 use super::recording::TensorFile;
-use crate::args::{DeviceChoice, ModelArgs};
+use super::session::Session;
+use crate::args::ModelArgs;
 use crate::assemble::{MODEL, checkpoint_source, local};
 use crate::compile::unfused;
-use crate::job::pick;
+
+/// What runs.
+pub const COMPONENT: &str = "transformer";
 
 /// Name of the case whose noise level all tokens share.
 pub const UNIFORM: &str = "uniform";
@@ -40,24 +43,25 @@ const SCALE: [u32; 3] = [8, 32, 32];
 const AUDIO_RATE_HZ: f64 = 25.0;
 
 /// A transformer, opened for single evaluations without fusion.
-pub struct Model {
+pub struct Model<'a> {
     /// Its file or folder.
     pub checkpoint: Checkpoint,
     /// The section `transformer` of its configuration.
     section: Value,
-    device: Device,
+    device: &'a Device,
+    session: &'a Session,
 }
 
-impl Model {
+impl<'a> Model<'a> {
     /// Opens the checkpoint that `args` name; the text encoder is not needed.
     ///
     /// # Errors
-    /// A file that is missing or is no model, or a device that is not there.
-    pub fn open(args: &ModelArgs, device: &DeviceChoice) -> Result<Model> {
+    /// A file that is missing or is no model.
+    pub fn open(args: &ModelArgs, device: &'a Device, session: &'a Session) -> Result<Model<'a>> {
         let path = args.checkpoint_path.as_ref().context("`--checkpoint-path` is missing: it names the model")?;
         let checkpoint = Checkpoint::open(&local(path)?)?;
         let section = checkpoint.section("transformer")?.clone();
-        Ok(Model { checkpoint, section, device: pick(device, None)? })
+        Ok(Model { checkpoint, section, device, session })
     }
 
     /// The configuration for a case; see [`case_config`].
@@ -73,10 +77,8 @@ impl Model {
     /// # Errors
     /// Inputs or adapters that do not fit the model.
     pub fn evaluate(&self, inputs: &Inputs, adapters: AdapterSet) -> Result<Ran> {
-        let config = self.config(&inputs.case)?;
-        inputs.check(&config)?;
-        let module = build(&config, &Weights::new(MODEL, &self.checkpoint), &inputs.spec(&config), DType::F32)?;
-        self.bench()?.run_with(&module, ENTRY, &inputs.arguments(), adapters, &|_| true)
+        let weights = Weights::new(MODEL, &self.checkpoint);
+        inputs.run(&self.bench()?, &self.config(&inputs.case)?, &weights, adapters, &|_| true)
     }
 
     /// Evaluates block `index` alone; `x` are the residual streams in front of it, of the streams that there are.
@@ -88,12 +90,13 @@ impl Model {
         inputs.check(&config)?;
         let weights = Weights::new(MODEL, &self.checkpoint);
         let module = build_block(&config, &weights, &inputs.spec(&config), index, DType::F32)?;
-        self.bench()?.run(&module, ENTRY, &[inputs.arguments(), x].concat())
+        self.bench()?.run(COMPONENT, &module, ENTRY, &[inputs.arguments(), x].concat())
     }
 
     fn bench(&self) -> Result<Bench<'_>> {
         let sources = vec![checkpoint_source(MODEL, &self.checkpoint, false)?];
-        Ok(Bench { sources, paths: self.checkpoint.paths(), options: unfused(), device: &self.device })
+        let (paths, options) = (self.checkpoint.paths(), unfused());
+        Ok(Bench { sources, paths, options, device: self.device, session: self.session })
     }
 }
 
@@ -234,6 +237,23 @@ impl Inputs {
             stream.sigma = sigma;
             stream.timesteps.fill(sigma);
         }
+    }
+
+    /// Evaluates a transformer on them, keeping the values inside whose names `keep` wants.
+    ///
+    /// # Errors
+    /// Inputs or adapters that do not fit the model.
+    pub fn run(
+        &self,
+        bench: &Bench<'_>,
+        config: &TransformerConfig,
+        weights: &Weights<'_>,
+        adapters: AdapterSet,
+        keep: &dyn Fn(&str) -> bool,
+    ) -> Result<Ran> {
+        self.check(config)?;
+        let module = build(config, weights, &self.spec(config), DType::F32)?;
+        bench.run_with(COMPONENT, &module, ENTRY, &self.arguments(), adapters, keep)
     }
 
     fn arguments(&self) -> Vec<Tensor> {

@@ -1,45 +1,46 @@
-//! What `ltxc run` can tell about a run: flags, and the environment variables of other tools that mean the same.
+//! What can be logged of programs while they run: flags, and the environment variables of other tools that mean the same.
+//!
+//! [`LogFlags`] are those of every command that runs a part of a model, [`DebugFlags`] those of whole pipelines, which have
+//! stages and steps, too. A flag that is about a component which a command does not run is refused; of variables, which hold
+//! for all commands, nothing is said.
 //!
 //! Some of those ask for what is always so here: `FASTVIDEO_STAGE_LOGGING` for the time of every stage,
 //! `FASTVIDEO_ATTENTION_BACKEND=TORCH_SDPA` and `LTX2_REFERENCE_ATTN=pytorch` for the plain algorithm of attention, which
 //! headers of logs name.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
-use ltxc_runtime::tap::Globs;
+use ltxc_compiler::Options;
+use ltxc_runtime::tap::{Globs, glob};
 use regex::Regex;
 
-/// Flags about what a run logs. All off by default, and then nothing of this costs anything.
-#[derive(Debug, Clone, Default, Args)]
-#[command(next_help_heading = "Debugging (see `ltxc help debug`)")]
-pub struct DebugFlags {
+use crate::compile::unfused;
+
+/// Flags about what is logged of programs. All off by default, and then nothing of this costs anything.
+#[derive(Debug, Clone, Default, PartialEq, Args)]
+#[command(next_help_heading = "Logs of what is computed (see `ltxc help debug`)")]
+pub struct LogFlags {
     /// Capture values by name, `*` for any characters: 'transformer.blocks.*.attn1'; repeatable.
     #[arg(long, value_name = "GLOB", num_args = 1.., hide_short_help = true)]
     pub tap: Vec<String>,
     /// Values not to capture, though --tap names them; repeatable.
     #[arg(long, value_name = "GLOB", num_args = 1.., hide_short_help = true)]
     pub tap_exclude: Vec<String>,
+    /// Capture values in whose names this regular expression is found: 'blocks\.7\.attn'.
+    #[arg(long, value_name = "REGEX", hide_short_help = true)]
+    pub dump_tensors: Option<String>,
     /// Where captured values go; a safetensors file. Without it, a line of statistics for each goes to standard error.
-    #[arg(long, value_name = "FILE", hide_short_help = true)]
+    #[arg(long, value_name = "FILE", visible_alias = "dump-tensors-path", hide_short_help = true)]
     pub tap_path: Option<PathBuf>,
-    /// Which values there are: those of fused kernels, or every value of the graph, without fusion [default: fused]
-    #[arg(long, value_enum, hide_short_help = true)]
-    pub debug_mode: Option<DebugMode>,
-    /// A line of sums after each stage.
-    #[arg(long, hide_short_help = true)]
-    pub debug_stage_sums: bool,
-    /// File for them, instead of standard error.
-    #[arg(long, value_name = "FILE", hide_short_help = true)]
-    pub debug_stage_sums_path: Option<PathBuf>,
     /// Sums of prepared inputs and of every block, for each call of the transformer, and of text features.
     #[arg(long, hide_short_help = true)]
     pub debug_model_sums: bool,
     /// File for them.
     #[arg(long, value_name = "FILE", hide_short_help = true)]
     pub debug_model_sums_path: Option<PathBuf>,
-    /// Sums of every attention and feed-forward layer of every block.
+    /// Sums of every attention and feed-forward layer of every block of the transformer.
     #[arg(long, hide_short_help = true)]
     pub debug_model_detail: bool,
     /// File for them.
@@ -84,9 +85,6 @@ pub struct DebugFlags {
     /// Statistics to trace: abs_mean, sum, min, max, mean, std, shape, dtype [default: abs_mean,sum]
     #[arg(long, value_name = "LIST", value_delimiter = ',', hide_short_help = true)]
     pub trace_stats: Vec<String>,
-    /// Steps to trace, from 0; all without it.
-    #[arg(long, value_name = "LIST", value_delimiter = ',', hide_short_help = true)]
-    pub trace_steps: Vec<usize>,
     /// File for the trace; `<pid>` becomes the number of the process.
     #[arg(long, value_name = "FILE", hide_short_help = true)]
     pub trace_output: Option<PathBuf>,
@@ -101,6 +99,48 @@ pub struct DebugFlags {
     pub profile: Option<PathBuf>,
 }
 
+/// Flags about what the run of a pipeline logs.
+#[derive(Debug, Clone, Default, PartialEq, Args)]
+#[command(next_help_heading = "Logs of a pipeline (see `ltxc help debug`)")]
+pub struct DebugFlags {
+    /// Which values there are: those of fused kernels, or every value of the graph, without fusion [default: fused]
+    #[arg(long, value_enum, hide_short_help = true)]
+    pub debug_mode: Option<DebugMode>,
+    /// A line of sums after each stage.
+    #[arg(long, hide_short_help = true)]
+    pub debug_stage_sums: bool,
+    /// File for them, instead of standard error.
+    #[arg(long, value_name = "FILE", hide_short_help = true)]
+    pub debug_stage_sums_path: Option<PathBuf>,
+    /// Steps to trace, from 0; all without it.
+    #[arg(long, value_name = "LIST", value_delimiter = ',', hide_short_help = true)]
+    pub trace_steps: Vec<usize>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub logs: LogFlags,
+}
+
+impl DebugFlags {
+    /// The flags for a command that was asked to run single graphs and no pipeline.
+    ///
+    /// # Errors
+    /// A flag about stages or steps.
+    pub fn of_graphs(&self) -> Result<&LogFlags> {
+        let given = [
+            (self.debug_mode.is_some(), "--debug-mode"),
+            (self.debug_stage_sums, "--debug-stage-sums"),
+            (self.debug_stage_sums_path.is_some(), "--debug-stage-sums-path"),
+            (!self.trace_steps.is_empty(), "--trace-steps"),
+        ];
+        match given.iter().find(|(is_given, _)| *is_given) {
+            Some((_, flag)) => {
+                bail!("`{flag}` is about runs of pipelines; name one with `--pipeline`, or leave it out")
+            }
+            None => Ok(&self.logs),
+        }
+    }
+}
+
 /// Which values can be looked at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
 pub enum DebugMode {
@@ -109,6 +149,16 @@ pub enum DebugMode {
     Fused,
     /// All of the graph: nothing is fused or packed.
     Exact,
+}
+
+impl DebugMode {
+    /// Options of the compiler for it.
+    pub fn compiler(self) -> Options {
+        match self {
+            DebugMode::Fused => Options::default(),
+            DebugMode::Exact => unfused(),
+        }
+    }
 }
 
 /// How logs are written.
@@ -170,10 +220,12 @@ pub enum TraceNames {
 pub struct DebugOptions {
     /// Values to capture.
     pub tap: Globs,
+    /// The same as a regular expression that is searched for in names.
+    pub dump: Option<Regex>,
     /// File for them.
     pub tap_path: Option<PathBuf>,
-    /// Which values there are.
-    pub mode: DebugMode,
+    /// Which values there are, if anybody said so.
+    pub mode: Option<DebugMode>,
     /// Logs that are wanted. `Some(None)` is standard error.
     pub stage_sums: Option<Option<PathBuf>>,
     /// See [`DebugOptions::stage_sums`].
@@ -206,6 +258,8 @@ pub struct DebugOptions {
     pub spares_decoders: bool,
     /// Whether sums in f64 stand beside those in f32.
     pub has_f64: bool,
+    /// Flags that were given and are about some components only, with these.
+    about: Vec<(&'static str, &'static [&'static str])>,
 }
 
 /// What an activation trace holds.
@@ -226,11 +280,35 @@ pub struct Trace {
 /// Statistics that a trace may hold.
 pub const TRACE_STATS: [&str; 8] = ["abs_mean", "sum", "min", "max", "mean", "std", "shape", "dtype"];
 
+/// Components that model sums, their detail, and sums of hidden states are about.
+const OF_SUMS: &[&str] = &["text_encoder", "connectors", "transformer"];
+const OF_DETAIL: &[&str] = &["transformer"];
+const OF_GEMMA: &[&str] = &["text_encoder"];
+
 impl DebugOptions {
+    /// Resolves flags and the environment of this process.
+    ///
+    /// # Errors
+    /// Those of [`DebugOptions::resolve`].
+    pub fn of(flags: &DebugFlags) -> Result<DebugOptions> {
+        DebugOptions::resolve(flags, &|name| std::env::var(name).ok())
+    }
+
+    /// The same for single graphs, which have neither stages nor steps, and every value.
+    ///
+    /// # Errors
+    /// Those of [`DebugOptions::resolve`].
+    pub fn of_graphs(flags: &LogFlags) -> Result<DebugOptions> {
+        let mut options = DebugOptions::of(&DebugFlags { logs: flags.clone(), ..DebugFlags::default() })?;
+        (options.mode, options.stage_sums) = (Some(DebugMode::Exact), None);
+        options.trace.iter_mut().for_each(|trace| trace.steps.clear());
+        Ok(options)
+    }
+
     /// Resolves flags and the environment; flags win.
     ///
     /// # Errors
-    /// A regular expression that is none, or a statistic that is not known.
+    /// A regular expression that is none, a statistic that is not known, or a flag that does nothing without another.
     pub fn resolve(flags: &DebugFlags, env: &dyn Fn(&str) -> Option<String>) -> Result<DebugOptions> {
         let env = |names: &[&str]| names.iter().find_map(|name| env(name).filter(|v| !v.is_empty()));
         let is_set = |names: &[&str]| env(names).is_some_and(|v| !["0", "false", "no", "off"].contains(&v.as_str()));
@@ -248,22 +326,31 @@ impl DebugOptions {
             (None, Some(folder)) => Some(Some(PathBuf::from(folder).join(file))),
             (own, _) => own,
         };
+        let logs = &flags.logs;
         let model_sums = log(
-            flags.debug_model_sums,
-            &flags.debug_model_sums_path,
+            logs.debug_model_sums,
+            &logs.debug_model_sums_path,
             &["FASTVIDEO_DEBUG_MODEL_SUMS", "LTX2_PIPELINE_DEBUG_LOG"],
             &["FASTVIDEO_DEBUG_MODEL_SUMS_PATH", "LTX2_PIPELINE_DEBUG_PATH"],
         );
         let model_detail = log(
-            flags.debug_model_detail,
-            &flags.debug_model_detail_path,
+            logs.debug_model_detail,
+            &logs.debug_model_detail_path,
             &["FASTVIDEO_DEBUG_MODEL_DETAIL", "LTX2_DEBUG_DETAIL"],
             &["FASTVIDEO_DEBUG_MODEL_DETAIL_PATH", "LTX2_PIPELINE_DEBUG_DETAIL_PATH"],
         );
-        Ok(DebugOptions {
-            tap: Globs { include: flags.tap.clone(), exclude: flags.tap_exclude.clone() },
-            tap_path: flags.tap_path.clone(),
-            mode: flags.debug_mode.unwrap_or_default(),
+        let (has_sums, has_detail) = (logs.debug_model_sums_path.is_some(), logs.debug_model_detail_path.is_some());
+        let about = [
+            (logs.debug_model_sums || has_sums, ("--debug-model-sums", OF_SUMS)),
+            (logs.debug_model_detail || has_detail, ("--debug-model-detail", OF_DETAIL)),
+            (logs.debug_gemma_path.is_some(), ("--debug-gemma-path", OF_GEMMA)),
+        ];
+        let dump = logs.dump_tensors.as_deref();
+        let options = DebugOptions {
+            tap: Globs { include: logs.tap.clone(), exclude: logs.tap_exclude.clone() },
+            dump: dump.map(|text| regex("--dump-tensors", text)).transpose()?,
+            tap_path: logs.tap_path.clone(),
+            mode: flags.debug_mode,
             stage_sums: log(
                 flags.debug_stage_sums,
                 &flags.debug_stage_sums_path,
@@ -272,25 +359,90 @@ impl DebugOptions {
             ),
             model_sums: in_folder(model_sums, "fastvideo.log"),
             model_detail: in_folder(model_detail, "fastvideo_detail.log"),
-            gemma: log(false, &flags.debug_gemma_path, &[], &["LTX2_FASTVIDEO_GEMMA_LOG"]),
+            gemma: log(false, &logs.debug_gemma_path, &[], &["LTX2_FASTVIDEO_GEMMA_LOG"]),
             module_sums: log(
-                flags.debug_module_sums,
-                &flags.debug_module_sums_path,
+                logs.debug_module_sums,
+                &logs.debug_module_sums_path,
                 &["FASTVIDEO_DEBUG_MODULE_SUMS"],
                 &["FASTVIDEO_DEBUG_MODULE_SUMS_PATH"],
             ),
-            module_include: list(&flags.debug_module_sums_include, "FASTVIDEO_DEBUG_MODULE_SUMS_INCLUDE"),
-            module_exclude: list(&flags.debug_module_sums_exclude, "FASTVIDEO_DEBUG_MODULE_SUMS_EXCLUDE"),
-            module_format: flags.debug_module_sums_format.unwrap_or_default(),
-            format: flags.debug_format.unwrap_or_default(),
-            prefix: flags.debug_prefix.unwrap_or_default(),
-            append: flags.debug_append,
+            module_include: list(&logs.debug_module_sums_include, "FASTVIDEO_DEBUG_MODULE_SUMS_INCLUDE"),
+            module_exclude: list(&logs.debug_module_sums_exclude, "FASTVIDEO_DEBUG_MODULE_SUMS_EXCLUDE"),
+            module_format: logs.debug_module_sums_format.unwrap_or_default(),
+            format: logs.debug_format.unwrap_or_default(),
+            prefix: logs.debug_prefix.unwrap_or_default(),
+            append: logs.debug_append,
             trace: trace(flags, &env, &is_set)?,
-            check_nan: flags.check_nan,
-            profile: flags.profile.clone(),
+            check_nan: logs.check_nan,
+            profile: logs.profile.clone(),
             spares_decoders: is_set(&["LTX2_DISABLE_VAE_NOISE"]),
-            has_f64: flags.debug_f64,
-        })
+            has_f64: logs.debug_f64,
+            about: about.into_iter().filter_map(|(is_given, about)| is_given.then_some(about)).collect(),
+        };
+        options.refuse_idle(logs)?;
+        Ok(options)
+    }
+
+    /// Refuses flags that do nothing, because what they are about is not logged.
+    fn refuse_idle(&self, flags: &LogFlags) -> Result<()> {
+        let is_listed = |list: &[String]| !list.is_empty();
+        let (taps, modules) = (self.captures_any(), self.module_sums.is_some());
+        let logs = [&self.stage_sums, &self.model_sums, &self.model_detail, &self.gemma, &self.module_sums];
+        let (sums, files) = (logs.iter().any(|log| log.is_some()), self.trace.is_some());
+        for (is_given, flag, is_used, other) in [
+            (is_listed(&flags.tap_exclude), "--tap-exclude", taps, "`--tap`"),
+            (flags.tap_path.is_some(), "--tap-path", taps, "`--tap`"),
+            (
+                is_listed(&flags.debug_module_sums_include),
+                "--debug-module-sums-include",
+                modules,
+                "`--debug-module-sums`",
+            ),
+            (
+                is_listed(&flags.debug_module_sums_exclude),
+                "--debug-module-sums-exclude",
+                modules,
+                "`--debug-module-sums`",
+            ),
+            (flags.debug_module_sums_format.is_some(), "--debug-module-sums-format", modules, "`--debug-module-sums`"),
+            (flags.debug_format.is_some(), "--debug-format", sums || taps, "a log of sums"),
+            (flags.debug_prefix.is_some(), "--debug-prefix", sums || taps, "a log of sums"),
+            (flags.debug_f64, "--debug-f64", sums || taps, "a log of sums"),
+            (flags.debug_append, "--debug-append", sums || files, "a log in a file"),
+        ] {
+            if is_given && !is_used {
+                bail!("`{flag}` does nothing without {other}");
+            }
+        }
+        Ok(())
+    }
+
+    /// The logs of what a command runs: a program of each of `components`.
+    ///
+    /// # Errors
+    /// A flag about a component that is not among them. Logs that a variable asked for are left out.
+    pub fn only(mut self, components: &[&str]) -> Result<DebugOptions> {
+        let runs = |about: &[&str]| about.iter().any(|component| components.contains(component));
+        if let Some((flag, about)) = self.about.iter().find(|(_, about)| !runs(about)) {
+            bail!("`{flag}` is about {}, of which nothing runs here; leave it out", about.join(", "));
+        }
+        for (log, about) in
+            [(&mut self.model_sums, OF_SUMS), (&mut self.model_detail, OF_DETAIL), (&mut self.gemma, OF_GEMMA)]
+        {
+            log.take_if(|_| !runs(about));
+        }
+        Ok(self)
+    }
+
+    /// Whether any value is to be captured.
+    pub fn captures_any(&self) -> bool {
+        !self.tap.include.is_empty() || self.dump.is_some()
+    }
+
+    /// Whether the value called `name` is.
+    pub fn captures(&self, name: &str) -> bool {
+        let is_dumped = self.dump.as_ref().is_some_and(|dump| dump.is_match(name));
+        self.tap.matches(name) || (is_dumped && !self.tap.exclude.iter().any(|pattern| glob(pattern, name)))
     }
 
     /// Whether anything looks into programs.
@@ -298,10 +450,31 @@ impl DebugOptions {
         let logs = [&self.stage_sums, &self.model_sums, &self.model_detail, &self.gemma, &self.module_sums];
         logs.into_iter().any(Option::is_some)
             || self.trace.is_some()
-            || !self.tap.include.is_empty()
+            || self.captures_any()
             || self.check_nan
             || self.profile.is_some()
     }
+
+    /// The same with other files, for a command that runs more than once.
+    pub fn with_files(mut self, renamed: &dyn Fn(&Path) -> PathBuf) -> DebugOptions {
+        let logs = [
+            &mut self.stage_sums,
+            &mut self.model_sums,
+            &mut self.model_detail,
+            &mut self.gemma,
+            &mut self.module_sums,
+        ];
+        let paths = logs.into_iter().flatten().chain([&mut self.tap_path, &mut self.profile]);
+        let trace = self.trace.as_mut().map(|trace| &mut trace.output);
+        for path in paths.chain(trace).flatten() {
+            *path = renamed(path);
+        }
+        self
+    }
+}
+
+fn regex(flag: &str, text: &str) -> Result<Regex> {
+    Regex::new(text).with_context(|| format!("`{flag} {text}` is no regular expression"))
 }
 
 fn trace(
@@ -309,15 +482,18 @@ fn trace(
     env: &dyn Fn(&[&str]) -> Option<String>,
     is_set: &dyn Fn(&[&str]) -> bool,
 ) -> Result<Option<Trace>> {
-    let output = flags.trace_output.clone().or_else(|| env(&["FASTVIDEO_TRACE_OUTPUT"]).map(PathBuf::from));
-    if !flags.trace_activations && !is_set(&["FASTVIDEO_TRACE_ACTIVATIONS"]) {
-        if flags.trace_layers.is_some() || flags.trace_output.is_some() || !flags.trace_stats.is_empty() {
+    let logs = &flags.logs;
+    let output = logs.trace_output.clone().or_else(|| env(&["FASTVIDEO_TRACE_OUTPUT"]).map(PathBuf::from));
+    if !logs.trace_activations && !is_set(&["FASTVIDEO_TRACE_ACTIVATIONS"]) {
+        let has_files = logs.trace_output.is_some() || logs.trace_names.is_some();
+        let has_lists = !logs.trace_stats.is_empty() || !flags.trace_steps.is_empty();
+        if logs.trace_layers.is_some() || has_files || has_lists {
             bail!("flags of the activation trace are given, but not `--trace-activations`");
         }
         return Ok(None);
     }
-    let layers = flags.trace_layers.clone().or_else(|| env(&["FASTVIDEO_TRACE_LAYERS"])).unwrap_or_default();
-    let mut stats = flags.trace_stats.clone();
+    let layers = logs.trace_layers.clone().or_else(|| env(&["FASTVIDEO_TRACE_LAYERS"])).unwrap_or_default();
+    let mut stats = logs.trace_stats.clone();
     if stats.is_empty() {
         let given = env(&["FASTVIDEO_TRACE_STATS"]).unwrap_or_else(|| "abs_mean,sum".into());
         stats = given.split(',').map(|s| s.trim().to_string()).collect();
@@ -334,11 +510,11 @@ fn trace(
     }
     let pid = std::process::id().to_string();
     Ok(Some(Trace {
-        layers: Regex::new(&layers).with_context(|| format!("`--trace-layers {layers}` is no regular expression"))?,
+        layers: regex("--trace-layers", &layers)?,
         stats,
         steps,
         output: output.map(|path| PathBuf::from(path.to_string_lossy().replace("<pid>", &pid))),
-        names: flags.trace_names.unwrap_or_default(),
+        names: logs.trace_names.unwrap_or_default(),
     }))
 }
 
@@ -369,21 +545,52 @@ mod tests {
         assert_eq!(options.module_sums, Some(None));
         assert_eq!(options.module_include, ["vae", "transformer"]);
         assert_eq!(options.model_sums, Some(Some(PathBuf::from("logs").join("fastvideo.log"))));
-        let trace = options.trace.unwrap();
-        assert_eq!((trace.steps, trace.stats.len()), (vec![0, 3], 2));
+        let trace = options.trace.as_ref().unwrap();
+        assert_eq!((&trace.steps[..], trace.stats.len()), (&[0, 3][..], 2));
+        // What variables ask for and no program can give is left out.
+        let decoder = options.only(&["vae"]).unwrap();
+        assert!(decoder.model_sums.is_none() && decoder.module_sums.is_some());
+    }
+
+    #[test]
+    fn flags_that_do_nothing_are_refused() {
+        let bad = |change: fn(&mut DebugFlags)| {
+            let mut flags = DebugFlags::default();
+            change(&mut flags);
+            DebugOptions::resolve(&flags, &|_| None).and_then(|o| o.only(&["vae"])).unwrap_err().to_string()
+        };
+        assert!(bad(|f| f.logs.debug_model_detail = true).contains("is about transformer"));
+        assert!(
+            bad(|f| f.logs.debug_gemma_path = Some("x".into())).contains("`--debug-gemma-path` is about text_encoder")
+        );
+        assert!(bad(|f| f.logs.tap_path = Some("x".into())).contains("nothing without `--tap`"));
+        assert!(bad(|f| f.logs.debug_f64 = true).contains("nothing without a log"));
+        assert!(bad(|f| f.trace_steps = vec![1]).contains("--trace-activations"));
+        let flags = DebugFlags { debug_stage_sums: true, ..DebugFlags::default() };
+        assert!(flags.of_graphs().unwrap_err().to_string().contains("runs of pipelines"));
     }
 
     #[test]
     fn bad_traces_are_refused() {
-        let bad = |change: fn(&mut DebugFlags)| {
-            let mut flags = DebugFlags { trace_activations: true, ..DebugFlags::default() };
+        let bad = |change: fn(&mut LogFlags)| {
+            let mut flags = LogFlags { trace_activations: true, ..LogFlags::default() };
             change(&mut flags);
-            DebugOptions::resolve(&flags, &|_| None).unwrap_err().to_string()
+            DebugOptions::of_graphs(&flags).unwrap_err().to_string()
         };
         assert!(bad(|f| f.trace_stats = vec!["median".into()]).contains("`median` is no statistic"));
         assert!(bad(|f| f.trace_layers = Some("(".into())).contains("no regular expression"));
+        assert!(bad(|f| f.dump_tensors = Some("(".into())).contains("`--dump-tensors (`"));
         assert!(
             bad(|f| (f.trace_activations, f.trace_layers) = (false, Some("x".into()))).contains("--trace-activations")
         );
+    }
+
+    #[test]
+    fn values_are_captured_by_pattern_or_by_expression() {
+        let flags =
+            LogFlags { dump_tensors: Some("block".into()), tap_exclude: vec!["*audio*".into()], ..LogFlags::default() };
+        let options = DebugOptions::of_graphs(&flags).unwrap();
+        assert!(options.captures("transformer.blocks.0.attn1") && !options.captures("transformer.proj_out"));
+        assert!(!options.captures("transformer.blocks.0.audio_attn1"));
     }
 }

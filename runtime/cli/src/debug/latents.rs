@@ -7,13 +7,13 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use ltxc_compiler::Options;
 use ltxc_runtime::noise_files::{self, Stored};
 use ltxc_runtime::pipeline::SlotShape;
 use ltxc_runtime::stats::Stats;
 use serde_json::json;
 
 use super::denoising::RunOf;
+use super::flags::{DebugFlags, DebugMode};
 use super::video_stats::structure;
 
 /// `ltxc debug latents`.
@@ -31,20 +31,23 @@ pub struct LatentsArgs {
     /// Stage of that step.
     #[arg(long, default_value = "stage1", requires = "step")]
     pub stage: String,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub run: RunOf,
     /// Tensor of the file, if it has several.
     #[arg(long)]
     pub tensor: Option<String>,
     /// What it should be: an encoded or finished latent is coherent, noise is not.
     #[arg(long, default_value_t = false)]
     pub noise: bool,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub run: RunOf,
 }
 
 /// The latent that was asked for, (1, c, f, h, w).
 fn latent(args: &LatentsArgs) -> Result<Stored> {
     let Some(step) = args.step else {
+        if args.run.debug != DebugFlags::default() {
+            bail!("nothing is run to look into a file; leave the flags of logs out, or name a step with `--step`");
+        }
         let path = args.file.as_ref().context("there is neither a file nor a step")?;
         let tensors = noise_files::read(path)?;
         let chosen = match &args.tensor {
@@ -53,7 +56,7 @@ fn latent(args: &LatentsArgs) -> Result<Stored> {
         };
         return chosen.with_context(|| format!("`{}` has no such tensor of shape (1, c, f, h, w)", path.display()));
     };
-    let (plan, ran) = args.run.run(Options::default(), BTreeMap::new(), |_| None)?;
+    let (plan, ran) = args.run.run(DebugMode::Fused, BTreeMap::new(), |_| None)?;
     let stage = plan.pipeline.stages.iter().find(|s| s.name == args.stage);
     let stage = stage.with_context(|| format!("pipeline `{}` has no stage `{}`", plan.pipeline.name, args.stage))?;
     let name = format!("{}.step{step}.video.latent", stage.name);

@@ -134,6 +134,7 @@ pub struct Sink {
     has_f64: bool,
     text: Option<Out>,
     json: Option<Out>,
+    lines: usize,
 }
 
 struct Out {
@@ -168,7 +169,7 @@ impl Sink {
             LogFormat::Jsonl => Some(Out::open(path, append)?),
             LogFormat::Both => Some(Out::open(path.map(beside).as_deref(), append)?),
         };
-        let mut sink = Sink { format, prefix, has_f64: false, text, json };
+        let mut sink = Sink { format, prefix, has_f64: false, text, json, lines: 0 };
         sink.comment(header)?;
         Ok(sink)
     }
@@ -176,6 +177,11 @@ impl Sink {
     /// The log with sums in f64 beside those in f32, or without.
     pub fn with_f64(self, has_f64: bool) -> Sink {
         Sink { has_f64, ..self }
+    }
+
+    /// How many lines it got, headers and comments left out.
+    pub fn lines(&self) -> usize {
+        self.lines
     }
 
     /// Writes a line that parsers skip.
@@ -194,6 +200,7 @@ impl Sink {
     /// # Errors
     /// A disk that is full, or another reason not to write.
     pub fn line(&mut self, line: &Line, step: Option<usize>, pass: Option<&str>) -> Result<(), RunError> {
+        self.lines += 1;
         let wide = self.has_f64.then(|| line.with_f64());
         let line = wide.as_ref().unwrap_or(line);
         if let Some(out) = &mut self.text {
@@ -209,10 +216,11 @@ impl Sink {
     ///
     /// # Errors
     /// A disk that is full, or another reason not to write.
-    pub fn object(&mut self, object: &Value) -> Result<(), RunError> {
+    pub fn object(&mut self, object: &str) -> Result<(), RunError> {
         debug_assert_eq!(self.format, LogFormat::Jsonl);
+        self.lines += 1;
         match &mut self.json {
-            Some(out) => out.line(&object.to_string()),
+            Some(out) => out.line(object),
             None => Ok(()),
         }
     }

@@ -1,10 +1,10 @@
 //! Which published files a pipeline needs, and which of them are here. Nothing is downloaded.
 //!
-//! Source: file names of the repositories Lightricks/LTX-2 and Lightricks/LTX-2.3; spec/cli-and-formats §3.1.
+//! Source: file names of the repositories Lightricks/LTX-2, Lightricks/LTX-2.3 and of their LoRAs; spec/cli-and-formats §3.1.
 
 use std::path::{Path, PathBuf};
 
-use ltxc_ir::plan::StageAdapter;
+use ltxc_ir::plan::{SoundRole, StageAdapter};
 use ltxc_models::checkpoint::{Generation, hub};
 use serde_json::json;
 
@@ -29,6 +29,12 @@ struct Published {
     full: &'static str,
     upscaler: &'static str,
     distilled_lora: &'static str,
+    /// LoRAs of pipelines that read references, as `org/name:file`. Others that know references do as well for the first.
+    union_lora: &'static str,
+    dub_lora: Option<&'static str>,
+    hdr_lora: Option<&'static str>,
+    /// The text context that comes with that, in place of a text encoder.
+    hdr_text: Option<&'static str>,
 }
 
 const PUBLISHED: [Published; 2] = [
@@ -39,6 +45,10 @@ const PUBLISHED: [Published; 2] = [
         full: "ltx-2-19b-dev.safetensors",
         upscaler: "ltx-2-spatial-upscaler-x2-1.0.safetensors",
         distilled_lora: "ltx-2-19b-distilled-lora-384.safetensors",
+        union_lora: "Lightricks/LTX-2-19b-IC-LoRA-Union-Control:ltx-2-19b-ic-lora-union-control-ref0.5.safetensors",
+        dub_lora: None,
+        hdr_lora: None,
+        hdr_text: None,
     },
     Published {
         generation: Generation::Ltx23,
@@ -47,6 +57,10 @@ const PUBLISHED: [Published; 2] = [
         full: "ltx-2.3-22b-dev.safetensors",
         upscaler: "ltx-2.3-spatial-upscaler-x2-1.1.safetensors",
         distilled_lora: "ltx-2.3-22b-distilled-lora-384-1.1.safetensors",
+        union_lora: "Lightricks/LTX-2.3-22b-IC-LoRA-Union-Control:ltx-2.3-22b-ic-lora-union-control-ref0.5.safetensors",
+        dub_lora: Some("Lightricks/LTX-2.3-22b-IC-LoRA-DubIt:ltx-2.3-22b-ic-lora-dubit-0.9.safetensors"),
+        hdr_lora: Some("Lightricks/LTX-2.3-22b-IC-LoRA-HDR:ltx-2.3-22b-ic-lora-hdr-0.9.safetensors"),
+        hdr_text: Some("Lightricks/LTX-2.3-22b-IC-LoRA-HDR:ltx-2.3-22b-ic-lora-hdr-scene-emb.safetensors"),
     },
 ];
 
@@ -63,7 +77,14 @@ pub(super) fn print(
 ) -> bool {
     let mut is_complete = false;
     for published in PUBLISHED.iter().filter(|p| generation.is_none_or(|g| p.generation == g)) {
-        let needed = needed(published, pipeline, folders);
+        let Some(needed) = needed(published, pipeline, folders) else {
+            let name = definition(pipeline).name;
+            match json_output {
+                true => println!("{}", json!({"generation": published.generation.name(), "published": false})),
+                false => println!("no LoRA for pipeline `{name}` was published for {}", published.generation),
+            }
+            continue;
+        };
         is_complete |= needed.iter().all(|n| n.found.is_some());
         if !json_output {
             println!("{} for pipeline `{}`", published.generation, definition(pipeline).name);
@@ -78,13 +99,14 @@ pub(super) fn print(
                 continue;
             }
             let state = n.found.as_ref().map_or("MISSING".into(), |path| format!("in `{}`", path.display()));
-            println!("  {:<26} {:<66} {state}", n.flag, n.name);
+            println!("  {:<26} {:<96} {state}", n.flag, n.name);
         }
     }
     is_complete
 }
 
-fn needed(published: &Published, pipeline: PipelineName, folders: &[PathBuf]) -> Vec<Needed> {
+/// What a pipeline needs of a generation; `None` if something of it was never published.
+fn needed(published: &Published, pipeline: PipelineName, folders: &[PathBuf]) -> Option<Vec<Needed>> {
     let definition = definition(pipeline);
     let basis = Basis { generation: published.generation, layers: 48, first_tokens: 1, has_distilled_adapter: false };
     let drafts = (definition.stages)(&basis);
@@ -97,16 +119,30 @@ fn needed(published: &Published, pipeline: PipelineName, folders: &[PathBuf]) ->
     if is_full && has_adapter {
         names.push(("--distilled-lora", published.distilled_lora));
     }
-    let of = |(flag, file): (&'static str, &str)| {
-        let name = format!("{}:{file}", published.repository);
+    let of = |(flag, name): (&'static str, String)| {
+        let file = name.rsplit(':').next().unwrap_or_default();
         let found = folders.iter().find_map(|folder| below(folder, file, 4)).or_else(|| hub::resolve(&name).ok());
         Needed { flag, name, found }
     };
-    let mut needed: Vec<Needed> = names.into_iter().map(of).collect();
+    let own = names.into_iter().map(|(flag, file)| (flag, format!("{}:{file}", published.repository)));
+    let mut needed: Vec<Needed> = own.map(of).collect();
+    let brings = &definition.brings;
+    if brings.references > 0 {
+        let lora = match (brings.pads_references, brings.sound) {
+            (true, _) => published.hdr_lora?,
+            (_, Some(SoundRole::Reference)) => published.dub_lora?,
+            _ => published.union_lora,
+        };
+        needed.push(of(("--lora", lora.into())));
+    }
+    if brings.pads_references {
+        needed.push(of(("--embeddings", published.hdr_text?.into())));
+        return Some(needed);
+    }
     // A folder of any name counts if it is one of a Gemma.
     let gemma = folders.iter().find_map(|folder| gemma_below(folder, 4)).or_else(|| hub::resolve(GEMMA).ok());
     needed.push(Needed { flag: "--gemma-root", name: GEMMA.into(), found: gemma });
-    needed
+    Some(needed)
 }
 
 /// The file `name` in a folder or the folders inside it.
@@ -143,12 +179,28 @@ mod tests {
 
     #[test]
     fn pipelines_need_different_files() {
-        let flags = |pipeline| -> Vec<&str> { needed(&PUBLISHED[0], pipeline, &[]).iter().map(|n| n.flag).collect() };
+        let of = |published: usize, pipeline| needed(&PUBLISHED[published], pipeline, &[]);
+        let flags = |pipeline| -> Vec<&str> { of(0, pipeline).unwrap().iter().map(|n| n.flag).collect() };
         assert_eq!(flags(PipelineName::DistilledOneStage), ["--checkpoint-path", "--gemma-root"]);
         assert_eq!(
             flags(PipelineName::TwoStage),
             ["--checkpoint-path", "--spatial-upsampler-path", "--distilled-lora", "--gemma-root"]
         );
-        assert!(needed(&PUBLISHED[1], PipelineName::OneStage, &[])[0].name.ends_with("dev.safetensors"));
+        assert!(of(1, PipelineName::OneStage).unwrap()[0].name.ends_with("dev.safetensors"));
+    }
+
+    #[test]
+    fn pipelines_with_references_need_their_lora() {
+        let of = |published: usize, pipeline| -> Option<Vec<String>> {
+            let needed = needed(&PUBLISHED[published], pipeline, &[])?;
+            Some(needed.iter().map(|n| format!("{} {}", n.flag, n.name)).collect())
+        };
+        let has = |list: Option<Vec<String>>, words: &str| list.unwrap().iter().any(|line| line.contains(words));
+        assert!(has(of(0, PipelineName::IcLora), "--lora Lightricks/LTX-2-19b-IC-LoRA-Union-Control:"));
+        assert!(has(of(1, PipelineName::Dub), "--lora Lightricks/LTX-2.3-22b-IC-LoRA-DubIt:"));
+        assert!(has(of(1, PipelineName::HdrIcLora), "hdr-scene-emb"));
+        // The text encoder's context comes with that LoRA.
+        assert!(!has(of(1, PipelineName::HdrIcLora), "--gemma-root"));
+        assert!(of(0, PipelineName::Dub).is_none() && of(0, PipelineName::HdrIcLora).is_none());
     }
 }

@@ -6,7 +6,7 @@
 //! | `names` | names of values as people and other tools know them |
 //! | `sums`, `log` | lines of sums, and where they go |
 //! | `profile` | times of programs and kernels |
-//! | `entries`, `compare` | logs as numbers under keys, and two of them side by side |
+//! | `entries`, `compare`, `elements` | logs as numbers under keys, two of them side by side, and two files of tensors |
 //! | `recording`, `parity` | recorded tensors of the reference, and how ours compare with them |
 //! | `modules`, `pipeline` | one graph, or a whole run, for its values instead of its picture |
 //! | `evaluation` | one evaluation of the transformer on given inputs |
@@ -21,6 +21,7 @@ pub mod command;
 pub mod commands;
 pub mod compare;
 pub mod denoising;
+mod elements;
 pub mod entries;
 pub mod evaluation;
 pub mod flags;

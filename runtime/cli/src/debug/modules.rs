@@ -1,4 +1,7 @@
 //! Running one graph with given arguments and keeping every named value: what the commands that look into a model share.
+//!
+//! Their arguments are a [`Side`], which opens the device and the logs; a [`Bench`] runs graphs on it, which commands let it
+//! compile without fusion, so that every value is there.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -6,9 +9,10 @@ use std::path::PathBuf;
 use std::rc::Rc;
 
 use anyhow::{Context, Result};
+use clap::Args;
 use ltxc_compiler::{Options, PlanBuilder};
 use ltxc_ir::eval::Tensor;
-use ltxc_ir::plan::{Pipeline, Plan, Program, WeightSource};
+use ltxc_ir::plan::{Pipeline, Plan, Program, TextSettings, WeightSource};
 use ltxc_ir::{Module, Rate, TensorType};
 use ltxc_runtime::RunError;
 use ltxc_runtime::adapters::AdapterSet;
@@ -16,10 +20,50 @@ use ltxc_runtime::backend::{Device, open};
 use ltxc_runtime::executor::Executor;
 use ltxc_runtime::stats::decoded;
 use ltxc_runtime::tap::{Role, Tap, Value};
+use ltxc_runtime::tokenizer::CONTEXT_TOKENS;
 use ltxc_runtime::weights::WeightFiles;
 
+use super::flags::{DebugOptions, LogFlags};
+use super::session::{About, Session};
+use crate::args::{DeviceChoice, ModelArgs};
 use crate::compile::version;
+use crate::job::pick;
 use crate::run::INTERRUPT;
+
+/// A model, what it runs on, and what is logged.
+#[derive(Debug, Clone, Args)]
+pub struct Side {
+    /// Device.
+    #[arg(long, default_value = "cpu")]
+    pub device: DeviceChoice,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub logs: LogFlags,
+}
+
+impl Side {
+    /// Opens the device, and logs of graphs of `components`; shows both to `look`, and closes the logs. `seed` is that of
+    /// what is drawn.
+    ///
+    /// # Errors
+    /// A device that is not there, a log that no such graph can give, and those of `look`.
+    pub fn look<T>(
+        &self,
+        components: &[&str],
+        seed: Option<u64>,
+        look: impl FnOnce(&Device, &Session) -> Result<T>,
+    ) -> Result<T> {
+        let options = DebugOptions::of_graphs(&self.logs)?.only(components)?;
+        let device = pick(&self.device, None)?;
+        let session = Session::new(options, About { device: device.name.to_string(), seed, ..About::default() });
+        let found = look(&device, &session)?;
+        session.finish()?.iter().for_each(|note| eprintln!("{note}"));
+        Ok(found)
+    }
+}
 
 /// A value of a run.
 #[derive(Clone, Debug)]
@@ -66,17 +110,19 @@ pub struct Bench<'a> {
     pub options: Options,
     /// What runs.
     pub device: &'a Device,
+    /// What is logged.
+    pub session: &'a Session,
 }
 
 impl Bench<'_> {
-    /// Compiles `entry` of a module, runs it, and keeps every named value.
+    /// Compiles `entry` of a module of `component`, runs it, and keeps every named value.
     ///
     /// `args` are the values of the parameters, in their order.
     ///
     /// # Errors
     /// A graph that does not compile, or a device that cannot run it.
-    pub fn run(&self, module: &Module, entry: &str, args: &[Tensor]) -> Result<Ran> {
-        self.run_keeping(module, entry, args, &|_| true)
+    pub fn run(&self, component: &str, module: &Module, entry: &str, args: &[Tensor]) -> Result<Ran> {
+        self.run_keeping(component, module, entry, args, &|_| true)
     }
 
     /// The same, keeping only the values inside whose names `keep` wants.
@@ -85,12 +131,13 @@ impl Bench<'_> {
     /// Those of [`Bench::run`].
     pub fn run_keeping(
         &self,
+        component: &str,
         module: &Module,
         entry: &str,
         args: &[Tensor],
         keep: &dyn Fn(&str) -> bool,
     ) -> Result<Ran> {
-        self.run_with(module, entry, args, AdapterSet::default(), keep)
+        self.run_with(component, module, entry, args, AdapterSet::default(), keep)
     }
 
     /// As [`Bench::run`], with adapters, keeping only the values inside whose names `keep` wants.
@@ -99,6 +146,7 @@ impl Bench<'_> {
     /// As for [`Bench::run`], and adapters that do not fit.
     pub fn run_with(
         &self,
+        component: &str,
         module: &Module,
         entry: &str,
         args: &[Tensor],
@@ -107,8 +155,9 @@ impl Bench<'_> {
     ) -> Result<Ran> {
         let target = self.device.target.clone();
         let mut builder = PlanBuilder::new(&version(), target, self.options.clone(), self.sources.clone());
-        builder.add("main", "main", module, entry)?;
-        let plan = builder.finish(Pipeline::default())?;
+        builder.add(component, component, module, entry)?;
+        let text = TextSettings { length: CONTEXT_TOKENS as u32, ..TextSettings::default() };
+        let plan = builder.finish(Pipeline { text, ..Pipeline::default() })?;
         let function = module.function(entry).with_context(|| format!("the module has no `{entry}`"))?;
         let named: BTreeMap<&str, &Tensor> =
             function.params.iter().map(|p| function.name_of(p.value)).zip(args).collect();
@@ -127,7 +176,8 @@ impl Bench<'_> {
         let weights = WeightFiles::open(plan, &self.paths, false)?;
         let kept = Rc::new(RefCell::new(Vec::new()));
         let mut executor = Executor::on(open(self.device)?, plan, &weights, &INTERRUPT)?;
-        executor.set_tap(Some(Box::new(Keep { kept: kept.clone(), wants: keep })))?;
+        let keep = Keep { kept: kept.clone(), wants: keep };
+        executor.set_tap(self.session.tap(plan, &weights, Some(Box::new(keep)))?)?;
         executor.set_adapters(adapters)?;
         let mut results = BTreeMap::new();
         for rate in [Rate::Generation, Rate::Evaluation, Rate::Step] {
@@ -141,8 +191,11 @@ impl Bench<'_> {
                 for slot in &program.outputs {
                     let bytes = executor.read_bytes(&program.name, &slot.name)?;
                     let values = decoded(&slot.ty, &bytes);
-                    let kept = Kept { name: slot.name.clone(), ty: slot.ty.clone(), values };
-                    results.insert(slot.name.clone(), kept);
+                    // What is kept for faster programs has the shape of the graph, not that in which it was computed.
+                    if let Some(known) = kept.borrow_mut().iter_mut().rev().find(|k: &&mut Kept| k.name == slot.name) {
+                        known.ty = slot.ty.clone();
+                    }
+                    results.insert(slot.name.clone(), Kept { name: slot.name.clone(), ty: slot.ty.clone(), values });
                 }
             }
         }

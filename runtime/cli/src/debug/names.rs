@@ -10,6 +10,10 @@ use ltxc_ir::plan::{Plan, Program, Step};
 
 use super::flags::TraceNames;
 
+/// All components.
+pub const COMPONENTS: [&str; 7] =
+    ["text_encoder", "connectors", "transformer", "vae", "upsampler", "audio_vae", "vocoder"];
+
 /// Components whose values have the component's name in their paths already.
 const SELF_NAMED: [&str; 4] = ["vae", "audio_vae", "vocoder", "upsampler"];
 
@@ -27,6 +31,10 @@ const KEY_PREFIXES: [&str; 6] = [
 pub fn component(plan: &Plan, program: &Program) -> &'static str {
     let name = program.name.as_str();
     let group = plan.groups.get(program.group as usize).map_or("", |g| g.name.as_str());
+    // Programs of single graphs are called after their component.
+    if let Some(component) = COMPONENTS.iter().find(|component| **component == group) {
+        return component;
+    }
     match () {
         () if name.starts_with("encode_image") || name.starts_with("encode_video") => "vae",
         () if name.starts_with("decode_audio") || name.starts_with("encode_audio") => "audio_vae",
@@ -36,6 +44,14 @@ pub fn component(plan: &Plan, program: &Program) -> &'static str {
         () if name.starts_with("encode.") || ["text", "enhance"].contains(&group) => "text_encoder",
         () => "transformer",
     }
+}
+
+/// The components of a plan.
+pub fn components(plan: &Plan) -> Vec<&'static str> {
+    let mut all: Vec<&str> = plan.programs.iter().map(|program| component(plan, program)).collect();
+    all.sort_unstable();
+    all.dedup();
+    all
 }
 
 /// `<component>.<path>` of a value of a program.
@@ -56,6 +72,7 @@ pub fn pass_of(path: &str) -> (&'static str, &str) {
 }
 
 /// Modules of a plan: what owns weights.
+#[derive(Default)]
 pub struct Modules {
     paths: BTreeSet<String>,
 }
@@ -63,7 +80,7 @@ pub struct Modules {
 impl Modules {
     /// The modules of all programs.
     pub fn of(plan: &Plan) -> Modules {
-        let mut modules = Modules { paths: BTreeSet::new() };
+        let mut modules = Modules::default();
         let mut seen = BTreeSet::new();
         for program in &plan.programs {
             modules.add(plan, program.function, "", &mut seen);

@@ -10,11 +10,12 @@ use ltxc_runtime::RunError;
 use ltxc_runtime::adapters::StageAdapters;
 use ltxc_runtime::backend::{Device, open};
 use ltxc_runtime::executor::Executor;
-use ltxc_runtime::pipeline::{Conditioning, Event, Media, Noise, Observer, Output, Request, Silent, StageChoice, run};
+use ltxc_runtime::pipeline::{Conditioning, Event, Media, Noise, Observer, Output, Request, StageChoice, run};
 use ltxc_runtime::tap::Tap;
 use ltxc_runtime::tokenizer::Tokenizer;
 use ltxc_runtime::weights::{WeightFiles, find_tokenizer};
 
+use super::session::Session;
 use crate::assemble::ModelFiles;
 use crate::compile::compile;
 use crate::job::Shape;
@@ -28,6 +29,8 @@ pub struct Pipeline<'a> {
     pub paths: Vec<PathBuf>,
     /// What runs it.
     pub device: &'a Device,
+    /// What is logged.
+    pub session: &'a Session,
     /// Prompt.
     pub prompt: &'a str,
     /// What not to show, for guided pipelines.
@@ -72,15 +75,7 @@ impl Pipeline<'_> {
     /// # Errors
     /// Weights that are missing, or a device that cannot run the plan.
     pub fn run(self, tap: Option<Box<dyn Tap + '_>>) -> Result<Tensors> {
-        self.run_watched(tap, &mut Silent)
-    }
-
-    /// The same, telling `next` of all events.
-    ///
-    /// # Errors
-    /// Those of [`Pipeline::run`].
-    pub fn run_watched(self, tap: Option<Box<dyn Tap + '_>>, next: &mut dyn Observer) -> Result<Tensors> {
-        let (tensors, result) = self.run_until(tap, next)?;
+        let (tensors, result) = self.run_until(tap)?;
         result?;
         Ok(tensors)
     }
@@ -89,16 +84,12 @@ impl Pipeline<'_> {
     ///
     /// # Errors
     /// What keeps the run from beginning.
-    pub fn run_until(
-        self,
-        tap: Option<Box<dyn Tap + '_>>,
-        next: &mut dyn Observer,
-    ) -> Result<(Tensors, Result<(), RunError>)> {
+    pub fn run_until(self, tap: Option<Box<dyn Tap + '_>>) -> Result<(Tensors, Result<(), RunError>)> {
         let weights = WeightFiles::open(self.plan, &self.paths, false)?;
         let tokenizer = find_tokenizer(&self.plan.pipeline.text, &self.paths)?;
         let tokenizer = Tokenizer::from_folder(tokenizer.parent().unwrap_or(Path::new(".")))?;
         let mut executor = Executor::on(open(self.device)?, self.plan, &weights, &INTERRUPT)?;
-        executor.set_tap(tap)?;
+        executor.set_tap(self.session.tap(self.plan, &weights, tap)?)?;
         let request = Request {
             prompt: self.prompt,
             negative_prompt: self.negative_prompt,
@@ -112,27 +103,22 @@ impl Pipeline<'_> {
         };
         let mut collected = Tensors::default();
         let mut output = Written::default();
-        let mut collecting = Collecting { tensors: &mut collected, next };
-        let result = run(&mut executor, tokenizer, &request, &mut collecting, &mut output);
+        let mut collecting = Collecting(&mut collected);
+        let result = run(&mut executor, tokenizer, &request, &mut self.session.observer(&mut collecting), &mut output);
         Ok((Tensors { frames: output.frames, sound: output.sound, ..collected }, result))
     }
 }
 
-struct Collecting<'a> {
-    tensors: &'a mut Tensors,
-    next: &'a mut dyn Observer,
-}
+struct Collecting<'a>(&'a mut Tensors);
 
 impl Observer for Collecting<'_> {
     fn event(&mut self, event: Event<'_>) {
-        if let Event::Tensor { name, values } = &event {
-            if !self.tensors.tensors.contains_key(name) {
-                self.tensors.order.push(name.clone());
-            }
-            // Frames come in chunks.
-            self.tensors.tensors.entry(name.clone()).or_default().extend_from_slice(values);
+        let Event::Tensor { name, values } = &event else { return };
+        if !self.0.tensors.contains_key(name) {
+            self.0.order.push(name.clone());
         }
-        self.next.event(event);
+        // Frames come in chunks.
+        self.0.tensors.entry(name.clone()).or_default().extend_from_slice(values);
     }
 }
 

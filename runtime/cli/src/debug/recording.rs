@@ -186,6 +186,8 @@ pub struct Distance {
     pub max_abs: f64,
     /// Mean difference.
     pub mean_abs: f64,
+    /// The same by the mean magnitude of the second list.
+    pub relative_mean: f64,
     /// Mean squared difference.
     pub mse: f64,
     /// Cosine of the angle between the two.
@@ -199,7 +201,16 @@ impl Distance {
     pub fn of(a: &[f32], b: &[f32]) -> Distance {
         if a.len() != b.len() || a.is_empty() {
             let far = f64::INFINITY;
-            return Distance { relative_l2: far, max_abs: far, mean_abs: far, mse: far, cosine: 0.0, pearson: 0.0 };
+            let (cosine, pearson) = (0.0, 0.0);
+            return Distance {
+                relative_l2: far,
+                max_abs: far,
+                mean_abs: far,
+                relative_mean: far,
+                mse: far,
+                cosine,
+                pearson,
+            };
         }
         let n = a.len() as f64;
         let pairs = || a.iter().zip(b).map(|(&x, &y)| (f64::from(x), f64::from(y)));
@@ -209,13 +220,15 @@ impl Distance {
             0.0 => f64::from(xx == yy),
             product => xy / product.sqrt(),
         };
+        let difference = dot(&|x, y| (x - y).abs());
         Distance {
             relative_l2: relative_l2(a, b),
             // A difference that is no number is larger than any.
             max_abs: pairs()
                 .map(|(x, y)| (x - y).abs())
                 .fold(0.0, |m, d| if d.is_nan() { f64::INFINITY } else { d.max(m) }),
-            mean_abs: dot(&|x, y| (x - y).abs()) / n,
+            mean_abs: difference / n,
+            relative_mean: if difference == 0.0 { 0.0 } else { difference / dot(&|_, y| y.abs()).max(1e-30) },
             mse: dot(&|x, y| (x - y).powi(2)) / n,
             cosine: angle(dot(&|x, y| x * y), dot(&|x, _| x * x), dot(&|_, y| y * y)),
             pearson: angle(
@@ -281,6 +294,7 @@ mod tests {
         let d = Distance::of(&[1.0, 2.0, 3.0], &[1.0, 2.0, 5.0]);
         assert!((d.max_abs - 2.0).abs() < 1e-12 && (d.mse - 4.0 / 3.0).abs() < 1e-12);
         assert!((d.relative_l2 - (4.0f64 / 30.0).sqrt()).abs() < 1e-12);
+        assert!((d.relative_mean - 2.0 / 8.0).abs() < 1e-12);
         let same = Distance::of(&[1.0, -1.0], &[1.0, -1.0]);
         assert_eq!((same.relative_l2, same.cosine, same.pearson), (0.0, 1.0, 1.0));
         let opposite = Distance::of(&[1.0, -1.0], &[-1.0, 1.0]);

@@ -19,10 +19,10 @@ use anyhow::{Context, Result, bail};
 use serde_json::json;
 
 use super::bisect::BisectArgs;
-use super::commands::{own, run_args, shell};
+use super::commands::{debug_line, run_args, shell};
 use super::compare::{Pair, compare, likely_causes};
 use super::entries::parse;
-use super::flags::{DebugFlags, DebugMode};
+use super::flags::{DebugFlags, DebugMode, LogFlags};
 use super::recording::{Distance, TensorFile};
 use crate::args::ContentArgs;
 use crate::pipelines::definition;
@@ -104,7 +104,7 @@ fn weights(args: &BisectArgs, json_output: bool) -> Result<Finding> {
         Some(other) => format!("audited, and compared with `{}`", other.display()),
         None => "audited; `--ref-checkpoint` compares them with the reference's".into(),
     };
-    Ok(Finding { step: 'a', what: "weights", text, is_ok: own(&line, json_output)? })
+    Ok(Finding { step: 'a', what: "weights", text, is_ok: debug_line(&line, json_output)? })
 }
 
 /// Steps c to f. Returns what usually is behind the first difference.
@@ -292,10 +292,13 @@ fn run_ours(args: &BisectArgs, folder: &Path, noise: &[(&'static str, PathBuf)],
     run.debug = DebugFlags {
         debug_mode: Some(DebugMode::Exact),
         debug_stage_sums_path: log(STAGE_SUMS[0]),
-        debug_model_sums_path: log(MODEL_SUMS[0]),
-        debug_model_detail_path: log(DETAIL[0]),
-        tap: pattern.map(String::from).into_iter().collect(),
-        tap_path: pattern.map(|_| folder.join(DUMP)),
+        logs: LogFlags {
+            debug_model_sums_path: log(MODEL_SUMS[0]),
+            debug_model_detail_path: log(DETAIL[0]),
+            tap: pattern.map(String::from).into_iter().collect(),
+            tap_path: pattern.map(|_| folder.join(DUMP)),
+            ..LogFlags::default()
+        },
         ..DebugFlags::default()
     };
     run::run(&run, &Occurrences::default(), &mut Report::new(Style::Silent)).context("our side")

@@ -1,16 +1,18 @@
-//! What is collected while a pipeline runs, and written as it comes: the one place where logs hook into a run.
+//! What is collected while programs run, and written as it comes: the one place where logs hook into a command.
 //!
 //! A session listens in two places: to the events of the driver (stages, steps, latents), and through a [`Tap`] to values
-//! of programs. Both write into the same state, behind a cell, because the run holds both.
+//! of programs. Both write into the same state, behind a cell, because the run holds both. A command has one session, off or
+//! on, and gives it every plan that it runs, one after the other: a pipeline is one plan, a command that looks at parts of a
+//! model has one for every graph.
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
 
 use anyhow::Result;
-use ltxc_ir::plan::{Plan, Program};
+use ltxc_ir::plan::{Plan, Program, Stage, StageAdapter, container};
 use ltxc_ir::{DType, Rate, TensorType};
 use ltxc_runtime::RunError;
 use ltxc_runtime::files::write_atomically;
@@ -20,7 +22,9 @@ use ltxc_runtime::tap::{CallInfo, Role, Tap, Value};
 use ltxc_runtime::weights::WeightFiles;
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
+use serde_json::json;
 
+use super::denoising::{around, listed};
 use super::flags::{DebugMode, DebugOptions, LogFormat, LogPrefix, ModuleFormat};
 use super::log::{Field, Line, Sink};
 use super::names::{Modules, PASSES, component, full_name, pass_of};
@@ -30,25 +34,20 @@ use super::sums::{
     module_line, trace_record, traced,
 };
 
-/// Collects and writes what [`DebugOptions`] ask for. Share it with [`Session::tap`] and [`Session::observer`].
-#[derive(Clone)]
-pub struct Session<'p> {
-    state: Rc<RefCell<State<'p>>>,
+/// Collects and writes what [`DebugOptions`] ask for; nothing, if they ask for nothing.
+#[derive(Clone, Default)]
+pub struct Session {
+    state: Option<Rc<RefCell<State>>>,
 }
 
-struct State<'p> {
-    plan: &'p Plan,
+#[derive(Default)]
+struct State {
     options: DebugOptions,
+    about: About,
+    /// What runs, once something does.
+    plan: Option<Plan>,
     modules: Modules,
-    /// Sums of the patchify weights, for logs of the transformer.
-    patchify: Option<[Sum; 4]>,
-    stage_sums: Option<Sink>,
-    model_sums: Option<Sink>,
-    model_detail: Option<Sink>,
-    gemma: Option<Sink>,
-    module_sums: Option<Sink>,
-    trace: Option<Sink>,
-    taps: Option<Sink>,
+    logs: Logs,
     profile: Option<Profile>,
     /// Name of the stage that runs, its number of steps, and how many of them are done.
     stage: String,
@@ -57,6 +56,8 @@ struct State<'p> {
     /// How often the transformer has run in this step.
     evaluations: usize,
     sums: BTreeMap<String, StageSums>,
+    /// All sums so far.
+    batch: StageSums,
     values: Values,
     /// How many real tokens the prompt has.
     valid: usize,
@@ -72,114 +73,113 @@ struct State<'p> {
     failure: Option<RunError>,
 }
 
-/// What a log needs to know of the run that it is about.
-pub struct About<'a> {
-    /// Hash of the plan.
-    pub hash: [u8; 32],
+/// The logs of a session, opened when the first plan is known.
+#[derive(Default)]
+struct Logs {
+    is_open: bool,
+    /// Sums of the patchify weights, for logs of the transformer.
+    patchify: Option<[Sum; 4]>,
+    stage_sums: Option<Sink>,
+    model_sums: Option<Sink>,
+    model_detail: Option<Sink>,
+    gemma: Option<Sink>,
+    module_sums: Option<Sink>,
+    trace: Option<Sink>,
+    taps: Option<Sink>,
+}
+
+/// What headers of logs say of a run, besides its plan.
+#[derive(Clone, Debug, Default)]
+pub struct About {
+    /// Hash of the file of the plan; of the plan itself, if it is in no file.
+    pub hash: Option<[u8; 32]>,
     /// Name of the device.
     pub device: String,
-    /// Seed of the run.
-    pub seed: u64,
+    /// Seed, if anything is drawn.
+    pub seed: Option<u64>,
     /// Files of noise, by slot.
-    pub noise: &'a BTreeMap<String, PathBuf>,
+    pub noise: BTreeMap<String, PathBuf>,
     /// Whether decoders add no noise to latents.
     pub spares_decoders: bool,
     /// Experiments of the run.
     pub experiments: Vec<String>,
+    /// Which of several runs of a command it is.
+    pub run: Option<String>,
 }
 
-impl<'p> Session<'p> {
-    /// Opens all logs.
-    ///
-    /// # Errors
-    /// A file that cannot be written.
-    pub fn new(
-        plan: &'p Plan,
-        weights: &WeightFiles,
-        options: DebugOptions,
-        about: &About<'_>,
-    ) -> Result<Session<'p>, RunError> {
-        let header = header(plan, &options, about);
-        let open = |wanted: &Option<Option<PathBuf>>| -> Result<Option<Sink>, RunError> {
-            let Some(path) = wanted else { return Ok(None) };
-            let sink = Sink::open(path.as_deref(), options.format, options.prefix, options.append, &header)?;
-            Ok(Some(sink.with_f64(options.has_f64)))
-        };
-        let open_json =
-            |path: Option<&Path>| Sink::open(path, LogFormat::Jsonl, options.prefix, options.append, &header);
-        let module_sums = match (&options.module_sums, options.module_format) {
-            (Some(path), ModuleFormat::FastvideoTrace) => Some(open_json(path.as_deref())?),
-            (wanted, _) => open(wanted)?,
-        };
-        let prints_taps = !options.tap.include.is_empty() && options.tap_path.is_none();
-        let state = State {
-            plan,
-            modules: Modules::of(plan),
-            patchify: options.model_sums.is_some().then(|| patchify_sums(plan, weights)).flatten(),
-            stage_sums: open(&options.stage_sums)?,
-            model_sums: open(&options.model_sums)?,
-            model_detail: open(&options.model_detail)?,
-            gemma: open(&options.gemma)?,
-            module_sums,
-            trace: options.trace.as_ref().map(|t| open_json(t.output.as_deref())).transpose()?,
-            taps: open(&prints_taps.then_some(None))?,
-            profile: options.profile.is_some().then(Profile::default),
-            stage: String::new(),
-            steps: 0,
-            done: 0,
-            evaluations: 0,
-            sums: BTreeMap::new(),
-            values: Values::new(),
-            valid: 0,
-            pending: None,
-            stack: Sum::default(),
-            captured: Vec::new(),
-            names: BTreeMap::new(),
-            seen: BTreeMap::new(),
-            failure: None,
-            options,
-        };
-        Ok(Session { state: Rc::new(RefCell::new(state)) })
+impl Session {
+    /// A session for what was asked for. No file is opened before something runs.
+    pub fn new(options: DebugOptions, about: About) -> Session {
+        let profile = options.profile.is_some().then(Profile::default);
+        let is_on = options.is_on();
+        let state = || Rc::new(RefCell::new(State { options, about, profile, ..State::default() }));
+        Session { state: is_on.then(state) }
     }
 
-    /// The session as a tap of an executor.
-    pub fn tap(&self) -> Box<dyn Tap + 'p> {
-        Box::new(SessionTap(self.clone()))
+    /// The tap of an executor that runs `plan`: that of the session, with `own` in front of it. `None` if nobody looks.
+    /// The first plan opens the logs, each further one is a comment in them.
+    ///
+    /// # Errors
+    /// A log that cannot be written.
+    pub fn tap<'a>(
+        &self,
+        plan: &Plan,
+        weights: &WeightFiles,
+        own: Option<Box<dyn Tap + 'a>>,
+    ) -> Result<Option<Box<dyn Tap + 'a>>> {
+        let Some(state) = &self.state else { return Ok(own) };
+        state.borrow_mut().attach(plan, weights)?;
+        Ok(Some(Box::new(SessionTap { state: state.clone(), own })))
     }
 
     /// An observer that tells the session of everything, and then `next`.
-    pub fn observer<'o>(&'o self, next: &'o mut dyn Observer) -> Watched<'o, 'p> {
+    pub fn observer<'o>(&'o self, next: &'o mut dyn Observer) -> Watched<'o> {
         Watched { session: self, next }
+    }
+
+    /// Says in all logs what comes next, for commands that run the same more than once.
+    ///
+    /// # Errors
+    /// A log that cannot be written.
+    pub fn next_run(&self, name: &str) -> Result<()> {
+        let Some(state) = &self.state else { return Ok(()) };
+        let mut state = state.borrow_mut();
+        state.about.run = Some(name.into());
+        Ok(state.logs.comment(&format!("run={name}"))?)
     }
 
     /// Writes what is written in the end, and returns what to tell the user about it.
     ///
     /// # Errors
     /// The first line or file that could not be written.
-    pub fn finish(&self) -> Result<Vec<String>, RunError> {
-        let mut state = self.state.borrow_mut();
-        let state = &mut *state;
+    pub fn finish(&self) -> Result<Vec<String>> {
+        let Some(state) = &self.state else { return Ok(Vec::new()) };
+        let mut state = state.borrow_mut();
         // Parts of a run that no other part follows.
         for stage in state.sums.keys().cloned().collect::<Vec<_>>() {
             state.flush(&stage);
         }
         if let Some(failure) = state.failure.take() {
-            return Err(failure);
+            return Err(failure.into());
         }
-        let (sums, detail, gemma) = (&mut state.model_sums, &mut state.model_detail, &mut state.gemma);
-        let sinks = [&mut state.stage_sums, sums, detail, gemma, &mut state.module_sums, &mut state.trace];
-        sinks.into_iter().flatten().try_for_each(Sink::finish)?;
+        state.logs.all().try_for_each(Sink::finish)?;
         let mut notes = Vec::new();
         if let Some(path) = &state.options.tap_path {
             write_captured(path, &state.captured)?;
             notes.push(format!("{} captured values in `{}`", state.captured.len(), path.display()));
         }
-        if state.captured.is_empty() && state.options.tap_path.is_some() {
+        if state.names.is_empty() && state.options.captures_any() {
             let hint = match state.options.mode {
-                DebugMode::Fused => "; values inside fused kernels need `--debug-mode exact`",
-                DebugMode::Exact => "",
+                Some(DebugMode::Exact) => "",
+                _ => "; values inside fused kernels need `--debug-mode exact`",
             };
-            notes.push(format!("no value has a name like `{}`{hint}", state.options.tap.include.join("`, `")));
+            let dump = state.options.dump.iter().map(|dump| dump.as_str().to_string());
+            let wanted: Vec<String> = state.options.tap.include.iter().cloned().chain(dump).collect();
+            notes.push(format!("no value has a name like `{}`{hint}", wanted.join("`, `")));
+        }
+        let is_empty = |sink: &Option<Sink>| sink.as_ref().is_some_and(|sink| sink.lines() == 0);
+        if is_empty(&state.logs.module_sums) || is_empty(&state.logs.trace) {
+            notes.push("no module that owns weights has such a name; `--tap '*'` shows the names of all values".into());
         }
         if let (Some(path), Some(profile)) = (&state.options.profile, &state.profile) {
             write_atomically(path, profile.to_json().to_string().as_bytes())?;
@@ -189,9 +189,53 @@ impl<'p> Session<'p> {
     }
 }
 
-fn header(plan: &Plan, options: &DebugOptions, about: &About<'_>) -> String {
-    let hash: String = about.hash.iter().take(8).map(|b| format!("{b:02x}")).collect();
-    let mode = match options.mode {
+impl Logs {
+    /// Opens what is wanted.
+    fn open(options: &DebugOptions, header: &str) -> Result<Logs, RunError> {
+        let open = |wanted: &Option<Option<PathBuf>>| -> Result<Option<Sink>, RunError> {
+            let Some(path) = wanted else { return Ok(None) };
+            let sink = Sink::open(path.as_deref(), options.format, options.prefix, options.append, header)?;
+            Ok(Some(sink.with_f64(options.has_f64)))
+        };
+        let open_json =
+            |path: Option<&Path>| Sink::open(path, LogFormat::Jsonl, options.prefix, options.append, header);
+        let module_sums = match (&options.module_sums, options.module_format) {
+            (Some(path), ModuleFormat::FastvideoTrace) => Some(open_json(path.as_deref())?),
+            (wanted, _) => open(wanted)?,
+        };
+        let prints_taps = options.captures_any() && options.tap_path.is_none();
+        Ok(Logs {
+            is_open: true,
+            patchify: None,
+            stage_sums: open(&options.stage_sums)?,
+            model_sums: open(&options.model_sums)?,
+            model_detail: open(&options.model_detail)?,
+            gemma: open(&options.gemma)?,
+            module_sums,
+            trace: options.trace.as_ref().map(|t| open_json(t.output.as_deref())).transpose()?,
+            taps: open(&prints_taps.then_some(None))?,
+        })
+    }
+
+    fn all(&mut self) -> impl Iterator<Item = &mut Sink> {
+        let (sums, detail, gemma) = (&mut self.model_sums, &mut self.model_detail, &mut self.gemma);
+        [&mut self.stage_sums, sums, detail, gemma, &mut self.module_sums, &mut self.trace, &mut self.taps]
+            .into_iter()
+            .flatten()
+    }
+
+    fn comment(&mut self, text: &str) -> Result<(), RunError> {
+        self.all().try_for_each(|sink| sink.comment(text))
+    }
+}
+
+/// The beginning of the hash of a plan.
+fn short(hash: &[u8; 32]) -> String {
+    hash.iter().take(8).map(|b| format!("{b:02x}")).collect()
+}
+
+fn header(plan: &Plan, hash: &str, options: &DebugOptions, about: &About) -> String {
+    let mode = match options.mode.unwrap_or_default() {
         DebugMode::Fused => "fused",
         DebugMode::Exact => "exact",
     };
@@ -201,21 +245,22 @@ fn header(plan: &Plan, options: &DebugOptions, about: &About<'_>) -> String {
             format!(" noise.{slot}={}", content.unwrap_or_else(|_| "new".into()))
         })
         .collect();
-    let experiments = match &about.experiments[..] {
-        [] => String::new(),
-        labels => format!(" experiments={}", labels.join(",")),
-    };
+    let seed = about.seed.map_or("none".into(), |seed| seed.to_string());
     let decoder_noise = if about.spares_decoders { "off" } else { "on" };
-    format!(
-        "{} plan={hash} device={} dtype={} seed={} mode={mode} attention=plain fused_attention=off text_padding={} \
-         decoder_noise={decoder_noise}{}{experiments}",
+    let mut header = format!(
+        "{} plan={hash} device={} dtype={} seed={seed} mode={mode} attention=plain fused_attention=off text_padding={} \
+         decoder_noise={decoder_noise}{}",
         plan.compiler,
         about.device,
         plan.pipeline.dtype,
-        about.seed,
         plan.pipeline.text.length,
         noise.concat()
-    )
+    );
+    if !about.experiments.is_empty() {
+        header += &format!(" experiments={}", about.experiments.join(","));
+    }
+    about.run.iter().for_each(|run| header += &format!(" run={run}"));
+    header
 }
 
 /// Sums of weights and biases of both patchify projections.
@@ -235,61 +280,81 @@ fn patchify_sums(plan: &Plan, weights: &WeightFiles) -> Option<[Sum; 4]> {
 }
 
 /// Passes events on to the session and to another observer.
-pub struct Watched<'o, 'p> {
-    session: &'o Session<'p>,
+pub struct Watched<'o> {
+    session: &'o Session,
     next: &'o mut dyn Observer,
 }
 
-impl Observer for Watched<'_, '_> {
+impl Observer for Watched<'_> {
     fn event(&mut self, event: Event<'_>) {
-        self.session.state.borrow_mut().event(&event);
+        if let Some(state) = &self.session.state {
+            state.borrow_mut().event(&event);
+        }
         self.next.event(event);
     }
 }
 
-struct SessionTap<'p>(Session<'p>);
+/// The tap of a session, and in front of it that of the command.
+struct SessionTap<'a> {
+    state: Rc<RefCell<State>>,
+    own: Option<Box<dyn Tap + 'a>>,
+}
 
 impl Tap for SessionTap<'_> {
     fn wants(&mut self, program: &Program, value: &Value) -> bool {
-        self.0.state.borrow().wants(program, value)
+        let own = self.own.as_mut().is_some_and(|own| own.wants(program, value));
+        self.state.borrow().wants(program, value) || own
     }
 
     fn begin(&mut self, program: &Program) {
-        let mut state = self.0.state.borrow_mut();
-        if let Some(profile) = &mut state.profile {
+        if let Some(profile) = &mut self.state.borrow_mut().profile {
             profile.begin(program);
         }
+        self.own.iter_mut().for_each(|own| own.begin(program));
     }
 
     fn value(&mut self, program: &Program, value: &Value, bytes: &[u8]) -> Result<(), RunError> {
-        self.0.state.borrow_mut().value(program, value, bytes)
+        if let Some(own) = &mut self.own
+            && own.wants(program, value)
+        {
+            own.value(program, value, bytes)?;
+        }
+        let mut state = self.state.borrow_mut();
+        if state.wants(program, value) { state.value(program, value, bytes) } else { Ok(()) }
     }
 
     fn skips_finite(&self, program: &Program, value: &Value) -> bool {
         // Where nothing but the first bad value is wanted.
-        !self.0.state.borrow().interest(program, value).is_any()
+        !self.state.borrow().interest(program, value).is_any()
+            && self.own.as_ref().is_none_or(|own| own.skips_finite(program, value))
+    }
+
+    fn finite(&mut self, program: &Program, value: &Value) {
+        self.own.iter_mut().for_each(|own| own.finite(program, value));
     }
 
     fn end(&mut self, program: &Program) -> Result<(), RunError> {
-        self.0.state.borrow_mut().end(program)
+        self.state.borrow_mut().end(program)?;
+        self.own.iter_mut().try_for_each(|own| own.end(program))
     }
 
     fn times_calls(&self) -> bool {
-        self.0.state.borrow().profile.is_some()
+        self.state.borrow().profile.is_some() || self.own.as_ref().is_some_and(|own| own.times_calls())
     }
 
     fn called(&mut self, program: &Program, call: &CallInfo, elapsed: Duration) {
-        if let Some(profile) = &mut self.0.state.borrow_mut().profile {
+        if let Some(profile) = &mut self.state.borrow_mut().profile {
             profile.called(program, call, elapsed);
         }
+        self.own.iter_mut().for_each(|own| own.called(program, call, elapsed));
     }
 
     fn loaded(&mut self, program: &Program, elapsed: Duration) {
-        let mut state = self.0.state.borrow_mut();
-        let plan = state.plan;
-        if let Some(profile) = &mut state.profile {
+        let state = &mut *self.state.borrow_mut();
+        if let (Some(profile), Some(plan)) = (&mut state.profile, &state.plan) {
             profile.loaded(plan, program, elapsed);
         }
+        self.own.iter_mut().for_each(|own| own.loaded(program, elapsed));
     }
 }
 
@@ -313,13 +378,41 @@ impl Interest {
     }
 }
 
-impl State<'_> {
+impl State {
+    /// What follows is about `plan`.
+    fn attach(&mut self, plan: &Plan, weights: &WeightFiles) -> Result<()> {
+        let hash = match self.about.hash {
+            Some(hash) => short(&hash),
+            None => short(&container::hash(&container::encode(plan)?)),
+        };
+        match self.logs.is_open {
+            false => self.logs = Logs::open(&self.options, &header(plan, &hash, &self.options, &self.about))?,
+            true => self.logs.comment(&format!("plan={hash}"))?,
+        }
+        if self.options.model_sums.is_some() {
+            self.logs.patchify = patchify_sums(plan, weights);
+        }
+        (self.plan, self.modules) = (Some(plan.clone()), Modules::of(plan));
+        self.values.clear();
+        self.seen.clear();
+        Ok(())
+    }
+
+    fn component(&self, program: &Program) -> &'static str {
+        self.plan.as_ref().map_or("transformer", |plan| component(plan, program))
+    }
+
+    /// Stages of the pipeline that runs; single graphs have none.
+    fn stages(&self) -> &[Stage] {
+        self.plan.as_ref().map_or(&[], |plan| &plan.pipeline.stages)
+    }
+
     fn wants(&self, program: &Program, value: &Value) -> bool {
         self.options.check_nan || self.interest(program, value).is_any()
     }
 
     fn interest(&self, program: &Program, value: &Value) -> Interest {
-        let component = component(self.plan, program);
+        let component = self.component(program);
         let full = full_name(component, &value.name);
         let is_inner = value.role == Role::Inner && value.is_named();
         let module = is_inner.then(|| self.modules.path(component, &value.name)).flatten();
@@ -329,10 +422,13 @@ impl State<'_> {
         let is_chosen = (self.options.module_include.is_empty() || has(&self.options.module_include))
             && !has(&self.options.module_exclude);
         Interest {
-            captures: self.options.tap.matches(&full),
-            sums_module: self.module_sums.is_some() && module.is_some() && is_chosen,
-            traces: self.trace.is_some() && module.is_some(),
-            details: self.model_detail.is_some() && component == "transformer" && is_inner && is_detail(&value.name),
+            captures: self.options.captures(&full),
+            sums_module: self.logs.module_sums.is_some() && module.is_some() && is_chosen,
+            traces: self.logs.trace.is_some() && module.is_some(),
+            details: self.logs.model_detail.is_some()
+                && component == "transformer"
+                && is_inner
+                && is_detail(&value.name),
             collects: self.collects(component, value),
             component,
             full,
@@ -343,14 +439,16 @@ impl State<'_> {
     fn collects(&self, component: &str, value: &Value) -> bool {
         let name = value.name.as_str();
         match component {
-            "connectors" => value.role == Role::Output && (self.stage_sums.is_some() || self.model_sums.is_some()),
-            "text_encoder" => {
-                let is_state = self.gemma.is_some() && hidden_state(name).is_some();
-                let is_feature = self.model_sums.is_some() && ["features_video", "features_audio"].contains(&name);
-                let is_valid = value.role == Role::Input && name == "valid";
-                is_state || is_feature || (is_valid && (self.gemma.is_some() || self.model_sums.is_some()))
+            "connectors" => {
+                value.role == Role::Output && (self.logs.stage_sums.is_some() || self.logs.model_sums.is_some())
             }
-            "transformer" if self.model_sums.is_some() => {
+            "text_encoder" => {
+                let is_state = self.logs.gemma.is_some() && hidden_state(name).is_some();
+                let is_feature = self.logs.model_sums.is_some() && ["features_video", "features_audio"].contains(&name);
+                let is_valid = value.role == Role::Input && name == "valid";
+                is_state || is_feature || (is_valid && (self.logs.gemma.is_some() || self.logs.model_sums.is_some()))
+            }
+            "transformer" if self.logs.model_sums.is_some() => {
                 let name = pass_of(name).1;
                 let is_block = name.strip_prefix("blocks.").and_then(|rest| rest.split_once('.'));
                 let is_block = is_block.is_some_and(|(_, last)| ["video", "audio"].contains(&last));
@@ -362,7 +460,7 @@ impl State<'_> {
 
     /// The step that runs, from 0, in stages that have steps of the model.
     fn step(&self) -> Option<usize> {
-        self.plan.pipeline.stages.iter().any(|s| s.name == self.stage).then_some(self.done)
+        self.stages().iter().any(|s| s.name == self.stage).then_some(self.done)
     }
 
     fn value(&mut self, program: &Program, value: &Value, bytes: &[u8]) -> Result<(), RunError> {
@@ -371,14 +469,14 @@ impl State<'_> {
         let stats = Stats::of_typed(value.ty.clone(), &values);
         let step = self.step();
         if self.options.check_nan {
-            self.check(&interest.full, value, &stats)?;
+            self.check(&interest.full, value, &stats, &values)?;
         }
         if interest.captures {
             self.capture(&interest.full, value, bytes, &stats)?;
         }
         if let Some(module) = &interest.module {
             if interest.sums_module
-                && let Some(sink) = &mut self.module_sums
+                && let Some(sink) = &mut self.logs.module_sums
             {
                 match self.options.module_format {
                     ModuleFormat::Ltxc => sink.line(&module_line(interest.component, module, &stats), step, None)?,
@@ -389,14 +487,14 @@ impl State<'_> {
                 }
             }
             if interest.traces
-                && let (Some(sink), Some(trace)) = (&mut self.trace, &self.options.trace)
+                && let (Some(sink), Some(trace)) = (&mut self.logs.trace, &self.options.trace)
                 && let Some(name) = traced(trace, interest.component, module, step)
             {
                 sink.object(&trace_record(&name, step, &stats, &trace.stats))?;
             }
         }
         if interest.details
-            && let (Some(sink), Some(line)) = (&mut self.model_detail, detail_line(&value.name, &stats))
+            && let (Some(sink), Some(line)) = (&mut self.logs.model_detail, detail_line(&value.name, &stats))
         {
             sink.line(&line, step, Some(pass_of(&value.name).0))?;
         }
@@ -407,28 +505,32 @@ impl State<'_> {
     }
 
     /// Stops at the first value that is not finite.
-    fn check(&mut self, full: &str, value: &Value, stats: &Stats) -> Result<(), RunError> {
+    fn check(&mut self, full: &str, value: &Value, stats: &Stats, values: &[f32]) -> Result<(), RunError> {
         if !stats.is_bad() {
             self.seen.insert(value.name.clone(), stats.clone());
             return Ok(());
         }
-        let first = stats.first_bad.unwrap_or(0);
         let inputs: Vec<String> = (value.reads.iter())
             .filter_map(|name| Some((name, self.seen.get(name)?)))
             .map(|(name, s)| format!("`{name}` mean {:.4} std {:.4} [{:.4}, {:.4}]", s.mean, s.std, s.min, s.max))
             .collect();
         let from = if inputs.is_empty() { String::new() } else { format!(" (computed from {})", inputs.join(", ")) };
-        Err(RunError::BadNumerics {
-            stage: if self.stage.is_empty() { "start".into() } else { self.stage.clone() },
-            step: self.done + 1,
-            what: format!("`{full}`, the first such value{from},"),
-            problem: format!(
-                "NaN in {} and infinite in {} of {} values, first at {first}",
-                stats.nan,
-                stats.infinite,
-                stats.ty.elements()
-            ),
-        })
+        let what = format!("`{full}`, the first such value{from},");
+        let (at, beside) = around(values, stats.first_bad.unwrap_or(0));
+        let problem = format!(
+            "NaN in {} and infinite in {} of {} values, first at {} (values from {at} on: {})",
+            stats.nan,
+            stats.infinite,
+            stats.ty.elements(),
+            stats.first_bad.unwrap_or(0),
+            listed(&beside)
+        );
+        if self.stages().is_empty() {
+            // Single graphs have no stages and no driver that could go on.
+            return Err(RunError::Input(format!("{what} is {problem}")));
+        }
+        let stage = if self.stage.is_empty() { "start".into() } else { self.stage.clone() };
+        Err(RunError::BadNumerics { stage, step: self.done + 1, what, problem })
     }
 
     fn capture(&mut self, full: &str, value: &Value, bytes: &[u8], stats: &Stats) -> Result<(), RunError> {
@@ -436,7 +538,9 @@ impl State<'_> {
             Some(step) => format!("{full}@{}.step{step}", self.stage),
             None => full.to_string(),
         };
-        if let Some(sink) = &mut self.taps {
+        let count = self.names.entry(at.clone()).or_insert(0);
+        *count += 1;
+        if let Some(sink) = &mut self.logs.taps {
             let line = Line::new(format!("tap={at}"))
                 .sum("sum", stats)
                 .number("abs_mean", stats.abs_mean)
@@ -444,8 +548,6 @@ impl State<'_> {
                 .field("shape", Field::Shape(stats.ty.shape.clone()));
             return sink.line(&line, None, None);
         }
-        let count = self.names.entry(at.clone()).or_insert(0);
-        *count += 1;
         let name = if *count > 1 { format!("{at}#{count}") } else { at };
         self.captured.push((name, value.ty.clone(), bytes.to_vec()));
         Ok(())
@@ -466,7 +568,7 @@ impl State<'_> {
                 };
                 let stage = self.sums.entry("LTX2TextEncodingStage".into()).or_default();
                 stage.add(field, Sum::from_stats(&stats));
-                if let Some(sink) = &mut self.model_sums {
+                if let Some(sink) = &mut self.logs.model_sums {
                     let shape = Field::Shape(stats.ty.shape.clone());
                     sink.line(&Line::new(key).sum("sum", &stats).field("shape", shape), None, None)?;
                 }
@@ -487,7 +589,7 @@ impl State<'_> {
                         self.pending = Some((i, stats));
                     }
                     None => {
-                        if let Some(sink) = &mut self.model_sums {
+                        if let Some(sink) = &mut self.logs.model_sums {
                             let line = Line::new("gemma_feature").sum("sum", &stats).field("shape", shape);
                             sink.line(&line, None, None)?;
                         }
@@ -502,7 +604,7 @@ impl State<'_> {
     /// Writes the line of the last hidden state, unless it is replaced by another one of the same number.
     fn write_pending(&mut self, next: Option<usize>) -> Result<(), RunError> {
         let Some((i, stats)) = self.pending.take() else { return Ok(()) };
-        let Some(sink) = self.gemma.as_mut().filter(|_| next != Some(i)) else { return Ok(()) };
+        let Some(sink) = self.logs.gemma.as_mut().filter(|_| next != Some(i)) else { return Ok(()) };
         self.stack += Sum::from_stats(&stats);
         sink.line(&Line::new(format!("gemma_hidden_state_{i}")).sum("sum", &stats), None, None)
     }
@@ -511,14 +613,14 @@ impl State<'_> {
         if let Some(profile) = &mut self.profile {
             profile.end(program);
         }
-        if component(self.plan, program) == "text_encoder" && self.gemma.is_some() {
+        if self.component(program) == "text_encoder" && self.logs.gemma.is_some() {
             self.write_pending(None)?;
             let line = Line::new("gemma_hidden_states_stack").field("sum", std::mem::take(&mut self.stack).field());
-            if let Some(sink) = &mut self.gemma {
+            if let Some(sink) = &mut self.logs.gemma {
                 sink.line(&line, None, None)?;
             }
         }
-        if component(self.plan, program) != "transformer" || program.rate != Rate::Step {
+        if self.component(program) != "transformer" || program.rate != Rate::Step {
             return Ok(());
         }
         let step = self.step();
@@ -526,16 +628,16 @@ impl State<'_> {
         let again = if self.evaluations > 0 { format!("{}", self.evaluations + 1) } else { String::new() };
         self.evaluations += 1;
         let has = |prefix: &str| prefix.is_empty() || self.values.keys().any(|k| k.starts_with(prefix));
-        if let Some(sink) = &mut self.model_sums {
+        if let Some(sink) = &mut self.logs.model_sums {
             for (prefix, name) in PASSES.into_iter().filter(|(prefix, _)| has(prefix)) {
                 let pass = format!("{name}{again}");
                 sink.comment(&format!("step={} pass={pass}", step.unwrap_or(0)))?;
-                for line in model_lines(&self.values, prefix, self.patchify) {
+                for line in model_lines(&self.values, prefix, self.logs.patchify) {
                     sink.line(&line, step, Some(&pass))?;
                 }
             }
         }
-        if let Some(sink) = &mut self.model_detail {
+        if let Some(sink) = &mut self.logs.model_detail {
             sink.comment(&format!("end of step={}{again}", step.unwrap_or(0)))?;
         }
         Ok(())
@@ -558,7 +660,7 @@ impl State<'_> {
     }
 
     fn tensor(&mut self, name: &str, values: &[f32]) {
-        if self.stage_sums.is_none() {
+        if self.logs.stage_sums.is_none() {
             return;
         }
         let sum = || Sum::of(values);
@@ -600,9 +702,9 @@ impl State<'_> {
     /// What was collected before a stage belongs to what is before it.
     fn stage_begins(&mut self, name: &str) {
         self.flush("LTX2TextEncodingStage");
-        if self.plan.pipeline.stages.iter().any(|s| s.name == name) {
+        if self.stages().iter().any(|s| s.name == name) {
             self.flush("LTX2UpsampleStage");
-            let is_first = self.plan.pipeline.stages.first().is_some_and(|s| s.name == name);
+            let is_first = self.stages().first().is_some_and(|s| s.name == name);
             match is_first || self.options.prefix == LogPrefix::Ltxc {
                 true => self.flush("LTX2LatentPreparationStage"),
                 // FastVideo prepares the latents of a second stage as a part of upsampling.
@@ -630,12 +732,34 @@ impl State<'_> {
 
     fn flush(&mut self, stage: &str) {
         let Some(sums) = self.sums.remove(stage) else { return };
-        if let (Some(sink), Some(line)) = (&mut self.stage_sums, sums.line(stage))
+        if self.options.prefix == LogPrefix::Ltxc {
+            return self.write_stage(stage, &sums);
+        }
+        // FastVideo hands one batch from stage to stage, and prints all that it holds by then.
+        let stages = self.stages();
+        let (refines, has_lora) = (stages.len() > 1, stages.get(1).is_some_and(|s| has_refine_lora(s)));
+        self.batch.update(sums);
+        let batch = self.batch.clone();
+        self.write_stage(stage, &batch);
+        match stage {
+            "LTX2TextEncodingStage" if refines => self.write_stage("LTX2RefineInitStage", &batch),
+            "LTX2UpsampleStage" if has_lora => self.write_stage("LTX2RefineLoRAStage", &batch),
+            _ => {}
+        }
+    }
+
+    fn write_stage(&mut self, stage: &str, sums: &StageSums) {
+        if let (Some(sink), Some(line)) = (&mut self.logs.stage_sums, sums.line(stage))
             && let Err(e) = sink.line(&line, None, None)
         {
             self.failure.get_or_insert(e);
         }
     }
+}
+
+/// Whether a second stage runs with a LoRA of its own, which FastVideo loads in a stage for that.
+fn has_refine_lora(stage: &Stage) -> bool {
+    stage.adapters.iter().any(|adapter| adapter.role == StageAdapter::DISTILLED)
 }
 
 fn is_detail(path: &str) -> bool {
@@ -657,7 +781,10 @@ fn write_captured(path: &Path, captured: &[(String, TensorType, Vec<u8>)]) -> Re
         Ok((name.as_str(), view))
     });
     let views = views.collect::<Result<Vec<_>, RunError>>()?;
-    write_atomically(path, &safetensors::serialize(views, None).map_err(internal)?)
+    // The format sorts tensors; who compares them wants to know which came first.
+    let names: Vec<&str> = captured.iter().map(|(name, ..)| name.as_str()).collect();
+    let meta = HashMap::from([("meta".to_string(), json!({"order": names}).to_string())]);
+    write_atomically(path, &safetensors::serialize(views, Some(meta)).map_err(internal)?)
 }
 
 /// The inverse of [`ltxc_runtime::weights::dtype_of`].

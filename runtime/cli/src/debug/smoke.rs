@@ -16,7 +16,8 @@ use ltxc_runtime::noise_files::{self, Stored};
 use ltxc_runtime::random::NormalStream;
 use serde_json::json;
 
-use super::commands::own;
+use super::commands::run_line;
+use super::flags::{DebugFlags, LogFlags};
 use super::video_stats::{ClipStats, SILENT, of_clip, rms};
 use crate::args::{ModelArgs, PipelineName};
 use crate::assemble::local;
@@ -38,9 +39,6 @@ const SAMPLES: u32 = 48_000;
 pub struct SmokeArgs {
     /// Name of a pipeline, or `all`.
     pub name: String,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub model: ModelArgs,
     /// A small synthetic model instead of model files.
     #[arg(long, value_enum, conflicts_with = "checkpoint_path")]
     pub preset: Option<SmokePreset>,
@@ -65,6 +63,12 @@ pub struct SmokeArgs {
     /// Keep clips and logs in this folder.
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub debug: DebugFlags,
 }
 
 /// Models that are made for a run.
@@ -112,6 +116,7 @@ pub fn run(args: &SmokeArgs, json_output: bool) -> Result<bool> {
     let temporary = tempfile::tempdir().context("temporary folder")?;
     let material = material(args, temporary.path())?;
     let mut ok = true;
+    let mut debug = args.debug.clone();
     for &name in &names {
         let definition = definition(name);
         if let Some(missing) = missing(definition, &material) {
@@ -124,7 +129,9 @@ pub fn run(args: &SmokeArgs, json_output: bool) -> Result<bool> {
             }
             continue;
         }
-        let outcome = smoke(args, definition, &material)?;
+        let outcome = smoke(args, &debug, definition, &material)?;
+        // The logs of all runs are one.
+        debug.logs.debug_append |= names.len() > 1;
         ok &= outcome.flags.is_empty();
         if json_output { println!("{}", outcome.facts(definition)) } else { print!("{}", outcome.text(definition)) }
     }
@@ -142,15 +149,8 @@ fn material(args: &SmokeArgs, temporary: &Path) -> Result<Material> {
         is_synthetic: false,
     };
     if args.preset.is_some() {
-        let made = synth(Preset::Tiny, temporary, args.seed)?;
-        let lora = temporary.join("lora.safetensors");
-        write_lora(&Checkpoint::open(&made.checkpoint)?, &lora)?;
-        material.model = ModelArgs {
-            checkpoint_path: Some(made.checkpoint),
-            gemma_root: Some(made.gemma),
-            spatial_upsampler_path: made.upsamplers.into_iter().next(),
-            ..ModelArgs::default()
-        };
+        let (model, lora) = tiny(temporary, args.seed)?;
+        material.model = model;
         material.distilled_lora.get_or_insert(lora.clone());
         material.lora.get_or_insert(lora);
     }
@@ -159,6 +159,20 @@ fn material(args: &SmokeArgs, temporary: &Path) -> Result<Material> {
         path.context("there is no model; name its files from `--checkpoint-path` on, or give `--preset tiny`")?;
     material.is_synthetic = Checkpoint::open(&local(path)?)?.is_synthetic();
     Ok(material)
+}
+
+/// The model of the preset, made in `folder`, and a LoRA for it.
+pub(super) fn tiny(folder: &Path, seed: u64) -> Result<(ModelArgs, PathBuf)> {
+    let made = synth(Preset::Tiny, folder, seed)?;
+    let lora = folder.join("lora.safetensors");
+    write_lora(&Checkpoint::open(&made.checkpoint)?, &lora)?;
+    let model = ModelArgs {
+        checkpoint_path: Some(made.checkpoint),
+        gemma_root: Some(made.gemma),
+        spatial_upsampler_path: made.upsamplers.into_iter().next(),
+        ..ModelArgs::default()
+    };
+    Ok((model, lora))
 }
 
 /// A LoRA of rank 1 for one layer, so that pipelines with adapters have one.
@@ -198,11 +212,12 @@ fn takes_distilled(definition: &Definition) -> bool {
 }
 
 /// Runs a pipeline and looks at its result.
-fn smoke(args: &SmokeArgs, definition: &Definition, material: &Material) -> Result<Outcome> {
+fn smoke(args: &SmokeArgs, debug: &DebugFlags, definition: &Definition, material: &Material) -> Result<Outcome> {
     let size = if definition.has_two_stages { 128 } else { 64 };
     let file = |end: &str| material.folder.join(format!("{}.{end}", definition.name));
     let (sums, output) = (file("sums.log"), file(if definition.has_video { "mp4" } else { "wav" }));
-    let mut line: Vec<String> = ["run", "--pipeline", definition.name, "--check-nan"].map(String::from).into();
+    let sums = debug.debug_stage_sums_path.clone().unwrap_or(sums);
+    let mut line: Vec<String> = ["run", "--pipeline", definition.name].map(String::from).into();
     let mut flag = |name: &str, value: String| line.extend([name.to_string(), value]);
     let path = |path: &Path| path.display().to_string();
     let model = &material.model;
@@ -222,7 +237,6 @@ fn smoke(args: &SmokeArgs, definition: &Definition, material: &Material) -> Resu
     flag("--prompt", args.prompt.clone());
     flag("--seed", args.seed.to_string());
     flag("--device", args.device.clone());
-    flag("--debug-stage-sums-path", path(&sums));
     flag("--output", path(&output));
     args.steps.iter().for_each(|steps| flag("--num-inference-steps", steps.to_string()));
     if takes_distilled(definition) {
@@ -254,11 +268,20 @@ fn smoke(args: &SmokeArgs, definition: &Definition, material: &Material) -> Resu
         material.lora.iter().for_each(|lora| flag("--lora", path(lora)));
     }
     let mut outcome = Outcome { sums: Vec::new(), stats: None, flags: Vec::new(), remarks: Vec::new() };
-    if let Err(e) = own(&line, false) {
+    let debug = DebugFlags {
+        debug_stage_sums_path: Some(sums.clone()),
+        logs: LogFlags { check_nan: true, ..debug.logs.clone() },
+        ..debug.clone()
+    };
+    // What earlier runs wrote into the same log is theirs.
+    let before =
+        std::fs::metadata(&sums).map_or(0, |m| m.len()).min(if debug.logs.debug_append { u64::MAX } else { 0 });
+    if let Err(e) = run_line(&line, |run| run.debug = debug) {
         outcome.flags.push(format!("the run failed: {e:#}"));
         return Ok(outcome);
     }
     let log = std::fs::read_to_string(&sums).with_context(|| format!("`{}`", sums.display()))?;
+    let log = log.get(before as usize..).unwrap_or_default();
     outcome.sums = log.lines().filter(|l| !l.starts_with('#')).map(String::from).collect();
     let is_bad = |line: &&String| ["NaN", "nan", "inf"].iter().any(|word| line.contains(&format!("={word}")));
     outcome.flags.extend(outcome.sums.iter().filter(is_bad).map(|line| format!("a sum is not finite: {line}")));

@@ -23,15 +23,14 @@ use serde_json::json;
 
 use super::compare::likely_causes;
 use super::denoising::{RunOf, StepFacts, step_facts};
-use super::evaluation::{DrawnArgs, Inputs, Model, UNIFORM};
-use super::modules::{Kept, Ran};
+use super::evaluation::{COMPONENT, DrawnArgs, Inputs, Model, UNIFORM};
+use super::flags::DebugMode;
+use super::modules::{Kept, Ran, Side};
 use super::names::component;
-use super::parity::transformer::{check_call, check_preparation, heads_first, prediction, recorded_name};
+use super::parity::transformer::{StreamCase, check_call, check_preparation, heads_first, prediction, recorded_name};
 use super::parity::{Check, Row, hint};
 use super::pipeline::Tensors;
 use super::recording::TensorFile;
-use crate::args::{DeviceChoice, ModelArgs};
-use crate::compile::unfused;
 
 /// Relative L2 that two implementations in f32 may differ by.
 const LIMIT: f64 = 1e-5;
@@ -57,7 +56,7 @@ pub struct CallArgs {
 }
 
 impl CallArgs {
-    fn inputs(&self, fallback: Option<&Path>, seed: u64, model: &Model) -> Result<Inputs> {
+    fn inputs(&self, fallback: Option<&Path>, seed: u64, model: &Model<'_>) -> Result<Inputs> {
         let file = self.inputs.as_deref().or(fallback);
         let mut inputs = match file {
             Some(path) => Inputs::read(&TensorFile::open(path)?, &self.case)?,
@@ -85,9 +84,6 @@ impl CallArgs {
 pub struct StepArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
-    pub run: RunOf,
-    #[command(flatten)]
-    #[allow(missing_docs)]
     pub call: CallArgs,
     /// Check that x0 = x − σ·v, and that Euler steps from x0 and from v agree.
     #[arg(long)]
@@ -110,16 +106,16 @@ pub struct StepArgs {
     /// Of the first stage of a pipeline (--pipeline): the step to look at, from 0.
     #[arg(long, default_value_t = 0)]
     pub at: usize,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub run: RunOf,
 }
 
 /// `ltxc debug block`.
 #[derive(Debug, Args)]
 pub struct BlockArgs {
-    /// Number of the block, from 0.
-    pub block: usize,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub model: ModelArgs,
+    /// Number of the block, from 0; without it every block, each on what was recorded in front of it.
+    pub block: Option<usize>,
     /// File with the values in front of the block and behind it: a recording, or what `debug export` wrote.
     #[arg(long, value_name = "FILE")]
     pub compare: PathBuf,
@@ -129,9 +125,9 @@ pub struct BlockArgs {
     /// Relative L2 up to which values agree.
     #[arg(long, default_value_t = LIMIT)]
     pub limit: f64,
-    /// Device.
-    #[arg(long, default_value = "cpu")]
-    pub device: DeviceChoice,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub side: Side,
 }
 
 /// `ltxc debug export`.
@@ -142,9 +138,6 @@ pub struct BlockArgs {
 pub struct ExportArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
-    pub model: ModelArgs,
-    #[command(flatten)]
-    #[allow(missing_docs)]
     pub call: CallArgs,
     /// Seed of what is drawn.
     #[arg(long, default_value_t = DrawnArgs::default().seed)]
@@ -152,9 +145,9 @@ pub struct ExportArgs {
     /// File to write: .safetensors, .npz or .pt.
     #[arg(long, value_name = "FILE")]
     pub out: PathBuf,
-    /// Device.
-    #[arg(long, default_value = "cpu")]
-    pub device: DeviceChoice,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub side: Side,
 }
 
 /// `ltxc debug step`. Returns whether every value is finite, and what was asked for agrees.
@@ -165,9 +158,14 @@ pub fn run(args: &StepArgs, json_output: bool) -> Result<bool> {
     if args.run.shape.pipeline.is_some() {
         return run_in_pipeline(args, json_output);
     }
-    let model = Model::open(&args.run.model, &args.run.shape.device)?;
-    let inputs = args.call.inputs(args.compare.as_deref(), args.run.seed, &model)?;
-    let ran = model.evaluate(&inputs, AdapterSet::default())?;
+    let RunOf { model, shape, debug, seed, .. } = &args.run;
+    let side = Side { model: model.clone(), device: shape.device.clone(), logs: debug.of_graphs()?.clone() };
+    let (inputs, ran) = side.look(&[COMPONENT], Some(*seed), |device, session| {
+        let model = Model::open(model, device, session)?;
+        let inputs = args.call.inputs(args.compare.as_deref(), *seed, &model)?;
+        let ran = model.evaluate(&inputs, AdapterSet::default())?;
+        Ok((inputs, ran))
+    })?;
     let mut ok = print_values(args, &ran, json_output);
     let file = args.compare.as_deref().map(TensorFile::open).transpose()?;
     if let Some(file) = &file {
@@ -187,29 +185,60 @@ pub fn run(args: &StepArgs, json_output: bool) -> Result<bool> {
     Ok(ok)
 }
 
-/// `ltxc debug block`. Returns whether the block gives what was recorded behind it.
+/// `ltxc debug block`. Returns whether the block, or every block that was recorded, gives what was recorded behind it.
 ///
 /// # Errors
 /// A file that has not what stands in front of the block.
 pub fn run_block(args: &BlockArgs, json_output: bool) -> Result<bool> {
-    let model = Model::open(&args.model, &args.device)?;
     let file = TensorFile::open(&args.compare)?;
     let inputs = Inputs::read(&file, &args.case)?;
-    let before = |stream: Stream| match args.block.checked_sub(1) {
-        Some(i) => format!("{}.block{i}.{}", args.case, stream.name()),
-        None => format!("prep.{}.x", stream.name()),
-    };
-    let x = inputs.streams().map(|(stream, _)| {
-        let name = before(stream);
-        let missing =
-            || format!("`{}` has no whole `{name}`, which goes into block {}", file.path.display(), args.block);
-        file.find(&name).map(|x| Tensor::f32(&x.ty.shape, &x.to_f32())).with_context(missing)
-    });
-    let x = x.collect::<Result<Vec<Tensor>>>()?;
-    let ran = model.evaluate_block(args.block, &inputs, x)?;
     let mut rows = Vec::new();
-    check_call(&mut Check::new("transformer", file.clone(), args.limit, &mut rows), &inputs, &ran, false);
+    args.side.look(&[COMPONENT], None, |device, session| {
+        let model = Model::open(&args.side.model, device, session)?;
+        let blocks = match args.block {
+            Some(block) => vec![block],
+            None => recorded_blocks(&file, &inputs, model.config(&args.case)?.layers)?,
+        };
+        for block in blocks {
+            session.next_run(&format!("block{block}"))?;
+            let ran = model.evaluate_block(block, &inputs, before(&file, &inputs, block)?)?;
+            let mut check = Check::new("transformer", file.clone(), args.limit, &mut rows);
+            check_call(&mut check, &inputs, &ran, false);
+        }
+        Ok(())
+    })?;
     print_rows(&rows, &file.path.display().to_string(), json_output)
+}
+
+/// The blocks that have both in a file: what stands in front of them, and behind.
+fn recorded_blocks(file: &TensorFile, inputs: &Inputs, layers: usize) -> Result<Vec<usize>> {
+    let is_recorded = |&block: &usize| {
+        let behind = |(stream, _): (Stream, &StreamCase)| name_before(inputs, stream, block + 1);
+        inputs.streams().all(|stream| file.find(&behind(stream)).is_some()) && before(file, inputs, block).is_ok()
+    };
+    let blocks: Vec<usize> = (0..layers).filter(is_recorded).collect();
+    if blocks.is_empty() {
+        bail!("`{}` has no block of case `{}` with what stands in front of it", file.path.display(), inputs.case);
+    }
+    Ok(blocks)
+}
+
+/// What recordings call the stream in front of a block.
+fn name_before(inputs: &Inputs, stream: Stream, block: usize) -> String {
+    match block.checked_sub(1) {
+        Some(i) => format!("{}.block{i}.{}", inputs.case, stream.name()),
+        None => format!("prep.{}.x", stream.name()),
+    }
+}
+
+/// The streams in front of a block.
+fn before(file: &TensorFile, inputs: &Inputs, block: usize) -> Result<Vec<Tensor>> {
+    let stream = |(stream, _): (Stream, &StreamCase)| {
+        let name = name_before(inputs, stream, block);
+        let missing = || format!("`{}` has no whole `{name}`, which goes into block {block}", file.path.display());
+        file.find(&name).map(|x| Tensor::f32(&x.ty.shape, &x.to_f32())).with_context(missing)
+    };
+    inputs.streams().map(stream).collect()
 }
 
 /// `ltxc debug export`: the inputs and every value of one call.
@@ -217,9 +246,12 @@ pub fn run_block(args: &BlockArgs, json_output: bool) -> Result<bool> {
 /// # Errors
 /// Inputs that do not fit the model, or a file that cannot be written.
 pub fn run_export(args: &ExportArgs, json_output: bool) -> Result<bool> {
-    let model = Model::open(&args.model, &args.device)?;
-    let inputs = args.call.inputs(None, args.seed, &model)?;
-    let ran = model.evaluate(&inputs, AdapterSet::default())?;
+    let (inputs, ran) = args.side.look(&[COMPONENT], Some(args.seed), |device, session| {
+        let model = Model::open(&args.side.model, device, session)?;
+        let inputs = args.call.inputs(None, args.seed, &model)?;
+        let ran = model.evaluate(&inputs, AdapterSet::default())?;
+        Ok((inputs, ran))
+    })?;
     let tensors = exported(&inputs, &ran);
     noise_files::write_all(&args.out, &tensors)?;
     if json_output {
@@ -374,7 +406,8 @@ pub fn print_rows(rows: &[Row], file: &str, json_output: bool) -> Result<bool> {
         let row = |r: &Row| {
             let d = &r.distance;
             json!({"tensor": r.name, "values": r.count, "relative_l2": d.relative_l2.is_finite().then_some(d.relative_l2),
-                "max_abs": d.max_abs.is_finite().then_some(d.max_abs), "mean_abs": d.mean_abs, "mse": d.mse, "cosine": d.cosine,
+                "max_abs": d.max_abs.is_finite().then_some(d.max_abs), "mean_abs": d.mean_abs,
+                "relative_mean": d.relative_mean.is_finite().then_some(d.relative_mean), "mse": d.mse, "cosine": d.cosine,
                 "pearson": d.pearson, "ok": r.ok, "first_differing": r.worst.map(|w| w.0)})
         };
         let cause = first.map(|i| likely_causes(&hint(&rows[i].name)));
@@ -386,8 +419,8 @@ pub fn print_rows(rows: &[Row], file: &str, json_output: bool) -> Result<bool> {
         return Ok(first.is_none());
     }
     println!(
-        "{:<40} {:>11} {:>10} {:>10} {:>9} {:>9} {:>10}  first differing",
-        "compared", "relative L2", "max", "mean", "pearson", "cosine", "MSE"
+        "{:<40} {:>11} {:>10} {:>10} {:>10} {:>9} {:>9} {:>10}  first differing",
+        "compared", "relative L2", "max", "mean", "rel. mean", "pearson", "cosine", "MSE"
     );
     for r in rows {
         let d = &r.distance;
@@ -397,8 +430,8 @@ pub fn print_rows(rows: &[Row], file: &str, json_output: bool) -> Result<bool> {
             (true, _) => String::new(),
         };
         println!(
-            "{:<40} {:>11.2e} {:>10.2e} {:>10.2e} {:>9.6} {:>9.6} {:>10.2e}{place}",
-            r.name, d.relative_l2, d.max_abs, d.mean_abs, d.pearson, d.cosine, d.mse
+            "{:<40} {:>11.2e} {:>10.2e} {:>10.2e} {:>10.2e} {:>9.6} {:>9.6} {:>10.2e}{place}",
+            r.name, d.relative_l2, d.max_abs, d.mean_abs, d.relative_mean, d.pearson, d.cosine, d.mse
         );
     }
     match first {
@@ -421,7 +454,7 @@ fn run_in_pipeline(args: &StepArgs, json_output: bool) -> Result<bool> {
             "a step of a pipeline takes its inputs from the run; leave `--compare`, `--inputs` and `--sigma` out, or `--pipeline`"
         );
     }
-    let open = args.run.open(unfused())?;
+    let open = args.run.open(DebugMode::Exact)?;
     let captured = Rc::new(RefCell::new(Captured::default()));
     let stage = open.plan.pipeline.stages.first().map(|s| s.name.clone()).unwrap_or_default();
     let tap = StepTap { plan: open.plan.clone(), stage, at: args.at, runs: 0, captured: captured.clone() };

@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 
 use ltxc_runtime::stats::Stats;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use super::flags::{Trace, TraceNames};
 use super::log::{Field, Line};
@@ -16,7 +16,7 @@ pub const DETAIL: [&str; 8] =
     ["attn1", "attn2", "ff", "audio_attn1", "audio_attn2", "audio_ff", "audio_to_video_attn", "video_to_audio_attn"];
 
 /// Sums of a stage, in the order in which they are printed. Side tensors come last, in order of arrival.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct StageSums {
     main: BTreeMap<usize, Sum>,
     extra: Vec<(String, Sum)>,
@@ -69,6 +69,17 @@ impl StageSums {
                 Some((_, known)) => *known += sum,
                 None => self.extra.push((field.into(), sum)),
             },
+        }
+    }
+
+    /// Takes over the sums of another one in the places of its own.
+    pub fn update(&mut self, other: StageSums) {
+        self.main.extend(other.main);
+        for (name, sum) in other.extra {
+            match self.extra.iter_mut().find(|(own, _)| *own == name) {
+                Some((_, own)) => *own = sum,
+                None => self.extra.push((name, sum)),
+            }
         }
     }
 
@@ -171,9 +182,15 @@ fn prepared_line(values: &Values, pass: &str, modality: &str) -> Option<Line> {
             let field = format!("{}pe_{function}_sum", if table == "rope" { "" } else { "cross_" });
             match own(&format!("{table}_{function}")) {
                 Some(value) => line = line.sum(&field, &value.stats),
-                // Absent tables are printed as 0; in front of fused kernels a table may be there and not be seen.
-                None if table == "cross_rope" && own("rope_cos").is_some() => line = line.number(&field, 0.0),
-                None => {}
+                None => match own(&format!("rope_{function}")).filter(|_| table == "cross_rope") {
+                    // Sound goes by time alone: the table for the other stream is its own one, and computed once.
+                    Some(shared) if modality == "audio" && values.contains_key("video.latent") => {
+                        line = line.sum(&field, &shared.stats);
+                    }
+                    // Absent tables are printed as 0; in front of fused kernels a table may be there and not be seen.
+                    Some(_) => line = line.number(&field, 0.0),
+                    None => {}
+                },
             }
         }
     }
@@ -223,13 +240,10 @@ pub fn module_line(component: &str, module: &str, stats: &Stats) -> Line {
         .field("dtype", Field::Word(stats.ty.dtype.to_string()))
 }
 
-/// The record of a module in an activation trace.
-pub fn trace_record(name: &str, step: Option<usize>, stats: &Stats, wanted: &[String]) -> Value {
-    let mut record = Map::from_iter([
-        ("module".to_string(), json!(name)),
-        ("tensor".to_string(), json!("out")),
-        ("step".to_string(), json!(step)),
-    ]);
+/// The record of a module in an activation trace: an object with the keys of the known tool, in its order and spacing.
+pub fn trace_record(name: &str, step: Option<usize>, stats: &Stats, wanted: &[String]) -> String {
+    let mut record =
+        vec![("module".to_string(), json!(name)), ("tensor".into(), json!("out")), ("step".into(), json!(step))];
     for stat in wanted {
         let value = match stat.as_str() {
             "abs_mean" => json!(stats.abs_mean),
@@ -241,9 +255,14 @@ pub fn trace_record(name: &str, step: Option<usize>, stats: &Stats, wanted: &[St
             "shape" => json!(stats.ty.shape),
             _ => json!(format!("torch.{}", torch_name(stats.ty.dtype))),
         };
-        record.insert(stat.clone(), value);
+        record.push((stat.clone(), value));
     }
-    Value::Object(record)
+    let text = |value: &Value| match value {
+        Value::Array(items) => format!("[{}]", items.iter().map(Value::to_string).collect::<Vec<_>>().join(", ")),
+        value => value.to_string(),
+    };
+    let pairs: Vec<String> = record.iter().map(|(key, value)| format!("{}: {}", json!(key), text(value))).collect();
+    format!("{{{}}}", pairs.join(", "))
 }
 
 /// The name that the reference's framework gives a dtype.
@@ -288,6 +307,16 @@ mod tests {
         sums.add("prompt_embeds", Sum { narrow: 0.5, wide: 0.5 });
         let text = sums.line("X").unwrap().text(Default::default());
         assert_eq!(text, "ltxc:stage=X latents=3.000000 prompt_embeds=1.500000 extra.ltx2_audio_latents=2.000000");
+    }
+
+    #[test]
+    fn records_of_traces_have_the_order_of_the_known_tool() {
+        let stats = Stats::of(&[1, 2], &[1.0, -2.0]);
+        let wanted = ["sum", "shape", "dtype"].map(String::from);
+        assert_eq!(
+            trace_record("a.b", None, &stats, &wanted),
+            r#"{"module": "a.b", "tensor": "out", "step": null, "sum": -1.0, "shape": [1, 2], "dtype": "torch.float32"}"#
+        );
     }
 
     #[test]

@@ -62,11 +62,11 @@ pub struct WeightsArgs {
     /// Compare with these files tensor by tensor, whatever their layout.
     #[arg(long, value_name = "FILE")]
     pub against: Option<PathBuf>,
-    /// Statistics of the attention weights of a block.
-    #[arg(long, value_name = "BLOCK")]
+    /// Statistics of the attention weights of a block [without a number: block 0]
+    #[arg(long, value_name = "BLOCK", num_args = 0..=1, default_missing_value = "0")]
     pub attn: Option<usize>,
-    /// Rows of the modulation tables of a block.
-    #[arg(long, value_name = "BLOCK")]
+    /// Rows of the modulation tables of a block [without a number: block 0]
+    #[arg(long, value_name = "BLOCK", num_args = 0..=1, default_missing_value = "0")]
     pub adaln: Option<usize>,
 }
 
@@ -95,10 +95,10 @@ pub fn run(args: &WeightsArgs, json_output: bool) -> Result<bool> {
         }
     }
     if let Some(block) = args.attn {
-        print_attention(&checkpoint, block)?;
+        print_attention(&checkpoint, block, json_output)?;
     }
     if let Some(block) = args.adaln {
-        ok &= print_modulation(&checkpoint, block)?;
+        ok &= print_modulation(&checkpoint, block, json_output)?;
     }
     if let Some(other) = &args.against {
         ok &= compare(&checkpoint, &Checkpoint::open(other)?, &wanted, json_output);
@@ -307,7 +307,7 @@ fn print_stats(checkpoint: &Checkpoint, key: &str, at: &Location<'_>, json_outpu
 
 const BLOCKS: &str = "model.diffusion_model.transformer_blocks";
 
-fn print_attention(checkpoint: &Checkpoint, block: usize) -> Result<()> {
+fn print_attention(checkpoint: &Checkpoint, block: usize, json_output: bool) -> Result<()> {
     let prefix = format!("{BLOCKS}.{block}.");
     let mut count = 0;
     for (key, _) in checkpoint.tensors().filter(|(k, _)| k.starts_with(&prefix)) {
@@ -317,8 +317,14 @@ fn print_attention(checkpoint: &Checkpoint, block: usize) -> Result<()> {
             && let Some((ty, values)) = values(checkpoint, key)
         {
             let s = Stats::of_typed(ty, &values);
-            println!("{key} {} mean={:.6} std={:.6} min={:.4} max={:.4}", s.shape_text(), s.mean, s.std, s.min, s.max);
             count += 1;
+            if json_output {
+                let facts =
+                    json!({"key": key, "shape": s.ty.shape, "mean": s.mean, "std": s.std, "min": s.min, "max": s.max});
+                println!("{facts}");
+                continue;
+            }
+            println!("{key} {} mean={:.6} std={:.6} min={:.4} max={:.4}", s.shape_text(), s.mean, s.std, s.min, s.max);
         }
     }
     if count == 0 {
@@ -353,7 +359,7 @@ fn looks_swapped(shift: f64, scale: f64) -> bool {
 
 /// Prints the rows of modulation tables; a scale is used as `1 + scale`. Returns whether rows look right. Of rows inside of
 /// blocks only a comparison with other files (`--against`) can tell.
-fn print_modulation(checkpoint: &Checkpoint, block: usize) -> Result<bool> {
+fn print_modulation(checkpoint: &Checkpoint, block: usize, json_output: bool) -> Result<bool> {
     let prefix = format!("{BLOCKS}.{block}.");
     let is_table =
         |k: &str| k.contains("scale_shift_table") && (k.starts_with(&prefix) || !k.contains("transformer_blocks."));
@@ -365,18 +371,27 @@ fn print_modulation(checkpoint: &Checkpoint, block: usize) -> Result<bool> {
     for key in keys {
         let Some((ty, values)) = values(checkpoint, &key) else { continue };
         let [rows, width] = ty.shape[..] else { continue };
-        println!("{key} {ty}");
-        let mean = |row: usize| Stats::of(&[width], &values[row * width..(row + 1) * width]).mean;
-        if rows == 2 && looks_swapped(mean(0), mean(1)) {
-            println!("  RED FLAG: shift and scale look swapped");
-            ok = false;
+        let stats: Vec<Stats> = values.chunks(width.max(1)).map(|row| Stats::of(&[width], row)).collect();
+        let is_swapped = rows == 2 && looks_swapped(stats[0].mean, stats[1].mean);
+        ok &= !is_swapped && stats.iter().all(|s| !s.is_bad());
+        let names = row_names(&key, rows);
+        if json_output {
+            let row = |(name, s): (&String, &Stats)| {
+                let effective = name.ends_with("scale").then_some(1.0 + s.mean);
+                json!({"row": name, "mean": s.mean, "std": s.std, "factor": effective})
+            };
+            let rows: Vec<Value> = names.iter().zip(&stats).map(row).collect();
+            println!("{}", json!({"key": key, "rows": rows, "looks_swapped": is_swapped}));
+            continue;
         }
-        for (i, name) in row_names(&key, rows).iter().enumerate() {
-            let s = Stats::of(&[width], &values[i * width..(i + 1) * width]);
+        println!("{key} {ty}");
+        if is_swapped {
+            println!("  RED FLAG: shift and scale look swapped");
+        }
+        for (i, (name, s)) in names.iter().zip(&stats).enumerate() {
             let effective =
                 if name.ends_with("scale") { format!(", factor {:.4}", 1.0 + s.mean) } else { String::new() };
             println!("  row {i} {name:<22} mean {:>9.5} std {:>9.5}{effective}", s.mean, s.std);
-            ok &= !s.is_bad();
         }
     }
     Ok(ok)

@@ -2,6 +2,7 @@
 
 use ltxc::debug::modules::Bench;
 use ltxc::debug::recording::relative_l2;
+use ltxc::debug::session::Session;
 use ltxc_compiler::Options;
 use ltxc_ir::eval::{Data, Evaluator, Tensor};
 use ltxc_ir::plan::Target;
@@ -36,8 +37,10 @@ fn check_on(backend: &str) {
         let want = Evaluator::new(&case.module, &|_, _, _| None).run("main", &args).unwrap().remove(0);
         let target = Target { max_tensor_bytes: case.limit, ..device.target.clone() };
         let small = Device { target, ..device.clone() };
-        let bench = Bench { sources: vec![], paths: vec![], options: Options::default(), device: &small };
-        let ran = bench.run(&case.module, "main", &args).unwrap_or_else(|e| panic!("{}: {e:#}", case.name));
+        let (options, session) = (Options::default(), Session::default());
+        let bench = Bench { sources: vec![], paths: vec![], options, device: &small, session: &session };
+        let ran = bench.run("transformer", &case.module, "main", &args);
+        let ran = ran.unwrap_or_else(|e| panic!("{}: {e:#}", case.name));
         let want: Vec<f32> = want.floats().iter().map(|&v| v as f32).collect();
         let error = relative_l2(&ran.result("y").unwrap().values, &want);
         // Sums of a few hundred products in f32; a few roundings to bf16 in the other case.

@@ -464,6 +464,7 @@ fn runs_are_compared_step_by_step_and_shown_block_by_block() {
     let compare = ["--compare", &recording.display().to_string()];
     let (code, rows, errors) = run(&ltx2(), &compare);
     assert_eq!(code, Some(0), "{rows:?} {errors}");
+    let rows = rows.last().unwrap()["tensors"].as_array().unwrap();
     let names: Vec<&str> = rows.iter().filter_map(|r| r["tensor"].as_str()).collect();
     for name in ["stage1.video.noised", "stage1.step7.audio.denoised", "stage2.step2.video.latent"] {
         assert!(names.contains(&name), "no `{name}` in {names:?}");
@@ -471,7 +472,7 @@ fn runs_are_compared_step_by_step_and_shown_block_by_block() {
     let table = format!("{BLOCK_1}scale_shift_table");
     let faulty = with_tensor(&place, &ltx2(), &table, |bytes| swap_rows(bytes, 6, 0, 1));
     let (code, rows, _) = run(&faulty, &compare);
-    let first = rows.last().unwrap()["first_different"].clone();
+    let first = rows.last().unwrap()["first"]["tensor"].clone();
     assert_eq!((code, first.as_str()), (Some(1), Some("stage1.step0.video.denoised")), "{rows:?}");
     // Streams behind every block of every step, and logs as a run writes them.
     let (_, rows, errors) = run(&ltx2(), &["--blocks", "--debug-stage-sums-path", "sums.log"]);

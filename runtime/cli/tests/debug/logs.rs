@@ -138,6 +138,7 @@ fn stage_sums_are_repeatable_and_name_every_stage() {
         text.lines().filter_map(|l| l.strip_prefix("fastvideo:stage=")?.split(' ').next()).collect();
     let expected = [
         "LTX2TextEncodingStage",
+        "LTX2RefineInitStage",
         "LTX2LatentPreparationStage",
         "LTX2DenoisingStage",
         "LTX2UpsampleStage",
@@ -146,6 +147,19 @@ fn stage_sums_are_repeatable_and_name_every_stage() {
         "LTX2AudioDecodingStage",
     ];
     assert_eq!(stages, expected);
+    // One batch goes through all of them there; here every stage tells what it made.
+    let line = |text: &str, stage: &str| {
+        let line = text.lines().find(|l| l.contains(&format!("stage={stage} "))).unwrap_or_else(|| panic!("{text}"));
+        line.to_string()
+    };
+    assert!(line(&text, "LTX2DenoisingStage").contains(" prompt_embeds="), "{text}");
+    render(&place, &["-p", "x", "-o", "a.wav", "--debug-stage-sums-path", "own.log"]);
+    let own = String::from_utf8(place.read("own.log")).unwrap();
+    let field = |line: String| line.split(' ').find(|f| f.starts_with("latents=")).map(String::from);
+    for stage in ["LTX2LatentPreparationStage", "LTX2DenoisingStage", "LTX2UpsampleStage"] {
+        assert!(!line(&own, stage).contains("prompt_embeds"), "{own}");
+        assert_eq!(field(line(&own, stage)), field(line(&text, stage)));
+    }
     // The line about the first latents is about the noise, which is known without a model.
     let found = value(&parse(&text), "stage=LTX2LatentPreparationStage.latents", 0);
     let file = TensorFile::open(&saved_noise(&place)).unwrap();

@@ -23,6 +23,7 @@
 mod binary;
 mod experiments;
 mod faults;
+mod graphs;
 mod logs;
 mod lora;
 mod noise;

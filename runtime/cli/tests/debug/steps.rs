@@ -49,6 +49,9 @@ fn a_call_agrees_with_the_recording_until_something_is_wrong() {
             for name in [format!("{case}.velocity.video"), format!("{case}.x0.audio")] {
                 assert!(names.contains(&name.as_str()), "{name} of {names:?}");
             }
+            for name in ["prep.video.rope_cos", "prep.audio.cross_rope_sin"].iter().filter(|_| case == "uniform") {
+                assert!(names.contains(name), "{name} of {names:?}");
+            }
         }
         let key = "model.diffusion_model.transformer_blocks.1.scale_shift_table";
         let rows = if family == "ltx2" { 6 } else { 9 };

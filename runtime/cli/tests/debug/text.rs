@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use ltxc_runtime::noise_files::{Container, Stored, read, write, write_all};
 use serde_json::Value;
 
-use crate::binary::{Done, Place, sentence, tiny, with};
+use crate::binary::{Done, Place, SHAPE, sentence, tiny, with};
 use crate::faults::with_tensor;
 use crate::root;
 
@@ -270,6 +270,24 @@ fn foreign_contexts_take_the_place_of_prompts_and_text_encoder() {
     assert_eq!(done.code, Some(0), "{}", done.stderr);
     assert_eq!(place.read("alone.mp4"), place.read("given.mp4"));
     sentence(&without(&["-p", "a fox", "-o", "no.mp4"]), &["gemma"]);
+    // Nor is it when a plan is compiled on the way.
+    let files = |more: &[&str]| {
+        let path = |file: &Path| file.display().to_string();
+        let (model, upsampler) = (path(&tiny().checkpoint), path(&tiny().upsampler));
+        let files = ["run", "--checkpoint-path", &model, "--spatial-upsampler-path", &upsampler, "--device", "cpu"];
+        place.run(&[&files[..], &SHAPE, more].concat())
+    };
+    let done = files(&["--embeddings", "fox.safetensors", "--no-metadata", "-o", "files.mp4"]);
+    assert_eq!(done.code, Some(0), "{}", done.stderr);
+    assert_eq!(place.read("files.mp4"), place.read("given.mp4"));
+    sentence(&files(&["-p", "a fox", "-o", "no.mp4"]), &["--gemma-root"]);
+    let compiled =
+        std::fs::read_dir(place.path("cache")).unwrap().flatten().next().expect("a plan was compiled").path();
+    let compiled = compiled.display().to_string();
+    let args = ["run", &compiled, "--weights", "without", "-p", "a fox", "-o", "no.mp4"];
+    sentence(&place.run(&args), &["without a text encoder", "--embeddings"]);
+    let args = ["--embeddings", "fox.safetensors", "-o", "no.mp4", "--debug-gemma-path", "gemma.log"];
+    sentence(&files(&args), &["`--debug-gemma-path` is about text_encoder"]);
 
     let all = read(&place.path("fox.safetensors")).unwrap();
     let width = all[0].shape[2];

@@ -1,6 +1,7 @@
 //! Guided runs: several passes per step, of which some modality may skip some.
 
-use ltxc::args::{PipelineName, SamplingArgs};
+use ltxc::args::PipelineName;
+pub use ltxc::debug::parity::runs::sampling;
 use ltxc::pipelines::stage_choice;
 use ltxc_ir::plan::Modality;
 use ltxc_ir::plan::summary::function_costs;
@@ -27,31 +28,6 @@ fn guided_runs() {
 fn guided_runs_of_the_first_release() {
     for (family, name, pipeline) in RUNS {
         check_guided(Case::new(family, name).of_first_release(), pipeline);
-    }
-}
-
-/// The flags that a recorded run stands for.
-pub fn sampling(params: &Value) -> SamplingArgs {
-    let number = |modality: &str, key: &str| params[format!("{modality}_guider")][key].as_f64();
-    let blocks = |modality: &str| {
-        let listed = params[format!("{modality}_guider")]["stg_blocks"].as_array()?;
-        Some(listed.iter().filter_map(|b| b.as_u64()).map(|b| b as u32).collect())
-    };
-    let skip = |modality: &str| number(modality, "skip_step").map(|n| n as u32);
-    SamplingArgs {
-        cfg: number("video", "cfg_scale"),
-        cfg_audio: number("audio", "cfg_scale"),
-        stg: number("video", "stg_scale"),
-        stg_audio: number("audio", "stg_scale"),
-        stg_blocks: blocks("video"),
-        stg_blocks_audio: blocks("audio"),
-        modality: number("video", "modality_scale"),
-        modality_audio: number("audio", "modality_scale"),
-        rescale: number("video", "rescale_scale"),
-        rescale_audio: number("audio", "rescale_scale"),
-        video_skip_step: skip("video"),
-        audio_skip_step: skip("audio"),
-        ..SamplingArgs::default()
     }
 }
 

@@ -191,7 +191,8 @@ fn writing_is_seeded_and_stops() {
     let (model, device) = (Model::ltx2(), processor());
     let mut plan = plan(&model, &model.config.gemma, [32, 1024], &device);
     with_executor(&model, &plan, &device, |executor| {
-        let mut write = |said: &str, seed| enhance(executor, &model.tokenizer, "Say more.", said, None, seed, &mut Silent);
+        let mut write =
+            |said: &str, seed| enhance(executor, &model.tokenizer, "Say more.", said, None, seed, &mut Silent);
         let first = write("a red fox", 1).unwrap();
         assert!(!first.is_empty() && first.chars().next().is_some_and(char::is_alphabetic), "{first}");
         assert_ne!(write("a red fox", 2).unwrap(), first);
@@ -214,7 +215,8 @@ fn the_token_that_ends_an_answer_is_not_written() {
     let end = model.tokenizer.encode("<end_of_turn>").unwrap().ids()[1];
     assert!(turn.stops.contains(&end) && turn.ids.contains(&end), "{turn:?}");
     with_executor(&model, &plan, &device, |executor| {
-        let mut written = |stops: Vec<i32>| answer(executor, &Turn { stops, ..turn.clone() }, None, 3, &mut Silent).unwrap();
+        let mut written =
+            |stops: Vec<i32>| answer(executor, &Turn { stops, ..turn.clone() }, None, 3, &mut Silent).unwrap();
         let endless = written(Vec::new());
         assert_eq!(endless.len(), MOST_WRITTEN);
         let stop = endless[40];

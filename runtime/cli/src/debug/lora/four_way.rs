@@ -17,11 +17,12 @@ use super::layers::{self, FINAL, captured};
 use super::verdict::{Distances, LIMIT, Sides, Verdict, is_near};
 use super::with_strength;
 use crate::adapters::opened_adapter;
-use crate::args::{DeviceChoice, ModelArgs};
 use crate::assemble::local;
 use crate::debug::commands::shell;
-use crate::debug::evaluation::{DrawnArgs, Inputs, Model, UNIFORM};
+use crate::debug::evaluation::{COMPONENT, DrawnArgs, Inputs, Model, UNIFORM};
+use crate::debug::modules::Side;
 use crate::debug::recording::{Distance, TensorFile};
+use crate::debug::session::Session;
 
 /// Name of the file with the inputs, without its extension.
 pub const INPUTS: &str = "test_inputs";
@@ -43,9 +44,6 @@ const EXTENSIONS: [&str; 3] = ["safetensors", "pt", "npz"];
     ltxc debug lora four-way --dir four-way --lora my-lora.safetensors --checkpoint-path ltx-2-19b-dev.safetensors"
 )]
 pub struct FourWayArgs {
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub model: ModelArgs,
     /// Folder of phase 1; what this side computes is written there, too.
     #[arg(long, value_name = "DIR")]
     pub dir: PathBuf,
@@ -61,9 +59,9 @@ pub struct FourWayArgs {
     /// Command that writes the files of the reference; {dir}, {lora} and {strength} stand for the values given here.
     #[arg(long, value_name = "COMMAND", requires = "auto")]
     pub ref_cmd: Option<String>,
-    /// Device.
-    #[arg(long, default_value = "cpu")]
-    pub device: DeviceChoice,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub side: Side,
 }
 
 /// The command of the reference's side, as a hint.
@@ -79,20 +77,26 @@ pub fn reference_command(dir: &Path) -> String {
 /// # Errors
 /// Files of phase 1 that are missing, or a model that does not run on the inputs.
 pub fn run(args: &FourWayArgs, json_output: bool) -> Result<bool> {
+    args.side.look(&[COMPONENT], Some(DrawnArgs::default().seed), |device, session| {
+        compare(args, &Model::open(&args.side.model, device, session)?, session, json_output)
+    })
+}
+
+fn compare(args: &FourWayArgs, model: &Model<'_>, session: &Session, json_output: bool) -> Result<bool> {
     let (path, strength) = with_strength(&args.lora)?;
     let lora = LoraFile::open(&local(&path)?)?;
-    let model = Model::open(&args.model, &args.device)?;
     if let Some(command) = &args.ref_cmd {
-        record(args, &model, command, &path, strength)?;
+        record(args, model, command, &path, strength)?;
     }
     let file = find(&args.dir, INPUTS)
         .with_context(|| format!("`{}` has no `{INPUTS}`; `ltxc debug lora inputs` writes it", args.dir.display()))?;
     let inputs = Inputs::read(&TensorFile::open(&file)?, UNIFORM).with_context(|| format!("`{}`", file.display()))?;
     let blocks = model.config(UNIFORM)?.layers;
-    let applied = Applied::of(&lora, &model, strength)?;
+    let applied = Applied::of(&lora, model, strength)?;
     let extension = file.extension().unwrap_or_default();
     let mut ours = Vec::new();
     for (name, adapters) in NATIVE.into_iter().zip([AdapterSet::default(), applied.adapters.clone()]) {
+        session.next_run(name)?;
         let ran = model.evaluate(&inputs, adapters)?;
         let path = args.dir.join(name).with_extension(extension);
         noise_files::write_all(&path, &layers::of(&ran, &inputs, blocks))?;
@@ -125,7 +129,7 @@ pub fn run(args: &FourWayArgs, json_output: bool) -> Result<bool> {
 }
 
 /// Phase 1: inputs, unless they are there, and the reference's files.
-fn record(args: &FourWayArgs, model: &Model, command: &str, lora: &Path, strength: f64) -> Result<()> {
+fn record(args: &FourWayArgs, model: &Model<'_>, command: &str, lora: &Path, strength: f64) -> Result<()> {
     if find(&args.dir, INPUTS).is_none() {
         std::fs::create_dir_all(&args.dir)?;
         let drawn = DrawnArgs::default();
@@ -161,7 +165,7 @@ struct Applied {
 
 impl Applied {
     /// A LoRA that does not fit is no failure of the comparison but what it has to tell.
-    fn of(lora: &LoraFile, model: &Model, strength: f64) -> Result<Applied> {
+    fn of(lora: &LoraFile, model: &Model<'_>, strength: f64) -> Result<Applied> {
         let mut scales: Vec<f64> = lora.modules().iter().map(|m| m.scale).collect();
         scales.sort_by(f64::total_cmp);
         scales.dedup();

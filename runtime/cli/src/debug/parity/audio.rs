@@ -53,7 +53,7 @@ pub(super) fn check_vae(setup: &Setup<'_>, rows: &mut Vec<Row>) -> Result<()> {
     // Files that cannot condition on sound have no encoder.
     let encoder = mel.and_then(|mel| Some((encode(&config, &setup.weights(), mel.ty.shape[1], DType::F32).ok()?, mel)));
     if let Some((module, mel)) = encoder {
-        let ran = setup.bench().run(&module, &module.entries[0], &[mel])?;
+        let ran = setup.bench().run("audio_vae", &module, &module.entries[0], &[mel])?;
         check_named(&mut check, &ran, "audio_vae.encoder.conv_in", "enc.conv_in");
         for level in 0..config.levels() {
             for block in 0..config.res_blocks {
@@ -69,7 +69,7 @@ pub(super) fn check_vae(setup: &Setup<'_>, rows: &mut Vec<Row>) -> Result<()> {
     }
     let latent = tokens(check.input("dec.latent")?);
     let module = decode(&config, &setup.weights(), latent.ty.shape[1], DType::F32)?;
-    let ran = setup.bench().run(&module, &module.entries[0], &[latent])?;
+    let ran = setup.bench().run("audio_vae", &module, &module.entries[0], &[latent])?;
     check_named(&mut check, &ran, "audio_vae.decoder.conv_in", "dec.conv_in");
     mid(&mut check, &ran, "decoder", "dec");
     for level in (0..config.levels()).rev() {
@@ -91,7 +91,7 @@ pub(super) fn check_vocoder(setup: &Setup<'_>, rows: &mut Vec<Row>) -> Result<()
     let config = VocoderConfig::from_json(setup.files.model.section("vocoder")?)?;
     let mel = channels_last(check.input("mel")?)?;
     let module = vocode(&config, &setup.weights(), mel.ty.shape[1], DType::F32)?;
-    let ran = setup.bench().run(&module, &module.entries[0], &[mel])?;
+    let ran = setup.bench().run("vocoder", &module, &module.entries[0], &[mel])?;
     let core = if config.extension.is_some() { "vocoder.vocoder" } else { "vocoder" };
     check_named(&mut check, &ran, &format!("{core}.conv_pre"), "conv_pre");
     let kernels = config.core.block_kernels.len();
@@ -115,7 +115,7 @@ pub(super) fn check_vocoder(setup: &Setup<'_>, rows: &mut Vec<Row>) -> Result<()
     if let Ok(latent) = check.input("decode_audio.latent") {
         let latent = tokens(latent);
         let module = decode_audio(&vae, &config, &setup.weights(), latent.ty.shape[1], DType::F32)?;
-        let ran = setup.bench().run(&module, &module.entries[0], &[latent])?;
+        let ran = setup.bench().run("audio_vae", &module, &module.entries[0], &[latent])?;
         check.check("decode_audio.waveform", &first(ran.result("waveform")?));
     }
     Ok(())

@@ -24,12 +24,13 @@ use ltxc_models::checkpoint::{Checkpoint, Generation};
 use ltxc_runtime::backend::Device;
 use serde_json::{Value, json};
 
-use super::modules::{Bench, Kept};
+use super::modules::{Bench, Kept, Side};
+use super::names;
 use super::recording::{Distance, Form, References, TensorFile, thinned};
-use crate::args::{DeviceChoice, ModelArgs};
+use super::session::Session;
+use crate::args::ModelArgs;
 use crate::assemble::{GEMMA, MODEL, ModelFiles, UPSAMPLER};
 use crate::compile::unfused;
-use crate::job::pick;
 
 /// Relative L2 that two implementations in f32 may differ by, for components.
 const LIMIT: f64 = 1e-5;
@@ -47,12 +48,6 @@ pub struct ParityArgs {
     /// Folder of recordings, made by tests/tools/record_reference.py; repeatable, earlier ones win.
     #[arg(long, value_name = "DIR", required = true)]
     pub reference: Vec<PathBuf>,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub model: ModelArgs,
-    /// Device.
-    #[arg(long, default_value = "cpu")]
-    pub device: DeviceChoice,
     /// Only these: text, transformer, video_vae, upsampler, audio_vae, vocoder, runs; repeatable.
     #[arg(long, value_name = "COMPONENT")]
     pub only: Vec<String>,
@@ -62,6 +57,9 @@ pub struct ParityArgs {
     /// Go from the first bad block down to the first bad value.
     #[arg(long)]
     pub drill: bool,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub side: Side,
 }
 
 /// One compared tensor.
@@ -176,6 +174,7 @@ struct Setup<'a> {
     references: &'a References,
     family: &'static str,
     device: &'a Device,
+    session: &'a Session,
     sources: Vec<WeightSource>,
     limit: f64,
 }
@@ -188,7 +187,8 @@ impl Setup<'_> {
     }
 
     fn bench(&self) -> Bench<'_> {
-        Bench { sources: self.sources.clone(), paths: self.files.paths(), options: unfused(), device: self.device }
+        let (sources, paths) = (self.sources.clone(), self.files.paths());
+        Bench { sources, paths, options: unfused(), device: self.device, session: self.session }
     }
 
     fn weights(&self) -> Weights<'_> {
@@ -219,17 +219,40 @@ pub fn run(args: &ParityArgs, json: bool) -> Result<bool> {
         let known: Vec<&str> = COMPONENTS.iter().map(|(name, _)| *name).collect();
         bail!("`--only {unknown}` is no component, expected {}", known.join(", "));
     }
-    let device = pick(&args.device, None)?;
-    let models = match &args.model.checkpoint_path {
-        Some(_) => vec![args.model.clone()],
+    let models = match &args.side.model.checkpoint_path {
+        Some(_) => vec![args.side.model.clone()],
         None => models_below(&args.reference),
     };
     if models.is_empty() {
         bail!("there is no model to compare; name it from `--checkpoint-path` on");
     }
+    let components = logged(&args.only);
+    args.side
+        .look(&components, None, |device, session| compare_all(args, &models, &references, (device, session), json))
+}
+
+/// The components of logs that the components of a comparison have.
+fn logged(only: &[String]) -> Vec<&'static str> {
+    let all = |name: &&str| only.is_empty() || only.iter().any(|o| o == name);
+    let of = |name: &'static str| match name {
+        "text" => vec!["text_encoder", "connectors"],
+        "video_vae" => vec!["vae"],
+        "runs" => names::COMPONENTS.to_vec(),
+        name => vec![name],
+    };
+    COMPONENTS.iter().map(|(name, _)| *name).filter(all).flat_map(of).collect()
+}
+
+fn compare_all(
+    args: &ParityArgs,
+    models: &[ModelArgs],
+    references: &References,
+    (device, session): (&Device, &Session),
+    json: bool,
+) -> Result<bool> {
     let mut all_ok = true;
-    for model in &models {
-        let rows = compare_model(args, model, &references, &device)?;
+    for model in models {
+        let rows = compare_model(args, model, references, (device, session))?;
         if rows.is_empty() {
             bail!(
                 "nothing was recorded of `{}` below `{}`",
@@ -244,7 +267,12 @@ pub fn run(args: &ParityArgs, json: bool) -> Result<bool> {
     Ok(all_ok)
 }
 
-fn compare_model(args: &ParityArgs, model: &ModelArgs, references: &References, device: &Device) -> Result<Vec<Row>> {
+fn compare_model(
+    args: &ParityArgs,
+    model: &ModelArgs,
+    references: &References,
+    (device, session): (&Device, &Session),
+) -> Result<Vec<Row>> {
     let files = ModelFiles::open(model, model.spatial_upsampler_path.is_some())?;
     let family = match files.model.generation() {
         Generation::Ltx2 => "ltx2",
@@ -253,7 +281,7 @@ fn compare_model(args: &ParityArgs, model: &ModelArgs, references: &References, 
     };
     let sources = files.sources()?;
     let limit = args.limit.unwrap_or(LIMIT);
-    let setup = Setup { files, references, family, device, sources, limit };
+    let setup = Setup { files, references, family, device, session, sources, limit };
     let mut rows = Vec::new();
     for (name, check) in
         COMPONENTS.iter().filter(|(name, _)| args.only.is_empty() || args.only.iter().any(|o| o == name))

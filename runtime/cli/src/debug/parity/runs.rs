@@ -28,6 +28,7 @@ use crate::args::{PipelineName, SamplingArgs, ShapeArgs};
 use crate::assemble::ModelFiles;
 use crate::debug::pipeline::{Pipeline, Tensors, plan_for};
 use crate::debug::recording::TensorFile;
+use crate::debug::session::Session;
 use crate::job::{References, Shape};
 use crate::pipelines::{definition, stage_choice};
 
@@ -54,7 +55,8 @@ pub(super) fn check(setup: &Setup<'_>, rows: &mut Vec<Row>) -> Result<()> {
         for (name, path) in setup.references.below(&folder) {
             let needs_upsampler = pipeline_of(&name).is_some_and(|p| definition(p).has_two_stages);
             if pipeline_of(&name).is_some() && (setup.files.upsampler.is_some() || !needs_upsampler) {
-                check_run(&setup.files, setup.device, &path, rows).with_context(|| format!("run {name}"))?;
+                check_run(&setup.files, setup.device, setup.session, &path, rows)
+                    .with_context(|| format!("run {name}"))?;
             }
         }
     }
@@ -69,7 +71,13 @@ fn pipeline_of(name: &str) -> Option<PipelineName> {
 ///
 /// # Errors
 /// A recording that is no run, a file that it names and that is not there, or a run that fails.
-pub fn check_run(files: &ModelFiles, device: &Device, path: &Path, rows: &mut Vec<Row>) -> Result<()> {
+pub fn check_run(
+    files: &ModelFiles,
+    device: &Device,
+    session: &Session,
+    path: &Path,
+    rows: &mut Vec<Row>,
+) -> Result<()> {
     let stem = path.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
     let known = || format!("`{}` is named like no run; recordings of runs begin with {}", path.display(), names());
     let pipeline = pipeline_of(&stem).with_context(known)?;
@@ -85,6 +93,7 @@ pub fn check_run(files: &ModelFiles, device: &Device, path: &Path, rows: &mut Ve
         plan: &plan,
         paths: files.paths(),
         device,
+        session,
         prompt: run.params["prompt"].as_str().context("the recording has no prompt")?,
         negative_prompt: run.params["negative_prompt"].as_str().unwrap_or_default(),
         images: &images,
@@ -179,6 +188,31 @@ fn compare_substeps(check: &mut Check<'_>, ran: &Tensors, stage: &str, modality:
     }
 }
 
+/// The flags that the guiders of a recorded run stand for.
+pub fn sampling(params: &Value) -> SamplingArgs {
+    let number = |modality: &str, key: &str| params[format!("{modality}_guider")][key].as_f64();
+    let blocks = |modality: &str| -> Option<Vec<u32>> {
+        let listed = params[format!("{modality}_guider")]["stg_blocks"].as_array()?;
+        Some(listed.iter().filter_map(Value::as_u64).map(|b| b as u32).collect())
+    };
+    let skip = |modality: &str| number(modality, "skip_step").map(|n| n as u32);
+    SamplingArgs {
+        cfg: number("video", "cfg_scale"),
+        cfg_audio: number("audio", "cfg_scale"),
+        stg: number("video", "stg_scale"),
+        stg_audio: number("audio", "stg_scale"),
+        stg_blocks: blocks("video"),
+        stg_blocks_audio: blocks("audio"),
+        modality: number("video", "modality_scale"),
+        modality_audio: number("audio", "modality_scale"),
+        rescale: number("video", "rescale_scale"),
+        rescale_audio: number("audio", "rescale_scale"),
+        video_skip_step: skip("video"),
+        audio_skip_step: skip("audio"),
+        ..SamplingArgs::default()
+    }
+}
+
 /// A recorded run: what it was given.
 struct Recorded<'a> {
     params: Value,
@@ -206,7 +240,7 @@ impl Recorded<'_> {
             num_frames: size("num_frames", 0)?,
             frame_rate: Some(rate),
             vae_tile: meta.get("tiling").and_then(Value::as_str).and_then(|t| tile_flag(t, &self.params)),
-            sampling: self.sampling(),
+            sampling: sampling(&self.params),
             reference_attention: self.params["conditioning_attention_strength"].is_number(),
             skip_stage_2: self.params["skip_stage_2"].as_bool().unwrap_or(false),
             ..ShapeArgs::default()
@@ -220,36 +254,10 @@ impl Recorded<'_> {
         Shape { references, has_distilled_adapter: self.params["distilled_lora"].is_string(), ..shape }
     }
 
-    /// The flags that its guiders stand for.
-    fn sampling(&self) -> SamplingArgs {
-        let guider = |modality: &str, key: &str| self.params[format!("{modality}_guider")][key].clone();
-        let number = |modality: &str, key: &str| guider(modality, key).as_f64();
-        let blocks = |modality: &str| -> Option<Vec<u32>> {
-            let listed = guider(modality, "stg_blocks");
-            Some(listed.as_array()?.iter().filter_map(Value::as_u64).map(|b| b as u32).collect())
-        };
-        let skip = |modality: &str| number(modality, "skip_step").map(|n| n as u32);
-        SamplingArgs {
-            cfg: number("video", "cfg_scale"),
-            cfg_audio: number("audio", "cfg_scale"),
-            stg: number("video", "stg_scale"),
-            stg_audio: number("audio", "stg_scale"),
-            stg_blocks: blocks("video"),
-            stg_blocks_audio: blocks("audio"),
-            modality: number("video", "modality_scale"),
-            modality_audio: number("audio", "modality_scale"),
-            rescale: number("video", "rescale_scale"),
-            rescale_audio: number("audio", "rescale_scale"),
-            video_skip_step: skip("video"),
-            audio_skip_step: skip("audio"),
-            ..SamplingArgs::default()
-        }
-    }
-
     fn stages(&self, plan: &Plan) -> Result<BTreeMap<String, StageChoice>> {
         let first = plan.pipeline.stages.first().context("the plan has no stages")?;
         let steps = self.params["num_inference_steps"].as_u64().map(|n| n as usize);
-        let choice = stage_choice(first, &plan.pipeline.modalities(), &self.sampling(), steps, None)?;
+        let choice = stage_choice(first, &plan.pipeline.modalities(), &sampling(&self.params), steps, None)?;
         Ok(BTreeMap::from([(first.name.clone(), choice)]))
     }
 

@@ -29,11 +29,12 @@ impl<'a> TextSide<'a> {
     /// # Errors
     /// A model that has no text side of a known form.
     pub fn new(files: &'a crate::assemble::ModelFiles, bench: Bench<'a>, model: Weights<'a>) -> Result<TextSide<'a>> {
-        let config = TextConfig::from_json(files.gemma.config(), files.model.section("transformer")?)?;
-        let gemma = Weights::new(GEMMA, &files.gemma);
+        let folder = files.gemma()?;
+        let config = TextConfig::from_json(folder.config(), files.model.section("transformer")?)?;
+        let gemma = Weights::new(GEMMA, folder);
         let weights = TextWeights { gemma, projection: model.clone(), transformer: model };
         let registers = config.connectors.registers(&weights.transformer, CONTEXT_TOKENS)?;
-        let path = files.gemma.tokenizer_path().context("the text encoder has no tokenizer.json")?;
+        let path = folder.tokenizer_path().context("the text encoder has no tokenizer.json")?;
         let tokenizer = Tokenizer::from_folder(path.parent().context("the tokenizer lies in a folder")?)?;
         Ok(TextSide { config, tokenizer, weights, bench, registers })
     }
@@ -94,7 +95,7 @@ impl<'a> TextSide<'a> {
             Tensor::f32(&[slots], &inputs.valid),
             Tensor::i32(&[CONTEXT_TOKENS], &inputs.place),
         ];
-        self.bench.run(&module, "encode", &args)
+        self.bench.run("text_encoder", &module, "encode", &args)
     }
 
     /// Runs the connectors on what the encoder gave.
@@ -108,7 +109,7 @@ impl<'a> TextSide<'a> {
             tensor_of(kept, &kept.ty.shape)
         });
         let [video, audio] = args;
-        self.bench.run(&module, "connect", &[video?, audio?])
+        self.bench.run("connectors", &module, "connect", &[video?, audio?])
     }
 
     /// Number of blocks of a connector.

@@ -185,7 +185,7 @@ pub(super) fn check(setup: &Setup<'_>, rows: &mut Vec<Row>) -> Result<()> {
         };
         let module = build(&config, &setup.weights(), &spec, DType::F32)?;
         let args: Vec<Tensor> = [&video, &audio].into_iter().flatten().flat_map(StreamCase::arguments).collect();
-        let ran = setup.bench().run(&module, ENTRY, &args)?;
+        let ran = setup.bench().run("transformer", &module, ENTRY, &args)?;
         if case == "prep" {
             check_preparation(&mut check, &ran);
             continue;

@@ -17,7 +17,7 @@ pub(super) fn check_vae(setup: &Setup<'_>, rows: &mut Vec<Row>) -> Result<()> {
         let video = channels_last(pixels)?;
         let grid = [1, 2, 3].map(|axis| video.ty.shape[axis]);
         let module = video_vae::encode(&config, &weights, grid, DType::F32)?;
-        let ran = setup.bench().run(&module, "encode", &[video])?;
+        let ran = setup.bench().run("vae", &module, "encode", &[video])?;
         check_inner(&mut check, &ran, "enc", "encoder", ("down", "down_blocks"));
         check.check_channels("enc.latent", ran.result("latent")?);
     }
@@ -30,7 +30,7 @@ pub(super) fn check_vae(setup: &Setup<'_>, rows: &mut Vec<Row>) -> Result<()> {
             // Decoders with a timestep draw noise of their own.
             return Ok(());
         }
-        let ran = setup.bench().run(&module, "decode", &[latent])?;
+        let ran = setup.bench().run("vae", &module, "decode", &[latent])?;
         if input == "dec.latent" {
             check_inner(&mut check, &ran, "dec", "decoder", ("up", "up_blocks"));
         }
@@ -67,7 +67,7 @@ pub(super) fn check_upsampler(setup: &Setup<'_>, rows: &mut Vec<Row>) -> Result<
     let latent = channels_last(check.input(&format!("{name}.latent"))?)?;
     let grid = [1, 2, 3].map(|axis| latent.ty.shape[axis]);
     let module = upsample(&config, &Weights::new(UPSAMPLER, upsampler), &setup.weights(), grid, DType::F32)?;
-    let ran = setup.bench().run(&module, "upsample", &[latent])?;
+    let ran = setup.bench().run("upsampler", &module, "upsample", &[latent])?;
     check.check_channels(&format!("{name}.normalized_output"), ran.result("latent")?);
     Ok(())
 }

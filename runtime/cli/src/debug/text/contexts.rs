@@ -14,8 +14,7 @@ use ltxc_runtime::noise_files::{self, Stored};
 use ltxc_runtime::pipeline::{Embeddings, TextContext};
 use serde_json::{Value, json};
 
-use super::Side;
-use crate::debug::modules::Ran;
+use crate::debug::modules::{Ran, Side};
 use crate::debug::parity::text::{TextSide, last_rows};
 use crate::debug::recording::Distance;
 
@@ -35,9 +34,6 @@ const SAME: f64 = 0.999;
     after_help = "Example:\n  ltxc debug text export --checkpoint-path … --gemma-root … -p \"a fox\" -o fox.safetensors"
 )]
 pub struct ExportArgs {
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub side: Side,
     /// Prompt.
     #[arg(long, short)]
     pub prompt: String,
@@ -50,14 +46,14 @@ pub struct ExportArgs {
     /// File to write; its extension is the format.
     #[arg(long, short, value_name = "FILE")]
     pub output: PathBuf,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub side: Side,
 }
 
 /// `ltxc debug text compare`.
 #[derive(Debug, Args)]
 pub struct CompareArgs {
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub side: Side,
     /// Prompt that the other tool encoded.
     #[arg(long, short)]
     pub prompt: String,
@@ -67,6 +63,9 @@ pub struct CompareArgs {
     /// Largest relative L2 that counts as equal.
     #[arg(long, default_value_t = 1e-3)]
     pub limit: f64,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub side: Side,
 }
 
 /// Contexts from elsewhere, for a plan.

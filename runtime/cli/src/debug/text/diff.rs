@@ -9,18 +9,14 @@ use ltxc_models::transformer::{KEY_PREFIX, TransformerConfig};
 use ltxc_models::{Functions, Weights};
 use serde_json::{Value, json};
 
-use super::Side;
 use crate::assemble::{MODEL, ModelFiles};
-use crate::debug::modules::{Kept, Ran};
+use crate::debug::modules::{Kept, Ran, Side};
 use crate::debug::parity::text::{TextSide, last_rows};
 use crate::debug::recording::Distance;
 
 /// `ltxc debug text diff`.
 #[derive(Debug, Args)]
 pub struct DiffArgs {
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub side: Side,
     /// A prompt.
     #[arg(long, short)]
     pub prompt: String,
@@ -39,6 +35,9 @@ pub struct DiffArgs {
     /// Correlation above which they are not.
     #[arg(long, default_value_t = 0.99)]
     pub similar: f64,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub side: Side,
 }
 
 /// Which stages are shown.
@@ -55,6 +54,13 @@ pub enum Stages {
 struct Stage {
     name: String,
     distance: Distance,
+}
+
+/// The tokens of both prompts at one place, and how alike their last states are.
+struct Token {
+    texts: [String; 2],
+    differs: bool,
+    correlation: f64,
 }
 
 pub(super) fn run(args: &DiffArgs, side: &TextSide<'_>, files: &ModelFiles, json_output: bool) -> Result<bool> {
@@ -113,6 +119,16 @@ pub(super) fn run(args: &DiffArgs, side: &TextSide<'_>, files: &ModelFiles, json
     let is_same = p.ids() == q.ids();
     let ok =
         is_same || stages.iter().filter(|s| s.name.ends_with("context")).all(|s| s.distance.pearson <= args.similar);
+    let tokens = last.map_or(Ok(Vec::new()), |(x, y)| {
+        let width = x.len() / common.max(1);
+        let token = |t: usize| {
+            let of = |v: &[f32]| v[t * width..(t + 1) * width].to_vec();
+            let (i, j) = (p.ids()[t], q.ids()[t]);
+            let correlation = Distance::of(&of(&x), &of(&y)).pearson;
+            Ok(Token { texts: [side.token(i)?, side.token(j)?], differs: i != j, correlation })
+        };
+        (0..common).map(token).collect::<Result<Vec<Token>>>()
+    })?;
     if json_output {
         let rows: Vec<Value> = (stages.iter())
             .map(|s| {
@@ -120,7 +136,9 @@ pub(super) fn run(args: &DiffArgs, side: &TextSide<'_>, files: &ModelFiles, json
                 "mean_abs": s.distance.mean_abs, "label": verdict(s.distance.pearson)})
             })
             .collect();
-        println!("{}", json!({"tokens": [n, m], "stages": rows, "ok": ok}));
+        let each: Vec<Value> =
+            tokens.iter().map(|t| json!({"texts": t.texts, "pearson": t.correlation, "differs": t.differs})).collect();
+        println!("{}", json!({"tokens": [n, m], "stages": rows, "last_state": each, "ok": ok}));
         return Ok(ok);
     }
     println!(
@@ -137,20 +155,10 @@ pub(super) fn run(args: &DiffArgs, side: &TextSide<'_>, files: &ModelFiles, json
             verdict(s.distance.pearson)
         );
     }
-    if let Some((x, y)) = last {
-        println!("\nlast hidden state, token by token");
-        let width = x.len() / common.max(1);
-        for t in 0..common {
-            let of = |v: &[f32]| v[t * width..(t + 1) * width].to_vec();
-            let (i, j) = (p.ids()[t], q.ids()[t]);
-            let mark = if i == j { "" } else { "  < differs" };
-            let r = Distance::of(&of(&x), &of(&y)).pearson;
-            println!(
-                "{t:>4} {:<16} {:<16} {r:>9.5}{mark}",
-                format!("{:?}", side.token(i)?),
-                format!("{:?}", side.token(j)?)
-            );
-        }
+    println!("\nlast hidden state, token by token");
+    for (t, Token { texts: [one, other], differs, correlation }) in tokens.iter().enumerate() {
+        let mark = if *differs { "  < differs" } else { "" };
+        println!("{t:>4} {:<16} {:<16} {correlation:>9.5}{mark}", format!("{one:?}"), format!("{other:?}"));
     }
     if is_same {
         println!("the prompts are the same tokens");
@@ -179,7 +187,8 @@ fn captions(side: &TextSide<'_>, files: &ModelFiles, connected: &Ran) -> Result<
         b.result("projected", b.cast(linear("linear_2", hidden, width), DType::F32));
         layers.finish()?;
         let module = Functions::default().into_module(b.finish()?)?;
-        let ran = side.bench().run(&module, "caption", &[Tensor::f32(&context.ty.shape, &context.values)])?;
+        let ran =
+            side.bench().run("transformer", &module, "caption", &[Tensor::f32(&context.ty.shape, &context.values)])?;
         all.values.extend(ran.values);
     }
     Ok(all)

@@ -12,8 +12,7 @@ use ltxc_runtime::noise_files;
 use ltxc_runtime::stats::Stats;
 use serde_json::{Value, json};
 
-use super::Side;
-use crate::debug::modules::Ran;
+use crate::debug::modules::{Ran, Side};
 use crate::debug::parity::text::{TextSide, last_rows};
 use crate::debug::recording::Distance;
 
@@ -26,9 +25,6 @@ const LIMIT: f64 = 1e-5;
 /// `ltxc debug text mask`.
 #[derive(Debug, Args)]
 pub struct MaskArgs {
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub side: Side,
     /// Prompt.
     #[arg(long, short)]
     pub prompt: String,
@@ -38,6 +34,9 @@ pub struct MaskArgs {
     /// Tensor of that file, if it has several.
     #[arg(long, requires = "reference")]
     pub tensor: Option<String>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub side: Side,
 }
 
 /// The mask of one kind of layer.

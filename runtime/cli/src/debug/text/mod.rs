@@ -18,14 +18,12 @@ mod stats;
 use std::path::PathBuf;
 
 use anyhow::Result;
-use clap::{Args, Subcommand};
+use clap::Subcommand;
 
-use super::modules::Bench;
+use super::modules::{Bench, Side};
 use super::parity::text::TextSide;
-use crate::args::{DeviceChoice, ModelArgs};
 use crate::assemble::{MODEL, ModelFiles};
 use crate::compile::unfused;
-use crate::job::pick;
 
 /// `ltxc debug text`.
 #[derive(Debug, Subcommand)]
@@ -44,42 +42,46 @@ pub enum TextCommand {
     Sensitivity(sensitivity::SensitivityArgs),
 }
 
-/// A model and what it runs on.
-#[derive(Debug, Args)]
-pub struct Side {
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub model: ModelArgs,
-    /// Device.
-    #[arg(long, default_value = "cpu")]
-    pub device: DeviceChoice,
-}
-
 /// Runs a command. Returns whether it found nothing wrong.
 ///
 /// # Errors
 /// Model files that cannot be read or run.
 pub fn run(command: &TextCommand, json: bool) -> Result<bool> {
     match command {
-        TextCommand::Diff(args) => args.side.look(|side, files| diff::run(args, side, files, json)),
-        TextCommand::Stats(args) => args.side.look(|side, files| stats::run(args, side, files, json)),
-        TextCommand::Mask(args) => args.side.look(|side, _| mask::run(args, side, json)),
-        TextCommand::Compare(args) => args.side.look(|side, _| contexts::compare(args, side, json)),
-        TextCommand::Export(args) => args.side.look(|side, _| contexts::export(args, side, json)),
-        TextCommand::Sensitivity(args) => args.side.look(|side, files| sensitivity::run(args, side, files, json)),
+        TextCommand::Diff(args) => {
+            // The caption projection is a part of the transformer.
+            let parts = if args.stages == diff::Stages::All { &ALL[..] } else { &ALL[..2] };
+            look(&args.side, parts, None, |side, files| diff::run(args, side, files, json))
+        }
+        TextCommand::Stats(args) => {
+            let parts = if args.detail { &ALL[..2] } else { &ALL[..1] };
+            look(&args.side, parts, None, |side, files| stats::run(args, side, files, json))
+        }
+        TextCommand::Mask(args) => look(&args.side, &ALL[..1], None, |side, _| mask::run(args, side, json)),
+        TextCommand::Compare(args) => look(&args.side, &ALL[..2], None, |side, _| contexts::compare(args, side, json)),
+        TextCommand::Export(args) => look(&args.side, &ALL[..2], None, |side, _| contexts::export(args, side, json)),
+        TextCommand::Sensitivity(args) => {
+            look(&args.side, &ALL, Some(args.seed), |side, files| sensitivity::run(args, side, files, json))
+        }
     }
 }
 
-impl Side {
-    /// Opens the model and shows its text side to `look`.
-    fn look(&self, look: impl FnOnce(&TextSide<'_>, &ModelFiles) -> Result<bool>) -> Result<bool> {
-        let files = ModelFiles::open(&self.model, false)?;
-        let device = pick(&self.device, None)?;
-        let bench = Bench { sources: files.sources()?, paths: files.paths(), options: unfused(), device: &device };
+/// What may run, in this order.
+const ALL: [&str; 3] = ["text_encoder", "connectors", "transformer"];
+
+/// Opens a model and shows its text side to `look`. `parts` of it run.
+fn look(
+    side: &Side,
+    parts: &[&str],
+    seed: Option<u64>,
+    look: impl FnOnce(&TextSide<'_>, &ModelFiles) -> Result<bool>,
+) -> Result<bool> {
+    side.look(parts, seed, |device, session| {
+        let files = ModelFiles::open(&side.model, false)?;
+        let bench = Bench { sources: files.sources()?, paths: files.paths(), options: unfused(), device, session };
         let weights = ltxc_models::Weights::new(MODEL, &files.model);
-        let side = TextSide::new(&files, bench, weights)?;
-        look(&side, &files)
-    }
+        look(&TextSide::new(&files, bench, weights)?, &files)
+    })
 }
 
 /// Where a log goes: a file, or standard output.

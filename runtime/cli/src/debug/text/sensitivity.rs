@@ -3,24 +3,19 @@
 //! A model that listens to the text has streams that move apart block by block. Where they stay the same, attention to
 //! the text adds nothing; the ratio of what it adds to the stream says how much.
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use clap::Args;
-use ltxc_ir::DType;
 use ltxc_ir::eval::Tensor;
-use ltxc_ir::plan::VideoSettings;
 use ltxc_models::Weights;
-use ltxc_models::audio::AudioVaeConfig;
-use ltxc_models::transformer::{ENTRY, Stream, StreamSpec, TransformerConfig, TransformerSpec, build};
-use ltxc_models::video_vae::VideoVaeConfig;
-use ltxc_runtime::pipeline::positions::{audio_positions, video_positions};
-use ltxc_runtime::random::NormalStream;
+use ltxc_models::transformer::{Stream, TransformerConfig};
+use ltxc_runtime::adapters::AdapterSet;
 use ltxc_runtime::stats::Stats;
 use ltxc_runtime::tokenizer::CONTEXT_TOKENS;
 use serde_json::json;
 
-use super::Side;
 use crate::assemble::{MODEL, ModelFiles};
-use crate::debug::modules::Ran;
+use crate::debug::evaluation::{DrawnArgs, Inputs};
+use crate::debug::modules::{Ran, Side};
 use crate::debug::parity::text::TextSide;
 use crate::debug::recording::Distance;
 
@@ -30,9 +25,6 @@ const DEAF: f64 = 1.0 - 1e-9;
 /// `ltxc debug text sensitivity`.
 #[derive(Debug, Args)]
 pub struct SensitivityArgs {
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub side: Side,
     /// A prompt.
     #[arg(long, short)]
     pub prompt: String,
@@ -48,6 +40,9 @@ pub struct SensitivityArgs {
     /// Seed of the noise.
     #[arg(long, default_value_t = 10)]
     pub seed: u64,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub side: Side,
 }
 
 /// One stream behind one block.
@@ -62,49 +57,22 @@ struct Row {
 }
 
 pub(super) fn run(args: &SensitivityArgs, side: &TextSide<'_>, files: &ModelFiles, json_output: bool) -> Result<bool> {
-    let &[f, h, w] = &args.grid[..] else { bail!("`--grid` takes frames, rows and columns") };
-    if args.grid.iter().any(|n| !(1..=256).contains(n)) || !(0.0..=1.0).contains(&args.sigma) {
-        bail!("the grid must be 1 to 256 of each, the noise level 0 to 1");
-    }
     let config = TransformerConfig::from_json(files.model.section("transformer")?)?;
-    let [ft, fh, fw] = VideoVaeConfig::from_json(files.model.section("vae")?)?.factors().map(|n| n as u32);
-    let settings = VideoSettings {
-        height: h * fh,
-        width: w * fw,
-        frames: (f - 1) * ft + 1,
-        frame_rate: (24, 1),
-        channels: config.video.in_channels as u32,
-        scale: [ft, fh, fw],
-        max_keyframes: 0,
+    let (grid, text_tokens) = (args.grid.clone(), CONTEXT_TOKENS);
+    let drawn = DrawnArgs { grid, sigma: args.sigma, seed: args.seed, text_tokens };
+    let is_wanted = |name: &str| {
+        let inside = name.strip_prefix("blocks.").and_then(|rest| rest.split_once('.'));
+        inside.is_some_and(|(_, last)| ["video", "audio", "attn2", "audio_attn2"].contains(&last))
     };
-    let (num, den) = AudioVaeConfig::from_json(files.model.section("audio_vae")?)?.latent_rate_hz();
-    let seconds = f64::from(settings.frames) / 24.0;
-    let sounds = ((seconds * num as f64 / den as f64).round_ties_even() as u32).max(1);
-    let tokens = [(f * h * w) as usize, sounds as usize];
-    let spec = TransformerSpec {
-        video: Some(StreamSpec::new(tokens[0], CONTEXT_TOKENS)),
-        audio: Some(StreamSpec::new(tokens[1], CONTEXT_TOKENS)),
-        perturbation: Default::default(),
-    };
-    let module = build(&config, &Weights::new(MODEL, &files.model), &spec, DType::F32)?;
-    let positions = [video_positions([f, h, w], &settings), audio_positions(sounds)];
     let step = |prompt: &str| -> Result<Ran> {
         let contexts = side.connect(&side.encode(&side.prompt(prompt)?)?)?;
-        let mut arguments = Vec::new();
-        for ((stream, n), positions) in Stream::BOTH.into_iter().zip(tokens).zip(&positions) {
-            let channels = config.stream(stream).in_channels;
-            let noise = NormalStream::new(args.seed, &format!("stage1.{}", stream.name())).draw(n * channels);
+        let mut inputs = Inputs::drawn(&drawn, Some(&files.model))?;
+        for (stream, of) in Stream::BOTH.into_iter().zip(&mut inputs.streams) {
             let context = contexts.result(&format!("{}_context", stream.name()))?;
-            arguments.push(Tensor::f32(&[1, n, channels], &noise));
-            arguments.extend([Tensor::f32(&[1], &[args.sigma]), Tensor::f32(&[1], &[args.sigma])]);
-            arguments.push(Tensor::f32(&[positions.len() / (2 * n), n, 2], positions));
-            arguments.push(Tensor::f32(&context.ty.shape, &context.values));
+            of.iter_mut().for_each(|of| of.context = Tensor::f32(&context.ty.shape, &context.values));
         }
-        let is_wanted = |name: &str| {
-            let inside = name.strip_prefix("blocks.").and_then(|rest| rest.split_once('.'));
-            inside.is_some_and(|(_, last)| ["video", "audio", "attn2", "audio_attn2"].contains(&last))
-        };
-        side.bench().run_keeping(&module, ENTRY, &arguments, &is_wanted)
+        let weights = Weights::new(MODEL, &files.model);
+        inputs.run(side.bench(), &config, &weights, AdapterSet::default(), &is_wanted)
     };
     let (a, b) = (step(&args.prompt)?, step(&args.prompt2)?);
     let mut rows = Vec::new();

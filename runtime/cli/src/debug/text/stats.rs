@@ -9,18 +9,15 @@ use ltxc_runtime::stats::Stats;
 use ltxc_runtime::tokenizer::CONTEXT_TOKENS;
 use serde_json::{Value, json};
 
-use super::{Side, detail, mask, write_lines};
+use super::{detail, mask, write_lines};
 use crate::assemble::ModelFiles;
-use crate::debug::modules::{Kept, Ran};
+use crate::debug::modules::{Kept, Ran, Side};
 use crate::debug::parity::text::{TextSide, last_rows};
 use crate::debug::recording::Distance;
 
 /// `ltxc debug text stats`.
 #[derive(Debug, Args)]
 pub struct StatsArgs {
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub side: Side,
     /// Prompt.
     #[arg(long, short)]
     pub prompt: String,
@@ -36,6 +33,9 @@ pub struct StatsArgs {
     /// File for those lines, instead of standard output.
     #[arg(long, value_name = "FILE", requires = "detail")]
     pub detail_path: Option<PathBuf>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub side: Side,
 }
 
 /// A check that ports fail: what it is about, whether it holds, and the numbers.
@@ -180,10 +180,11 @@ fn checks(side: &TextSide<'_>, files: &ModelFiles, ran: &Ran, ids: &[i32], n: us
 
 /// Width of the embeddings, and the rows of these tokens.
 fn embedding_rows(files: &ModelFiles, ids: &[i32]) -> Option<(usize, Vec<f32>)> {
-    let (_, at) = files.gemma.tensors().find(|(key, _)| key.ends_with("embed_tokens.weight"))?;
+    let gemma = files.gemma().ok()?;
+    let (_, at) = gemma.tensors().find(|(key, _)| key.ends_with("embed_tokens.weight"))?;
     let ty = at.stored.ty()?;
     let [_, width] = ty.shape[..] else { return None };
-    let bytes = files.gemma.files().get(at.file)?.data(at.stored);
+    let bytes = gemma.files().get(at.file)?.data(at.stored);
     let row = width * ty.dtype.bytes();
     let row_ty = ltxc_ir::TensorType::new(ty.dtype, [width]);
     let mut rows = Vec::new();

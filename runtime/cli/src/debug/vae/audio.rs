@@ -14,8 +14,8 @@ use ltxc_runtime::stats::Stats;
 use serde_json::{Value, json};
 
 use super::reference::{ReferenceArgs, facts};
-use super::{Model, Side, channels_last, chosen};
-use crate::debug::modules::Kept;
+use super::{Model, channels_last, chosen};
+use crate::debug::modules::{Kept, Side};
 use crate::debug::parity::channels_first;
 
 /// Factor between the loudness of a clip and of one twice as long that nothing explains.
@@ -24,9 +24,6 @@ const MOST_FACTOR: f64 = 1.25;
 /// `ltxc debug vae audio`.
 #[derive(Debug, Args)]
 pub struct AudioArgs {
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub side: Side,
     /// Latent: zero, random, or a file (.safetensors, .npy, .npz, .pt) of shape (1, c, t, bins), or (1, t, c·bins).
     #[arg(long, default_value = "random", conflicts_with = "mel")]
     pub latent: String,
@@ -42,11 +39,14 @@ pub struct AudioArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub reference: ReferenceArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub side: Side,
 }
 
 /// The audio side of a model.
 struct Sound<'a> {
-    model: &'a Model,
+    model: &'a Model<'a>,
     vae: AudioVaeConfig,
     vocoder: VocoderConfig,
 }
@@ -55,23 +55,26 @@ impl Sound<'_> {
     /// The spectrogram `[1, t, bins, 2]` of tokens `[1, l, c·bins]`.
     fn mel(&self, tokens: &Tensor) -> Result<Kept> {
         let module = audio::decode(&self.vae, &self.model.weights(), tokens.ty.shape[1], DType::F32)?;
-        let ran = self.model.bench()?.run_keeping(&module, "decode", std::slice::from_ref(tokens), &|_| false)?;
+        let ran =
+            self.model
+                .bench()?
+                .run_keeping("audio_vae", &module, "decode", std::slice::from_ref(tokens), &|_| false)?;
         Ok(ran.result("mel")?.clone())
     }
 
     /// The waveform `[1, n, 2]` of a spectrogram.
     fn waveform(&self, mel: &Tensor) -> Result<Kept> {
         let module = audio::vocode(&self.vocoder, &self.model.weights(), mel.ty.shape[1], DType::F32)?;
-        let ran = self.model.bench()?.run_keeping(&module, "vocode", std::slice::from_ref(mel), &|_| false)?;
+        let ran =
+            self.model.bench()?.run_keeping("vocoder", &module, "vocode", std::slice::from_ref(mel), &|_| false)?;
         Ok(ran.result("waveform")?.clone())
     }
 }
 
-pub(super) fn audio(args: &AudioArgs, json_output: bool) -> Result<bool> {
-    let model = args.side.open()?;
+pub(super) fn audio(args: &AudioArgs, model: &Model<'_>, json_output: bool) -> Result<bool> {
     let vae = AudioVaeConfig::from_json(model.checkpoint.section("audio_vae")?)?;
     let vocoder = VocoderConfig::from_json(model.checkpoint.section("vocoder")?)?;
-    let sound = Sound { model: &model, vae, vocoder };
+    let sound = Sound { model, vae, vocoder };
     let latent = if args.mel.is_none() { Some(latent(args, &sound.vae)?) } else { None };
     let mel = match (&args.mel, &latent) {
         (Some(path), _) => spectrogram(chosen(path, args.tensor.as_deref(), 4)?)?,

@@ -4,17 +4,18 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use ltxc_ir::DType;
+use ltxc_ir::TensorType;
 use ltxc_ir::eval::Tensor;
-use ltxc_models::video_vae::{self, DECODE_TIMESTEP, VideoVaeConfig};
+use ltxc_models::video_vae::{DECODE_TIMESTEP, VideoVaeConfig};
 use ltxc_runtime::noise_files;
 use ltxc_runtime::random::NormalStream;
 use ltxc_runtime::stats::{Stats, decoded};
 use serde_json::{Value, json};
 
 use super::reference::{ReferenceArgs, facts};
-use super::{LatentArgs, Model, Side, channels_last};
-use crate::debug::modules::{Kept, Ran};
+use super::{LatentArgs, Model, channels_last};
+use crate::debug::flags::DebugOptions;
+use crate::debug::modules::{Kept, Ran, Side};
 use crate::debug::parity::channels_first;
 use crate::debug::recording::Distance;
 
@@ -33,27 +34,28 @@ const NO_EFFECT: f64 = 1e-6;
 pub struct Source {
     #[command(flatten)]
     #[allow(missing_docs)]
-    pub side: Side,
-    #[command(flatten)]
-    #[allow(missing_docs)]
     pub latent: LatentArgs,
     /// Timestep, for decoders that take one; `none` leaves the conditioning out [default: the model's 0.05]
     #[arg(long)]
     pub timestep: Option<String>,
-    /// Noise of decoders that add some: the tensors of this file that are called noise, in order; else it is drawn.
+    /// Noise of decoders that add some: the tensors of this file that are called noise, in order, or `none` to add none;
+    /// else it is drawn.
     #[arg(long, value_name = "FILE")]
     pub noise: Option<PathBuf>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub side: Side,
 }
 
 /// `ltxc debug vae trace`.
 #[derive(Debug, Args)]
 pub struct TraceArgs {
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub source: Source,
     /// Compare with the lines that this command has written with --json for another model or by another tool.
     #[arg(long, value_name = "FILE", alias = "ref")]
     pub compare: Option<PathBuf>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub source: Source,
 }
 
 /// `ltxc debug vae decode`.
@@ -61,10 +63,10 @@ pub struct TraceArgs {
 pub struct DecodeArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
-    pub source: Source,
+    pub reference: ReferenceArgs,
     #[command(flatten)]
     #[allow(missing_docs)]
-    pub reference: ReferenceArgs,
+    pub source: Source,
 }
 
 /// `ltxc debug vae timestep`.
@@ -72,13 +74,13 @@ pub struct DecodeArgs {
 pub struct TimestepArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
-    pub side: Side,
-    #[command(flatten)]
-    #[allow(missing_docs)]
     pub latent: LatentArgs,
     /// Timesteps to decode at.
     #[arg(long, value_delimiter = ',', default_value = "0,0.05,0.5,1")]
     pub timesteps: Vec<f32>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub side: Side,
 }
 
 impl Source {
@@ -95,37 +97,43 @@ impl Source {
         Ok((config.clone(), timestep))
     }
 
-    fn decoded(&self) -> Result<Ran> {
-        let model = self.side.open()?;
+    fn decoded(&self, model: &Model<'_>) -> Result<Ran> {
         let (config, timestep) = self.conditioning(&model.video_vae()?)?;
         let latent = self.latent.load(config.latent_channels)?;
-        run(&model, &config, &latent, timestep, self.noise.as_deref())
+        let spares = DebugOptions::of_graphs(&self.side.logs)?.spares_decoders;
+        let noise = self.noise.as_deref().or(spares.then_some(Path::new(NO_NOISE)));
+        run(model, &config, &latent, timestep, noise)
     }
 }
 
-/// Decodes a latent `[1, f, h, w, c]`. Noise comes from a file, or is drawn; the same for every timestep.
-fn run(model: &Model, config: &VideoVaeConfig, latent: &Tensor, timestep: f32, noise: Option<&Path>) -> Result<Ran> {
-    let grid = [1, 2, 3].map(|axis| latent.ty.shape[axis]);
-    let module = video_vae::decode(config, &model.weights(), grid, DType::F32)?;
-    let function = module.function("decode").context("the decoder has an entry")?;
-    let mut given = noise.map(noise_of).transpose()?.map(Vec::into_iter);
-    let mut arguments = vec![latent.clone()];
-    for param in function.params.iter().skip(1) {
-        let (name, ty) = (function.name_of(param.value), function.ty(param.value));
-        let values = match (name, &mut given) {
-            ("timestep", _) => vec![timestep],
-            (name, None) => NormalStream::new(0, name).draw(ty.elements()),
-            (name, Some(given)) => {
-                let values = given.next().with_context(|| format!("the file of noise has nothing for `{name}`"))?;
-                if values.len() != ty.elements() {
-                    bail!("the noise for `{name}` has {} values, the decoder takes {ty}", values.len());
-                }
-                values
+/// Instead of a file of noise: the decoder gets none.
+const NO_NOISE: &str = "none";
+
+/// Decodes a latent `[1, f, h, w, c]`. Noise comes from a file, or is drawn; the same for every timestep. Where there is to
+/// be none, the latent takes the place of the noise that is mixed into it, as in a run.
+fn run(
+    model: &Model<'_>,
+    config: &VideoVaeConfig,
+    latent: &Tensor,
+    timestep: f32,
+    noise: Option<&Path>,
+) -> Result<Ran> {
+    let is_spared = noise.is_some_and(|path| path == Path::new(NO_NOISE));
+    let mut given = noise.filter(|_| !is_spared).map(noise_of).transpose()?.map(Vec::into_iter);
+    let mut argument = |name: &str, ty: &TensorType| match (name, &mut given) {
+        ("timestep", _) => Ok(vec![timestep]),
+        ("noise", _) if is_spared => Ok(latent.to_f32()),
+        _ if is_spared => Ok(vec![0.0; ty.elements()]),
+        (name, None) => Ok(NormalStream::new(0, name).draw(ty.elements())),
+        (name, Some(given)) => {
+            let values = given.next().with_context(|| format!("the file of noise has nothing for `{name}`"))?;
+            if values.len() != ty.elements() {
+                bail!("the noise for `{name}` has {} values, the decoder takes {ty}", values.len());
             }
-        };
-        arguments.push(Tensor::f32(&ty.shape, &values));
-    }
-    model.bench()?.run(&module, "decode", &arguments)
+            Ok(values)
+        }
+    };
+    model.decode(config, latent, &mut argument, &|_| true)
 }
 
 /// Tensors of a file that are called noise, by the numbers behind that, channels last.
@@ -195,8 +203,8 @@ fn warning(stats: &Stats, before: Option<&Stats>) -> Option<&'static str> {
     before.is_some_and(flips).then_some("the mean changes its sign")
 }
 
-pub(super) fn trace(args: &TraceArgs, json_output: bool) -> Result<bool> {
-    let blocks = blocks(&args.source.decoded()?);
+pub(super) fn trace(args: &TraceArgs, model: &Model<'_>, json_output: bool) -> Result<bool> {
+    let blocks = blocks(&args.source.decoded(model)?);
     if let Some(path) = &args.compare {
         return compare_traces(path, &blocks, json_output);
     }
@@ -274,8 +282,8 @@ fn brightness(frames: &Kept) -> (f64, f64, bool) {
     (s.mean / 255.0, s.std, !s.is_bad())
 }
 
-pub(super) fn decode(args: &DecodeArgs, json_output: bool) -> Result<bool> {
-    let ran = args.source.decoded()?;
+pub(super) fn decode(args: &DecodeArgs, model: &Model<'_>, json_output: bool) -> Result<bool> {
+    let ran = args.source.decoded(model)?;
     let frames = ran.result("frames")?;
     let (brightness, std, is_finite) = brightness(frames);
     let names = ["frames", "dec.output", "output", "sample"];
@@ -300,8 +308,7 @@ pub(super) fn decode(args: &DecodeArgs, json_output: bool) -> Result<bool> {
     Ok(ok)
 }
 
-pub(super) fn timestep(args: &TimestepArgs, json_output: bool) -> Result<bool> {
-    let model = args.side.open()?;
+pub(super) fn timestep(args: &TimestepArgs, model: &Model<'_>, json_output: bool) -> Result<bool> {
     let config = model.video_vae()?;
     if !config.has_timestep {
         match json_output {
@@ -315,9 +322,9 @@ pub(super) fn timestep(args: &TimestepArgs, json_output: bool) -> Result<bool> {
     }
     let latent = args.latent.load(config.latent_channels)?;
     let mut problems = Vec::new();
-    let weights = embedder_weights(&model, &mut problems);
+    let weights = embedder_weights(model, &mut problems);
     let frames: Vec<Kept> = (args.timesteps.iter())
-        .map(|&t| Ok(run(&model, &config, &latent, t, None)?.result("frames")?.clone()))
+        .map(|&t| Ok(run(model, &config, &latent, t, None)?.result("frames")?.clone()))
         .collect::<Result<_>>()?;
     let rows: Vec<(f32, f64, f64)> = (args.timesteps.iter().zip(&frames))
         .map(|(&t, kept)| (t, brightness(kept).0, Distance::of(&kept.values, &frames[0].values).relative_l2))
@@ -346,7 +353,7 @@ pub(super) fn timestep(args: &TimestepArgs, json_output: bool) -> Result<bool> {
 }
 
 /// The weights of timestep conditioning, each with what is worth knowing, rows of tables by name.
-fn embedder_weights(model: &Model, problems: &mut Vec<String>) -> Vec<(String, String)> {
+fn embedder_weights(model: &Model<'_>, problems: &mut Vec<String>) -> Vec<(String, String)> {
     let mut lines = Vec::new();
     let is_part = |k: &str| {
         k.starts_with("vae.decoder.")

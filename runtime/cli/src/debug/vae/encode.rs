@@ -4,16 +4,16 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 use clap::Args;
-use ltxc_ir::DType;
 use ltxc_ir::eval::Tensor;
+use ltxc_ir::{DType, TensorType};
 use ltxc_models::video_vae;
 use ltxc_runtime::media::{Clip, ClipRate, Rational, Window, load_image, resize_and_crop};
 use ltxc_runtime::stats::Stats;
 use serde_json::json;
 
 use super::reference::{ReferenceArgs, facts};
-use super::{Model, Side, by_channel, channels_last, chosen};
-use crate::debug::modules::{Kept, Ran};
+use super::{Model, by_channel, channels_last, chosen};
+use crate::debug::modules::{Kept, Ran, Side};
 use crate::debug::parity::channels_first;
 use crate::debug::recording::Distance;
 
@@ -24,9 +24,6 @@ const STD: std::ops::RangeInclusive<f64> = 0.5..=2.0;
 /// `ltxc debug vae encode`.
 #[derive(Debug, Args)]
 pub struct EncodeArgs {
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub side: Side,
     /// Image, clip, or file of tensors with pixels (1, 3, f, h, w) in [-1, 1] or 0 to 255.
     pub input: PathBuf,
     /// Tensor of that file, if it has several.
@@ -44,14 +41,14 @@ pub struct EncodeArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub reference: ReferenceArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub side: Side,
 }
 
 /// `ltxc debug vae roundtrip`.
 #[derive(Debug, Args)]
 pub struct RoundtripArgs {
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub side: Side,
     /// Image or clip.
     pub image: PathBuf,
     /// Height to which it is resized, a multiple of 32.
@@ -66,6 +63,9 @@ pub struct RoundtripArgs {
     /// PSNR in dB below which something is wrong; a VAE with trained weights reaches about 30.
     #[arg(long, default_value_t = 20.0)]
     pub least_psnr: f64,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub side: Side,
 }
 
 /// Pixels `[1, f, h, w, 3]` in `[-1, 1]`.
@@ -99,16 +99,15 @@ fn pixels(path: &Path, tensor: Option<&str>, size: [usize; 3]) -> Result<Tensor>
     Ok(Tensor::f32(&[1, frames, height, width, 3], &values))
 }
 
-fn encoded(model: &Model, video: &Tensor) -> Result<Ran> {
+fn encoded(model: &Model<'_>, video: &Tensor) -> Result<Ran> {
     let size = [1, 2, 3].map(|axis| video.ty.shape[axis]);
     let module = video_vae::encode(&model.video_vae()?, &model.weights(), size, DType::F32)?;
-    model.bench()?.run_keeping(&module, "encode", std::slice::from_ref(video), &|_| false)
+    model.bench()?.run_keeping("vae", &module, "encode", std::slice::from_ref(video), &|_| false)
 }
 
-pub(super) fn encode(args: &EncodeArgs, json_output: bool) -> Result<bool> {
-    let model = args.side.open()?;
+pub(super) fn encode(args: &EncodeArgs, model: &Model<'_>, json_output: bool) -> Result<bool> {
     let video = pixels(&args.input, args.tensor.as_deref(), [args.num_frames, args.height, args.width])?;
-    let ran = encoded(&model, &video)?;
+    let ran = encoded(model, &video)?;
     let latent = ran.result("latent")?;
     let c = latent.ty.shape.last().copied().unwrap_or(1);
     let s = Stats::of(&latent.ty.shape, &latent.values);
@@ -150,12 +149,11 @@ pub(super) fn encode(args: &EncodeArgs, json_output: bool) -> Result<bool> {
     Ok(ok)
 }
 
-pub(super) fn roundtrip(args: &RoundtripArgs, json_output: bool) -> Result<bool> {
-    let model = args.side.open()?;
+pub(super) fn roundtrip(args: &RoundtripArgs, model: &Model<'_>, json_output: bool) -> Result<bool> {
     let video = pixels(&args.image, None, [args.num_frames, args.height, args.width])?;
-    let ran = encoded(&model, &video)?;
+    let ran = encoded(model, &video)?;
     let latent = ran.result("latent")?;
-    let frames = back(&model, latent)?;
+    let frames = back(model, latent)?;
     let s = Stats::of(&latent.ty.shape, &latent.values);
     let before = video.to_f32();
     let (psnr, ssim) = (psnr(&before, &frames), ssim(&before, &frames, video.ty.shape[3]));
@@ -172,14 +170,10 @@ pub(super) fn roundtrip(args: &RoundtripArgs, json_output: bool) -> Result<bool>
 }
 
 /// Frames of a latent.
-fn back(model: &Model, latent: &Kept) -> Result<Vec<f32>> {
-    let grid = [1, 2, 3].map(|axis| latent.ty.shape[axis]);
-    let module = video_vae::decode(&model.video_vae()?, &model.weights(), grid, DType::F32)?;
-    if module.function("decode").is_some_and(|f| f.params.len() > 1) {
-        bail!("this decoder adds noise; its round trip says nothing");
-    }
-    let argument = Tensor::f32(&latent.ty.shape, &latent.values);
-    let decoded = model.bench()?.run_keeping(&module, "decode", &[argument], &|_| false)?;
+fn back(model: &Model<'_>, latent: &Kept) -> Result<Vec<f32>> {
+    let mut noise = |_: &str, _: &TensorType| bail!("this decoder adds noise; its round trip says nothing");
+    let latent = Tensor::f32(&latent.ty.shape, &latent.values);
+    let decoded = model.decode(&model.video_vae()?, &latent, &mut noise, &|_| false)?;
     Ok(decoded.result("frames")?.values.clone())
 }
 

@@ -23,18 +23,19 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
 use ltxc_ir::eval::Tensor;
+use ltxc_ir::{DType, TensorType};
 use ltxc_models::Weights;
 use ltxc_models::checkpoint::Checkpoint;
-use ltxc_models::video_vae::VideoVaeConfig;
+use ltxc_models::video_vae::{self, VideoVaeConfig};
 use ltxc_runtime::backend::Device;
 use ltxc_runtime::noise_files::{self, Stored};
 use ltxc_runtime::random::NormalStream;
 
-use super::modules::Bench;
-use crate::args::{DeviceChoice, ModelArgs};
+use super::modules::{Bench, Ran, Side};
+use super::session::Session;
+use crate::args::ModelArgs;
 use crate::assemble::{MODEL, UPSAMPLER, checkpoint_source, local};
 use crate::compile::unfused;
-use crate::job::pick;
 
 /// `ltxc debug vae`.
 #[derive(Debug, Subcommand)]
@@ -59,17 +60,6 @@ pub enum VaeCommand {
     Tiles(tiles::TilesArgs),
 }
 
-/// A model and what it runs on.
-#[derive(Debug, Args)]
-pub struct Side {
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub model: ModelArgs,
-    /// Device.
-    #[arg(long, default_value = "cpu")]
-    pub device: DeviceChoice,
-}
-
 /// A latent of the video VAE.
 #[derive(Debug, Args)]
 pub struct LatentArgs {
@@ -90,40 +80,43 @@ pub struct LatentArgs {
 /// Model files that cannot be read or run.
 pub fn run(command: &VaeCommand, json: bool) -> Result<bool> {
     match command {
-        VaeCommand::Trace(args) => decode::trace(args, json),
-        VaeCommand::Decode(args) => decode::decode(args, json),
-        VaeCommand::Timestep(args) => decode::timestep(args, json),
-        VaeCommand::Encode(args) => encode::encode(args, json),
-        VaeCommand::Roundtrip(args) => encode::roundtrip(args, json),
+        VaeCommand::Trace(args) => look(&args.source.side, &["vae"], |model| decode::trace(args, model, json)),
+        VaeCommand::Decode(args) => look(&args.source.side, &["vae"], |model| decode::decode(args, model, json)),
+        VaeCommand::Timestep(args) => look(&args.side, &["vae"], |model| decode::timestep(args, model, json)),
+        VaeCommand::Encode(args) => look(&args.side, &["vae"], |model| encode::encode(args, model, json)),
+        VaeCommand::Roundtrip(args) => look(&args.side, &["vae"], |model| encode::roundtrip(args, model, json)),
         VaeCommand::Norm(args) => norm::norm(args, json),
-        VaeCommand::Upscale(args) => upscale::upscale(args, json),
-        VaeCommand::Audio(args) => audio::audio(args, json),
-        VaeCommand::Tiles(args) => tiles::tiles(args, json),
+        VaeCommand::Upscale(args) => look(&args.side, &["upsampler"], |model| upscale::upscale(args, model, json)),
+        VaeCommand::Audio(args) => look(&args.side, &["audio_vae", "vocoder"], |model| audio::audio(args, model, json)),
+        VaeCommand::Tiles(args) => look(&args.side, &["vae"], |model| tiles::tiles(args, model, json)),
     }
 }
 
-/// The files of a model, without its text encoder, and a device.
-struct Model {
+/// The files of a model, without its text encoder, and what runs them.
+struct Model<'a> {
     checkpoint: Checkpoint,
     upsampler: Option<Checkpoint>,
-    device: Device,
+    device: &'a Device,
+    session: &'a Session,
 }
 
-impl Side {
-    fn open(&self) -> Result<Model> {
-        let Some(path) = &self.model.checkpoint_path else {
-            bail!("`--checkpoint-path` is missing: it names the model file or folder")
-        };
-        let upsampler = self.model.spatial_upsampler_path.as_ref();
-        Ok(Model {
-            checkpoint: Checkpoint::open(&local(path)?)?,
-            upsampler: upsampler.map(|path| anyhow::Ok(Checkpoint::open_upsampler(&local(path)?)?)).transpose()?,
-            device: pick(&self.device, None)?,
-        })
-    }
+/// Opens a model and shows it to `look`, which runs `components` of it.
+fn look(side: &Side, components: &[&str], look: impl FnOnce(&Model<'_>) -> Result<bool>) -> Result<bool> {
+    // Latents that are drawn have one seed.
+    side.look(components, Some(0), |device, session| {
+        let upsampler = side.model.spatial_upsampler_path.as_ref();
+        let upsampler = upsampler.map(|path| anyhow::Ok(Checkpoint::open_upsampler(&local(path)?)?)).transpose()?;
+        look(&Model { checkpoint: checkpoint(&side.model)?, upsampler, device, session })
+    })
 }
 
-impl Model {
+fn checkpoint(model: &ModelArgs) -> Result<Checkpoint> {
+    let path = model.checkpoint_path.as_ref();
+    let path = path.context("`--checkpoint-path` is missing: it names the model file or folder")?;
+    Ok(Checkpoint::open(&local(path)?)?)
+}
+
+impl Model<'_> {
     fn weights(&self) -> Weights<'_> {
         Weights::new(MODEL, &self.checkpoint)
     }
@@ -139,27 +132,47 @@ impl Model {
             sources.push(checkpoint_source(UPSAMPLER, upsampler, false)?);
             paths.extend(upsampler.paths());
         }
-        Ok(Bench { sources, paths, options: unfused(), device: &self.device })
+        Ok(Bench { sources, paths, options: unfused(), device: self.device, session: self.session })
     }
 
-    /// Means and standard deviations of the channels of a latent.
-    fn statistics(&self) -> Result<[Vec<f32>; 2]> {
-        let find = |name: &str| -> Result<Vec<f32>> {
-            let end = format!("per_channel_statistics.{name}");
-            let keys = self.checkpoint.tensors().map(|(k, _)| k.to_string());
-            let Some(key) = keys.into_iter().find(|k| k.starts_with("vae.") && k.ends_with(&end)) else {
-                bail!("`{}` has no `vae.{end}`: latents cannot be normalised", self.checkpoint.name())
-            };
-            let at = self.checkpoint.tensor(&key).and_then(|at| at.stored.ty());
-            let (Some(ty), Some(bytes)) = (at, self.checkpoint.data(&key)) else { bail!("`{key}` cannot be read") };
-            Ok(ltxc_runtime::stats::decoded(&ty, bytes))
-        };
-        let [mean, std] = [find("mean-of-means")?, find("std-of-means")?];
-        if mean.is_empty() || mean.len() != std.len() {
-            bail!("`{}` has {} means and {} deviations of channels", self.checkpoint.name(), mean.len(), std.len());
+    /// Decodes a latent `[1, f, h, w, c]` with `config`, and keeps the values inside whose names `keep` wants. `given`
+    /// makes the further arguments of the decoder, by name and type: a timestep, noise.
+    fn decode(
+        &self,
+        config: &VideoVaeConfig,
+        latent: &Tensor,
+        given: &mut dyn FnMut(&str, &TensorType) -> Result<Vec<f32>>,
+        keep: &dyn Fn(&str) -> bool,
+    ) -> Result<Ran> {
+        let grid = [1, 2, 3].map(|axis| latent.ty.shape[axis]);
+        let module = video_vae::decode(config, &self.weights(), grid, DType::F32)?;
+        let function = module.function("decode").context("the decoder has an entry")?;
+        let mut arguments = vec![latent.clone()];
+        for param in function.params.iter().skip(1) {
+            let ty = function.ty(param.value);
+            arguments.push(Tensor::f32(&ty.shape, &given(function.name_of(param.value), ty)?));
         }
-        Ok([mean, std])
+        self.bench()?.run_keeping("vae", &module, "decode", &arguments, keep)
     }
+}
+
+/// Means and standard deviations of the channels of a latent.
+fn statistics(checkpoint: &Checkpoint) -> Result<[Vec<f32>; 2]> {
+    let find = |name: &str| -> Result<Vec<f32>> {
+        let end = format!("per_channel_statistics.{name}");
+        let keys = checkpoint.tensors().map(|(k, _)| k.to_string());
+        let Some(key) = keys.into_iter().find(|k| k.starts_with("vae.") && k.ends_with(&end)) else {
+            bail!("`{}` has no `vae.{end}`: latents cannot be normalised", checkpoint.name())
+        };
+        let at = checkpoint.tensor(&key).and_then(|at| at.stored.ty());
+        let (Some(ty), Some(bytes)) = (at, checkpoint.data(&key)) else { bail!("`{key}` cannot be read") };
+        Ok(ltxc_runtime::stats::decoded(&ty, bytes))
+    };
+    let [mean, std] = [find("mean-of-means")?, find("std-of-means")?];
+    if mean.is_empty() || mean.len() != std.len() {
+        bail!("`{}` has {} means and {} deviations of channels", checkpoint.name(), mean.len(), std.len());
+    }
+    Ok([mean, std])
 }
 
 impl LatentArgs {

@@ -2,11 +2,13 @@
 
 use anyhow::Result;
 use clap::Args;
+use ltxc_models::video_vae::VideoVaeConfig;
 use ltxc_runtime::random::NormalStream;
 use ltxc_runtime::stats::Stats;
 use serde_json::json;
 
-use super::Side;
+use super::{checkpoint, statistics};
+use crate::args::ModelArgs;
 use crate::debug::recording::Distance;
 
 /// `ltxc debug vae norm`.
@@ -14,13 +16,13 @@ use crate::debug::recording::Distance;
 pub struct NormArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
-    pub side: Side,
+    pub model: ModelArgs,
 }
 
 pub(super) fn norm(args: &NormArgs, json_output: bool) -> Result<bool> {
-    let model = args.side.open()?;
-    let [mean, std] = model.statistics()?;
-    let patch = model.video_vae()?.patch_size;
+    let checkpoint = checkpoint(&args.model)?;
+    let [mean, std] = statistics(&checkpoint)?;
+    let patch = VideoVaeConfig::from_json(checkpoint.section("vae")?)?.patch_size;
     let c = mean.len();
     let latent = NormalStream::new(0, "latent").draw(c * 64);
     let there: Vec<f32> = latent.iter().enumerate().map(|(i, v)| (v - mean[i % c]) / std[i % c]).collect();

@@ -4,17 +4,18 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use ltxc_ir::DType;
+use ltxc_ir::TensorType;
 use ltxc_ir::eval::Tensor;
 use ltxc_ir::tiling::TilePlan;
-use ltxc_models::video_vae::{self, VideoVaeConfig};
+use ltxc_models::video_vae::VideoVaeConfig;
 use ltxc_runtime::files::write_atomically;
 use ltxc_runtime::media::png;
 use ltxc_runtime::pipeline::tiles::{Sum, crop};
 use serde_json::{Value, json};
 
 use super::encode::psnr;
-use super::{LatentArgs, Model, Side};
+use super::{LatentArgs, Model};
+use crate::debug::modules::Side;
 use crate::debug::recording::Distance;
 use crate::job::VaeTile;
 
@@ -26,9 +27,6 @@ const MOST_SEAM: f64 = 2.0;
 pub struct TilesArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
-    pub side: Side,
-    #[command(flatten)]
-    #[allow(missing_docs)]
     pub latent: LatentArgs,
     /// Tiles, as for `ltxc compile`: SIZExOVERLAP,FRAMESxOVERLAP in pixels and frames.
     #[arg(long, default_value = "64x32,16x8")]
@@ -36,14 +34,13 @@ pub struct TilesArgs {
     /// Picture of the differences, the largest of all frames, white where they are largest.
     #[arg(long, value_name = "FILE.png")]
     pub map: Option<PathBuf>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub side: Side,
 }
 
-pub(super) fn tiles(args: &TilesArgs, json_output: bool) -> Result<bool> {
-    let model = args.side.open()?;
+pub(super) fn tiles(args: &TilesArgs, model: &Model<'_>, json_output: bool) -> Result<bool> {
     let config = model.video_vae()?;
-    if config.has_timestep || !video_vae::noise_planes(&config, [1, 1]).is_empty() {
-        bail!("this decoder adds noise, so tiles differ from the whole anyhow");
-    }
     let latent = args.latent.load(config.latent_channels)?;
     let grid @ [_, h, w] = [1, 2, 3].map(|axis| latent.ty.shape[axis]);
     let factors = config.factors();
@@ -52,13 +49,13 @@ pub(super) fn tiles(args: &TilesArgs, json_output: bool) -> Result<bool> {
         bail!("a latent of {grid:?} is one tile of `--vae-tile {}`; give a larger one or smaller tiles", args.vae_tile);
     }
     let values = latent.to_f32();
-    let whole = decoded(&model, &config, grid, &values)?;
+    let whole = decoded(model, &config, grid, &values)?;
     let size = [h * factors[1], w * factors[2]];
     let frames = whole.len() / (size[0] * size[1] * 3);
     let mut sum = Sum::new(size, 3, plan.decode_weights());
     for tile in plan.tiles() {
         let part = crop(&values, [h, w], config.latent_channels, tile);
-        sum.add(&decoded(&model, &config, tile.map(|axis| axis.len()), &part)?, plan.pixels(tile))?;
+        sum.add(&decoded(model, &config, tile.map(|axis| axis.len()), &part)?, plan.pixels(tile))?;
     }
     let tiled = sum.finished(frames).to_vec();
     let distance = Distance::of(&tiled, &whole);
@@ -96,12 +93,10 @@ pub(super) fn tiles(args: &TilesArgs, json_output: bool) -> Result<bool> {
 }
 
 /// Frames `[f, h, w, 3]` of a latent.
-fn decoded(model: &Model, config: &VideoVaeConfig, grid: [usize; 3], values: &[f32]) -> Result<Vec<f32>> {
-    let module = video_vae::decode(config, &model.weights(), grid, DType::F32)?;
-    let [f, h, w] = grid;
-    let argument = Tensor::f32(&[1, f, h, w, config.latent_channels], values);
-    let ran = model.bench()?.run_keeping(&module, "decode", &[argument], &|_| false)?;
-    Ok(ran.result("frames")?.values.clone())
+fn decoded(model: &Model<'_>, config: &VideoVaeConfig, [f, h, w]: [usize; 3], values: &[f32]) -> Result<Vec<f32>> {
+    let mut noise = |_: &str, _: &TensorType| bail!("this decoder adds noise, so tiles differ from the whole anyhow");
+    let latent = Tensor::f32(&[1, f, h, w, config.latent_channels], values);
+    Ok(model.decode(config, &latent, &mut noise, &|_| false)?.result("frames")?.values.clone())
 }
 
 /// Steps across every seam, by the same steps in the whole picture. A seam is where a tile begins or ends.

@@ -17,8 +17,9 @@ use ltxc_runtime::stats::Stats;
 use serde_json::{Value, json};
 
 use super::reference::{ReferenceArgs, facts};
-use super::{LatentArgs, Side};
+use super::{LatentArgs, Model, statistics};
 use crate::assemble::UPSAMPLER;
+use crate::debug::modules::Side;
 use crate::debug::parity::channels_first;
 use crate::debug::recording::Distance;
 use crate::debug::video_stats::structure;
@@ -37,9 +38,6 @@ const MOST_GROWTH: f64 = 2.0;
 pub struct UpscaleArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
-    pub side: Side,
-    #[command(flatten)]
-    #[allow(missing_docs)]
     pub latent: LatentArgs,
     /// Which result is written and compared.
     #[arg(long, value_enum, default_value_t)]
@@ -50,6 +48,9 @@ pub struct UpscaleArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub reference: ReferenceArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub side: Side,
 }
 
 /// Ways to enlarge a latent.
@@ -70,14 +71,13 @@ struct Enlarged {
     values: Vec<f32>,
 }
 
-pub(super) fn upscale(args: &UpscaleArgs, json_output: bool) -> Result<bool> {
-    let model = args.side.open()?;
+pub(super) fn upscale(args: &UpscaleArgs, model: &Model<'_>, json_output: bool) -> Result<bool> {
     let Some(upsampler) = &model.upsampler else {
         bail!("`--spatial-upsampler-path` is missing: it names the spatial upscaler")
     };
     let config = UpsamplerConfig::from_json(upsampler.config())?;
     let latent = args.latent.load(config.in_channels)?;
-    let [mean, std] = model.statistics()?;
+    let [mean, std] = statistics(&model.checkpoint)?;
     let c = config.in_channels;
     if mean.len() != c {
         bail!("the VAE has statistics of {} channels, the upscaler takes {c}; they are not of one model", mean.len());
@@ -86,7 +86,7 @@ pub(super) fn upscale(args: &UpscaleArgs, json_output: bool) -> Result<bool> {
     let out = config.output_grid(grid);
     let module = upsample(&config, &Weights::new(UPSAMPLER, upsampler), &model.weights(), grid, DType::F32)?;
     let bench = model.bench()?;
-    let run = |values: &[f32]| bench.run(&module, "upsample", &[Tensor::f32(&latent.ty.shape, values)]);
+    let run = |values: &[f32]| bench.run("upsampler", &module, "upsample", &[Tensor::f32(&latent.ty.shape, values)]);
     let input = latent.to_f32();
     let normalise =
         |v: &[f32]| -> Vec<f32> { v.iter().enumerate().map(|(i, v)| (v - mean[i % c]) / std[i % c]).collect() };
