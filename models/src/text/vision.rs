@@ -4,7 +4,7 @@
 //! pixels ── patches, positions ── encoder layers ── norm ── means of squares of patches ── norm ── projection ── soft tokens
 //! ```
 //!
-//! [`generate`](super::generate) reads the soft tokens in the place of words.
+//! `generate` reads the soft tokens in the place of words.
 //!
 //! # Easy to get wrong
 //! - The tower has layer norms with weight and bias; the projector's norm is Gemma's, an RMS norm that multiplies by
@@ -189,7 +189,7 @@ pub fn see(config: &VisionConfig, weights: &Weights, hidden_size: usize, dtype: 
     let side = config.image_size;
     let levels = b.param("levels", TensorType::f32([1, side, side, COLOURS]), Rate::Step);
     let pixels = b.name("pixel_values", scaled(&b, &config.levels, levels));
-    let seen = b.scope("vision_tower", || tower(&b, &functions, config, weights, b.cast(pixels, dtype)));
+    let seen = b.scope("vision_tower.vision_model", || tower(&b, &functions, config, weights, b.cast(pixels, dtype)));
     let tokens = b.scope("multi_modal_projector", || projected(&b, config, weights, hidden_size, seen));
     b.result("soft_tokens", b.cast(tokens, DType::F32));
     weights.finish()?;

@@ -147,12 +147,12 @@ fn an_image_becomes_soft_tokens_as_recorded() {
     let Some((seeing, mut recorded)) = Seeing::recorded() else { return };
     let run = seeing.see(recorded.input("pixels_uint8").to_f32(), DType::F32);
     recorded.check("pixel_values", &run.taps["pixel_values"].to_f32(), LIMIT);
-    recorded.check_tensor("tower.embeddings", &run.taps["vision_tower.embeddings"], LIMIT);
+    recorded.check_tensor("tower.embeddings", &run.taps["vision_tower.vision_model.embeddings"], LIMIT);
     for i in 0..seeing.vision.layers {
-        let tap = &run.taps[&format!("vision_tower.encoder.layers.{i}")];
+        let tap = &run.taps[&format!("vision_tower.vision_model.encoder.layers.{i}")];
         recorded.check_tensor(&format!("tower.layer{i}"), tap, LIMIT);
     }
-    recorded.check_tensor("tower.output", &run.taps["vision_tower.post_layernorm"], LIMIT);
+    recorded.check_tensor("tower.output", &run.taps["vision_tower.vision_model.post_layernorm"], LIMIT);
     recorded.check_tensor("soft_tokens", &run.results["soft_tokens"], LIMIT);
     recorded.finish_part();
 }
