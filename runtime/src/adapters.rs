@@ -213,6 +213,11 @@ impl AdapterSet {
         self.members.is_empty()
     }
 
+    /// Files and strengths, in the order in which they are added.
+    pub fn members(&self) -> impl Iterator<Item = (&Path, f32)> {
+        self.members.iter().map(|(adapter, strength)| (adapter.path(), *strength))
+    }
+
     /// Whether weights stay as they are.
     pub(crate) fn leaves_weights(&self) -> bool {
         self.is_live || self.is_empty()

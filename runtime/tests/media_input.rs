@@ -101,7 +101,13 @@ fn rotated_full_range_pictures_come_upright() {
 #[test]
 fn a_varying_rate_is_sampled_at_the_rate_of_the_run() {
     let path = clip("varying.mp4");
-    assert!(matches!(Clip::open(&path).expect("opened").info().rate, ClipRate::Variable(_)));
+    let info = Clip::open(&path).expect("opened").info();
+    assert!(matches!(info.rate, ClipRate::Variable(_)));
+    // 12 pictures last 14 frames of 1/24 s; what a run of another rate takes of them is as long.
+    for (fps, frames) in [("24", 14), ("12", 7), ("60", 35), ("30", 17)] {
+        assert_eq!(info.frames_at(rate(fps)), frames, "{fps}");
+        assert!(read(&path, whole(fps)).expect("read").len() >= frames);
+    }
     let numbers = |window| read(&path, window).expect("read").iter().map(number).collect::<Vec<_>>();
     assert_eq!(numbers(whole("24")), [0, 1, 2, 3, 3, 4, 5, 6, 7, 7, 8, 9, 10, 11]);
     assert_eq!(numbers(Window { rate: rate("12"), start_seconds: 4.0 / 24.0, frames: 3 }), [3, 5, 7]);
@@ -305,6 +311,41 @@ fn check_lossless(name: &str, tensor: &str) {
     let images = read(&fixture(name), whole("24")).expect("read");
     let got: Vec<u8> = images.iter().flat_map(|image| image.rgb()).copied().collect();
     assert!(got == file.tensor(tensor).expect("recorded").data(), "{name} differs");
+}
+
+#[test]
+fn sound_beside_pictures_of_other_kinds_is_read() {
+    let path = clip("hevc.mp4");
+    let embedded = ltxc_runtime::media::audio_input::decode_embedded(&path, 0.0, 1.0).expect("no damage");
+    let reason = embedded.expect_err("the reader knows these pictures now; take others");
+    assert!(reason.contains("hvcC"), "{reason}");
+    if has_ffmpeg() {
+        let sound = load_audio(&path, 0.0, 1.0).expect("read");
+        assert_eq!(sound.rate_hz, 44_100);
+        assert!(sound.len().abs_diff(13_230) < 2048, "{} samples", sound.len());
+    }
+}
+
+#[test]
+fn the_rate_that_ffmpeg_tells_is_that_of_all_pictures() {
+    if !has_ffmpeg() {
+        return;
+    }
+    let path = clip("varying.mp4");
+    let (own, theirs) =
+        (Clip::open(&path).expect("opened").info(), Ffmpeg::find().unwrap().probe(&path).expect("probed"));
+    assert_eq!((theirs.frames_at(rate("24")), theirs.frames_at(rate("60"))), (14, 35));
+    assert_eq!((own.width, own.height, own.frames), (theirs.width, theirs.height, theirs.frames));
+}
+
+#[test]
+fn an_image_is_a_clip_of_one_picture() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("one.PNG");
+    image::RgbImage::from_fn(4, 2, |_, _| image::Rgb([7; 3])).save(&path).expect("saved");
+    let expected = ClipInfo { width: 4, height: 2, rate: ClipRate::Free, frames: 1 };
+    assert_eq!(Clip::open(&path).expect("opened").info(), expected);
+    assert_eq!(read(&path, whole("24")).expect("read").len(), 1);
 }
 
 #[test]

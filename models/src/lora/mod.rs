@@ -202,8 +202,30 @@ impl LoraFile {
     /// Whether the header says that this adapter reads reference videos, or the name does, for want of a better sign.
     pub fn is_in_context(&self) -> bool {
         let keys = ["reference_downscale_factor", "reference_spatial_scale_factor", "reference_temporal_scale_factor"];
-        let name = self.path().file_name().map(|n| n.to_string_lossy().to_lowercase().replace('_', "-"));
-        keys.iter().any(|key| self.metadata().contains_key(*key)) || name.is_some_and(|n| n.contains("ic-lora"))
+        keys.iter().any(|key| self.metadata().contains_key(*key))
+            || self.makes_light() == Some(true)
+            || self.file_name().contains("ic-lora")
+    }
+
+    /// Whether the name is like those of adapters that read reference videos, which proves nothing.
+    pub fn has_name_of_in_context(&self) -> bool {
+        // Published ones move the camera and read no reference videos.
+        let name = self.file_name().replace("camera-control", "");
+        ["control", "ref0.5", "dubit", "lipdub", "hdr"].iter().any(|part| name.contains(part))
+    }
+
+    /// Whether it makes a signal with a high dynamic range, LogC3, as the header says (`hdr_transform`,
+    /// `use_hdr_transform`); `None` if it says nothing.
+    pub fn makes_light(&self) -> Option<bool> {
+        let value = ["hdr_transform", "use_hdr_transform"].iter().find_map(|key| self.metadata().get(*key))?;
+        let value = value.trim().trim_matches('"').to_lowercase();
+        Some(!["", "false", "0", "none", "null"].contains(&value.as_str()))
+    }
+
+    /// In lower case, with dashes.
+    fn file_name(&self) -> String {
+        let name = self.path().file_name().unwrap_or_default();
+        name.to_string_lossy().to_lowercase().replace(['_', ' '], "-")
     }
 
     /// What it was made for; `None` if nothing tells.

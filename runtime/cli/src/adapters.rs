@@ -2,7 +2,8 @@
 //!
 //! A file is opened and matched with the model by `ltxc_models`; the runtime gets keys and places in the file.
 
-use std::path::Path;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
@@ -15,10 +16,9 @@ use ltxc_runtime::adapters::{Adapter, AdapterMode, AdapterSet, Factor, StageAdap
 use ltxc_runtime::pipeline::positions::ReferenceScale;
 use ltxc_runtime::weights::WeightFiles;
 
-use crate::args::{AdapterArgs, LoraMode};
+use crate::args::{AdapterArgs, Hdr, LoraMode};
 use crate::assemble::{MODEL, local};
 use crate::pipelines::{Definition, takes_references};
-use crate::report::Report;
 
 /// Strengths beyond this are possible, but hardly ever meant.
 const USUAL_STRENGTH: f64 = 2.0;
@@ -33,7 +33,10 @@ struct Lora {
     stages: Option<Vec<usize>>,
 }
 
-/// The adapters of a command.
+/// Files that were opened for a plan, by their paths. Runs that share them do not bind weights anew.
+pub type Opened = BTreeMap<PathBuf, Arc<Adapter>>;
+
+/// The adapters of a run.
 pub struct Loras {
     list: Vec<Lora>,
     /// Strengths of the distilled one, stage by stage.
@@ -56,6 +59,10 @@ impl Loras {
             list.push(Lora::parse("--lora", path, options)?);
         }
         if let Some((path, options)) = args.distilled_lora.split_first() {
+            let is_file = |option: &&String| option.parse::<f64>().is_err() && Path::new(option.as_str()).exists();
+            if let Some(second) = options.iter().find(is_file) {
+                bail!("`--distilled-lora` is given as `{path}` and as `{second}`; a run has one, leave the other out");
+            }
             let lora = Lora::parse("--distilled-lora", path, options)?;
             list.push(Lora { role: StageAdapter::DISTILLED, ..lora });
         }
@@ -109,6 +116,55 @@ impl Loras {
 
     fn of_role<'a>(&'a self, role: &'a str) -> impl Iterator<Item = &'a Lora> {
         self.list.iter().filter(move |lora| lora.role == role)
+    }
+
+    /// What is odd about adapters for a pipeline, though nothing forbids it.
+    pub fn doubts(&self, pipeline: &str) -> Vec<String> {
+        let user: Vec<&Lora> = self.of_role(StageAdapter::USER).collect();
+        let path = |lora: &Lora| lora.file.path().display().to_string();
+        let is_known = |lora: &&Lora| lora.file.is_in_context() || lora.file.has_name_of_in_context();
+        if !takes_references(pipeline) {
+            let named = user.iter().filter(|lora| is_known(lora));
+            let text = |lora: &&Lora| {
+                format!(
+                    "note: `{}` is called like a LoRA for reference videos, of which pipeline `{pipeline}` takes none",
+                    path(lora)
+                )
+            };
+            return named.map(text).collect();
+        }
+        match user.first() {
+            Some(first) if !user.iter().any(|lora| is_known(lora)) => vec![format!(
+                "note: neither header nor name says that `{}` is an IC-LoRA, and pipeline `{pipeline}` needs one: others do \
+                 not know what reference videos mean",
+                path(first)
+            )],
+            _ => Vec::new(),
+        }
+    }
+
+    /// Checks that adapters agree with a pipeline, which may make a high dynamic range, and with the range that is asked for,
+    /// as far as headers say.
+    ///
+    /// # Errors
+    /// An adapter for a high dynamic range that is run without, or the other way round.
+    pub fn check_range(&self, pipeline: &str, makes_hdr: bool, hdr: Option<Hdr>) -> Result<()> {
+        // Elsewhere they are refused for want of reference videos.
+        for lora in self.of_role(StageAdapter::USER).filter(|_| takes_references(pipeline)) {
+            let path = lora.file.path().display();
+            match lora.file.makes_light() {
+                Some(true) if !makes_hdr && hdr.is_none() => bail!(
+                    "`{path}` makes LogC3, a signal with a high dynamic range, which is no picture; choose `--pipeline \
+                     hdr-ic-lora`, or pipeline `ic-lora` with `--hdr LOGC3` and a folder for EXR frames"
+                ),
+                Some(false) if makes_hdr => bail!(
+                    "`{path}` says in its header that it makes no high dynamic range, for which pipeline `{pipeline}` is; choose \
+                     another LoRA, or `--pipeline ic-lora`"
+                ),
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     /// As [`Loras::fit`] for a checkpoint, before anything is compiled for it.
@@ -189,7 +245,7 @@ impl Loras {
         fits.collect()
     }
 
-    /// The adapters of every stage of a plan, given what [`Loras::fit`] found.
+    /// The adapters of every stage of a plan, given what [`Loras::fit`] found, and a line about each of them.
     ///
     /// # Errors
     /// A stage that the pipeline does not have, an adapter that it has no use for or lacks, or a file that changed.
@@ -198,28 +254,39 @@ impl Loras {
         fits: Vec<LoraFit>,
         pipeline: &Pipeline,
         mode: AdapterMode,
-        report: &mut Report,
-    ) -> Result<StageAdapters> {
-        let mut opened = Vec::new();
-        for (lora, fit) in self.list.iter().zip(fits) {
-            report.note(&lora.summary(&fit));
-            opened.push((lora, opened_adapter(&lora.file, fit)?));
-        }
+        opened: &mut Opened,
+    ) -> Result<(StageAdapters, Vec<String>)> {
         self.check_roles(pipeline)?;
+        let (mut acting, mut notes) = (Vec::new(), self.doubts(&pipeline.name));
+        for (lora, fit) in self.list.iter().zip(fits) {
+            let strengths = self.strengths(lora, pipeline);
+            notes.push(lora.summary(&fit, &strengths, pipeline));
+            let adapter = match opened.get(lora.file.path()) {
+                Some(adapter) => adapter.clone(),
+                None => opened.entry(lora.file.path().into()).or_insert(opened_adapter(&lora.file, fit)?).clone(),
+            };
+            acting.push((lora, strengths, adapter));
+        }
         let mut adapters = StageAdapters::default();
         for (i, stage) in pipeline.stages.iter().enumerate() {
-            let mut members = Vec::new();
-            for of_stage in &stage.adapters {
-                for (lora, adapter) in opened.iter().filter(|(lora, _)| lora.acts_in(i, &of_stage.role)) {
-                    let own = self.distilled_strengths.get(i).copied().flatten();
-                    let own = own.filter(|_| of_stage.role == StageAdapter::DISTILLED);
-                    let strength = own.or(of_stage.strength).unwrap_or(lora.strength);
-                    members.push((adapter.clone(), strength as f32));
-                }
-            }
-            adapters.set(&stage.name, AdapterSet::new(members, mode));
+            let members = stage.adapters.iter().flat_map(|planned| {
+                let of_role = acting.iter().filter(|(lora, ..)| planned.role == lora.role);
+                of_role.filter_map(|(_, strengths, adapter)| Some((adapter.clone(), strengths[i]? as f32)))
+            });
+            adapters.set(&stage.name, AdapterSet::new(members.collect(), mode));
         }
-        Ok(adapters)
+        Ok((adapters, notes))
+    }
+
+    /// The strength with which an adapter acts in every stage of a pipeline, if it does.
+    fn strengths(&self, lora: &Lora, pipeline: &Pipeline) -> Vec<Option<f64>> {
+        let of_stage = |(i, stage): (usize, &Stage)| {
+            let planned = stage.adapters.iter().find(|adapter| lora.acts_in(i, &adapter.role))?;
+            let own = self.distilled_strengths.get(i).copied().flatten();
+            let own = own.filter(|_| lora.role == StageAdapter::DISTILLED);
+            Some(own.or(planned.strength).unwrap_or(lora.strength))
+        };
+        pipeline.stages.iter().enumerate().map(of_stage).collect()
     }
 
     /// Checks that the stages have a use for every adapter, and all that they need.
@@ -293,7 +360,8 @@ impl Lora {
         self.role == role && self.stages.as_ref().is_none_or(|stages| stages.contains(&(index + 1)))
     }
 
-    fn summary(&self, fit: &LoraFit) -> String {
+    /// One line about it: layers, what it is multiplied by, and where that is not the same.
+    fn summary(&self, fit: &LoraFit, strengths: &[Option<f64>], pipeline: &Pipeline) -> String {
         let scales: Vec<f64> = fit.factors.iter().map(|f| f.scale).collect();
         let (least, most) = scales.iter().fold((f64::MAX, f64::MIN), |(a, b), &s| (a.min(s), b.max(s)));
         let alpha = if least == most { format!("{least}") } else { format!("{least} to {most}") };
@@ -301,11 +369,15 @@ impl Lora {
             0 => String::new(),
             n => format!(", {n} of its keys left out"),
         };
+        let mut acting = pipeline.stages.iter().zip(strengths).filter_map(|(stage, s)| Some((&stage.name, (*s)?)));
+        let strength = match strengths {
+            [Some(first), rest @ ..] if rest.iter().all(|s| *s == Some(*first)) => first.to_string(),
+            _ => acting.by_ref().map(|(stage, s)| format!("{s} in {stage}")).collect::<Vec<_>>().join(" and "),
+        };
         format!(
-            "LoRA {}: {} layers, strength {}, alpha/rank {alpha}{left}",
+            "LoRA {}: {} layers, strength {strength}, alpha/rank {alpha}{left}",
             self.file.path().display(),
             fit.factors.len(),
-            self.strength
         )
     }
 }

@@ -76,7 +76,9 @@ pub fn run(args: &CompileArgs, lora_occurrences: &[usize], report: &mut Report) 
     let shape = Shape::resolve(&args.shape, 0)?.with(&loras)?;
     let files = ModelFiles::open(&args.model, shape.has_two_stages())?;
     job::refuse_quantization(&args.shape, files.model.name(), files.model.has_fp8())?;
-    loras.check(&files.model, definition(shape.pipeline).name)?;
+    let pipeline = definition(shape.pipeline).name;
+    loras.check(&files.model, pipeline)?;
+    loras.doubts(pipeline).iter().for_each(|doubt| report.note(doubt));
     let print = |program: &str, pass: &'static str, module: &Module| {
         if args.compiler.print_after.iter().any(|p| p == pass) {
             println!("; program {program} after {pass}\n{module}");

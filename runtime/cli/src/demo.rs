@@ -3,7 +3,7 @@
 use anyhow::{Context, Result};
 use ltxc_models::synth::{Preset, synth};
 
-use crate::args::{AdapterArgs, ContentArgs, DemoArgs, ModelArgs, OutputArgs, RunArgs, ShapeArgs};
+use crate::args::{ContentArgs, DemoArgs, ModelArgs, OutputArgs, RunAdapterArgs, RunArgs, ShapeArgs};
 use crate::report::Report;
 use crate::run::Occurrences;
 use crate::synth::SEED;
@@ -29,8 +29,7 @@ pub fn run(args: &DemoArgs, report: &mut Report) -> Result<()> {
         },
         shape: ShapeArgs { height: Some(256), width: Some(384), num_frames: Some(49), ..ShapeArgs::default() },
         content: ContentArgs { prompt: Some(PROMPT.into()), seed: SEED.to_string(), ..ContentArgs::default() },
-        adapters: AdapterArgs::default(),
-        lora_mode: None,
+        adapters: RunAdapterArgs::default(),
         output: args.output.clone(),
         frozen: false,
         writing: OutputArgs::default(),

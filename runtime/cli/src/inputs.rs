@@ -12,7 +12,9 @@ use ltxc_runtime::media::{
 use ltxc_runtime::pipeline::{Attention, Media, Reference, SourceClip};
 
 use crate::args::{ContentArgs, Hdr, PipelineName, ShapeArgs};
+use crate::job;
 use crate::pipelines::{Definition, definition};
+use crate::report::Report;
 use crate::run::Occurrences;
 
 /// A path with a strength, as given on the command line.
@@ -74,21 +76,42 @@ pub fn check_given(pipeline: PipelineName, content: &ContentArgs) -> Result<()> 
             _ => {}
         }
     }
-    Ok(())
+    if brings.clip { part(content).map(drop) } else { Ok(()) }
 }
 
-/// Frames of the shortest reference video of a run; `None` without one, or if its frames are chosen by their times.
+/// The part of a clip that is made anew: where it starts and ends, in seconds; without an end it ends with the clip.
+///
+/// # Errors
+/// Nothing that says which part, or times that leave none.
+fn part(content: &ContentArgs) -> Result<(f64, Option<f64>)> {
+    let (start, end) = (content.start_time, content.end_time);
+    if start.is_none() && end.is_none() {
+        bail!(
+            "which part of the clip is made anew? give `--start-time`, `--end-time` or both; `--start-time 0` is all of it"
+        );
+    }
+    for (flag, time) in [("--start-time", start), ("--end-time", end)] {
+        if let Some(time) = time.filter(|time| !(time.is_finite() && *time >= 0.0)) {
+            bail!("`{flag} {time}` is no time of the clip; give seconds from its beginning on");
+        }
+    }
+    let start = start.unwrap_or(0.0);
+    if let Some(end) = end.filter(|end| *end <= start) {
+        bail!("the part from {start} s to {end} s is empty; give a start before the end");
+    }
+    Ok((start, end))
+}
+
+/// Frames of the shortest reference video of a run at `rate`; `None` without one.
 ///
 /// # Errors
 /// A strength that is no number, or a video that cannot be read.
-pub fn shortest(content: &ContentArgs, occurrences: &Occurrences) -> Result<Option<usize>> {
+pub fn shortest(content: &ContentArgs, occurrences: &Occurrences, rate: Rational) -> Result<Option<usize>> {
     let given = weighted("--video-conditioning", &content.video_conditioning, &occurrences.reference)?;
-    let mut shortest = None;
+    let mut shortest: Option<usize> = None;
     for video in given {
-        let info = info(&video.path)?;
-        if !matches!(info.rate, ClipRate::Variable(_)) {
-            shortest = Some(shortest.unwrap_or(info.frames).min(info.frames));
-        }
+        let frames = info(&video.path)?.frames_at(rate);
+        shortest = Some(shortest.map_or(frames, |other| other.min(frames)));
     }
     Ok(shortest)
 }
@@ -134,25 +157,26 @@ pub fn shape_of_media(args: &ShapeArgs, content: &ContentArgs, space_scale: u32)
         _ => return Ok((args.clone(), None)),
     };
     let info = info(path)?;
-    let rate = match info.rate {
-        ClipRate::Constant(rate) => Some(rate.to_string()),
-        ClipRate::Variable(_) | ClipRate::Free => None,
+    let rate = match (info.rate, &args.frame_rate) {
+        (_, Some(rate)) => job::frame_rate(rate)?,
+        (ClipRate::Constant(rate), None) => rate,
+        (ClipRate::Variable(_) | ClipRate::Free, None) => {
+            bail!("`{}` has no frame rate of its own; give `--frame-rate`", path.display())
+        }
     };
-    if rate.is_none() && args.frame_rate.is_none() {
-        bail!("`{}` has no frame rate of its own; give `--frame-rate`", path.display());
-    }
     let number = |n: usize| u32::try_from(n).ok();
     // Whole latents of the first stage, which has half the size, and of references; of every known model.
     let unit = if padded.is_some() { 64 * space_scale as usize } else { 1 };
     let side = |n: usize| number(n.next_multiple_of(unit)).filter(|_| gives_size && args.size.is_none());
-    let frames = if padded.is_some() { info.frames.min(most) } else { info.frames };
+    let frames = info.frames_at(rate);
+    let frames = if padded.is_some() { frames.min(most) } else { frames };
     let has_length = args.num_frames.is_some() || args.seconds.is_some();
     let shape = ShapeArgs {
         height: args.height.or(side(info.height)),
         width: args.width.or(side(info.width)),
         // The encoder takes 8k+1 frames of every known model; others are refused later, with the nearest numbers.
         num_frames: args.num_frames.or(number(frames.saturating_sub(1) / 8 * 8 + 1).filter(|_| !has_length)),
-        frame_rate: args.frame_rate.clone().or(rate),
+        frame_rate: Some(rate.to_string()),
         ..args.clone()
     };
     let seconds = match brings.sound {
@@ -292,7 +316,7 @@ const MOST_REFERENCE_SECONDS: f64 = 600.0;
 ///
 /// # Errors
 /// A file that cannot be read, is too short, or has another rate or size than the plan.
-pub fn load(content: &ContentArgs, references: &[Weighted], plan: &Plan) -> Result<Media> {
+pub fn load(content: &ContentArgs, references: &[Weighted], plan: &Plan, report: &mut Report) -> Result<Media> {
     let (inputs, video) = (&plan.pipeline.inputs, &plan.pipeline.video);
     let rate = Rational::new(video.frame_rate.0, video.frame_rate.1)?;
     let seconds = f64::from(video.frames) / rate.to_f64();
@@ -314,24 +338,45 @@ pub fn load(content: &ContentArgs, references: &[Weighted], plan: &Plan) -> Resu
         let samples = u64::from(guide.mel_frames) * u64::from(guide.hop_length) + u64::from(guide.n_fft);
         media.sound = Some(load_audio(&given.path, 0.0, samples as f64 / f64::from(guide.rate_hz.max(1)))?);
     }
+    if inputs.sound.is_some_and(|sound| sound.role == SoundRole::Reference) || inputs.pads_references {
+        references.iter().try_for_each(|given| note_cut(&given.path, rate, video.frames, report))?;
+    }
     if let Some(path) = &content.video_path {
+        if inputs.clip.is_none() {
+            bail!("pipeline `{}` takes no clip; leave `--video-path {}` out", plan.pipeline.name, path.display());
+        }
         media.clip =
             Some(clip(content, path, plan, Window { rate, start_seconds: 0.0, frames: video.frames as usize })?);
-        media.sound = match load_audio(path, 0.0, seconds) {
-            Ok(recording) => Some(recording),
-            Err(MediaError::NoSound { .. }) => None,
-            Err(_) if is_exr(path) => None,
-            Err(error) => return Err(error.into()),
+        note_cut(path, rate, video.frames, report)?;
+        // A plan without sound has no use for that of the clip.
+        media.sound = match inputs.sound.map(|_| load_audio(path, 0.0, seconds)) {
+            None | Some(Err(MediaError::NoSound { .. })) => None,
+            Some(Ok(recording)) => Some(recording),
+            Some(Err(_)) if is_exr(path) => None,
+            Some(Err(error)) => return Err(error.into()),
         };
     }
     if let Some(path) = &content.audio_path {
         if let Some(SoundRole::Clip | SoundRole::Reference) = inputs.sound.map(|sound| sound.role) {
             bail!("pipeline `{}` takes its sound from the clip; leave `--audio-path` out", plan.pipeline.name);
         }
+        if let Some(most) = content.audio_max_duration.filter(|most| !(most.is_finite() && *most > 0.0)) {
+            bail!("`--audio-max-duration {most}` leaves nothing of `{}`; give seconds above 0", path.display());
+        }
         let longest = content.audio_max_duration.unwrap_or(seconds).min(seconds);
         media.sound = Some(load_audio(path, content.audio_start_time.unwrap_or(0.0), longest)?);
     }
     Ok(media)
+}
+
+/// Says what the plan has no frames for.
+fn note_cut(path: &Path, rate: Rational, taken: u32, report: &mut Report) -> Result<()> {
+    let found = info(path)?.frames_at(rate);
+    if found > taken as usize {
+        let left = found - taken as usize;
+        report.note(&format!("`{}` has {found} frames, of which the last {left} are left out", path.display()));
+    }
+    Ok(())
 }
 
 /// A clip of which a part is made anew.
@@ -355,14 +400,21 @@ fn clip(content: &ContentArgs, path: &Path, plan: &Plan, window: Window) -> Resu
     let mut frames = Vec::new();
     let space = colour_space(content, plan)?;
     read_frames(path, window, space, (info.width, info.height, Fit::Crop), &mut |frame| frames.extend(frame))?;
-    let end = content.end_time.unwrap_or(window.frames as f64 / window.rate.to_f64());
+    let (start, end) = part(content)?;
+    let length = window.frames as f64 / window.rate.to_f64();
+    if start >= length {
+        bail!(
+            "`--start-time {start}` is at or behind the end of `{}`, of which {length:.3} s are used",
+            path.display()
+        );
+    }
     let kept = match (content.keep_video, content.keep_audio) {
         (true, true) => bail!("`--keep-video` and `--keep-audio` leave nothing to be made anew; give one of them"),
         (true, false) => Some(Modality::Video),
         (false, true) => Some(Modality::Audio),
         (false, false) => None,
     };
-    Ok(SourceClip { frames, start: content.start_time.unwrap_or(0.0), end, kept })
+    Ok(SourceClip { frames, start, end: end.unwrap_or(length), kept })
 }
 
 /// Frames 0, 1, 1 + s, 1 + 2 s … of a video, fitted to the size of the plan.
@@ -438,6 +490,22 @@ fn attention(content: &ContentArgs, plan: &Plan, rate: Rational) -> Result<Optio
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_clip_of_varying_rate_is_as_long_as_it_lasts() {
+        // 12 pictures, which last 14 frames of 1/24 s.
+        let clip = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/clips/varying.mp4");
+        let content = ContentArgs { video_path: Some(clip), ..ContentArgs::default() };
+        for (rate, frames) in [("12", 1), ("24", 9), ("60", 33)] {
+            let args = ShapeArgs {
+                pipeline: Some(PipelineName::Retake),
+                frame_rate: Some(rate.into()),
+                ..ShapeArgs::default()
+            };
+            let (shape, _) = shape_of_media(&args, &content, 1).unwrap();
+            assert_eq!((shape.num_frames, shape.frame_rate.as_deref()), (Some(frames), Some(rate)));
+        }
+    }
 
     #[test]
     fn strengths_follow_their_paths() {

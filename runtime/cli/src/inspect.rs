@@ -1,5 +1,7 @@
 //! `ltxc inspect`: what is in a plan, or the graph of model files.
 
+use std::collections::BTreeSet;
+
 use anyhow::{Context, Result, bail};
 use ltxc_ir::plan::summary::{function_costs, weight_bytes};
 use ltxc_ir::plan::{Plan, container};
@@ -13,7 +15,8 @@ use crate::assemble::{ModelFiles, assemble};
 use crate::compile::read_with_kernels;
 use crate::inspect_html::{self, Limits};
 use crate::job::Shape;
-use crate::tune;
+use crate::pipelines::describe_output;
+use crate::{planned, tune};
 
 /// `ltxc inspect`.
 ///
@@ -29,6 +32,7 @@ pub fn run(args: &InspectArgs, json: bool) -> Result<()> {
         return Ok(());
     };
     let (plan, kernels, hash) = read_with_kernels(path)?;
+    planned::check(&args.shape, path, &plan)?;
     if args.kernels {
         let kernels =
             kernels.with_context(|| format!("`{}` carries no kernels; `ltxc tune` adds them", path.display()))?;
@@ -169,10 +173,9 @@ fn hex(hash: &[u8; 32]) -> String {
 /// The same for people.
 fn text(plan: &Plan, facts: &Value) -> String {
     let p = &plan.pipeline;
-    let (num, den) = p.video.frame_rate;
     let synthetic = if p.model.synthetic { ", synthetic weights" } else { "" };
     let mut out = format!(
-        "plan      {} ({}), by {}\nmodel     {} {}{synthetic}\npipeline  {}, {}x{}, {} frames at {} fps, sound at {} Hz\n\
+        "plan      {} ({}), by {}\nmodel     {} {}{synthetic}\npipeline  {}, {}, sound at {} Hz\n\
          target    {}, activations in {}\n\nprogram                      calls        FLOP      traffic        arena      weights  (packed)\n",
         facts["hash"].as_str().unwrap_or_default(),
         readable(facts["bytes"].as_u64().unwrap_or(0)),
@@ -180,10 +183,7 @@ fn text(plan: &Plan, facts: &Value) -> String {
         p.model.generation,
         p.model.version,
         p.name,
-        p.video.height,
-        p.video.width,
-        p.video.frames,
-        if den == 1 { num.to_string() } else { format!("{num}/{den}") },
+        describe_output(p, &BTreeSet::new()),
         p.audio.rate_hz,
         plan.target.backend,
         p.dtype,

@@ -8,6 +8,7 @@ use ltxc_runtime::RunError;
 use ltxc_runtime::backend::{Device, DeviceName, find};
 use ltxc_runtime::media::Rational;
 use ltxc_runtime::pipeline::positions::ReferenceScale;
+use serde_json::{Value, json};
 
 use crate::adapters::Loras;
 use crate::args::{ContentArgs, DeviceChoice, PipelineName, Precision, ReferenceVersion, SamplingArgs, ShapeArgs};
@@ -168,6 +169,7 @@ impl Shape {
     /// # Errors
     /// Values that no model could run. What depends on the model is checked when its files are known.
     pub fn resolve(args: &ShapeArgs, keyframes: usize) -> Result<Shape> {
+        args.sampling.check()?;
         let named = args.pipeline.unwrap_or_default();
         let (height, width) = definition(named).size;
         let (pipeline, shrink) = match (named, args.skip_stage_2) {
@@ -211,8 +213,7 @@ impl Shape {
         if keyframes > MOST_KEYFRAMES {
             bail!("{keyframes} images behind frame 0 are too many, expected at most {MOST_KEYFRAMES}");
         }
-        let rate = args.frame_rate.as_deref().unwrap_or("24");
-        let frame_rate: Rational = rate.parse().with_context(|| format!("`--frame-rate {rate}`"))?;
+        let frame_rate = frame_rate(args.frame_rate.as_deref().unwrap_or("24"))?;
         let (wide, high) = match &args.size {
             Some(text) => size_of(text).map(|(width, height)| (Some(width), Some(height)))?,
             None => (args.width, args.height),
@@ -272,6 +273,13 @@ impl Shape {
         Ok(Shape { has_distilled_adapter: loras.has_distilled(), references, adapter_rank, ..self })
     }
 
+    /// The shape of a plan that serves both, if that makes no difference to either: a plan may have room for more images.
+    pub fn or(&self, other: &Shape) -> Option<Shape> {
+        let max_keyframes = self.max_keyframes.max(other.max_keyframes);
+        let (one, two) = (Shape { max_keyframes, ..self.clone() }, Shape { max_keyframes, ..other.clone() });
+        (one == two).then_some(one)
+    }
+
     /// Whether the pipeline has a second stage at twice the size.
     pub fn has_two_stages(&self) -> bool {
         definition(self.pipeline).has_two_stages
@@ -314,14 +322,28 @@ impl Shape {
     }
 }
 
+/// What `--frame-rate` says.
+///
+/// # Errors
+/// Text that is no rate.
+pub fn frame_rate(text: &str) -> Result<Rational> {
+    text.parse().with_context(|| format!("`--frame-rate {text}`"))
+}
+
 /// Width and height in `WIDTHxHEIGHT`.
-fn size_of(text: &str) -> Result<(u32, u32)> {
+///
+/// # Errors
+/// Text that is no size.
+pub fn size_of(text: &str) -> Result<(u32, u32)> {
     let sides = text.split_once(['x', 'X']).and_then(|(w, h)| Some((w.trim().parse().ok()?, h.trim().parse().ok()?)));
     sides.with_context(|| format!("`--size {text}` is not WIDTHxHEIGHT, for example 768x512"))
 }
 
 /// The frames of so many seconds: one of the numbers 8k+1, which all known models take.
-fn frames_of(seconds: f64, rate: Rational) -> Result<u32> {
+///
+/// # Errors
+/// A length that no model could run.
+pub fn frames_of(seconds: f64, rate: Rational) -> Result<u32> {
     let frames = (seconds * rate.to_f64()).round();
     if !(1.0..=MOST as f64).contains(&frames) {
         bail!("`--seconds {seconds}` are {frames} frames, expected 1 to {MOST}");
@@ -379,6 +401,18 @@ pub struct ImageArg {
     pub strength: f64,
     /// CRF of the round trip, if not the model's.
     pub crf: Option<u8>,
+}
+
+impl ImageArg {
+    /// CRF of its round trip in a run of `plan`.
+    pub fn crf_in(&self, plan: &Plan) -> u8 {
+        self.crf.unwrap_or(plan.pipeline.model.image_crf as u8)
+    }
+
+    /// What it is in a run of `plan`, for machines.
+    pub fn facts(&self, plan: &Plan) -> Value {
+        json!({"path": &self.path, "frame": self.frame, "strength": self.strength, "crf": self.crf_in(plan)})
+    }
 }
 
 /// Splits the values of repeated `--image` flags: `occurrences` says how many values each one had.

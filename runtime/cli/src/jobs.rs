@@ -2,7 +2,9 @@
 //!
 //! A job is a table whose keys are the names of flags; the same flags on the command line are defaults for all jobs. An
 //! output that is there was made by an earlier run, because outputs appear whole, and is not made again: after an
-//! interruption the same command goes on where it stopped.
+//! interruption the same command goes on where it stopped. Names are derived from all that an output depends on (plan,
+//! flags, prompts, LoRAs, and what is in the files that are read), except that noise counts by the name of its file, which
+//! a run may write. An output that is named by a job is kept, however it was made.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -12,10 +14,14 @@ use clap::{Arg, ArgAction, ArgMatches, Command, CommandFactory, FromArgMatches, 
 use ltxc_runtime::RunError;
 use serde_json::{Map, Value};
 
-use crate::args::{ContentArgs, OutputArgs, RunArgs, SamplingArgs};
+use crate::adapters::Loras;
+use crate::args::{ContentArgs, OutputArgs, RunAdapterArgs, RunArgs, SamplingArgs};
+use crate::assemble::local;
 use crate::debug::flags::DebugOptions;
+use crate::identity;
+use crate::job::{Shape, negative_prompt, prompt};
 use crate::report::Report;
-use crate::run::{Choice, Occurrences, Room, Runner};
+use crate::run::{Choice, Occurrences, Runner};
 
 /// What a job may choose.
 #[derive(Debug, Parser)]
@@ -25,6 +31,8 @@ struct JobArgs {
     content: ContentArgs,
     #[command(flatten)]
     sampling: SamplingArgs,
+    #[command(flatten)]
+    adapters: RunAdapterArgs,
     #[command(flatten)]
     writing: OutputArgs,
 }
@@ -39,7 +47,43 @@ struct Job {
     /// Of the flags in `args`.
     occurrences: Occurrences,
     /// Where it writes.
-    output: PathBuf,
+    output: JobOutput,
+}
+
+/// Where a job writes.
+#[derive(Debug)]
+enum JobOutput {
+    /// Where it says.
+    Named(PathBuf),
+    /// A name that follows from what the output is made of.
+    Derived { folder: PathBuf, stem: String, made_of: blake3::Hash },
+}
+
+impl JobOutput {
+    /// The path with the plan of this hash.
+    fn with(&self, plan: &[u8; 32]) -> PathBuf {
+        match self {
+            JobOutput::Named(path) => path.clone(),
+            JobOutput::Derived { folder, stem, made_of } => {
+                let hash = blake3::Hasher::new().update(plan).update(made_of.as_bytes()).finalize();
+                folder.join(format!("{stem}-{}.mp4", &hash.to_hex()[..8]))
+            }
+        }
+    }
+}
+
+impl Job {
+    fn choice(&self) -> Choice<'_> {
+        let JobArgs { content, sampling, adapters, writing } = &self.args;
+        Choice { content, sampling, adapters, occurrences: &self.occurrences, writing }
+    }
+}
+
+/// Jobs that one plan serves as well as plans of their own would.
+struct Group<'a> {
+    /// What it is compiled for, unless the command has a plan.
+    shape: Option<Shape>,
+    jobs: Vec<(&'a Job, Loras)>,
 }
 
 /// Keys of a job that are no flags.
@@ -47,52 +91,77 @@ const NAME: &str = "name";
 const OUTPUT: &str = "output";
 const SEED: &str = "seed";
 
+/// Keys that say where a job writes.
+const OUTPUTS: [&str; 5] = [OUTPUT, "output_path", "output-path", "output_dir", "output-dir"];
+
+/// Flags whose first value is a file or folder that a job reads, and on which its output depends.
+const READ: [&str; 10] = [
+    "embeddings",
+    "image",
+    "video_conditioning",
+    "conditioning_attention_mask",
+    "reference_video",
+    "audio_path",
+    "video_path",
+    "guidance_table",
+    "lora",
+    "distilled_lora",
+];
+
+/// Those of them that may be hub names.
+const LORAS: [&str; 2] = ["lora", "distilled_lora"];
+
 /// `ltxc run --jobs`. `command_line` is the parsed command of `args`.
 ///
 /// # Errors
-/// A file of jobs or a plan that cannot be used, and in the end if any job failed. An interruption ends all of them.
+/// A file of jobs, LoRAs, or a plan that cannot be used, and in the end if any job failed. An interruption ends all of them.
 pub fn run(args: &RunArgs, path: &Path, command_line: &ArgMatches, report: &mut Report) -> Result<()> {
-    let tables = tables(path)?;
-    // A plan that is compiled on the way has room for what every job brings.
-    let jobs = |folder: &Path, hash: &[u8; 32]| read(path, &tables, command_line, folder, hash);
     let folder = match command_line.value_source("output") {
         Some(ValueSource::CommandLine) => args.output.clone(),
         _ => PathBuf::from("."),
     };
-    let mut room = Room::default();
-    for job in jobs(&folder, &[0; 32])? {
-        room = room.or(Room::of(args, &job.args.content, &job.occurrences)?);
-    }
     let debug = DebugOptions::of(&args.debug)?;
     if debug.is_on() {
         bail!("flags for debugging look at one run; give them without `--jobs`");
     }
-    let loras = Occurrences::of(command_line).lora;
-    let runner = Runner::open(args, room, &loras, debug.mode.unwrap_or_default(), report)?;
-    let jobs = jobs(&folder, runner.plan_hash())?;
-    let mut executor = runner.executor(report)?;
-    let total = jobs.len();
-    let mut failed = 0;
-    for (i, job) in jobs.iter().enumerate() {
-        if is_made(&job.output) {
-            report.job(i + 1, total, "kept", &job.output, None);
-            continue;
+    let jobs = read(path, &tables(path)?, command_line, &folder)?;
+    let (total, mut ended, mut made, mut failed) = (jobs.len(), 0, 0, 0);
+    for Group { shape, jobs } in groups(args, path, &jobs)? {
+        let loras: Vec<&Loras> = jobs.iter().map(|(_, loras)| loras).collect();
+        let mut runner = Runner::open(args, shape.as_ref(), &loras, debug.mode.unwrap_or_default(), report)?;
+        let mut prepared = Vec::new();
+        for (job, loras) in &jobs {
+            let output = job.output.with(runner.plan_hash());
+            prepared.push((
+                job.choice(),
+                output,
+                runner.prepare(&job.choice(), loras, report).with_context(|| of(path, job))?,
+            ));
         }
-        let choice = Choice {
-            content: &job.args.content,
-            sampling: &job.args.sampling,
-            occurrences: &job.occurrences,
-            output: &job.output,
-            writing: &job.args.writing,
-        };
-        match runner.run(&mut executor, &choice, debug.clone(), report) {
-            Ok(made) => report.job(i + 1, total, "done", &made.path, None),
-            Err(e) if matches!(e.downcast_ref::<RunError>(), Some(RunError::Interrupted)) => return Err(e),
-            Err(e) => {
-                failed += 1;
-                report.job(i + 1, total, "failed", &job.output, Some(&e));
-                // What a failed run left on the device is of no use to the next one.
-                executor.unload_all()?;
+        let mut executor = runner.executor(report)?;
+        for (choice, output, adapters) in prepared {
+            ended += 1;
+            if is_made(&output) {
+                report.job(ended, total, "kept", &output, None);
+                made += 1;
+                continue;
+            }
+            match runner.run(&mut executor, &choice, &adapters, &output, debug.clone(), report) {
+                Ok(done) => {
+                    report.job(ended, total, "done", &done.path, None);
+                    made += 1;
+                }
+                Err(e) if matches!(e.downcast_ref::<RunError>(), Some(RunError::Interrupted)) => {
+                    let text =
+                        format!("interrupted; {made} of {total} outputs are there, the same command makes the others");
+                    return Err(e.context(text));
+                }
+                Err(e) => {
+                    failed += 1;
+                    report.job(ended, total, "failed", &output, Some(&e));
+                    // What a failed run left on the device is of no use to the next one.
+                    executor.unload_all()?;
+                }
             }
         }
     }
@@ -100,6 +169,36 @@ pub fn run(args: &RunArgs, path: &Path, command_line: &ArgMatches, report: &mut 
         bail!("{failed} of {total} jobs failed; the same command runs them again and keeps the others");
     }
     Ok(())
+}
+
+/// Opens the LoRAs of all jobs and finds the plans that they need, before anything is compiled.
+///
+/// # Errors
+/// LoRAs that cannot be opened, or media that a plan depends on and that cannot be read; every message says which job.
+fn groups<'a>(args: &RunArgs, path: &Path, jobs: &'a [Job]) -> Result<Vec<Group<'a>>> {
+    let mut groups: Vec<Group<'_>> = Vec::new();
+    for job in jobs {
+        let choice = job.choice();
+        let loras = choice.loras().with_context(|| of(path, job))?;
+        let shape = choice.shape(args, &loras).with_context(|| of(path, job))?;
+        let both = |group: &Group<'_>| match (&group.shape, &shape) {
+            (Some(one), Some(two)) => one.or(two).map(Some),
+            _ => Some(None),
+        };
+        match groups.iter_mut().find_map(|group| Some((both(group)?, group))) {
+            Some((shape, group)) => {
+                group.shape = shape;
+                group.jobs.push((job, loras));
+            }
+            None => groups.push(Group { shape, jobs: vec![(job, loras)] }),
+        }
+    }
+    Ok(groups)
+}
+
+/// Which job is meant.
+fn of(path: &Path, job: &Job) -> String {
+    format!("job file `{}`, job {}", path.display(), job.number)
 }
 
 /// Whether an output is there; a folder of frames has at least one.
@@ -119,32 +218,27 @@ fn tables(path: &Path) -> Result<Vec<Map<String, Value>>> {
     Ok(tables)
 }
 
-/// Makes jobs of tables. `command_line` holds the flags for all of them, `folder` is for outputs that are not named, and
-/// `plan` is the hash of the plan.
+/// Makes jobs of tables. `command_line` holds the flags for all of them, `folder` is for outputs that are not named.
 ///
 /// # Errors
-/// A job with a key that is no flag or a value that it does not take, two jobs with the same
-/// output. Every message says which job.
-fn read(
-    path: &Path,
-    tables: &[Map<String, Value>],
-    command_line: &ArgMatches,
-    folder: &Path,
-    plan: &[u8; 32],
-) -> Result<Vec<Job>> {
+/// A job with a key that is no flag or a value that it does not take, a prompt that cannot be read, or two jobs with the
+/// same output. Every message says which job.
+fn read(path: &Path, tables: &[Map<String, Value>], command_line: &ArgMatches, folder: &Path) -> Result<Vec<Job>> {
     let file = || format!("job file `{}`", path.display());
     let mut jobs: Vec<Job> = Vec::new();
     for (i, table) in tables.iter().enumerate() {
         let number = i + 1;
         let of = || format!("{}, job {number}", file());
         for table in seeds(table).with_context(of)? {
-            jobs.push(job(number, table, command_line, folder, plan).with_context(of)?);
+            jobs.push(job(number, table, command_line, folder).with_context(of)?);
         }
     }
     let mut written = BTreeMap::new();
     for job in &jobs {
-        if let Some(other) = written.insert(&job.output, job.number) {
-            let output = job.output.display();
+        // Jobs that are made of the same have the same name with any plan.
+        let output = job.output.with(&[0; 32]);
+        if let Some(other) = written.insert(output.clone(), job.number) {
+            let output = output.display();
             bail!("{}: jobs {other} and {} both write `{output}`; change one of them", file(), job.number);
         }
     }
@@ -189,19 +283,22 @@ fn seeds(table: &Map<String, Value>) -> Result<Vec<Map<String, Value>>> {
     Ok(seeds.iter().map(with).collect())
 }
 
-fn job(
-    number: usize,
-    mut table: Map<String, Value>,
-    command_line: &ArgMatches,
-    folder: &Path,
-    plan: &[u8; 32],
-) -> Result<Job> {
+fn job(number: usize, mut table: Map<String, Value>, command_line: &ArgMatches, folder: &Path) -> Result<Job> {
     let text = |value: Option<Value>, key: &str| match value {
         None => Ok(None),
         Some(Value::String(text)) => Ok(Some(text)),
         Some(other) => bail!("`{key}` is {other}, expected a text"),
     };
-    let (name, output) = (text(table.remove(NAME), NAME)?, text(table.remove(OUTPUT), OUTPUT)?);
+    let name = text(table.remove(NAME), NAME)?;
+    if let Some(name) = name.as_deref().filter(|name| name.contains(['/', '\\']) || *name == "..") {
+        bail!("`{NAME}` is `{name}`, which leads into another folder; name the whole path as `{OUTPUT}`");
+    }
+    let outputs: Vec<&str> = OUTPUTS.into_iter().filter(|key| table.contains_key(*key)).collect();
+    let output = match outputs[..] {
+        [] => None,
+        [key] => text(table.remove(key), key)?,
+        [first, second, ..] => bail!("`{first}` and `{second}` both say where to write; give one of them"),
+    };
     let command = JobArgs::command();
     let (mut line, given) = flags_of(&table, &command)?;
     let defaults = command.get_arguments().filter(|arg| {
@@ -225,19 +322,43 @@ fn job(
         );
     };
     let output = match output {
-        Some(path) => PathBuf::from(path.replace("{seed}", &seed.to_string())),
+        Some(path) => JobOutput::Named(PathBuf::from(path.replace("{seed}", &seed.to_string()))),
         None => {
-            let mut hash = blake3::Hasher::new();
-            hash.update(plan);
-            for part in &line {
-                hash.update(part.as_bytes()).update(&[0]);
-            }
+            let made_of = made_of(&line, &matches, &args, command_line.get_flag("enhance_prompt"))?;
             let prompt = args.content.prompt.as_deref().unwrap_or_default();
-            let stem = name.unwrap_or_else(|| slug(prompt));
-            folder.join(format!("{stem}-seed{seed}-{}.mp4", &hash.finalize().to_hex()[..8]))
+            let stem = format!("{}-seed{seed}", name.unwrap_or_else(|| slug(prompt)));
+            JobOutput::Derived { folder: folder.into(), stem, made_of }
         }
     };
     Ok(Job { number, args, occurrences, output })
+}
+
+/// The hash of all that the output of a job depends on besides the plan: its flags, prompts from files, and what is in the
+/// files that it reads.
+fn made_of(line: &[String], matches: &ArgMatches, args: &JobArgs, enhances_prompt: bool) -> Result<blake3::Hash> {
+    let mut hash = blake3::Hasher::new();
+    hash.update(&[u8::from(enhances_prompt)]);
+    for part in line {
+        hash.update(part.as_bytes()).update(&[0]);
+    }
+    let content = &args.content;
+    if [&content.prompt, &content.negative_prompt].into_iter().flatten().any(|text| text == "-") {
+        bail!("a job cannot read its prompt from standard input; name a file as `@FILE`");
+    }
+    for prompt in [prompt(content)?, negative_prompt(content)?] {
+        hash.update(prompt.as_bytes()).update(&[0]);
+    }
+    for flag in READ {
+        for occurrence in matches.get_raw_occurrences(flag).into_iter().flatten() {
+            let Some(path) = occurrence.into_iter().next().map(Path::new) else { continue };
+            // What is missing is said when the job is run.
+            let found = if LORAS.contains(&flag) { local(path).ok() } else { Some(path.to_path_buf()) };
+            if let Some(path) = found.filter(|path| path.exists()) {
+                identity::add(&mut hash, &path).with_context(|| format!("`{}`", path.display()))?;
+            }
+        }
+    }
+    Ok(hash.finalize())
 }
 
 /// The flags of `command` whose names are keys of a table, as a command line, and their ids.
@@ -351,7 +472,7 @@ mod tests {
         let line = [&["ltxc", "run", "x.ltxplan", "--jobs", "f"], flags].concat();
         let matches = Cli::command().try_get_matches_from(line)?;
         let run = matches.subcommand_matches("run").expect("the command");
-        read(&path, &tables(&path)?, run, Path::new("out"), &[7; 32])
+        read(&path, &tables(&path)?, run, Path::new("out"))
     }
 
     #[track_caller]
@@ -374,21 +495,70 @@ mod tests {
             assert_eq!(a.args.content.num_inference_steps, Some(4));
             assert_eq!(a.args.content.image, ["a.png", "b.png", "8", "0.5"]);
             assert_eq!(a.occurrences.image, [1, 3]);
-            assert_eq!(a.output, b.output);
+            assert_eq!(a.output.with(&[7; 32]), b.output.with(&[7; 32]));
         }
         assert_eq!(a[1].args.content.seed, "2");
-        assert!(a[0].output.to_string_lossy().starts_with("out/a-fox-seed1-"), "{:?}", a[0].output);
+        let output = a[0].output.with(&[7; 32]);
+        assert!(output.to_string_lossy().starts_with("out/a-fox-seed1-"), "{output:?}");
+        assert_ne!(a[0].output.with(&[8; 32]), output);
     }
 
     #[test]
     fn names_follow_from_what_a_job_says() {
-        let one = |text: &str, flags: &[&str]| jobs("x.jsonl", text, flags).unwrap().remove(0).output;
+        let one = |text: &str, flags: &[&str]| jobs("x.jsonl", text, flags).unwrap()[0].output.with(&[7; 32]);
         let plain = one(r#"{"prompt": "rain"}"#, &[]);
         assert_eq!(plain, one("\n{\"prompt\":\"rain\"}\n", &[]));
         assert_ne!(plain, one(r#"{"prompt": "rain."}"#, &[]));
         assert_ne!(plain, one(r#"{"prompt": "rain"}"#, &["--steps", "3"]));
         assert_eq!(one(r#"{"prompt": "rain", "output": "a/{seed}.mp4"}"#, &[]), Path::new("a/10.mp4"));
+        assert_eq!(one(r#"{"prompt": "rain", "output_path": "a.mp4"}"#, &[]), Path::new("a.mp4"));
         assert!(one(r#"{"prompt": "", "name": "x"}"#, &[]).to_string_lossy().starts_with("out/x-seed10-"));
+    }
+
+    #[test]
+    fn names_follow_from_what_files_hold() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let file = |name: &str, text: &str| {
+            let path = folder.path().join(name);
+            std::fs::write(&path, text).expect("written");
+            path.display().to_string()
+        };
+        let (prompt, image, lora) = (file("p.txt", "rain"), file("a.png", "1"), file("l.safetensors", "1"));
+        let text = format!(r#"{{"prompt": "@{prompt}", "image": "{image}", "lora": ["{lora}", 0.5]}}"#);
+        let name = |text: &str| jobs("x.jsonl", text, &[]).unwrap()[0].output.with(&[7; 32]);
+        let mut names = vec![name(&text)];
+        assert_eq!(name(&text), names[0]);
+        for (changed, now) in [("p.txt", "snow"), ("a.png", "2"), ("l.safetensors", "2")] {
+            file(changed, now);
+            names.push(name(&text));
+        }
+        assert_ne!(jobs("x.jsonl", &text, &["--enhance-prompt"]).unwrap()[0].output.with(&[7; 32]), name(&text));
+        for (from, to) in
+            [("0.5", "0.6"), ("0.5", "0.5, \"stage=1\""), ("\"lora\"", "\"lora-mode\": \"live\", \"lora\"")]
+        {
+            names.push(name(&text.replace(from, to)));
+        }
+        let different: std::collections::BTreeSet<_> = names.iter().collect();
+        assert_eq!(different.len(), names.len(), "{names:?}");
+    }
+
+    #[test]
+    fn every_file_that_a_job_reads_counts() {
+        // Noise may be written by the first run; the job file itself is no part of a job.
+        let others = [
+            "jobs",
+            "noise_bundle",
+            "ltx2_initial_latent_path",
+            "ltx2_audio_latent_path",
+            "ltx2_refine_noise_path",
+            "ltx2_refine_audio_noise_path",
+        ];
+        for arg in JobArgs::command().get_arguments() {
+            let names = arg.get_value_names().unwrap_or_default();
+            let is_file = names.first().is_some_and(|name| ["FILE", "PATH", "DIR"].contains(&name.as_str()));
+            let id = arg.get_id().as_str();
+            assert_eq!(is_file && !others.contains(&id), READ.contains(&id), "`{id}`");
+        }
     }
 
     #[test]
@@ -412,6 +582,10 @@ mod tests {
         refused("x.jsonl", r#"{"prompt": "a", "num_inference_steps": "x"}"#, &["job 1", "invalid value"]);
         refused("x.jsonl", r#"{"prompt": "a", "seed": "random"}"#, &["`random`", "number"]);
         refused("x.jsonl", r#"{"prompt": ["a"]}"#, &["`prompt`"]);
+        refused("x.jsonl", r#"{"prompt": "-"}"#, &["standard input"]);
+        refused("x.jsonl", r#"{"prompt": "@gone.txt"}"#, &["job 1", "gone.txt"]);
+        refused("x.jsonl", r#"{"prompt": "a", "name": "../esc"}"#, &["`../esc`", "`output`"]);
+        refused("x.jsonl", r#"{"prompt": "a", "output": "a", "output_path": "b"}"#, &["both say where"]);
         refused("x.jsonl", "{\"prompt\": \"a\"}\n{\"prompt\": \"a\"}", &["jobs 1 and 2 both write"]);
         refused("x.jsonl", "{}", &["--prompt"]);
     }

@@ -35,7 +35,10 @@ fn main() -> ExitCode {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(e) if matches!(e.downcast_ref::<RunError>(), Some(RunError::Interrupted)) => {
-            eprintln!("interrupted; nothing was written");
+            let interrupted = RunError::Interrupted.to_string();
+            // A batch says what it has written.
+            let text = Some(e.to_string()).filter(|text| *text != interrupted);
+            eprintln!("{}", text.unwrap_or_else(|| format!("{interrupted}; nothing was written")));
             ExitCode::from(INTERRUPTED)
         }
         Err(e) => {

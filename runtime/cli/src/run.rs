@@ -1,6 +1,6 @@
 //! `ltxc run`: a prompt to a video with sound.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
@@ -24,10 +24,10 @@ use ltxc_runtime::pipeline::{Conditioning, Noise, Output, Request, StageChoice, 
 use ltxc_runtime::stats::Stats;
 use ltxc_runtime::tokenizer::Tokenizer;
 use ltxc_runtime::weights::{WeightFiles, find_tokenizer};
-use serde_json::json;
+use serde_json::{Value, json};
 
-use crate::adapters::{self, Loras};
-use crate::args::{ContentArgs, ImageCodec, OutputArgs, RunArgs, SamplingArgs, ShapeArgs};
+use crate::adapters::{self, Loras, Opened};
+use crate::args::{ContentArgs, ImageCodec, OutputArgs, RunAdapterArgs, RunArgs, SamplingArgs, ShapeArgs};
 use crate::assemble::{GEMMA, ModelFiles};
 use crate::compile::{cached, memory, read_with_kernels};
 use crate::debug::flags::{DebugMode, DebugOptions};
@@ -38,7 +38,8 @@ use crate::debug::text::contexts::embeddings;
 use crate::enhance::{self, Beginning};
 use crate::inputs;
 use crate::job::{self, ImageArg, Shape, pick};
-use crate::pipelines::{definition, describe, levels, stage_choice};
+use crate::pipelines::{definition, describe, describe_output, levels, stage_choice};
+use crate::planned;
 use crate::report::Report;
 
 /// Set by Ctrl-C; the run stops at the next kernel and removes what it has begun to write.
@@ -49,17 +50,19 @@ pub static INTERRUPT: AtomicBool = AtomicBool::new(false);
 /// # Errors
 /// Anything that stops the run; no output is left then.
 pub fn run(args: &RunArgs, occurrences: &Occurrences, report: &mut Report) -> Result<()> {
-    let room = Room::of(args, &args.content, occurrences)?;
     let debug = DebugOptions::of(&args.debug)?;
-    let runner = Runner::open(args, room, &occurrences.lora, debug.mode.unwrap_or_default(), report)?;
     let choice = Choice {
         content: &args.content,
         sampling: &args.shape.sampling,
+        adapters: &args.adapters,
         occurrences,
-        output: &args.output,
         writing: &args.writing,
     };
-    let made = runner.run(&mut runner.executor(report)?, &choice, debug, report)?;
+    let loras = choice.loras()?;
+    let shape = choice.shape(args, &loras)?;
+    let mut runner = Runner::open(args, shape.as_ref(), &[&loras], debug.mode.unwrap_or_default(), report)?;
+    let adapters = runner.prepare(&choice, &loras, report)?;
+    let made = runner.run(&mut runner.executor(report)?, &choice, &adapters, &args.output, debug, report)?;
     let kernels = json!({"launched": made.kernels.launched, "compiled": made.kernels.compiled});
     let mut facts = json!({"frames": made.frames, "bytes": made.bytes, "seed": made.seed, "kernels": kernels});
     if !made.experiments.is_empty() {
@@ -92,51 +95,66 @@ impl Occurrences {
     }
 }
 
-/// What a plan for some content must have room for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Room {
-    /// Images that are appended.
-    pub images: usize,
-    /// Reference videos.
-    pub references: usize,
-    /// Frames of the shortest of them, where they are counted; the others are used as far.
-    pub reference_frames: Option<usize>,
-    /// Whether it says how strongly they act.
-    pub has_attention: bool,
+/// What one run chooses.
+#[derive(Clone, Copy)]
+pub struct Choice<'a> {
+    /// Prompt, images and so on.
+    pub content: &'a ContentArgs,
+    /// Sampling and guidance.
+    pub sampling: &'a SamplingArgs,
+    /// LoRAs.
+    pub adapters: &'a RunAdapterArgs,
+    /// Of the flags in `content` and `adapters`.
+    pub occurrences: &'a Occurrences,
+    /// How to write.
+    pub writing: &'a OutputArgs,
 }
 
-impl Room {
-    /// The room for one run of a command, whose content may be that of a job.
+impl Choice<'_> {
+    /// Opens its LoRAs.
     ///
     /// # Errors
-    /// Values of flags that are no frame, strength or CRF; without a plan, content that the pipeline does not take, or
-    /// reference videos that cannot be read.
-    pub fn of(args: &RunArgs, content: &ContentArgs, occurrences: &Occurrences) -> Result<Room> {
-        let images = job::images(&content.image, &occurrences.image)?;
-        let pipeline = args.shape.pipeline.unwrap_or_default();
-        let mut reference_frames = None;
-        if args.plan.is_none() {
-            inputs::check_given(pipeline, content)?;
-            reference_frames = inputs::shortest(content, occurrences)?;
-        }
-        let all = definition(pipeline).brings.appends_first_image;
-        Ok(Room {
-            images: images.iter().filter(|image| all || image.frame > 0).count(),
-            references: occurrences.reference.len(),
-            reference_frames,
-            has_attention: inputs::attention_strength(content)?.is_some()
-                || !content.conditioning_attention_mask.is_empty(),
-        })
+    /// Values that are no strength or stage, or a file that is no LoRA.
+    pub fn loras(&self) -> Result<Loras> {
+        Loras::open(&self.adapters.adapters, &self.occurrences.lora)
     }
 
-    /// The room for either of two runs.
-    pub fn or(self, other: Room) -> Room {
-        Room {
-            images: self.images.max(other.images),
-            references: self.references.max(other.references),
-            reference_frames: [self.reference_frames, other.reference_frames].into_iter().flatten().min(),
-            has_attention: self.has_attention || other.has_attention,
+    /// The shape of a plan for it, of a command that has none.
+    ///
+    /// # Errors
+    /// Values of flags that no plan could have, media that the pipeline does not take or that cannot be read, or LoRAs that
+    /// are missing.
+    pub fn shape(&self, args: &RunArgs, loras: &Loras) -> Result<Option<Shape>> {
+        let (content, occurrences) = (self.content, self.occurrences);
+        let images = job::images(&content.image, &occurrences.image)?;
+        let has_attention =
+            inputs::attention_strength(content)?.is_some() || !content.conditioning_attention_mask.is_empty();
+        if args.plan.is_some() {
+            return Ok(None);
         }
+        let pipeline = args.shape.pipeline.unwrap_or_default();
+        inputs::check_given(pipeline, content)?;
+        if args.model.checkpoint_path.is_none() {
+            bail!(
+                "there is nothing to run; name a plan made by `ltxc compile`, or model files from `--checkpoint-path` on"
+            );
+        }
+        let named = definition(pipeline);
+        loras.check_complete(named)?;
+        loras.check_range(named.name, named.brings.pads_references, content.hdr)?;
+        let references = u32::try_from(occurrences.reference.len()).ok().filter(|&n| n > 0);
+        let given = ShapeArgs {
+            reference_count: args.shape.reference_count.or(references),
+            reference_attention: args.shape.reference_attention || has_attention,
+            ..args.shape.clone()
+        };
+        let (given, reference_seconds) = inputs::shape_of_media(&given, content, loras.reference_scale()?.space)?;
+        let appended = images.iter().filter(|image| named.brings.appends_first_image || image.frame > 0).count();
+        let mut shape = Shape::resolve(&given, appended)?.with(loras)?;
+        shape.target = pick(&args.shape.device, None)?.target;
+        shape.reference_seconds = reference_seconds;
+        shape.references.frames = inputs::shortest(content, occurrences, shape.frame_rate)?;
+        Ok(Some(shape))
     }
 }
 
@@ -149,23 +167,13 @@ pub struct Runner {
     weights: WeightFiles,
     /// Folder of the tokenizer; none where contexts come from elsewhere.
     tokenizer: Option<PathBuf>,
-    adapters: StageAdapters,
+    /// LoRAs of its runs.
+    opened: Opened,
+    /// What was said about them.
+    told: BTreeSet<String>,
+    encodes_text: bool,
     enhances_prompt: bool,
     is_frozen: bool,
-}
-
-/// What one run chooses.
-pub struct Choice<'a> {
-    /// Prompt, images and so on.
-    pub content: &'a ContentArgs,
-    /// Sampling and guidance.
-    pub sampling: &'a SamplingArgs,
-    /// Of the flags in `content`.
-    pub occurrences: &'a Occurrences,
-    /// Where to write.
-    pub output: &'a Path,
-    /// How to write.
-    pub writing: &'a OutputArgs,
 }
 
 /// What one run wrote.
@@ -185,21 +193,22 @@ pub struct Made {
 }
 
 impl Runner {
-    /// Opens a plan, or compiles one with this room, and finds its weights. `lora_occurrences` says how many values each
-    /// `--lora` had.
+    /// Opens the plan of a command, or compiles one of this shape for runs with these LoRAs, and finds its weights.
     ///
     /// # Errors
-    /// A plan, weights or LoRAs that do not fit, or too little memory.
+    /// A plan, weights or LoRAs that do not fit.
     pub fn open(
         args: &RunArgs,
-        room: Room,
-        lora_occurrences: &[usize],
+        shape: Option<&Shape>,
+        loras: &[&Loras],
         mode: DebugMode,
         report: &mut Report,
     ) -> Result<Runner> {
-        let loras = Loras::open(&args.adapters, lora_occurrences)?;
-        let (plan_path, folders) = plan_and_folders(args, room, &loras, mode)?;
+        let (plan_path, folders) = plan_and_folders(args, shape, loras, mode)?;
         let (plan, kernels, hash) = read_with_kernels(&plan_path)?;
+        if args.plan.is_some() {
+            planned::check(&args.shape, &plan_path, &plan)?;
+        }
         let enhances_prompt = args.shape.enhance_prompt;
         let device = pick(&args.shape.device, Some(&plan))?;
         // Contexts from elsewhere need no text encoder.
@@ -209,18 +218,8 @@ impl Runner {
         }
         let unused = if encodes_text { None } else { Some(GEMMA) };
         let weights = WeightFiles::open_without(&plan, &folders, args.model.verify, unused)?;
-        let fits = match loras.is_empty() {
-            true => Vec::new(),
-            false => loras.fit(&adapters::targets(&plan, &weights)?, &plan.pipeline.name)?,
-        };
-        loras.check_references(&plan.pipeline)?;
-        let adapters = loras.stages(fits, &plan.pipeline, adapters::mode(args.lora_mode, &plan), report)?;
-        let experiments = Experiments::new(args.content.experiment.clone(), &plan)?;
         let tokenizer = encodes_text.then(|| find_tokenizer(&plan.pipeline.text, &folders)).transpose()?;
-        let mut need = MemoryNeed::of(&plan, rayon::current_num_threads()).with(&plan, &weights, &adapters);
-        need = need.with_copies(&plan, &|_, _, key| experiments.changes(key));
-        need.parts.retain(|part| encodes_text || part.name != "text");
-        if need.is_on_gpu {
+        if MemoryNeed::of(&plan, rayon::current_num_threads()).is_on_gpu {
             // The executor compares what the plan needs with what the device has.
             report.note(&format!("device {}: {}", device.name, device.description));
         }
@@ -232,11 +231,49 @@ impl Runner {
                 device.name
             ));
         }
-        report.note(&memory(&need));
-        need.check(available())?;
         let tokenizer = tokenizer.map(|path| path.parent().unwrap_or(Path::new(".")).to_path_buf());
-        let is_frozen = args.frozen;
-        Ok(Runner { plan, kernels, hash, device, weights, tokenizer, adapters, is_frozen, enhances_prompt })
+        Ok(Runner {
+            plan,
+            kernels,
+            hash,
+            device,
+            weights,
+            tokenizer,
+            opened: Opened::new(),
+            told: BTreeSet::new(),
+            encodes_text,
+            enhances_prompt,
+            is_frozen: args.frozen,
+        })
+    }
+
+    /// The adapters of a run in every stage. Says what it needs, if no run before said the same.
+    ///
+    /// # Errors
+    /// LoRAs that do not fit the model or the plan, or too little memory.
+    pub fn prepare(&mut self, choice: &Choice<'_>, loras: &Loras, report: &mut Report) -> Result<StageAdapters> {
+        let (plan, weights) = (&self.plan, &self.weights);
+        let fits = match loras.is_empty() {
+            true => Vec::new(),
+            false => loras.fit(&adapters::targets(plan, weights)?, &plan.pipeline.name)?,
+        };
+        loras.check_references(&plan.pipeline)?;
+        loras.check_range(&plan.pipeline.name, plan.pipeline.inputs.pads_references, choice.content.hdr)?;
+        let mode = adapters::mode(choice.adapters.lora_mode, plan);
+        let (adapters, mut notes) = loras.stages(fits, &plan.pipeline, mode, &mut self.opened)?;
+        let experiments = Experiments::new(choice.content.experiment.clone(), plan)?;
+        let mut need = MemoryNeed::of(plan, rayon::current_num_threads()).with(plan, weights, &adapters);
+        need = need.with_copies(plan, &|_, _, key| experiments.changes(key));
+        need.parts.retain(|part| self.encodes_text || part.name != "text");
+        notes.push(memory(&need));
+        for note in notes {
+            if !self.told.contains(&note) {
+                report.note(&note);
+                self.told.insert(note);
+            }
+        }
+        need.check(available())?;
+        Ok(adapters)
     }
 
     /// Hash of the plan.
@@ -267,7 +304,7 @@ impl Runner {
         Ok(executor)
     }
 
-    /// Runs once, and collects what `debug` asks for.
+    /// Runs once with [`Runner::prepare`]d adapters, writes the output `to`, and collects what `debug` asks for.
     ///
     /// # Errors
     /// Anything that stops the run; no output is left then.
@@ -275,6 +312,8 @@ impl Runner {
         &'r self,
         executor: &mut Executor<'r>,
         choice: &Choice<'_>,
+        adapters: &StageAdapters,
+        to: &Path,
         debug: DebugOptions,
         report: &mut Report,
     ) -> Result<Made> {
@@ -296,6 +335,8 @@ impl Runner {
         };
         report.note(&format!("seed {seed}, {} ({}){release}", plan.pipeline.name, plan.pipeline.model.generation));
         let images = job::images(&content.image, &choice.occurrences.image)?;
+        let crfs: BTreeSet<u8> = images.iter().map(|image| image.crf_in(plan)).collect();
+        report.note(&describe_output(&plan.pipeline, &crfs));
         let conditioning = images.iter().map(|i| load(i, plan, content.image_codec)).collect::<Result<Vec<_>>>()?;
         let references = inputs::references(content, choice.occurrences, plan)?;
         let size = inputs::size_of_references(&references, plan)?;
@@ -303,9 +344,15 @@ impl Runner {
         for stage in &plan.pipeline.stages {
             report.note(&describe(stage, stages.get(&stage.name), &plan.pipeline.modalities()));
         }
-        let media = inputs::load(content, &references, plan)?;
+        let media = inputs::load(content, &references, plan, report)?;
         let hdr = inputs::colour_space(content, plan)?;
-        let mut output = FileOutput::create(choice.output, plan, size, hdr, choice.writing)?;
+        let facts_path = choice.writing.save_json.then(|| sidecar(to));
+        if let Some(path) = facts_path.as_ref().filter(|path| path.is_dir()) {
+            bail!("`--save-json` writes `{}`, which is a folder; move it, or name another output", path.display());
+        }
+        let mut facts = sampling_facts(plan, &stages, adapters);
+        facts["images"] = images.iter().map(|image| image.facts(plan)).collect();
+        let mut output = FileOutput::create(to, plan, size, hdr, choice.writing)?;
         let tokenizer = match &self.tokenizer {
             Some(folder) => Some(Tokenizer::from_folder(folder)?),
             None if embeddings.is_none() => {
@@ -333,10 +380,11 @@ impl Runner {
             noise: Noise {
                 seed,
                 files: noise_files(content, plan)?,
+                folder: content.noise_bundle.clone(),
                 spares_decoders: content.no_decode_noise || debug.spares_decoders,
                 ..Noise::default()
             },
-            adapters: self.adapters.clone(),
+            adapters: adapters.clone(),
             experiments,
             allow_bad_numerics: content.allow_bad_numerics,
         };
@@ -375,13 +423,26 @@ impl Runner {
         }
         let shown = output.shown;
         let Written { path, frames, bytes, .. } = output.writer.finish()?;
-        if choice.writing.save_json {
-            let mut facts = json!({
-                "output": &path, "prompt": &prompt, "negative_prompt": &negative, "seed": seed, "plan_hash": hex(&self.hash),
-                "compiler": &plan.compiler, "pipeline": &plan.pipeline.name, "model": &plan.pipeline.model.generation,
-                "height": shown.1, "width": shown.0, "frames": frames,
-                "frame_rate": [plan.pipeline.video.frame_rate.0, plan.pipeline.video.frame_rate.1],
-            });
+        if let Some(facts_path) = facts_path {
+            let rate = plan.pipeline.video.frame_rate;
+            for (key, value) in [
+                ("output", json!(&path)),
+                ("prompt", json!(&prompt)),
+                ("seed", json!(seed)),
+                ("plan_hash", json!(hex(&self.hash))),
+                ("compiler", json!(&plan.compiler)),
+                ("pipeline", json!(&plan.pipeline.name)),
+                ("model", json!(&plan.pipeline.model.generation)),
+                ("height", json!(shown.1)),
+                ("width", json!(shown.0)),
+                ("frames", json!(frames)),
+                ("frame_rate", json!([rate.0, rate.1])),
+            ] {
+                facts[key] = value;
+            }
+            if request.needs_negative(&plan.pipeline)? {
+                facts["negative_prompt"] = json!(negative);
+            }
             if self.enhances_prompt {
                 facts["prompt_given"] = json!(said);
             }
@@ -394,7 +455,11 @@ impl Runner {
             if !labels.is_empty() {
                 facts["experiments"] = json!(labels);
             }
-            write_atomically(&sidecar(&path), format!("{facts:#}\n").as_bytes())?;
+            if let Err(error) = write_atomically(&facts_path, format!("{facts:#}\n").as_bytes()) {
+                // Neither file is left without the other.
+                let _ = if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
+                return Err(error.into());
+            }
         }
         let kernels = executor.kernels();
         if kernels.launched > 0 {
@@ -419,31 +484,28 @@ fn carried(executor: &Executor<'_>, kernels: Option<&Kernels>) -> Option<String>
 }
 
 /// The plan to run and where its weights are. Nothing is compiled for LoRAs that do not fit.
-fn plan_and_folders(args: &RunArgs, room: Room, loras: &Loras, mode: DebugMode) -> Result<(PathBuf, Vec<PathBuf>)> {
-    let Some(plan) = &args.plan else {
-        if args.model.checkpoint_path.is_none() {
-            bail!(
-                "there is nothing to run; name a plan made by `ltxc compile`, or model files from `--checkpoint-path` on"
-            );
-        }
-        let target = pick(&args.shape.device, None)?.target;
-        let named = definition(args.shape.pipeline.unwrap_or_default());
-        loras.check_complete(named)?;
-        let shape = ShapeArgs {
-            reference_count: args.shape.reference_count.or(u32::try_from(room.references).ok().filter(|&n| n > 0)),
-            reference_attention: args.shape.reference_attention || room.has_attention,
-            ..args.shape.clone()
-        };
-        let (shape, reference_seconds) = inputs::shape_of_media(&shape, &args.content, loras.reference_scale()?.space)?;
-        let mut shape = Shape { target, reference_seconds, ..Shape::resolve(&shape, room.images)?.with(loras)? };
-        shape.references.frames = room.reference_frames;
+fn plan_and_folders(
+    args: &RunArgs,
+    shape: Option<&Shape>,
+    loras: &[&Loras],
+    mode: DebugMode,
+) -> Result<(PathBuf, Vec<PathBuf>)> {
+    if let Some(shape) = shape {
         let open = if args.content.embeddings.is_some() { ModelFiles::open_without_text } else { ModelFiles::open };
         let files = open(&args.model, shape.has_two_stages())?;
+        // The cache knows what is in files, and not what they are called.
+        definition(shape.pipeline).check_training(&files.model, shape.has_distilled_adapter)?;
         job::refuse_quantization(&args.shape, files.model.name(), files.model.has_fp8())?;
-        loras.check(&files.model, definition(shape.pipeline).name)?;
-        let path = cached(&files, &shape, &mode.compiler())?;
+        loras.iter().try_for_each(|loras| loras.check(&files.model, definition(shape.pipeline).name))?;
+        let is_of_clip =
+            definition(shape.pipeline).brings.clip && args.shape.height.is_none() && args.shape.size.is_none();
+        let path = cached(&files, shape, &mode.compiler()).map_err(|error| match is_of_clip {
+            true => error.context(format!("a plan for a clip of {}x{}", shape.width, shape.height)),
+            false => error,
+        })?;
         return Ok((path, [files.paths(), args.weights.clone()].concat()));
-    };
+    }
+    let plan = args.plan.as_ref().context("a command without a plan has a shape")?;
     if plan.extension().is_none() && !plan.exists() {
         bail!("there is no plan `{}`, and no pipeline of this name; `ltxc help run` lists pipelines", plan.display());
     }
@@ -461,7 +523,7 @@ fn plan_and_folders(args: &RunArgs, room: Room, loras: &Loras, mode: DebugMode) 
 }
 
 fn load(arg: &ImageArg, plan: &Plan, codec: ImageCodec) -> Result<Conditioning> {
-    let crf = arg.crf.unwrap_or(plan.pipeline.model.image_crf as u8);
+    let crf = arg.crf_in(plan);
     let codec = match codec {
         ImageCodec::Auto => RoundTrip::Auto,
         ImageCodec::Embedded => RoundTrip::Embedded,
@@ -487,6 +549,31 @@ fn stage_choices(choice: &Choice<'_>, plan: &Plan) -> Result<BTreeMap<String, St
         out.insert("stage2".into(), StageChoice { sigmas: Some(list.clone()), ..StageChoice::default() });
     }
     Ok(out)
+}
+
+/// Noise levels, sampler, guidance and LoRAs of every stage, for machines.
+fn sampling_facts(plan: &Plan, stages: &BTreeMap<String, StageChoice>, adapters: &StageAdapters) -> Value {
+    let of_stage = |stage: &Stage| {
+        let choice = stages.get(&stage.name);
+        let sigmas = choice.and_then(|c| c.sigmas.as_ref()).unwrap_or(&stage.sigmas);
+        let guidance = choice.and_then(|c| c.guidance.as_ref()).or(stage.guidance.as_ref());
+        let set = adapters.of(&stage.name);
+        // As short as it was typed, not with the digits that f32 adds.
+        let loras = set
+            .members()
+            .map(|(path, strength)| json!({"path": path, "strength": strength.to_string().parse::<f64>().ok()}));
+        let mut facts = json!({
+            "name": &stage.name, "steps": sigmas.len().saturating_sub(1), "sigmas": sigmas,
+            "sampler": choice.and_then(|c| c.sampler).unwrap_or(stage.sampler), "guidance": guidance,
+            "loras": loras.collect::<Vec<_>>(),
+        });
+        let levels = choice.map_or(&[][..], |c| &c.levels);
+        if !levels.is_empty() {
+            facts["guidance"] = levels.iter().map(|(up_to, g)| json!({"up_to": up_to, "guidance": g})).collect();
+        }
+        facts
+    };
+    json!({"stages": plan.pipeline.stages.iter().map(of_stage).collect::<Vec<_>>()})
 }
 
 /// Files of noise by slot: those that are named, or those of the bundle for all that the plan makes.

@@ -114,7 +114,9 @@ pub fn decode_embedded(path: &Path, start_seconds: f64, seconds: f64) -> Result<
         Err(SoundError::IoError(error)) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
             return Ok(Err("its format is unknown".to_owned()));
         }
-        Err(error) => return Err(damaged(error)),
+        Err(error @ SoundError::IoError(_)) => return Err(damaged(error)),
+        // A reader may refuse what it does not know of the other tracks; it may be damage, too, which ffmpeg then says.
+        Err(error) => return Ok(Err(format!("of its format: {error}"))),
     };
     let Some(track) = format.default_track(TrackType::Audio) else {
         // Readers leave out tracks that they do not understand.

@@ -92,7 +92,7 @@ impl Ffmpeg {
     /// `ffprobe` is not beside it.
     pub fn probe(&self, path: &Path) -> Result<ClipInfo, MediaError> {
         let show = "stream=width,height,avg_frame_rate,r_frame_rate,nb_read_packets:stream_side_data=rotation";
-        let streams = self.ffprobe(path, &["-count_packets", "-select_streams", "v:0", "-show_entries", show])?;
+        let streams = self.streams(path, &["-count_packets", "-select_streams", "v:0", "-show_entries", show])?;
         let bad = |what: &str| MediaError::input(path, format!("ffmpeg reads it and finds {what}"));
         let stream = streams.first().ok_or_else(|| bad("no pictures"))?;
         let number = |name: &str| stream[name].as_u64().and_then(|n| usize::try_from(n).ok()).filter(|n| *n > 0);
@@ -102,13 +102,28 @@ impl Ffmpeg {
             // The first is a guess from the times, the second their mean, which may be off by the rounding of the times.
             (Some(rate), Some(mean)) if (rate.to_f64() / mean.to_f64() - 1.0).abs() < 1e-3 => ClipRate::Constant(rate),
             (Some(rate), None) => ClipRate::Constant(rate),
-            (_, mean) => ClipRate::Variable(mean.map_or(0.0, Rational::to_f64)),
+            _ => ClipRate::Variable(self.mean_rate(path)?),
         };
         let frames = stream["nb_read_packets"].as_str().and_then(|text| text.parse().ok()).unwrap_or(0);
         let side_data = stream["side_data_list"].as_array().into_iter().flatten();
         let degrees = side_data.filter_map(|data| data["rotation"].as_i64()).next().unwrap_or(0);
         let (width, height) = if degrees.rem_euclid(180) == 90 { (height, width) } else { (width, height) };
         Ok(ClipInfo { width, height, rate, frames })
+    }
+
+    /// Number of pictures of the first video stream, divided by their time in seconds; 0 if they have no times.
+    fn mean_rate(&self, path: &Path) -> Result<f64, MediaError> {
+        let show = ["-select_streams", "v:0", "-show_entries", "packet=pts_time,duration_time"];
+        let facts = self.ffprobe(path, &show)?;
+        let packets = facts["packets"].as_array().map(Vec::as_slice).unwrap_or_default();
+        let seconds = |packet: &Value, name: &str| packet[name].as_str().and_then(|text| text.parse::<f64>().ok());
+        let (mut start, mut end) = (f64::MAX, f64::MIN);
+        for packet in packets {
+            let Some(time) = seconds(packet, "pts_time") else { continue };
+            start = start.min(time);
+            end = end.max(time + seconds(packet, "duration_time").unwrap_or(0.0));
+        }
+        Ok(if end > start { packets.len() as f64 / (end - start) } else { 0.0 })
     }
 
     /// Hands on at most `most` pictures of the first video stream of a file, upright, of the size that [`Ffmpeg::probe`] tells.
@@ -173,7 +188,7 @@ impl Ffmpeg {
     /// Those of [`Ffmpeg::probe`] and [`MediaError::Ffmpeg`] if ffmpeg fails.
     pub fn read_audio(&self, path: &Path, start_seconds: f64, seconds: f64) -> Result<Option<Recording>, MediaError> {
         let streams =
-            self.ffprobe(path, &["-select_streams", "a:0", "-show_entries", "stream=channels,sample_rate"])?;
+            self.streams(path, &["-select_streams", "a:0", "-show_entries", "stream=channels,sample_rate"])?;
         let Some(stream) = streams.first() else { return Ok(None) };
         let channels = stream["channels"].as_u64().unwrap_or(0).clamp(1, 64) as usize;
         let rate_hz = stream["sample_rate"].as_str().and_then(|text| text.parse::<u32>().ok()).unwrap_or(48_000);
@@ -190,7 +205,12 @@ impl Ffmpeg {
     }
 
     /// The streams of a file as `ffprobe` tells them.
-    fn ffprobe(&self, path: &Path, ask: &[&str]) -> Result<Vec<Value>, MediaError> {
+    fn streams(&self, path: &Path, ask: &[&str]) -> Result<Vec<Value>, MediaError> {
+        Ok(self.ffprobe(path, ask)?["streams"].as_array().cloned().unwrap_or_default())
+    }
+
+    /// What `ffprobe` tells of a file.
+    fn ffprobe(&self, path: &Path, ask: &[&str]) -> Result<Value, MediaError> {
         let beside = self.program.with_file_name(format!("ffprobe{}", std::env::consts::EXE_SUFFIX));
         let program = Ffmpeg { program: if beside.is_file() { beside } else { PathBuf::from("ffprobe") } };
         let mut args: Vec<OsString> = ["-v", "error", "-of", "json"].map(OsString::from).to_vec();
@@ -203,8 +223,7 @@ impl Ffmpeg {
             let message = last_lines(&output.stderr);
             return Err(MediaError::input(path, format!("ffmpeg cannot read it: {message}")));
         }
-        let facts: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
-        Ok(facts["streams"].as_array().cloned().unwrap_or_default())
+        Ok(serde_json::from_slice(&output.stdout).unwrap_or_default())
     }
 
     fn spawn(&self, program: &Path, args: &[OsString], stdin: Stdio) -> Result<Child, MediaError> {

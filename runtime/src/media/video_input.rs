@@ -53,10 +53,23 @@ pub struct ClipInfo {
 pub enum ClipRate {
     /// Every picture has the same duration.
     Constant(Rational),
-    /// Pictures have different durations; this is their mean rate.
+    /// Pictures have different durations; this is their number divided by the length of the clip.
     Variable(f64),
     /// Images without times.
     Free,
+}
+
+impl ClipInfo {
+    /// How many frames of a run at `rate` it is long: its pictures, unless these are chosen by their times.
+    pub fn frames_at(&self, rate: Rational) -> usize {
+        match self.rate {
+            // Times are rounded, to microseconds at worst.
+            ClipRate::Variable(mean) if mean > 0.0 => {
+                (self.frames as f64 / mean * rate.to_f64() + 1e-3).floor() as usize
+            }
+            _ => self.frames,
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -97,7 +110,11 @@ impl Clip {
     pub fn open(path: &Path) -> Result<Clip, MediaError> {
         let clip = |info, kind| Clip { path: path.to_path_buf(), info, kind };
         if path.is_dir() {
-            let (info, images) = open_folder(path)?;
+            let (info, images) = open_images(path, files_of_folder(path, &IMAGE_EXTENSIONS)?)?;
+            return Ok(clip(info, Kind::Images(images)));
+        }
+        if has_extension(path, &IMAGE_EXTENSIONS) {
+            let (info, images) = open_images(path, vec![path.to_path_buf()])?;
             return Ok(clip(info, Kind::Images(images)));
         }
         match H264File::open(path)? {
@@ -217,9 +234,8 @@ impl Clip {
     }
 }
 
-/// The images of a folder in natural order (2 before 10).
-fn open_folder(path: &Path) -> Result<(ClipInfo, Vec<PathBuf>), MediaError> {
-    let images = files_of_folder(path, &IMAGE_EXTENSIONS)?;
+/// What `images` are as a clip; they are those of the folder `path`, or `path` itself.
+fn open_images(path: &Path, images: Vec<PathBuf>) -> Result<(ClipInfo, Vec<PathBuf>), MediaError> {
     let Some(first) = images.first() else {
         return Err(MediaError::input(path, "the folder holds no PNG, JPEG or WebP images".to_owned()));
     };
@@ -234,13 +250,17 @@ pub(super) fn files_of_folder(path: &Path, extensions: &[&str]) -> Result<Vec<Pa
     let mut files = Vec::new();
     for entry in std::fs::read_dir(path).map_err(failed)? {
         let file = entry.map_err(failed)?.path();
-        let extension = file.extension().and_then(|e| e.to_str()).map(str::to_ascii_lowercase);
-        if extension.is_some_and(|e| extensions.contains(&e.as_str())) {
+        if has_extension(&file, extensions) {
             files.push(file);
         }
     }
     files.sort_by_cached_key(|file| natural_key(&file.file_name().unwrap_or_default().to_string_lossy()));
     Ok(files)
+}
+
+fn has_extension(file: &Path, extensions: &[&str]) -> bool {
+    let extension = file.extension().and_then(|e| e.to_str()).map(str::to_ascii_lowercase);
+    extension.is_some_and(|e| extensions.contains(&e.as_str()))
 }
 
 /// A name as text and numbers, so that `f2` comes before `f10`.
@@ -389,8 +409,11 @@ fn rate_of(times: &[i64], ticks_per_second: u32, last_ticks: u32) -> ClipRate {
         _ => (intervals * u64::from(ticks_per_second), span),
     };
     let mean = num as f64 / den.max(1) as f64;
+    // From time 0 to the end of the last picture, as frames of a run are counted.
+    let length = times[times.len() - 1].saturating_add(last_ticks.into()).max(1) as f64 / f64::from(ticks_per_second);
+    let variable = ClipRate::Variable(times.len() as f64 / length);
     if den == 0 {
-        return ClipRate::Variable(mean);
+        return variable;
     }
     let whole = |rate: f64, den| Rational::new(rate.round() as u32, den).ok();
     let candidates = [whole(mean, 1), whole(mean.ceil() * 1000.0, 1001), whole(mean * 2.0, 2), reduced(num, den)];
@@ -407,7 +430,7 @@ fn rate_of(times: &[i64], ticks_per_second: u32, last_ticks: u32) -> ClipRate {
             }
         }
     }
-    ClipRate::Variable(mean)
+    variable
 }
 
 /// A fraction in lowest terms, if its parts are small enough then.

@@ -177,7 +177,10 @@ impl<'d, 'p> Denoiser<'d, 'p> {
                 floats(&rows.chain(std::iter::repeat(sigma)).take(capacity).collect::<Vec<_>>())
             }
             "rows" => self.executor.write(&program.name, &name, &state.rows().1),
-            "self_mask" => floats(state.attention.as_deref().unwrap_or_default()),
+            "self_mask" => match &state.attention {
+                Some(attention) => floats(attention),
+                None => floats(&vec![1.0; state.tokens() * state.tokens()]),
+            },
             "context" => floats(self.contexts.prompt.of(modality)),
             "negative_context" => floats(self.contexts.negative.unwrap_or(self.contexts.prompt).of(modality)),
             _ => Ok(()),

@@ -8,6 +8,8 @@
 //!
 //! Source: spec/pipelines §9.5, §9.7, §9.8, §9.11; spec/media-io §3.
 
+use std::borrow::Cow;
+
 use ltxc_ir::plan::{Inputs, Modality, Pipeline, ReferenceInput, SoundInput, SoundRole};
 
 use super::conditioning::Item;
@@ -189,11 +191,7 @@ impl Media {
         for (i, (planned, items)) in references.iter().zip(&mut encoded.items).enumerate() {
             let scale = ReferenceScale { space: planned.space_scale, time: planned.time_scale };
             let positions = reference_positions(planned.grid(), scale, &pipeline.video);
-            let attention = match (planned.has_attention, &self.attention) {
-                (false, _) => None,
-                (true, None) => Some(vec![1.0]),
-                (true, Some(attention)) => Some(strengths(attention, planned, pipeline)),
-            };
+            let attention = self.attention.as_ref().and_then(|attention| strengths(attention, planned, pipeline));
             for reference in &self.references {
                 let frames = reference.frames.get(i).map_or(&[][..], Vec::as_slice);
                 let latent = encode_video(executor, &planned.tiles, channels, frames)?;
@@ -239,7 +237,13 @@ fn encode_sound(
         hop_length: planned.hop_length as usize,
         mel_bins: planned.mel_bins as usize,
     })?;
-    let (frames, mut mel) = frontend.stereo_log_mel(&recording.channels, recording.rate_hz as usize)?;
+    // One that is shorter than a transform has silence behind it.
+    let least = (u64::from(planned.n_fft) * u64::from(recording.rate_hz)).div_ceil(u64::from(planned.rate_hz).max(1));
+    let mut channels = Cow::Borrowed(&recording.channels);
+    if (recording.len() as u64) < least {
+        channels.to_mut().iter_mut().for_each(|channel| channel.resize(least as usize, 0.0));
+    }
+    let (frames, mut mel) = frontend.stereo_log_mel(&channels, recording.rate_hz as usize)?;
     mel.resize(planned.mel_frames as usize * planned.mel_bins as usize * 2, 0.0);
     executor.write("encode_audio", "mel", &mel)?;
     executor.run("encode_audio")?;
@@ -257,10 +261,11 @@ fn encode_sound(
     Ok(latent)
 }
 
-/// Strength of attention of every token of a reference.
-fn strengths(attention: &Attention, planned: &ReferenceInput, pipeline: &Pipeline) -> Vec<f32> {
+/// Strength of attention of every token of a reference; `None` if that is full everywhere, which sets nothing: references
+/// then attend to each other, too.
+fn strengths(attention: &Attention, planned: &ReferenceInput, pipeline: &Pipeline) -> Option<Vec<f32>> {
     let Some((mask, stage)) = attention.mask.as_ref().zip(pipeline.stages.first()) else {
-        return vec![attention.strength];
+        return (attention.strength != 1.0).then(|| vec![attention.strength]);
     };
     let [frames, rows, columns] = planned.grid().map(|n| n as usize);
     let (height, width) = (stage.height as usize, stage.width as usize);
@@ -287,7 +292,7 @@ fn strengths(attention: &Attention, planned: &ReferenceInput, pipeline: &Pipelin
             }
         }
     }
-    out
+    Some(out)
 }
 
 /// The pixels that cell `i` of `cells` is the mean of.
@@ -312,8 +317,8 @@ mod tests {
         let frame = |v: f32| [v, v, 0.0, 0.0].repeat(2);
         let mask: Vec<f32> = [1.0, 0.5, 0.0, 1.0, 1.0].into_iter().flat_map(frame).collect();
         let attention = Attention { strength: 0.5, mask: Some(mask) };
-        assert_eq!(strengths(&attention, &planned, &pipeline), [0.5, 0.0, 0.125, 0.0, 0.5, 0.0]);
-        let even = Attention { strength: 0.25, mask: None };
-        assert_eq!(strengths(&even, &planned, &pipeline), [0.25]);
+        assert_eq!(strengths(&attention, &planned, &pipeline).unwrap(), [0.5, 0.0, 0.125, 0.0, 0.5, 0.0]);
+        let even = |strength| strengths(&Attention { strength, mask: None }, &planned, &pipeline);
+        assert_eq!((even(0.25), even(1.0)), (Some(vec![0.25]), None));
     }
 }

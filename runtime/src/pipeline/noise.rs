@@ -1,7 +1,8 @@
 //! Where noise comes from: recorded files where they exist, else the generator; what was drawn can be saved.
 //!
-//! A slot is one tensor of noise. The four slots of a two-stage run have files of their own (load if present, else save,
-//! never overwrite). Everything else is drawn from the stream of its name.
+//! A slot is one tensor of noise, drawn from the stream of its name. Slots may have files of their own, as the four of a
+//! two-stage run have in other tools, and all others a folder in which they are called like their streams. A file is read if
+//! it is there, else written, and never overwritten.
 //!
 //! Source: spec/pipelines §10.3, §10.4; spec/debug-tools §6.
 
@@ -21,6 +22,8 @@ pub struct Noise {
     pub given: BTreeMap<String, Vec<f32>>,
     /// Files by slot name: read if they exist, else written.
     pub files: BTreeMap<String, PathBuf>,
+    /// Folder for the files of all other slots.
+    pub folder: Option<PathBuf>,
     /// Whether decoders that add noise to latents decode without it.
     pub spares_decoders: bool,
 }
@@ -98,8 +101,8 @@ impl Noise {
         if appended == 0 {
             return self.draw(slot, shape);
         }
-        if let Some(path) = self.files.get(slot).filter(|path| path.exists() && !self.given.contains_key(slot)) {
-            let tensor = noise_files::pick(path, slot)?;
+        if let Some(path) = self.file(slot).filter(|path| path.exists() && !self.given.contains_key(slot)) {
+            let tensor = noise_files::pick(&path, slot)?;
             if tensor.shape == [1, shape.tokens() + appended, shape.channels] {
                 return Ok(tensor.values);
             }
@@ -127,15 +130,21 @@ impl Noise {
             }
             return Ok(values.clone());
         }
-        let Some(path) = self.files.get(slot) else {
+        let Some(path) = self.file(slot) else {
             return Ok(NormalStream::new(self.seed, slot).draw(shape.len()));
         };
         if path.exists() {
-            return read(path, slot, shape);
+            return read(&path, slot, shape);
         }
         let values = NormalStream::new(self.seed, slot).draw(shape.len());
-        write(path, slot, shape, &values)?;
+        write(&path, slot, shape, &values)?;
         Ok(values)
+    }
+
+    /// The file of a slot, if it has one.
+    fn file(&self, slot: &str) -> Option<PathBuf> {
+        let named = self.files.get(slot).cloned();
+        named.or_else(|| Some(noise_files::in_folder(self.folder.as_deref()?, slot)))
     }
 }
 

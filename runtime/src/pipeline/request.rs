@@ -112,6 +112,15 @@ impl<'a> Request<'a> {
         pipeline.stages.iter().map(|stage| self.choose_stage(pipeline, stage)).collect()
     }
 
+    /// Whether a run reads the negative prompt.
+    ///
+    /// # Errors
+    /// As for a run.
+    pub fn needs_negative(&self, pipeline: &Pipeline) -> Result<bool, RunError> {
+        let stages = self.choose(pipeline)?;
+        Ok(stages.iter().any(|stage| stage.passes().any(|passes| passes.contains(&Pass::Negative))))
+    }
+
     fn check_images(&self, pipeline: &Pipeline) -> Result<(), RunError> {
         if pipeline.video.channels == 0 && !self.images.is_empty() {
             return Err(RunError::Input(format!("pipeline `{}` makes no video, so it takes no images", pipeline.name)));

@@ -1,6 +1,6 @@
 //! A run, whatever the pipeline: encode text → stages → decode. What differs between pipelines stands in the plan.
 
-use ltxc_ir::plan::{Modality, Pass, Pipeline, Plan, SoundRole, Stage};
+use ltxc_ir::plan::{Modality, Pipeline, Plan, SoundRole, Stage};
 
 use super::decode::decode_video;
 use super::denoise::Contexts;
@@ -31,7 +31,7 @@ pub fn run(
 ) -> Result<(), RunError> {
     let pipeline = &executor.plan().pipeline;
     let stages = request.choose(pipeline)?;
-    let needs_negative = stages.iter().any(|s| s.passes().any(|passes| passes.contains(&Pass::Negative)));
+    let needs_negative = request.needs_negative(pipeline)?;
     executor.set_experiments(&request.experiments)?;
     if let Some(placeholder) = request.experiments.placeholder() {
         let latents = placeholders(executor.plan(), request, placeholder)?;

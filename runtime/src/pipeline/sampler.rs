@@ -259,6 +259,49 @@ mod tests {
         }
     }
 
+    /// Says what is written down, one list of values per evaluation and modality.
+    struct Script {
+        video: Vec<Vec<f32>>,
+        audio: Vec<Vec<f32>>,
+    }
+
+    impl Model for Script {
+        fn predict(&mut self, _: &Per<State>, _: f32, step: usize) -> Result<Per<Prediction>, RunError> {
+            let of = |said: &[Vec<f32>]| Some(Prediction { denoised: said[step].clone(), negative: None });
+            Ok(Per { video: of(&self.video), audio: of(&self.audio) })
+        }
+
+        fn noise(&mut self, _: &str, _: usize, _: Modality, _: usize) -> Result<Vec<f32>, RunError> {
+            Err(RunError::Internal("no noise is drawn".into()))
+        }
+
+        fn stepped(&mut self, _: usize, _: &Per<State>) {}
+
+        fn show(&mut self, _: &str, _: usize, _: Modality, _: &[f32]) {}
+    }
+
+    /// By hand, from 1 through predictions 0, 0.1, 0.2 and 0.7. Velocities 1, 0.8 and 0.6 are extrapolated with gamma 2 to
+    /// 0.6 and 0.4 (from 0.8, not from 0.6), and the last step is the prediction.
+    #[test]
+    fn gradient_estimation_extrapolates_each_velocity_from_the_one_before() {
+        let levels = [1.0, 0.5, 0.25, 0.125, 0.0];
+        let state = || Some(State::new(1, vec![0.0; 2], 1, 0, Some(vec![1.0])));
+        let run = |steps: usize, gamma: f64| {
+            let said = |values: [f32; 4]| values.map(|value| vec![value]).to_vec();
+            // Each modality has velocities of its own: that of sound never changes.
+            let mut script = Script { video: said([0.0, 0.1, 0.2, 0.7]), audio: said([0.0; 4]) };
+            let mut states = Per { video: state(), audio: state() };
+            sample(Sampler::GradientEstimation { gamma }, &levels[..=steps], &mut states, &mut script).unwrap();
+            [states.video.unwrap().latent[0], states.audio.unwrap().latent[0]]
+        };
+        for (steps, expected) in [(1, [0.5, 0.5]), (2, [0.35, 0.25]), (3, [0.3, 0.125]), (4, [0.7, 0.0])] {
+            let found = run(steps, 2.0);
+            assert!(found.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-6), "{steps}: {found:?}");
+        }
+        // Without extrapolation the second step is Euler's: 0.5 - 0.8 / 4.
+        assert!((run(2, 1.0)[0] - 0.3).abs() < 1e-6);
+    }
+
     #[test]
     fn gradient_estimation_with_gamma_1_is_euler() {
         let (mut a, mut b) = (vec![3.0f32, -1.0], vec![3.0f32, -1.0]);

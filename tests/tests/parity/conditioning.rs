@@ -138,6 +138,15 @@ fn masks_blend_what_is_kept() {
         assert!((moved - m).abs() < 1e-5, "{i}: {moved}");
     }
     assert_eq!(state.latent, before.latent);
+    // Every value of the mask is a timestep of its own: what the model says moves a token as far as that.
+    let (timesteps, rows) = state.rows();
+    assert_eq!(timesteps, [1.0, 0.875, 0.5]);
+    assert!(rows.iter().enumerate().all(|(i, &row)| row as usize == i % 3));
+    let sigma = 0.8;
+    let predicted = state.prediction(&vec![1.0; state.latent.len()], sigma);
+    for (i, (x0, x)) in predicted.iter().zip(&state.latent).enumerate() {
+        assert_eq!(*x0, x - timesteps[i / case.channels % 3] * sigma);
+    }
 }
 
 /// The recorded conditioning file.

@@ -425,9 +425,8 @@ impl Files {
         let weights = WeightFiles::open(plan, &self.folders, true).unwrap_or_else(|e| panic!("{e}"));
         let targets = adapters::targets(plan, &weights).unwrap_or_else(|e| panic!("{e:#}"));
         let fits = loras.fit(&targets, &plan.pipeline.name).unwrap_or_else(|e| panic!("{e:#}"));
-        let mut report = ltxc::report::Report::new(ltxc::report::Style::Quiet);
         let mode = adapters::mode(None, plan);
-        loras.stages(fits, &plan.pipeline, mode, &mut report).unwrap_or_else(|e| panic!("{e:#}"))
+        loras.stages(fits, &plan.pipeline, mode, &mut Default::default()).unwrap_or_else(|e| panic!("{e:#}")).0
     }
 
     fn run(&self, plan: &Plan, request: &Request<'_>) -> Outcome {

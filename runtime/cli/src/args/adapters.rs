@@ -30,6 +30,18 @@ pub struct AdapterArgs {
     pub lora_ignore_unmatched: bool,
 }
 
+/// Low-rank adapters of a run, and how they act.
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "Adapters (LoRA)")]
+pub struct RunAdapterArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub adapters: AdapterArgs,
+    /// How LoRAs act [default: live if the plan has room for it]
+    #[arg(long, value_enum)]
+    pub lora_mode: Option<LoraMode>,
+}
+
 /// How LoRAs act.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum LoraMode {

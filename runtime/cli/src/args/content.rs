@@ -102,7 +102,7 @@ pub struct ContentArgs {
     /// Codec for the H.264 round trip of images.
     #[arg(long, value_enum, default_value_t)]
     pub image_codec: ImageCodec,
-    /// Folder for the noise of all stages: files in it are read, missing ones are written.
+    /// Folder for all noise that a run draws, a file for each stream: files in it are read, missing ones are written.
     #[arg(
         long,
         value_name = "DIR",

@@ -20,7 +20,7 @@ use ltxc_models::synth::Preset;
 use crate::debug::command::{DebugCommand, SCRIPTS};
 use crate::debug::flags::DebugFlags;
 
-pub use adapters::{AdapterArgs, LoraMode};
+pub use adapters::{AdapterArgs, LoraMode, RunAdapterArgs};
 pub use compiler::{CompilerArgs, FuseLevel};
 pub use content::{ContentArgs, Hdr, ImageCodec};
 pub use model::ModelArgs;
@@ -143,10 +143,7 @@ pub struct RunArgs {
     pub content: ContentArgs,
     #[command(flatten)]
     #[allow(missing_docs)]
-    pub adapters: AdapterArgs,
-    /// How LoRAs act [default: live if the plan has room for it]
-    #[arg(long, value_enum)]
-    pub lora_mode: Option<LoraMode>,
+    pub adapters: RunAdapterArgs,
     /// Output: .mp4, .wav, or a folder for PNG or EXR frames and a WAV file.
     #[arg(long, short, value_name = "PATH", default_value = "out.mp4", aliases = ["output-path", "output-dir"])]
     pub output: PathBuf,

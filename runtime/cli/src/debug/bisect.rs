@@ -29,13 +29,12 @@ use super::recording::Distance;
 use super::reference::run_against;
 use super::session::{About, Session};
 use super::smoke::{SmokePreset, tiny};
-use crate::adapters::Loras;
+use crate::adapters::{Loras, Opened};
 use crate::args::{AdapterArgs, CompilerArgs, FuseLevel, ModelArgs, PipelineName, Precision, ShapeArgs};
 use crate::assemble::ModelFiles;
 use crate::compile::{options, unfused};
 use crate::job::{Shape, pick};
 use crate::pipelines::definition;
-use crate::report::{Report, Style};
 
 /// Folder of a reference that is run, if no other is named.
 const FOLDER: &str = "bisect";
@@ -257,7 +256,7 @@ fn sketches(args: &BisectArgs, setting: &str, side: &str) -> Result<Side> {
     let options = if exact { unfused() } else { options(&compiler) };
     let plan = plan_for(&files, &shape, &device, options)?;
     let fits = loras.fit(&LoraTargets::of(&files.model), &plan.pipeline.name)?;
-    let adapters = loras.stages(fits, &plan.pipeline, AdapterMode::Merged, &mut Report::new(Style::Silent))?;
+    let (adapters, _) = loras.stages(fits, &plan.pipeline, AdapterMode::Merged, &mut Opened::new())?;
     let about = About {
         device: device.name.to_string(),
         seed: Some(args.seed),

@@ -288,7 +288,7 @@ fn run_ours(args: &BisectArgs, folder: &Path, noise: &[(&'static str, PathBuf)],
         ltx2_refine_audio_noise_path: of("--ltx2-refine-audio-noise-path"),
         ..run.content
     };
-    run.adapters.distilled_lora = args.distilled_lora.iter().map(|path| path.display().to_string()).collect();
+    run.adapters.adapters.distilled_lora = args.distilled_lora.iter().map(|path| path.display().to_string()).collect();
     run.debug = DebugFlags {
         debug_mode: Some(DebugMode::Exact),
         debug_stage_sums_path: log(STAGE_SUMS[0]),

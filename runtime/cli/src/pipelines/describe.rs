@@ -1,7 +1,28 @@
-//! What a run is about to do, in words: steps, sampler and guidance of a stage, whoever chose them.
+//! What a run is about to do, in words: what it makes, and steps, sampler and guidance of a stage, whoever chose them.
 
-use ltxc_ir::plan::{CfgRule, Guidance, Guider, Modality, Sampler, Stage};
+use std::collections::BTreeSet;
+
+use ltxc_ir::plan::{CfgRule, Guidance, Guider, Modality, Pipeline, Sampler, Stage};
 use ltxc_runtime::pipeline::StageChoice;
+
+/// One line about what is made: size, length and rate, and the CRF of the images that are given.
+pub fn describe_output(pipeline: &Pipeline, image_crfs: &BTreeSet<u8>) -> String {
+    let (video, made) = (&pipeline.video, pipeline.modalities());
+    let (num, den) = video.frame_rate;
+    if !made.contains(&Modality::Video) {
+        return format!("{:.3} s of sound", f64::from(video.frames) * f64::from(den) / f64::from(num.max(1)));
+    }
+    let rate = if den == 1 { num.to_string() } else { format!("{num}/{den}") };
+    let mut text = format!("{}x{}, {} frames at {rate} per second", video.width, video.height, video.frames);
+    if !made.contains(&Modality::Audio) {
+        text += ", without sound";
+    }
+    if !image_crfs.is_empty() {
+        let crfs: Vec<String> = image_crfs.iter().map(u8::to_string).collect();
+        text += &format!(", images at CRF {}", crfs.join(" and "));
+    }
+    text
+}
 
 /// One line about a stage.
 pub fn describe(stage: &Stage, choice: Option<&StageChoice>, modalities: &[Modality]) -> String {

@@ -15,7 +15,7 @@ mod retake;
 mod sampling;
 mod two_stage;
 
-use std::path::Path;
+use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use clap::ValueEnum;
@@ -23,7 +23,7 @@ use ltxc_ir::plan::{Guidance, Sampler, Schedule, SoundRole, StageAdapter};
 use ltxc_models::checkpoint::{Checkpoint, Generation};
 
 use crate::args::PipelineName;
-pub use describe::describe;
+pub use describe::{describe, describe_output};
 pub use inputs::inputs;
 pub use levels::levels;
 pub use sampling::{guidance, stage_choice};
@@ -172,11 +172,12 @@ impl Definition {
     }
 }
 
-/// How a checkpoint was trained, if its file is called as it was published.
+/// How a checkpoint was trained, if its file, or the one that a link leads to, is called as it was published.
 fn training_of(checkpoint: &Checkpoint) -> Option<Training> {
-    let paths = checkpoint.paths();
-    let named = [Path::new(checkpoint.name())].into_iter().chain(paths.iter().map(|p| p.as_path()));
-    named.filter_map(|path| path.file_name()?.to_str()).find_map(|name| {
+    let paths = [vec![PathBuf::from(checkpoint.name())], checkpoint.paths()].concat();
+    let behind = paths.iter().filter_map(|path| path.canonicalize().ok()).collect();
+    let named = [paths, behind].concat();
+    named.iter().filter_map(|path| path.file_name()?.to_str()).find_map(|name| {
         let has = |word: &str| name.split(['-', '_', '.']).any(|part| part.eq_ignore_ascii_case(word));
         match (has("distilled"), has("dev")) {
             (true, _) => Some(Training::Distilled),

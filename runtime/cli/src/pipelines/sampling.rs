@@ -67,6 +67,7 @@ pub fn stage_choice(
     steps: Option<usize>,
     sigmas: Option<&[f32]>,
 ) -> Result<StageChoice> {
+    args.check()?;
     let schedule = args.schedule.map(|name| match (name, stage.schedule) {
         (ScheduleName::Ltx2, Schedule::Shifted { tokens }) => Schedule::Shifted { tokens },
         (ScheduleName::Ltx2, _) => Schedule::Shifted { tokens: DEFAULT_TOKENS },
@@ -106,6 +107,23 @@ impl SamplingArgs {
             SamplerName::GradientEstimation => Sampler::GradientEstimation { gamma: self.ge_gamma.unwrap_or(2.0) },
             SamplerName::CfgPlusPlus => Sampler::CfgPlusPlus { eta: 1.0, noise: 1.0 },
         })
+    }
+
+    /// Checks that numbers are some.
+    ///
+    /// # Errors
+    /// One that is infinite or none.
+    pub fn check(&self) -> Result<()> {
+        let numbers = [
+            ("--ge-gamma", self.ge_gamma),
+            ("--apg-eta", self.apg_eta),
+            ("--apg-norm-threshold", self.apg_norm_threshold),
+            ("--apg-momentum", self.apg_momentum),
+        ];
+        match numbers.into_iter().find_map(|(flag, value)| Some((flag, value.filter(|value| !value.is_finite())?))) {
+            Some((flag, value)) => bail!("`{flag} {value}` is not a number that can be computed with"),
+            None => Ok(()),
+        }
     }
 
     /// Scales of STG for video and sound, where they are not those of the plan.

@@ -47,6 +47,13 @@ fn good_png() -> Vec<u8> {
 }
 
 #[test]
+fn numbers_that_are_none_are_refused() {
+    content_refused(&["--ge-gamma", "inf"], &["`--ge-gamma inf` is not a number"]);
+    shape_refused(&["--ge-gamma", "nan"], &["`--ge-gamma NaN` is not a number"]);
+    shape_refused(&["--pipeline", "one-stage", "--apg-eta", "inf"], &["`--apg-eta inf`"]);
+}
+
+#[test]
 fn sizes_name_the_nearest_valid_ones() {
     shape_refused(
         &["--height", "65", "--width", "64", "--num-frames", "9"],

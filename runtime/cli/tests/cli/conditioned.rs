@@ -110,6 +110,9 @@ fn a_recording_is_kept() {
     place.refused(&run(&[]), &["pipeline `a2v` needs a recording", "--audio-path"]);
     place.refused(&run(&["--audio-path", "gone.wav"]), &["gone.wav"]);
     place.refused(&run(&["--audio-path", &sound, "--audio-start-time", "99"]), &["audio.wav", "99"]);
+    place.refused(&run(&["--audio-path", &sound, "--audio-max-duration", "0"]), &["--audio-max-duration 0", "above 0"]);
+    // Less than a transform takes is continued with silence.
+    place.ok(&run(&["--audio-path", &sound, "--audio-max-duration", "0.02", "-o", "a.wav"]));
 }
 
 #[test]
@@ -140,6 +143,66 @@ fn references_have_the_size_that_the_lora_says() {
     assert_ne!(weaker.video, halved.video);
     let masked = movie(&place, &run(&["--lora", &half, "--conditioning-attention-mask", &frames, "0.5"]));
     assert!(masked.video != weaker.video && masked.video != halved.video);
+}
+
+/// A plan with room for strengths, and none given, is one without: references then attend to each other, too.
+#[test]
+fn without_strengths_nothing_is_masked() {
+    let place = Place::new();
+    let frames = folder(&place, "frames", 9);
+    let lora = fixture("tiny-ltx2/ic-lora-ref2-tiny.safetensors");
+    let sound = |more: &[&str]| {
+        let video = ["--video-conditioning", &frames, "--video-conditioning", &frames];
+        place.ok(&run("ltx2", "ic-lora", &[&["--lora", &lora, "-o", "a.wav"], &video[..], more].concat()));
+        let samples =
+            place.read("a.wav")[44..].as_chunks::<2>().0.iter().map(|b| i16::from_le_bytes(*b)).collect::<Vec<_>>();
+        samples
+    };
+    let plain = sound(&[]);
+    let largest = |other: Vec<i16>| plain.iter().zip(&other).map(|(a, b)| a.abs_diff(*b)).max().unwrap();
+    let with_room = largest(sound(&["--reference-attention"]));
+    let full = largest(sound(&["--reference-attention", "--conditioning-attention-strength", "1"]));
+    let weaker = largest(sound(&["--conditioning-attention-strength", "0.5"]));
+    // A mask of ones adds zeros; the kernel may add in another order.
+    assert!(with_room <= 1 && full <= 1 && weaker > 20, "{with_room} {full} {weaker}");
+}
+
+/// One frame, and then every second one: what is between is not looked at.
+#[test]
+fn references_have_the_frames_that_the_lora_says() {
+    let place = Place::new();
+    let header = [("reference_downscale_factor", "2"), ("reference_temporal_scale_factor", "2")];
+    place.write("slow.safetensors", &crate::loras::with_header("tiny-ltx2/ic-lora-tiny", &header));
+    let video = |lora: &str, frames: &str, seen: Option<usize>| {
+        if !place.path(frames).exists() {
+            folder(&place, frames, 17);
+        }
+        if let Some(i) = seen {
+            let mut png = Vec::new();
+            ltxc_runtime::media::png::write(64, 64, &[255; 64 * 64 * 3], &mut png).unwrap();
+            place.write(&format!("{frames}/{i:02}.png"), &png);
+        }
+        let more = ["--lora", lora, "--video-conditioning", frames, "--num-frames", "17"];
+        movie(&place, &run("ltx2", "ic-lora", &more)).video.unwrap().samples
+    };
+    let slow = video("slow.safetensors", "a", None);
+    assert!(slow == video("slow.safetensors", "b", Some(2)), "frame 2 is looked at");
+    assert!(slow == video("slow.safetensors", "b", Some(16)), "frame 16 is looked at");
+    assert!(slow != video("slow.safetensors", "b", Some(3)), "frame 3 is not looked at");
+    assert!(slow != video("slow.safetensors", "c", Some(15)), "frame 15 is not looked at");
+    let every = video(&fixture("tiny-ltx2/ic-lora-ref2-tiny.safetensors"), "a", None);
+    assert!(every != slow, "the factor changes nothing");
+    // The plan of the run says what it takes of the frames.
+    let plan = std::fs::read_dir(place.path("cache")).unwrap().map(|entry| entry.unwrap().path().display().to_string());
+    let scales: std::collections::BTreeSet<(u64, u64)> = plan
+        .map(|plan| {
+            let facts: serde_json::Value =
+                serde_json::from_str(&place.ok(&["inspect", &plan, "--json"]).stdout).unwrap();
+            let reference = &facts["pipeline"]["inputs"]["references"][0];
+            (reference["time_scale"].as_u64().unwrap(), reference["frames"].as_u64().unwrap())
+        })
+        .collect();
+    assert_eq!(scales, [(1, 17), (2, 9)].into());
 }
 
 #[test]
@@ -311,6 +374,31 @@ fn outputs_are_written_as_asked() {
     let facts: serde_json::Value = serde_json::from_slice(&place.read("a.mp4.json")).unwrap();
     assert_eq!((&facts["prompt"], &facts["seed"], &facts["frames"]), (&"rain".into(), &10.into(), &9.into()));
     assert_eq!(facts["plan_hash"].as_str().map(str::len), Some(64));
+    // A distilled model reads no negative prompt.
+    assert!(facts["negative_prompt"].is_null() && facts["images"].as_array().is_some_and(Vec::is_empty));
+    let stages: Vec<_> =
+        facts["stages"].as_array().unwrap().iter().map(|s| (s["steps"].as_u64(), s["loras"].to_string())).collect();
+    assert_eq!(stages, [(Some(8), "[]".into()), (Some(3), "[]".into())]);
+    assert!(facts["stages"][0]["guidance"].is_null() && facts["stages"][0]["sampler"].is_string());
+    let lora = fixture("tiny-ltx2/distilled-lora-tiny.safetensors");
+    let (image, guided) =
+        (fixture("inputs/image0.png"), ["--distilled-lora", &lora, "0.8", "--num-inference-steps", "2"]);
+    let more = ["--image", &image, "0", "0.9", "--cfg", "2.5", "--save-json"];
+    place.ok(&self::run("ltx2", "two-stage", &[&guided[..], &more].concat()));
+    let facts: serde_json::Value = serde_json::from_slice(&place.read("a.mp4.json")).unwrap();
+    assert!(facts["negative_prompt"].as_str().is_some_and(|text| text.len() > 100));
+    assert_eq!(facts["images"], serde_json::json!([{"path": image, "frame": 0, "strength": 0.9, "crf": 33}]));
+    assert_eq!(
+        (&facts["stages"][0]["steps"], &facts["stages"][0]["guidance"]["video"]["cfg"]),
+        (&2.into(), &2.5.into())
+    );
+    assert_eq!(facts["stages"][1]["loras"], serde_json::json!([{"path": lora, "strength": 0.8}]));
+    // What says how it was made is not missing from what was made.
+    std::fs::remove_file(place.path("a.mp4.json")).unwrap();
+    std::fs::remove_file(place.path("a.mp4")).unwrap();
+    std::fs::create_dir(place.path("a.mp4.json")).unwrap();
+    place.refused(&run(&["--save-json"]), &["a.mp4.json", "which is a folder"]);
+    std::fs::remove_dir(place.path("a.mp4.json")).unwrap();
     place.refused(&run(&["--crf", "52"]), &["52", "--crf"]);
 
     let compile = ["compile".to_string()].into_iter().chain(crate::binary::tiny().model_args()).collect();

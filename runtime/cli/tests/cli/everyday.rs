@@ -40,6 +40,30 @@ fn synth_compile_and_run_make_a_video() {
 }
 
 #[test]
+fn a_plan_is_not_run_as_another() {
+    let place = Place::new();
+    let words = |flags: &[&str], words: &[&str]| {
+        let args = with(tiny().run_args(), &[&["-p", "x", "-o", "a.mp4"], flags].concat());
+        place.refused(&args, &[&["tiny.ltxplan` was compiled", "or compile a plan"], words].concat());
+    };
+    words(&["--height", "256"], &["with `--height 64`, not with `--height 256`; leave `--height` out"]);
+    words(&["--num-frames", "17"], &["with `--num-frames 9`"]);
+    words(&["--frame-rate", "30"], &["with `--frame-rate 24`"]);
+    words(&["--no-audio"], &["without it, not with `--no-audio`"]);
+    words(&["--max-keyframes", "3"], &["with `--max-keyframes 1`"]);
+    words(&["--lora-rank", "8"], &["with `--lora-rank 0`"]);
+    words(&["--pipeline", "two-stage"], &["with `--pipeline distilled`"]);
+    let mut named = with(tiny().run_args(), &["-p", "x", "-o", "a.mp4"]);
+    named.insert(1, "two-stage".into());
+    place.refused(&named, &["with `--pipeline distilled`, not with `--pipeline two-stage`"]);
+    // What it has may be said again, and is told.
+    let same = [&SHAPE[..], &["--pipeline", "distilled", "--frame-rate", "24", "--max-keyframes", "1"]].concat();
+    let done = render(&place, &[&["-p", "x", "-o", "a.wav"], &same[..]].concat());
+    assert!(done.stderr.contains("64x64, 9 frames at 24 per second\n"), "{}", done.stderr);
+    place.refused(&["inspect", &tiny().plan.display().to_string(), "--width", "128"], &["with `--width 64`"]);
+}
+
+#[test]
 fn sound_and_frames_are_outputs_too() {
     let place = Place::new();
     render(&place, &["-p", "x", "-o", "a.wav", "-q"]);
@@ -79,6 +103,38 @@ fn recorded_noise_replaces_the_seed() {
     place.write("v1.safetensors", &place.read("a1.safetensors"));
     let args = with(tiny().run_args(), &[&["-p", "x", "-o", "c.mp4"], &files[..]].concat());
     place.refused(&args, &["v1.safetensors", "this run needs"]);
+}
+
+#[test]
+fn a_bundle_has_all_noise_of_a_run() {
+    let place = Place::new();
+    render(&place, &["-p", "x", "-o", "frames"]);
+    let (lora, own) = (crate::loras::fixture("tiny-ltx2/distilled-lora-tiny"), tiny().run_args());
+    let shape = ["--device", "cpu", "--distilled-lora", &lora, "--pipeline", "hq"];
+    let hq = with([vec!["run".to_string()], crate::loras::files("ltx2")].concat(), &[&SHAPE[..], &shape].concat());
+    let image = ["--image", "frames/frame_00004.png", "8", "0.5"];
+    for (i, (start, flags, names)) in [
+        (&own, &image[..], &["stage1.video.extra", "stage2.video.extra"][..]),
+        (&own, &["--sampler", "euler-a"], &["stage1.step.000.video", "stage1.step.000.audio"]),
+        (&hq, &image, &["stage1.video.extra", "stage1.substep.000.audio", "stage2.step.001.video"]),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let bundle = format!("noise{i}");
+        let made = |seed: &str, more: &[&str]| {
+            let usual = ["-p", "x", "--steps", "2", "--seed", seed, "--no-metadata", "-o", "a.mp4"];
+            place.ok(&with(start.clone(), &[&usual, flags, more].concat()));
+            place.read("a.mp4")
+        };
+        let first = made("7", &["--noise-bundle", &bundle]);
+        assert!(first == made("7", &[]), "run {i}: saving noise changes it");
+        assert!(first == made("8", &["--noise-bundle", &bundle]), "run {i}: some noise is not in the bundle");
+        assert!(first != made("8", &[]), "run {i}");
+        for name in [&["stage1.video", "stage1.audio", "stage2.video", "stage2.audio"], names].concat() {
+            assert!(place.path(&format!("{bundle}/{name}.safetensors")).exists(), "{bundle}/{name}");
+        }
+    }
 }
 
 #[test]
@@ -126,7 +182,7 @@ fn inspect_shows_plans_and_graphs() {
     let (place, tiny) = (Place::new(), tiny());
     let plan = tiny.plan.display().to_string();
     let text = place.ok(&["inspect", &plan]).stdout;
-    for word in ["stage1", "encode.1024", "64x64, 9 frames at 24 fps", "synthetic weights", "peak"] {
+    for word in ["stage1", "encode.1024", "64x64, 9 frames at 24 per second", "synthetic weights", "peak"] {
         assert!(text.contains(word), "{text}");
     }
     let facts: Value = serde_json::from_str(&place.ok(&["inspect", &plan, "--json"]).stdout).unwrap();

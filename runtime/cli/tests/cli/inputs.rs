@@ -7,7 +7,7 @@ use ltxc_runtime::media::{ColourSpace, exr_frames};
 use crate::binary::{Place, SHAPE, sentence, tiny, with};
 
 /// A folder of `n` grey images of 64x64, each a little brighter.
-fn folder(place: &Place, name: &str, n: u8) -> String {
+pub fn folder(place: &Place, name: &str, n: u8) -> String {
     std::fs::create_dir(place.path(name)).unwrap();
     for i in 0..n {
         let mut png = Vec::new();
@@ -18,7 +18,7 @@ fn folder(place: &Place, name: &str, n: u8) -> String {
 }
 
 /// `run --pipeline retake` with the model files of the small model.
-fn retake(flags: &[&str]) -> Vec<String> {
+pub fn retake(flags: &[&str]) -> Vec<String> {
     let start = ["run", "--pipeline", "retake", "-p", "x", "--steps", "1"].map(String::from);
     with([&start[..], &tiny().model_args()].concat(), flags)
 }
@@ -33,7 +33,8 @@ fn a_part_of_a_folder_of_images_is_made_anew() {
     let place = Place::new();
     let frames = folder(&place, "frames", 10);
     let flags = ["--video-path", &frames, "--frame-rate", "24", "--start-time", "0.2", "-o", "a.mp4"];
-    place.ok(&retake(&flags));
+    let done = place.ok(&retake(&flags));
+    assert!(done.stderr.contains("`frames` has 10 frames, of which the last 1 are left out"), "{}", done.stderr);
     let movie = ltxc_runtime::media::mp4::read(&place.read("a.mp4")).unwrap();
     let video = movie.video.unwrap();
     // Ten images are one group of eight behind the first.
@@ -54,6 +55,17 @@ fn clips_that_do_not_fit_are_refused() {
         place.refused(&[&start, flags].concat(), words);
     };
     run(&[], &["pipeline `retake` needs a clip", "--video-path"]);
+    run(&["--video-path", &frames], &["which part", "--start-time", "--end-time"]);
+    run(
+        &["--video-path", &frames, "--start-time", "5", "--end-time", "6"],
+        &["--start-time 5", "behind the end", "0.375 s"],
+    );
+    run(&["--video-path", &frames, "--start-time", "0.375"], &["behind the end"]);
+    run(&["--video-path", &frames, "--start-time=-1"], &["--start-time -1", "no time of the clip"]);
+    let start = ["--start-time", "0.1"];
+    let run = |flags: &[&str], words: &[&str]| {
+        run(&[flags, &start[..if flags.contains(&"--start-time") { 0 } else { 2 }]].concat(), words)
+    };
     run(&["--video-path", "gone.mp4"], &["cannot read `gone.mp4`"]);
     run(&["--video-path", &clip("reordered.mp4")], &["is 64x48, the plan is for 64x64", "--height 48"]);
     run(&["--video-path", &frames, "--image", "a.png"], &["a.png"]);
@@ -64,9 +76,23 @@ fn clips_that_do_not_fit_are_refused() {
     let empty = place.path("empty");
     std::fs::create_dir(&empty).unwrap();
     run(&["--video-path", "empty"], &["holds no PNG"]);
-    place.refused(&retake(&["--video-path", &frames]), &["no frame rate of its own", "--frame-rate"]);
+    place.refused(&retake(&["--video-path", &frames]), &["which part"]);
+    place
+        .refused(&retake(&["--video-path", &frames, "--end-time", "1"]), &["no frame rate of its own", "--frame-rate"]);
     let cut = place.write("cut.mp4", &std::fs::read(clip("portrait.mp4")).unwrap()[..900]).display().to_string();
     run(&["--video-path", &cut], &["cut.mp4", "the file is cut"]);
+}
+
+/// Nobody gave the size of the clip as a flag.
+#[test]
+fn a_clip_of_odd_size_is_named() {
+    let place = Place::new();
+    std::fs::create_dir(place.path("wide")).unwrap();
+    let mut png = Vec::new();
+    ltxc_runtime::media::png::write(130, 64, &[90; 130 * 64 * 3], &mut png).unwrap();
+    place.write("wide/0.png", &png);
+    let done = place.run(&retake(&["--video-path", "wide", "--frame-rate", "24", "--start-time", "0"]));
+    sentence(&done, &["a plan for a clip of 130x64", "multiple of 32", "128 or 160"]);
 }
 
 #[test]
@@ -83,6 +109,15 @@ fn one_of_picture_and_sound_can_stay() {
     assert!(kept.1 == other.1 && kept.0 != other.0, "sound stays, the picture is new");
     let (kept, other) = (movie("--keep-video", "1"), movie("--keep-video", "2"));
     assert!(kept.0 == other.0 && kept.1 != other.1, "the picture stays, sound is new");
+}
+
+#[test]
+fn a_silent_video_can_be_made_of_a_clip_with_sound() {
+    let place = Place::new();
+    place.ok(&with(tiny().run_args(), &["-p", "x", "-o", "clip.mp4"]));
+    place.ok(&retake(&["--video-path", "clip.mp4", "--start-time", "0.1", "--no-audio", "-o", "a.mp4"]));
+    let movie = ltxc_runtime::media::mp4::read(&place.read("a.mp4")).unwrap();
+    assert!(movie.video.is_some() && movie.audio.is_none());
 }
 
 #[test]

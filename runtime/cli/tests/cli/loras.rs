@@ -6,12 +6,12 @@ use serde_json::Value;
 
 use crate::binary::{Place, SHAPE, fixtures, with};
 
-fn fixture(name: &str) -> String {
+pub fn fixture(name: &str) -> String {
     fixtures().join(format!("{name}.safetensors")).display().to_string()
 }
 
 /// The flags that name the model files of a family.
-fn files(family: &str) -> Vec<String> {
+pub fn files(family: &str) -> Vec<String> {
     let (model, upsampler) = match family {
         "ltx2" => ("tiny-ltx2/ltx-2-tiny", "tiny-ltx2/spatial-upscaler-x2-tiny"),
         _ => ("tiny-ltx23/ltx-2.3-tiny", "tiny-ltx23/spatial-upscaler-x2-ltx23-tiny"),
@@ -149,7 +149,92 @@ fn adapters_that_do_not_fit_are_refused_before_compiling() {
     refused("ltx2", &["--lora", &ltx2, "strong"], &["strength `strong` is not a number"]);
     refused("ltx2", &["--lora", &ltx2, "1", "stage=x"], &["`stage=x` does not name stages"]);
     refused("ltx2", &["--lora", &ltx2, "1", "2"], &["one value too many"]);
+    let twice = ["--distilled-lora", &ltx2, "0.8", "--distilled-lora", &ltx23];
+    refused("ltx2", &twice, &["`--distilled-lora` is given as", "leave the other out"]);
     refused("ltx2", &["--lora", &fixture("tiny-ltx2/ltx-2-tiny")], &["holds no LoRA"]);
+}
+
+/// The bytes of a fixture with these entries in its header.
+pub fn with_header(name: &str, entries: &[(&str, &str)]) -> Vec<u8> {
+    let bytes = std::fs::read(fixture(name)).unwrap();
+    let (length, rest) = bytes.split_at(8);
+    let (header, data) = rest.split_at(u64::from_le_bytes(length.try_into().unwrap()) as usize);
+    let mut header: Value = serde_json::from_slice(header).unwrap();
+    entries.iter().for_each(|(key, value)| header["__metadata__"][*key] = (*value).into());
+    let header = header.to_string().into_bytes();
+    [&(header.len() as u64).to_le_bytes()[..], &header, data].concat()
+}
+
+#[test]
+fn loras_for_references_are_recognised_by_header_and_name() {
+    let place = Place::new();
+    let plain = "tiny-ltx2/lora-rank4-tiny";
+    let (frames, done) = (crate::inputs::folder(&place, "frames", 9), |args: &[String]| place.ok(args).stderr);
+    let of = |pipeline: &str, lora: &str, more: &[&str]| {
+        let start = ["--pipeline", pipeline, "--lora", lora, "--steps", "1", "--size", "128x128"];
+        let mut args = run("ltx2", &[&start[..], more].concat());
+        for flag in ["--height", "--width"] {
+            let at = args.iter().position(|arg| arg == flag).unwrap();
+            args.drain(at..at + 2);
+        }
+        args
+    };
+    let video = ["--video-conditioning", &frames];
+    // A name proves nothing, and the want of any sign does neither.
+    for (name, is_like) in
+        [("depth-control", true), ("x-union-control-ref0.5", true), ("LTX_Camera_Control_Static", false)]
+    {
+        let file = format!("{name}.safetensors");
+        place.write(&file, &std::fs::read(fixture(plain)).unwrap());
+        let said = done(&of("distilled", &file, &[]));
+        assert_eq!(said.contains("is called like a LoRA for reference videos"), is_like, "{said}");
+        let said = done(&of("ic-lora", &file, &video));
+        assert_eq!(said.contains("neither header nor name"), !is_like, "{said}");
+    }
+    // A header does.
+    let refused = |args: &[String], words: &[&str]| crate::binary::sentence(&place.run(args), words);
+    place.write("light.safetensors", &with_header(plain, &[("hdr_transform", "logc3")]));
+    refused(&of("distilled", "light.safetensors", &[]), &["light.safetensors", "is an IC-LoRA", "takes none"]);
+    refused(&of("ic-lora", "light.safetensors", &video), &["makes LogC3", "--hdr LOGC3", "hdr-ic-lora"]);
+    let mut hdr = of("ic-lora", "light.safetensors", &[&video[..], &["--hdr", "LOGC3"]].concat());
+    *hdr.iter_mut().find(|arg| *arg == "a.wav").unwrap() = "exr".into();
+    place.ok(&hdr);
+    place.write("dark.safetensors", &with_header(plain, &[("use_hdr_transform", "false")]));
+    let hdr = of("hdr-ic-lora", "dark.safetensors", &[&video[..], &["--frame-rate", "24"]].concat());
+    refused(&hdr, &["dark.safetensors", "makes no high dynamic range"]);
+}
+
+#[test]
+fn the_strength_that_acts_is_said() {
+    let place = Place::new();
+    let (lora, distilled) = (fixture("tiny-ltx2/lora-rank4-tiny"), fixture("tiny-ltx2/distilled-lora-tiny"));
+    let flags = ["--pipeline", "hq", "--steps", "1", "--lora", &lora, "-0.5", "--distilled-lora", &distilled];
+    let said = place.ok(&run("ltx2", &flags)).stderr;
+    assert!(said.contains("lora-rank4-tiny.safetensors: 24 layers, strength -0.5, alpha/rank 1"), "{said}");
+    assert!(said.contains("layers, strength 0.25 in stage1 and 0.5 in stage2, alpha/rank 1"), "{said}");
+    let said = place.ok(&run("ltx2", &["--lora", &lora, "stage=2", "--steps", "1"])).stderr;
+    assert!(said.contains("layers, strength 1 in stage2, alpha/rank 1"), "{said}");
+}
+
+/// The plan in the cache does not know what files are called.
+#[cfg(unix)]
+#[test]
+fn training_is_checked_whatever_the_cache_has() {
+    let place = Place::new();
+    let model = fixture("tiny-ltx2/ltx-2-tiny");
+    place.ok(&run("ltx2", &["--steps", "1"]));
+    let named = |name: &str| {
+        let mut args = run("ltx2", &["--steps", "1"]);
+        let at = args.iter().position(|a| a == "--checkpoint-path").unwrap();
+        args[at + 1] = name.into();
+        args
+    };
+    let refused =
+        |name: &str| crate::binary::sentence(&place.run(&named(name)), &["is a dev model", "--distilled-lora"]);
+    std::fs::copy(model, place.path("ltx-2-19b-dev.safetensors")).unwrap();
+    refused("ltx-2-19b-dev.safetensors");
+    std::os::unix::fs::symlink("ltx-2-19b-dev.safetensors", place.path("model.safetensors")).unwrap();
+    refused("model.safetensors");
 }
 
 #[test]

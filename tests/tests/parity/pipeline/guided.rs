@@ -124,9 +124,10 @@ fn check_substeps(recorded: &mut Recorded, result: &Outcome, stage: &str, modali
     }
 }
 
-/// What four passes cost beside one: work by the plan's own account, and memory.
+/// What four passes cost beside one: work by the plan's own account, and memory. They run one after the other in the arena
+/// of one; beside it lies what all of them read, and the predictions of those that ran.
 #[test]
-fn four_passes_cost_no_more_than_four_steps_and_one_arena() {
+fn four_passes_cost_no_more_than_four_steps_and_share_one_arena() {
     for family in ["ltx2", "ltx23"] {
         let model = Files::of(family);
         let shape = |pipeline: PipelineName| ShapeArgs {
@@ -149,6 +150,7 @@ fn four_passes_cost_no_more_than_four_steps_and_one_arena() {
         assert_eq!((one, four), (1, 4));
         assert!(guided_flops <= 4.05 * flops, "{family}: {} steps of work", guided_flops / flops);
         assert!(guided_bytes <= 4.05 * bytes, "{family}: {} steps of traffic", guided_bytes / bytes);
+        assert_eq!((arenas.len(), guided_arenas.len()), (1, 1), "{family}: passes have arenas of their own");
         let total = |arenas: &[u64]| arenas.iter().sum::<u64>() as f64;
         let ratio = total(&guided_arenas) / total(&arenas);
         println!(
@@ -156,6 +158,6 @@ fn four_passes_cost_no_more_than_four_steps_and_one_arena() {
             guided_flops / flops,
             guided_bytes / bytes
         );
-        assert!(ratio <= 1.5, "{family}: {ratio} arenas");
+        assert!(ratio <= 1.35, "{family}: {ratio} arenas");
     }
 }
