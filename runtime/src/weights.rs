@@ -105,11 +105,13 @@ impl WeightFiles {
         let mut files = WeightFiles { sources: Vec::new(), maps: Vec::new() };
         for source in &plan.sources {
             let (mut tensors, first) = (BTreeMap::new(), files.maps.len());
-            for identity in source.files.iter().filter(|_| unused != Some(source.name.as_str())) {
+            let wanted = source.files.iter().enumerate().filter(|_| unused != Some(source.name.as_str()));
+            for (number, identity) in wanted {
                 let (path, map) = find(source, identity, &candidates, folders, full)?;
                 let file = files.maps.len();
                 for (key, located) in tensors_of(&path, &map, file)? {
-                    tensors.entry(key).or_insert(located);
+                    let key = if tensors.contains_key(&key) { WeightSource::in_file(number, &key) } else { key };
+                    tensors.insert(key, located);
                 }
                 files.maps.push(MappedFile { path, map: Arc::new(map) });
             }

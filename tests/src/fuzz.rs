@@ -5,6 +5,7 @@ use ltxc_ir::plan::summary::{function_costs, weight_bytes};
 use ltxc_ir::plan::{Plan, container};
 use ltxc_ir::text;
 use ltxc_ir::verify::verify;
+use ltxc_models::checkpoint::gguf::GgufHeader;
 use ltxc_models::checkpoint::{Header, Metadata};
 use ltxc_runtime::media::audio_input::decode_embedded;
 use ltxc_runtime::media::h264::Sps;
@@ -111,6 +112,17 @@ pub fn safetensors_header(bytes: &[u8]) {
         let (start, end) = (tensor.offset as usize, (tensor.offset + tensor.bytes) as usize);
         assert!(bytes.get(start..end).is_some(), "`{}` lies outside", tensor.key);
         let _ = tensor.ty();
+    }
+}
+
+/// A GGUF file, of which every tensor is decoded.
+pub fn gguf(bytes: &[u8]) {
+    let Ok(header) = GgufHeader::parse(bytes) else { return };
+    for tensor in &header.tensors {
+        let (start, end) = (tensor.offset as usize, (tensor.offset + tensor.bytes) as usize);
+        let stored = bytes.get(start..end).unwrap_or_else(|| panic!("`{}` lies outside", tensor.name));
+        let elements: usize = tensor.shape.iter().product();
+        assert_eq!(tensor.ty.decode(stored).values.len(), elements, "values do not fill {:?}", tensor.shape);
     }
 }
 

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use ltxc_models::checkpoint::layouts::{Layout, lay_out};
 use ltxc_models::checkpoint::{
     Checkpoint, FileKind, GemmaFamily, GemmaFolder, Generation, Header, ModelFiles, WeightFile, header, hub,
 };
@@ -531,6 +532,32 @@ fn diffusers_folders_are_the_single_file() {
         }
         let listed = |c: &Checkpoint| shapes(tensors::transformer(&c.config()["transformer"]).unwrap());
         assert_same(&listed(&found), &listed(&expected));
+    }
+}
+
+#[test]
+fn written_folders_are_what_the_conversion_script_gives() {
+    for name in ["tiny-ltx2/ltx-2-tiny", "tiny-ltx23/ltx-2.3-tiny"] {
+        let checkpoint = Checkpoint::open(&path(&format!("{name}.safetensors"))).unwrap();
+        let tensors: Vec<(String, u64)> =
+            checkpoint.tensors().map(|(key, found)| (key.to_string(), found.stored.bytes)).collect();
+        let out = lay_out(&checkpoint, Layout::Diffusers, "unused", &tensors, None).unwrap();
+        let mut count = out.left_out.len();
+        for file in &out.files {
+            let folder = file.path.parent().unwrap().to_str().unwrap();
+            for (key, index) in &file.members {
+                let expected = to_diffusers(&tensors[*index].0).unwrap();
+                assert_eq!((folder, key.as_str()), (expected.0, expected.1.as_str()));
+            }
+            count += file.members.len();
+        }
+        assert_eq!(count, tensors.len());
+        assert!(out.left_out.iter().all(|key| to_diffusers(key).is_none()), "{:?}", out.left_out);
+        for (component, expected) in diffusers_configs(checkpoint.config()) {
+            let path = Path::new(component).join("config.json");
+            let found = out.side_files.iter().find(|(p, _)| *p == path).map(|(_, config)| config).unwrap();
+            same_settings(component, found, &expected);
+        }
     }
 }
 

@@ -255,6 +255,30 @@ fn checkpoint_headers() {
     smoke("safetensors_header", &seeds, fuzz::safetensors_header);
 }
 
+/// A GGUF file with an array, a shape, and two tensors: one of f32, one of whole blocks.
+fn gguf_file() -> Vec<u8> {
+    let text = |s: &str| [&(s.len() as u64).to_le_bytes()[..], s.as_bytes()].concat();
+    let numbers = |list: &[u64]| list.iter().flat_map(|n| n.to_le_bytes()).collect::<Vec<u8>>();
+    let kinds = |list: &[u32]| list.iter().flat_map(|n| n.to_le_bytes()).collect::<Vec<u8>>();
+    let mut file = [b"GGUF".to_vec(), kinds(&[3]), numbers(&[2, 4])].concat();
+    file.extend([text("general.alignment"), kinds(&[4, 64])].concat());
+    file.extend([text("general.architecture"), kinds(&[8]), text("ltxv")].concat());
+    file.extend([text("tokens"), kinds(&[9, 8]), numbers(&[2]), text("a"), text("bc")].concat());
+    file.extend([text("comfy.gguf.orig_shape.a"), kinds(&[9, 4]), numbers(&[3]), kinds(&[2, 1, 4])].concat());
+    file.extend([text("a"), kinds(&[1]), numbers(&[8]), kinds(&[0]), numbers(&[0])].concat());
+    file.extend([text("b"), kinds(&[2]), numbers(&[256, 2]), kinds(&[14]), numbers(&[64])].concat());
+    file.resize(file.len().next_multiple_of(64) + 64 + 2 * 210, 7);
+    file
+}
+
+#[test]
+fn gguf_files() {
+    let seeds = [gguf_file()];
+    let header = ltxc_models::checkpoint::gguf::GgufHeader::parse(&seeds[0]).expect("the seed is valid");
+    assert_eq!(header.tensors.iter().map(|t| t.shape.len()).collect::<Vec<_>>(), [3, 2]);
+    smoke("gguf", &seeds, fuzz::gguf);
+}
+
 #[test]
 fn movies() {
     let mut numbers = Numbers(7);

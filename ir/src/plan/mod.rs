@@ -187,7 +187,8 @@ pub struct WeightSource {
     pub name: String,
     /// The files, in lookup order.
     pub files: Vec<FileIdentity>,
-    /// How keys stand in these files, where they differ from the plan's: pairs of prefixes (plan, file), sorted.
+    /// How keys stand in these files, where they differ from the plan's: pairs of prefixes (plan, file), sorted. A key that
+    /// an earlier file has, too, stands behind the number of its file ([`WeightSource::in_file`]).
     pub renames: Vec<(String, String)>,
 }
 
@@ -199,6 +200,11 @@ impl WeightSource {
             Some((from, to)) => format!("{to}{}", &key[from.len()..]),
             None => key.into(),
         }
+    }
+
+    /// The key `key` of the file with this number, if an earlier file has another tensor under that key.
+    pub fn in_file(file: usize, key: &str) -> String {
+        format!("{file}:{key}")
     }
 
     /// The shortest renames that map every key of the plan (first) to its key in the files (second).

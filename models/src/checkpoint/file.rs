@@ -154,7 +154,7 @@ pub(crate) fn read_json(path: &Path) -> Result<Value, ModelError> {
 ///
 /// # Errors
 /// If the folder cannot be read, the index is malformed or names a file that is not there.
-pub(super) fn shards(folder: &Path, stem: &str) -> Result<Vec<PathBuf>, ModelError> {
+pub fn shards(folder: &Path, stem: &str) -> Result<Vec<PathBuf>, ModelError> {
     let entries = list(folder)?;
     let name = |p: &Path| p.file_name().and_then(|n| n.to_str()).unwrap_or_default().to_string();
     let index = entries.iter().find(|p| name(p).starts_with(stem) && name(p).ends_with(".safetensors.index.json"));

@@ -171,7 +171,8 @@ fn another_format(file: &[u8]) -> Option<String> {
     if is(b"version https://git-lfs") {
         Some("file is a Git LFS pointer, not the weights; run `git lfs pull` in its folder".into())
     } else if is(b"GGUF") {
-        Some("file is GGUF, expected safetensors; use the safetensors file of the model".into())
+        let use_ = "use the safetensors file of the model (`ltxc debug weights MODEL --against` compares the two)";
+        Some(format!("file is GGUF, which ltxc reads for comparisons only and does not run; {use_}"))
     } else if is(b"PK\x03\x04") || is(b"\x80\x02") {
         Some("file is a PyTorch pickle, expected safetensors; use the safetensors file of the model".into())
     } else {

@@ -146,7 +146,7 @@ impl FileKind {
         if class == Some("LatentUpsampler") {
             return FileKind::Upsampler;
         }
-        if header.tensors.first().is_some_and(|t| low_rank.iter().any(|part| t.key.contains(part))) {
+        if header.tensors.iter().any(|t| low_rank.iter().any(|part| t.key.contains(part))) {
             return FileKind::Adapter;
         }
         if metadata.gemma_config.is_some() || header.tensor("tokenizer_json").is_some() {

@@ -6,19 +6,25 @@
 //!
 //! Text encoders are separate ([`GemmaFolder`]), latent upsamplers are opened on their own
 //! ([`Checkpoint::open_upsampler`]). Tensors in fp8 count as what they become when they are read: bf16, multiplied by the
-//! `weight_scale` beside them. GGUF and other quantised layouts are not read here.
+//! `weight_scale` beside them. Other quantised layouts are not read here, except GGUF for comparisons ([`gguf`]).
+//! [`layouts`] is the other direction: what the files of a layout are.
 //!
 //! *Invariant:* every location points into a file whose header was fully checked.
 
 mod assemble;
 mod diffusers;
 mod diffusers_config;
+mod diffusers_config_write;
+mod diffusers_names;
 mod file;
 mod gemma;
 pub mod generation;
+pub mod gguf;
+mod gguf_blocks;
 pub mod header;
 pub mod hub;
 pub mod layout;
+pub mod layouts;
 mod metadata;
 
 use std::collections::BTreeMap;
@@ -29,9 +35,10 @@ use ltxc_ir::{DType, TensorType};
 use serde_json::Value;
 
 pub use assemble::ModelFiles;
-pub(crate) use diffusers::diffusers_name;
+pub(crate) use diffusers_names::diffusers_name;
 pub use file::WeightFile;
 pub(crate) use file::read_json;
+pub use file::shards;
 pub use gemma::{GemmaFamily, GemmaFolder};
 pub use generation::{Generation, Version};
 pub use header::{Header, StoredTensor, StoredType};

@@ -70,7 +70,7 @@ pub(super) fn without_prefixes(name: &str) -> impl Iterator<Item = &str> {
 }
 
 /// Where the transformer and the connectors stand in published files.
-const DIFFUSION: &str = "model.diffusion_model.";
+pub(super) const DIFFUSION: &str = "model.diffusion_model.";
 
 /// All names that a layer has in LoRA files, without prefixes. `key` is the canonical key of its weight; `None` if no
 /// LoRA can change it.

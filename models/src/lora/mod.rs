@@ -15,6 +15,7 @@
 mod alpha;
 mod fit;
 mod keys;
+mod write;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -24,6 +25,7 @@ use ltxc_ir::DType;
 use ltxc_ir::eval::Tensor;
 
 pub use fit::{LoraFactor, LoraFit, LoraTargets, Place};
+pub use write::{LayerKeys, WrittenDialect, adapter_settings, layer_keys};
 
 use crate::checkpoint::header::clip;
 use crate::checkpoint::{Generation, StoredTensor, StoredType, WeightFile};
@@ -300,6 +302,15 @@ impl LoraFile {
         })
     }
 
+    /// The factors of one of [`LoraFile::modules`] as they are stored, `down` and `up`.
+    pub fn stored_factors(&self, module: &LoraModule) -> [(DType, &[u8]); 2] {
+        [module.down, module.up].map(|index| {
+            let stored = self.tensor(index);
+            // Factors were found to have one of the types that graphs know.
+            (stored.ty().map_or(DType::F32, |ty| ty.dtype), self.file.data(stored))
+        })
+    }
+
     fn tensor(&self, index: usize) -> &StoredTensor {
         // Indices come from this header.
         &self.file.header().tensors[index]
@@ -433,9 +444,10 @@ fn module(file: &WeightFile, name: &str, parts: &Parts, config: &AdapterConfig) 
     }
     let alpha = match parts.alpha {
         Some(index) => Some(alpha::scalar(file, tensor(index))?),
-        None => config.alpha,
+        None => config.alpha(name),
     };
-    Ok(LoraModule { name: name.into(), rank, inputs, outputs, alpha, scale: config.scale(alpha, rank), down, up })
+    let scale = config.scale(name, alpha, rank);
+    Ok(LoraModule { name: name.into(), rank, inputs, outputs, alpha, scale, down, up })
 }
 
 /// The extents of a matrix; trailing axes of 1, which some trainers add, are left out.

@@ -203,7 +203,8 @@ impl VideoVaeConfig {
     }
 }
 
-const PADDING_MODES: [(&str, PaddingMode); 4] = [
+/// Values of `spatial_padding_mode`.
+pub(crate) const PADDING_MODES: [(&str, PaddingMode); 4] = [
     ("zeros", PaddingMode::Zeros),
     ("reflect", PaddingMode::Reflect),
     ("replicate", PaddingMode::Replicate),

@@ -15,6 +15,7 @@ mod encoder;
 pub(crate) mod layers;
 
 pub use block_list::{DecoderBlock, EncoderBlock, Stride};
+pub(crate) use config::PADDING_MODES;
 pub use config::{LogVariance, Norm, PaddingMode, VideoVaeConfig};
 pub use decoder::{DECODE_TIMESTEP, decode, noise_planes};
 pub use encoder::encode;

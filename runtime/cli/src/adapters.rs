@@ -2,7 +2,7 @@
 //!
 //! A file is opened and matched with the model by `ltxc_models`; the runtime gets keys and places in the file.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -19,6 +19,7 @@ use ltxc_runtime::weights::WeightFiles;
 use crate::args::{AdapterArgs, Hdr, LoraMode};
 use crate::assemble::{MODEL, local};
 use crate::pipelines::{Definition, takes_references};
+use crate::report::Report;
 
 /// Strengths beyond this are possible, but hardly ever meant.
 const USUAL_STRENGTH: f64 = 2.0;
@@ -56,14 +57,14 @@ impl Loras {
             let (this, others) = rest.split_at(n.min(rest.len()));
             rest = others;
             let Some((path, options)) = this.split_first() else { continue };
-            list.push(Lora::parse("--lora", path, options)?);
+            list.push(Lora::parse("--lora", path, options, args.lora_strength)?);
         }
         if let Some((path, options)) = args.distilled_lora.split_first() {
             let is_file = |option: &&String| option.parse::<f64>().is_err() && Path::new(option.as_str()).exists();
             if let Some(second) = options.iter().find(is_file) {
                 bail!("`--distilled-lora` is given as `{path}` and as `{second}`; a run has one, leave the other out");
             }
-            let lora = Lora::parse("--distilled-lora", path, options)?;
+            let lora = Lora::parse("--distilled-lora", path, options, args.distilled_lora_strength)?;
             list.push(Lora { role: StageAdapter::DISTILLED, ..lora });
         }
         let distilled_strengths = [args.distilled_lora_strength_stage_1, args.distilled_lora_strength_stage_2];
@@ -245,6 +246,27 @@ impl Loras {
         fits.collect()
     }
 
+    /// All of them, to become part of the weights of `targets` for good, and the keys of these.
+    ///
+    /// # Errors
+    /// One that does not fit, or is for certain stages.
+    pub fn merged_into(&self, targets: &LoraTargets, report: &mut Report) -> Result<(AdapterSet, BTreeSet<String>)> {
+        let (mut members, mut keys) = (Vec::new(), BTreeSet::new());
+        for lora in &self.list {
+            if lora.stages.is_some() {
+                bail!(
+                    "`--lora {}` is for certain stages, and a merged weight acts in all; leave `stage=…` out",
+                    lora.file.path().display()
+                );
+            }
+            let fit = lora.file.fit(targets, self.ignores_unmatched)?;
+            report.note(&lora.summary(&fit, &[Some(lora.strength)], &Pipeline::default()));
+            keys.extend(fit.factors.iter().map(|factor| factor.key.clone()));
+            members.push((opened_adapter(&lora.file, fit)?, lora.strength as f32));
+        }
+        Ok((AdapterSet::new(members, AdapterMode::Merged), keys))
+    }
+
     /// The adapters of every stage of a plan, given what [`Loras::fit`] found, and a line about each of them.
     ///
     /// # Errors
@@ -332,8 +354,8 @@ fn missing_distilled(pipeline: &str) -> String {
 }
 
 impl Lora {
-    /// `flag` is for messages.
-    fn parse(flag: &str, path: &str, options: &[String]) -> Result<Lora> {
+    /// `flag` is for messages; `usual` is the strength of LoRAs without one of their own.
+    fn parse(flag: &str, path: &str, options: &[String], usual: Option<f64>) -> Result<Lora> {
         let named = format!("`{flag} {path}`");
         let (mut strength, mut stages) = (None, None);
         for option in options {
@@ -352,7 +374,7 @@ impl Lora {
             }
         }
         let file = LoraFile::open(&local(Path::new(path))?)?;
-        Ok(Lora { file, role: StageAdapter::USER, strength: strength.unwrap_or(1.0), stages })
+        Ok(Lora { file, role: StageAdapter::USER, strength: strength.or(usual).unwrap_or(1.0), stages })
     }
 
     /// Whether it acts in the stage with this index, as `role`.

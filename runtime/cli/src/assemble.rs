@@ -20,7 +20,7 @@ use ltxc_ir::plan::{
 use ltxc_ir::tiling::TilePlan;
 use ltxc_ir::{DType, Module};
 use ltxc_models::audio::{self, AudioVaeConfig, VocoderConfig, decode_audio};
-use ltxc_models::checkpoint::{Checkpoint, GemmaFolder, Generation, Location, hub};
+use ltxc_models::checkpoint::{self, Checkpoint, GemmaFolder, Generation, Location, WeightFile, hub};
 use ltxc_models::text::{self, Connectors, TextConfig, TextWeights};
 use ltxc_models::transformer::{self, BlockSet, Perturbation, StreamSpec, TransformerConfig, TransformerSpec};
 use ltxc_models::upsampler::{Enlarge, UpsamplerConfig, upsample};
@@ -30,10 +30,10 @@ use ltxc_runtime::pipeline::decode::program_name;
 use ltxc_runtime::pipeline::encode;
 use ltxc_runtime::pipeline::needed_passes;
 
-use crate::args::ModelArgs;
+use crate::args::{ModelArgs, Variant};
 use crate::enhance;
 use crate::job::Shape;
-use crate::pipelines::{Basis, StageDraft, definition, guidance, inputs};
+use crate::pipelines::{Basis, StageDraft, Training, definition, guidance, inputs, training_named};
 use crate::tensors;
 
 /// Names of the weight sources in graphs and plans.
@@ -62,9 +62,11 @@ impl ModelFiles {
     /// A file that is missing, damaged, or of another kind.
     pub fn open(args: &ModelArgs, needs_upsampler: bool) -> Result<ModelFiles> {
         let mut files = ModelFiles::open_without_text(args, needs_upsampler)?;
-        let gemma = match (&args.gemma_root, args.checkpoint_path.as_deref().and_then(bundled_gemma)) {
-            (None, Some(bundled)) => bundled,
-            _ => named(&args.gemma_root, "--gemma-root", "folder of the Gemma text encoder")?,
+        let found = |path: &Option<PathBuf>| path.as_deref().map(local).transpose();
+        let bundled = found(&args.checkpoint_path)?.as_deref().and_then(bundled_gemma);
+        let gemma = match (found(&args.gemma_root)?, found(&args.text_encoder_path)?, bundled) {
+            (Some(path), ..) | (None, Some(path), _) | (None, None, Some(path)) => path,
+            (None, None, None) => bail!("`--gemma-root` is missing: it names the folder of the Gemma text encoder"),
         };
         let gemma = GemmaFolder::open(&gemma)?;
         if let Some(note) = gemma.check_pairing(&files.model)? {
@@ -79,10 +81,20 @@ impl ModelFiles {
     /// # Errors
     /// Those of [`ModelFiles::open`].
     pub fn open_without_text(args: &ModelArgs, needs_upsampler: bool) -> Result<ModelFiles> {
-        let model = Checkpoint::open(&named(&args.checkpoint_path, "--checkpoint-path", "model file or folder")?)?;
+        let (model, path) = model(args)?;
         let upsampler = match needs_upsampler {
             true => {
-                let path = named(&args.spatial_upsampler_path, "--spatial-upsampler-path", "spatial upscaler")?;
+                let path = match &args.spatial_upsampler_path {
+                    Some(path) => local(path)?,
+                    None => {
+                        let beside = upsampler_beside(&path)?.context(
+                            "`--spatial-upsampler-path` is missing: it names the spatial upscaler, and there is none beside the \
+                             model",
+                        )?;
+                        eprintln!("note: upscaler `{}`, found beside the model", beside.display());
+                        beside
+                    }
+                };
                 Some(Checkpoint::open_upsampler(&path)?)
             }
             false => None,
@@ -136,30 +148,65 @@ impl ModelFiles {
 
 /// A checkpoint as a source of plans, with the identity of every file.
 pub(crate) fn checkpoint_source(name: &str, checkpoint: &Checkpoint, verify: bool) -> Result<WeightSource> {
-    Ok(weight_source(name, checkpoint.identities(verify)?, checkpoint.tensors()))
+    Ok(weight_source(name, checkpoint.identities(verify)?, checkpoint.files(), checkpoint.tensors()))
 }
 
 /// The text encoder as a source of plans, with the identity of every file.
 pub(crate) fn gemma_source(gemma: &GemmaFolder, verify: bool) -> Result<WeightSource> {
-    Ok(weight_source(GEMMA, gemma.identities(verify)?, gemma.tensors()))
+    Ok(weight_source(GEMMA, gemma.identities(verify)?, gemma.files(), gemma.tensors()))
 }
 
 fn weight_source<'t>(
     name: &str,
-    files: Vec<FileIdentity>,
+    identities: Vec<FileIdentity>,
+    files: &[WeightFile],
     tensors: impl Iterator<Item = (&'t str, Location<'t>)>,
 ) -> WeightSource {
-    let keys: Vec<(String, String)> = tensors.map(|(key, at)| (key.to_string(), at.stored.key.clone())).collect();
+    // Folders of components have the same keys in several files.
+    let has = |file: &WeightFile, key: &str| file.header().tensor(key).is_some_and(|t| t.ty().is_some());
+    let in_files = |at: Location<'_>| match files.iter().take(at.file).any(|file| has(file, &at.stored.key)) {
+        true => WeightSource::in_file(at.file, &at.stored.key),
+        false => at.stored.key.clone(),
+    };
+    let keys: Vec<(String, String)> = tensors.map(|(key, at)| (key.to_string(), in_files(at))).collect();
     let renames = WeightSource::renames_of(keys.iter().map(|(a, b)| (a.as_str(), b.as_str())));
-    WeightSource { name: name.into(), files, renames }
+    WeightSource { name: name.into(), files: identities, renames }
 }
 
-/// A path that `flag` has to name.
-fn named(value: &Option<PathBuf>, flag: &str, what: &str) -> Result<PathBuf> {
-    match value {
-        Some(path) => local(path),
-        None => bail!("`{flag}` is missing: it names the {what}"),
+/// The model that is named, whole, in parts, or with parts replaced; and its path, or that of its transformer.
+fn model(args: &ModelArgs) -> Result<(Checkpoint, PathBuf)> {
+    let found = |path: &Option<PathBuf>| path.as_deref().map(local).transpose();
+    let Some(named) = args.checkpoint_path.as_ref().or(args.transformer_path.as_ref()) else {
+        bail!("`--checkpoint-path` is missing: it names the model file or folder");
+    };
+    let (path, is_split) = (variant(local(named)?, args.variant)?, args.transformer_path.is_some());
+    let replaced = [&args.video_vae_path, &args.audio_vae_path, &args.embeddings_connectors];
+    let replaced = replaced.into_iter().flatten().next();
+    if let (false, Some(part), true) = (is_split, replaced, path.is_dir()) {
+        bail!(
+            "`{}` is a folder, and `{}` replaces a part of a single file; name that file, or the transformer's with \
+             `--transformer-path`",
+            path.display(),
+            part.display()
+        );
     }
+    if !is_split && replaced.is_none() {
+        return Ok((Checkpoint::open(&path)?, path));
+    }
+    let text = match &args.embeddings_connectors {
+        // A single file has all but Gemma.
+        None if is_split => found(&args.text_encoder_path)?.filter(|path| path.is_file()),
+        connectors => found(connectors)?,
+    };
+    let parts = checkpoint::ModelFiles {
+        checkpoint: (!is_split).then(|| path.clone()),
+        transformer: is_split.then(|| path.clone()),
+        text_encoder: text,
+        video_vae: found(&args.video_vae_path)?,
+        audio_vae: found(&args.audio_vae_path)?,
+        ..checkpoint::ModelFiles::default()
+    };
+    Ok((Checkpoint::open_files(&parts)?, path))
 }
 
 /// A path as it is, or the local copy of a hub name.
@@ -169,6 +216,67 @@ pub(crate) fn local(path: &Path) -> Result<PathBuf> {
     }
     let name = path.to_str().with_context(|| format!("`{}` does not exist", path.display()))?;
     Ok(hub::resolve(name)?)
+}
+
+/// The spatial upscaler that is in the folder of a model, or beside its file.
+///
+/// # Errors
+/// Several of them.
+pub(crate) fn upsampler_beside(model: &Path) -> Result<Option<PathBuf>> {
+    let folder = if model.is_dir() { model } else { model.parent().unwrap_or(Path::new(".")) };
+    let folders = ["latent_upsampler", "spatial_upsampler", "spatial_upscaler"].map(|name| folder.join(name));
+    if let Some(path) = folders.into_iter().find(|path| model.is_dir() && path.is_dir()) {
+        return Ok(Some(path));
+    }
+    let is_upsampler = |name: &str| name.contains("spatial-upscaler-x2") || name.contains("spatial-upsampler-x2");
+    let mut found = named_files(folder, &is_upsampler);
+    match (found.pop(), found.pop()) {
+        (Some(one), Some(other)) => bail!(
+            "`{}` and `{}` are both upscalers beside the model; name one with `--spatial-upsampler-path`",
+            other.display(),
+            one.display()
+        ),
+        (found, _) => Ok(found),
+    }
+}
+
+/// The safetensors files in a folder whose names are like this, sorted.
+fn named_files(folder: &Path, is_like: &dyn Fn(&str) -> bool) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
+    let is_safetensors = |path: &PathBuf| path.extension().is_some_and(|e| e == "safetensors");
+    let named = |path: &PathBuf| path.file_name().and_then(|name| name.to_str()).is_some_and(is_like);
+    let mut found: Vec<PathBuf> = entries.filter(is_safetensors).filter(named).collect();
+    found.sort();
+    found
+}
+
+/// The model in a folder of several that is meant; a file must be what is meant.
+fn variant(model: PathBuf, variant: Option<Variant>) -> Result<PathBuf> {
+    let Some(variant) = variant else { return Ok(model) };
+    let (word, training) = match variant {
+        Variant::Distilled => ("distilled", Training::Distilled),
+        Variant::Dev => ("dev", Training::Full),
+    };
+    if !model.is_dir() || model.join("model_index.json").is_file() {
+        return match training_named(&model) {
+            Some(other) if other != training => {
+                bail!("`{}` is not called {word}; leave `--variant {word}` out, or name another file", model.display())
+            }
+            _ => Ok(model),
+        };
+    }
+    let is_other = |name: &str| ["lora", "upscaler", "upsampler", "vae"].iter().any(|part| name.contains(part));
+    let is_meant = |name: &str| training_named(Path::new(name)) == Some(training) && !is_other(name);
+    let mut found = named_files(&model, &is_meant);
+    match (found.pop(), found.pop()) {
+        (Some(one), None) => Ok(one),
+        (None, _) => bail!("`{}` has no file that is called {word}; name the file of the model", model.display()),
+        (Some(one), Some(other)) => bail!(
+            "`{}` and `{}` are both called {word}; name one of them with `--checkpoint-path`",
+            other.display(),
+            one.display()
+        ),
+    }
 }
 
 /// Text encoder inside a diffusers folder.
@@ -529,7 +637,7 @@ impl<'a> Components<'a> {
             };
             let grid = if has_video { grid(shrink) } else { [0; 3] };
             let tiles = draft.tiles.map(|tiles| TilePlan::denoise(grid.map(|n| n as usize), tiles)).transpose()?;
-            let sampler = shape.sampling.sampler().filter(|_| i == 0).unwrap_or(draft.sampler);
+            let sampler = shape.sampling.sampler()?.filter(|_| i == 0).unwrap_or(draft.sampler);
             Ok(Stage {
                 name: draft.name.into(),
                 height: if has_video { height as u32 } else { 0 },

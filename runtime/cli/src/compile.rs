@@ -73,7 +73,8 @@ pub fn version() -> String {
 /// As for [`compile()`], and a plan that cannot be written.
 pub fn run(args: &CompileArgs, lora_occurrences: &[usize], report: &mut Report) -> Result<()> {
     let loras = Loras::open(&args.adapters, lora_occurrences)?;
-    let shape = Shape::resolve(&args.shape, 0)?.with(&loras)?;
+    let named = definition(args.shape.pipeline.unwrap_or_default());
+    let shape = Shape::resolve(&args.shape, named.brings.usual_keyframes())?.with(&loras)?;
     let files = ModelFiles::open(&args.model, shape.has_two_stages())?;
     job::refuse_quantization(&args.shape, files.model.name(), files.model.has_fp8())?;
     let pipeline = definition(shape.pipeline).name;

@@ -26,12 +26,15 @@ pub struct Weighted {
     pub strength: f64,
 }
 
-/// Splits the values of repeated flags `PATH [STRENGTH]`: `occurrences` says how many values each one had.
+/// Splits the values of `--video-conditioning`: `occurrences` says how many values each one had.
 ///
 /// # Errors
 /// A strength that is no number.
-pub fn weighted(flag: &str, values: &[String], occurrences: &[usize]) -> Result<Vec<Weighted>> {
-    let mut rest = values;
+pub fn weighted(content: &ContentArgs, occurrences: &[usize]) -> Result<Vec<Weighted>> {
+    if content.video_conditioning.is_empty() && content.control_strength.is_some() {
+        bail!("`--control-strength` is for reference videos; give them with `--video-conditioning`");
+    }
+    let mut rest = &content.video_conditioning[..];
     let mut out = Vec::new();
     for &n in occurrences {
         let (this, others) = rest.split_at(n.min(rest.len()));
@@ -39,9 +42,10 @@ pub fn weighted(flag: &str, values: &[String], occurrences: &[usize]) -> Result<
         let Some(path) = this.first() else { continue };
         let strength = match this.get(1) {
             Some(text) => {
-                text.parse().with_context(|| format!("`{flag} {path}`: strength `{text}` is not a number"))?
+                let named = || format!("`--video-conditioning {path}`: strength `{text}` is not a number");
+                text.parse().with_context(named)?
             }
-            None => 1.0,
+            None => content.control_strength.unwrap_or(1.0),
         };
         out.push(Weighted { path: path.into(), strength });
     }
@@ -56,6 +60,9 @@ pub fn check_given(pipeline: PipelineName, content: &ContentArgs) -> Result<()> 
     let Definition { name, brings, .. } = definition(pipeline);
     if brings.pads_references && !content.image.is_empty() {
         bail!("pipeline `{name}` takes no images; leave `--image` out");
+    }
+    if brings.appends_first_image && content.image.is_empty() {
+        bail!("pipeline `{name}` passes through images; give `--image PATH FRAME` for each");
     }
     let dubs = brings.sound == Some(SoundRole::Reference);
     let is_kept = brings.sound == Some(SoundRole::Kept);
@@ -76,15 +83,17 @@ pub fn check_given(pipeline: PipelineName, content: &ContentArgs) -> Result<()> 
             _ => {}
         }
     }
-    if brings.clip { part(content).map(drop) } else { Ok(()) }
+    if brings.clip { part(content, &|latent| f64::from(latent)).map(drop) } else { Ok(()) }
 }
 
 /// The part of a clip that is made anew: where it starts and ends, in seconds; without an end it ends with the clip.
+/// `begin_of` says where a latent frame begins.
 ///
 /// # Errors
 /// Nothing that says which part, or times that leave none.
-fn part(content: &ContentArgs) -> Result<(f64, Option<f64>)> {
-    let (start, end) = (content.start_time, content.end_time);
+fn part(content: &ContentArgs, begin_of: &dyn Fn(u32) -> f64) -> Result<(f64, Option<f64>)> {
+    let start = content.start_time.or(content.start_latent.map(|latent| begin_of(latent) + LATENT_MARGIN));
+    let end = content.end_time.or(content.end_latent.map(|latent| begin_of(latent) - LATENT_MARGIN));
     if start.is_none() && end.is_none() {
         bail!(
             "which part of the clip is made anew? give `--start-time`, `--end-time` or both; `--start-time 0` is all of it"
@@ -107,7 +116,7 @@ fn part(content: &ContentArgs) -> Result<(f64, Option<f64>)> {
 /// # Errors
 /// A strength that is no number, or a video that cannot be read.
 pub fn shortest(content: &ContentArgs, occurrences: &Occurrences, rate: Rational) -> Result<Option<usize>> {
-    let given = weighted("--video-conditioning", &content.video_conditioning, &occurrences.reference)?;
+    let given = weighted(content, &occurrences.reference)?;
     let mut shortest: Option<usize> = None;
     for video in given {
         let frames = info(&video.path)?.frames_at(rate);
@@ -122,7 +131,7 @@ pub fn shortest(content: &ContentArgs, occurrences: &Occurrences, rate: Rational
 /// A strength that is no number, or a video that the pipeline does not take.
 pub fn references(content: &ContentArgs, occurrences: &Occurrences, plan: &Plan) -> Result<Vec<Weighted>> {
     let inputs = &plan.pipeline.inputs;
-    let mut given = weighted("--video-conditioning", &content.video_conditioning, &occurrences.reference)?;
+    let mut given = weighted(content, &occurrences.reference)?;
     let dubs = inputs.sound.is_some_and(|sound| sound.role == SoundRole::Reference);
     let dubbed = content
         .reference_video
@@ -400,7 +409,8 @@ fn clip(content: &ContentArgs, path: &Path, plan: &Plan, window: Window) -> Resu
     let mut frames = Vec::new();
     let space = colour_space(content, plan)?;
     read_frames(path, window, space, (info.width, info.height, Fit::Crop), &mut |frame| frames.extend(frame))?;
-    let (start, end) = part(content)?;
+    let begin_of = |latent: u32| begin_of_latent(latent, video.scale[0], window.rate);
+    let (start, end) = part(content, &begin_of)?;
     let length = window.frames as f64 / window.rate.to_f64();
     if start >= length {
         bail!(
@@ -415,6 +425,16 @@ fn clip(content: &ContentArgs, path: &Path, plan: &Plan, window: Window) -> Resu
         (false, false) => None,
     };
     Ok(SourceClip { frames, start, end: end.unwrap_or(length), kept })
+}
+
+/// How far a part that is given in latent frames stays away from their ends, in seconds, because a latent is in a part that
+/// touches it: less than the shortest token, more than f32 loses in an hour.
+const LATENT_MARGIN: f64 = 1e-3;
+
+/// Where a latent frame begins, in seconds: the first one is one frame long, all others `factor` frames.
+fn begin_of_latent(latent: u32, factor: u32, rate: Rational) -> f64 {
+    let frames = 1.0 + (f64::from(latent) - 1.0) * f64::from(factor);
+    frames.max(0.0) / rate.to_f64()
 }
 
 /// Frames 0, 1, 1 + s, 1 + 2 s … of a video, fitted to the size of the plan.
@@ -509,9 +529,16 @@ mod tests {
 
     #[test]
     fn strengths_follow_their_paths() {
-        let values = ["a.mp4", "b.mp4", "0.5"].map(String::from);
-        let found = weighted("--video-conditioning", &values, &[1, 2]).unwrap();
-        assert_eq!(found.iter().map(|w| w.strength).collect::<Vec<_>>(), [1.0, 0.5]);
-        assert!(weighted("--video-conditioning", &["a".into(), "x".into()], &[2]).is_err());
+        let content = |values: &[&str]| ContentArgs {
+            video_conditioning: values.iter().map(|s| s.to_string()).collect(),
+            ..ContentArgs::default()
+        };
+        let given = content(&["a.mp4", "b.mp4", "0.5"]);
+        let strengths = |content: &ContentArgs| -> Vec<f64> {
+            weighted(content, &[1, 2]).unwrap().iter().map(|w| w.strength).collect()
+        };
+        assert_eq!(strengths(&given), [1.0, 0.5]);
+        assert_eq!(strengths(&ContentArgs { control_strength: Some(0.9), ..given }), [0.9, 0.5]);
+        assert!(weighted(&content(&["a", "x"]), &[2]).is_err());
     }
 }

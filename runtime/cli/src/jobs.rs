@@ -1,4 +1,5 @@
-//! `ltxc run --jobs`: many prompts and seeds with one plan, one after the other in one process.
+//! `ltxc run --jobs`: many prompts and seeds, one after the other in one process, with the plan of the command or as few as
+//! the media and LoRAs of the jobs ask for.
 //!
 //! A job is a table whose keys are the names of flags; the same flags on the command line are defaults for all jobs. An
 //! output that is there was made by an earlier run, because outputs appear whole, and is not made again: after an
@@ -15,11 +16,12 @@ use ltxc_runtime::RunError;
 use serde_json::{Map, Value};
 
 use crate::adapters::Loras;
-use crate::args::{ContentArgs, OutputArgs, RunAdapterArgs, RunArgs, SamplingArgs};
+use crate::args::{ContentArgs, OutputArgs, RunAdapterArgs, RunArgs, SamplingArgs, with_negative_numbers};
 use crate::assemble::local;
 use crate::debug::flags::DebugOptions;
 use crate::identity;
 use crate::job::{Shape, negative_prompt, prompt};
+use crate::pipelines::{definition, refuse_idle};
 use crate::report::Report;
 use crate::run::{Choice, Occurrences, Runner};
 
@@ -60,13 +62,13 @@ enum JobOutput {
 }
 
 impl JobOutput {
-    /// The path with the plan of this hash.
-    fn with(&self, plan: &[u8; 32]) -> PathBuf {
+    /// The path with the plan of this hash. `usual` makes a name of what stands in front.
+    fn with(&self, plan: &[u8; 32], usual: &dyn Fn(&str) -> PathBuf) -> PathBuf {
         match self {
             JobOutput::Named(path) => path.clone(),
             JobOutput::Derived { folder, stem, made_of } => {
                 let hash = blake3::Hasher::new().update(plan).update(made_of.as_bytes()).finalize();
-                folder.join(format!("{stem}-{}.mp4", &hash.to_hex()[..8]))
+                folder.join(usual(&format!("{stem}-{}", &hash.to_hex()[..8])))
             }
         }
     }
@@ -116,10 +118,11 @@ const LORAS: [&str; 2] = ["lora", "distilled_lora"];
 /// # Errors
 /// A file of jobs, LoRAs, or a plan that cannot be used, and in the end if any job failed. An interruption ends all of them.
 pub fn run(args: &RunArgs, path: &Path, command_line: &ArgMatches, report: &mut Report) -> Result<()> {
-    let folder = match command_line.value_source("output") {
-        Some(ValueSource::CommandLine) => args.output.clone(),
-        _ => PathBuf::from("."),
-    };
+    let folder = args.output.clone().unwrap_or_else(|| PathBuf::from("."));
+    if args.plan.is_none() {
+        let pipeline = definition(args.shape.pipeline.unwrap_or_default());
+        refuse_idle(pipeline, &Occurrences::of(command_line).given, &args.shape.sampling)?;
+    }
     let debug = DebugOptions::of(&args.debug)?;
     if debug.is_on() {
         bail!("flags for debugging look at one run; give them without `--jobs`");
@@ -131,7 +134,7 @@ pub fn run(args: &RunArgs, path: &Path, command_line: &ArgMatches, report: &mut 
         let mut runner = Runner::open(args, shape.as_ref(), &loras, debug.mode.unwrap_or_default(), report)?;
         let mut prepared = Vec::new();
         for (job, loras) in &jobs {
-            let output = job.output.with(runner.plan_hash());
+            let output = job.output.with(runner.plan_hash(), &|stem| runner.usual_output(stem, &job.args.content));
             prepared.push((
                 job.choice(),
                 output,
@@ -236,7 +239,7 @@ fn read(path: &Path, tables: &[Map<String, Value>], command_line: &ArgMatches, f
     let mut written = BTreeMap::new();
     for job in &jobs {
         // Jobs that are made of the same have the same name with any plan.
-        let output = job.output.with(&[0; 32]);
+        let output = job.output.with(&[0; 32], &|stem| stem.into());
         if let Some(other) = written.insert(output.clone(), job.number) {
             let output = output.display();
             bail!("{}: jobs {other} and {} both write `{output}`; change one of them", file(), job.number);
@@ -299,7 +302,7 @@ fn job(number: usize, mut table: Map<String, Value>, command_line: &ArgMatches, 
         [key] => text(table.remove(key), key)?,
         [first, second, ..] => bail!("`{first}` and `{second}` both say where to write; give one of them"),
     };
-    let command = JobArgs::command();
+    let command = with_negative_numbers(JobArgs::command());
     let (mut line, given) = flags_of(&table, &command)?;
     let defaults = command.get_arguments().filter(|arg| {
         let source = command_line
@@ -385,8 +388,11 @@ fn names(arg: &Arg) -> Vec<String> {
     arg.get_long().into_iter().chain(aliases).map(str::to_owned).collect()
 }
 
-/// Adds a flag with the values of a job.
-fn push(line: &mut Vec<String>, arg: &Arg, value: &Value) -> Result<()> {
+/// Adds a flag with the values of a job or of a file of flags.
+///
+/// # Errors
+/// A value that is none for this flag.
+pub fn push(line: &mut Vec<String>, arg: &Arg, value: &Value) -> Result<()> {
     let flag = format!("--{}", arg.get_long().unwrap_or_default());
     let scalar = |value: &Value| match value {
         Value::String(text) => Ok(text.clone()),
@@ -465,6 +471,10 @@ mod tests {
     use super::*;
     use crate::args::Cli;
 
+    fn mp4(stem: &str) -> PathBuf {
+        format!("{stem}.mp4").into()
+    }
+
     fn jobs(name: &str, text: &str, flags: &[&str]) -> Result<Vec<Job>> {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join(name);
@@ -495,17 +505,17 @@ mod tests {
             assert_eq!(a.args.content.num_inference_steps, Some(4));
             assert_eq!(a.args.content.image, ["a.png", "b.png", "8", "0.5"]);
             assert_eq!(a.occurrences.image, [1, 3]);
-            assert_eq!(a.output.with(&[7; 32]), b.output.with(&[7; 32]));
+            assert_eq!(a.output.with(&[7; 32], &mp4), b.output.with(&[7; 32], &mp4));
         }
         assert_eq!(a[1].args.content.seed, "2");
-        let output = a[0].output.with(&[7; 32]);
+        let output = a[0].output.with(&[7; 32], &mp4);
         assert!(output.to_string_lossy().starts_with("out/a-fox-seed1-"), "{output:?}");
-        assert_ne!(a[0].output.with(&[8; 32]), output);
+        assert_ne!(a[0].output.with(&[8; 32], &mp4), output);
     }
 
     #[test]
     fn names_follow_from_what_a_job_says() {
-        let one = |text: &str, flags: &[&str]| jobs("x.jsonl", text, flags).unwrap()[0].output.with(&[7; 32]);
+        let one = |text: &str, flags: &[&str]| jobs("x.jsonl", text, flags).unwrap()[0].output.with(&[7; 32], &mp4);
         let plain = one(r#"{"prompt": "rain"}"#, &[]);
         assert_eq!(plain, one("\n{\"prompt\":\"rain\"}\n", &[]));
         assert_ne!(plain, one(r#"{"prompt": "rain."}"#, &[]));
@@ -525,14 +535,14 @@ mod tests {
         };
         let (prompt, image, lora) = (file("p.txt", "rain"), file("a.png", "1"), file("l.safetensors", "1"));
         let text = format!(r#"{{"prompt": "@{prompt}", "image": "{image}", "lora": ["{lora}", 0.5]}}"#);
-        let name = |text: &str| jobs("x.jsonl", text, &[]).unwrap()[0].output.with(&[7; 32]);
+        let name = |text: &str| jobs("x.jsonl", text, &[]).unwrap()[0].output.with(&[7; 32], &mp4);
         let mut names = vec![name(&text)];
         assert_eq!(name(&text), names[0]);
         for (changed, now) in [("p.txt", "snow"), ("a.png", "2"), ("l.safetensors", "2")] {
             file(changed, now);
             names.push(name(&text));
         }
-        assert_ne!(jobs("x.jsonl", &text, &["--enhance-prompt"]).unwrap()[0].output.with(&[7; 32]), name(&text));
+        assert_ne!(jobs("x.jsonl", &text, &["--enhance-prompt"]).unwrap()[0].output.with(&[7; 32], &mp4), name(&text));
         for (from, to) in
             [("0.5", "0.6"), ("0.5", "0.5, \"stage=1\""), ("\"lora\"", "\"lora-mode\": \"live\", \"lora\"")]
         {

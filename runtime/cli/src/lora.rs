@@ -51,7 +51,7 @@ pub(crate) fn models(checkpoint: Option<&Path>) -> Result<Vec<(String, LoraTarge
     published.collect()
 }
 
-fn facts(lora: &LoraFile, models: &[(String, LoraTargets)]) -> Result<Value> {
+pub(crate) fn facts(lora: &LoraFile, models: &[(String, LoraTargets)]) -> Result<Value> {
     let (mut ranks, mut layers): (BTreeMap<usize, usize>, BTreeMap<String, usize>) = Default::default();
     let mut scales: BTreeSet<String> = BTreeSet::new();
     for module in lora.modules() {
@@ -92,7 +92,7 @@ fn of_every_block(name: &str) -> String {
 }
 
 /// The same for people.
-fn text(facts: &Value) -> String {
+pub(crate) fn text(facts: &Value) -> String {
     let word = |value: &Value| value.as_str().map_or_else(|| value.to_string(), String::from);
     let words = |value: &Value| value.as_array().into_iter().flatten().map(word).collect::<Vec<_>>().join(", ");
     let rank = |r: &Value| format!("{} ({} layers)", r["rank"], r["layers"]);

@@ -3,12 +3,16 @@
 use std::process::ExitCode;
 use std::sync::atomic::Ordering;
 
-use clap::{ArgMatches, CommandFactory, FromArgMatches};
-use ltxc::args::{Cli, Command, LoraCommand, in_our_words};
+use clap::{ArgMatches, FromArgMatches};
+use ltxc::args::{self, Cli, Command, LoraCommand, in_our_words};
+use ltxc::pipelines::{definition, refuse_idle};
 use ltxc::report::{Report, Style};
 use ltxc::run::Occurrences;
-use ltxc::{bench, compile, debug, demo, doctor, enhance, inspect, jobs, lora, run, synth, tune};
+use ltxc::{bench, compile, convert, debug, demo, doctor, enhance, info, inspect, jobs, lora, run, synth, tune};
 use ltxc_runtime::RunError;
+
+/// Exit code for arguments that cannot be, as the parser has it.
+const WRONG_USAGE: u8 = 2;
 
 /// Exit code after Ctrl-C, as shells expect it.
 const INTERRUPTED: u8 = 130;
@@ -17,7 +21,15 @@ fn main() -> ExitCode {
     // Mesa sorts Vulkan devices by asking the display, and complains to standard error where there is none.
     // SAFETY: there is no other thread yet.
     unsafe { std::env::set_var("NODEVICE_SELECT", "1") };
-    let matches = Cli::command().get_matches_from(in_our_words(std::env::args_os()));
+    let line = match in_our_words(std::env::args_os()) {
+        Ok(line) => line,
+        Err(e) => {
+            let is_json = std::env::args_os().any(|arg| arg == "--json");
+            Report::new(if is_json { Style::Json } else { Style::Text }).fail(&e);
+            return ExitCode::from(WRONG_USAGE);
+        }
+    };
+    let matches = args::command().get_matches_from(line.args);
     let cli = match Cli::from_arg_matches(&matches) {
         Ok(cli) => cli,
         Err(e) => e.exit(),
@@ -28,6 +40,7 @@ fn main() -> ExitCode {
         _ => Style::Text,
     };
     let mut report = Report::new(style);
+    line.notes.iter().for_each(|note| report.note(note));
     if let Err(e) = ctrlc::set_handler(|| run::INTERRUPT.store(true, Ordering::Relaxed)) {
         report.note(&format!("note: Ctrl-C will not clean up: {e}"));
     }
@@ -53,14 +66,22 @@ fn execute(cli: &Cli, matches: &ArgMatches, report: &mut Report) -> anyhow::Resu
     let done = match &cli.command {
         Command::Debug(command) => return debug::command::run(command, cli.json),
         Command::Compile(args) => {
-            let line = matches.subcommand_matches("compile");
-            compile::run(args, &line.map(Occurrences::of).unwrap_or_default().lora, report)
+            let line = matches.subcommand_matches("compile").map(Occurrences::of).unwrap_or_default();
+            let pipeline = definition(args.shape.pipeline.unwrap_or_default());
+            refuse_idle(pipeline, &line.given, &args.shape.sampling)?;
+            compile::run(args, &line.lora, report)
         }
         Command::Run(args) => match (&args.content.jobs, matches.subcommand_matches("run")) {
             (Some(file), Some(line)) => jobs::run(args, file, line, report),
             (_, line) => run::run(args, &line.map(Occurrences::of).unwrap_or_default(), report),
         },
+        Command::Convert(args) => {
+            let line = matches.subcommand_matches("convert");
+            convert::run(args, &line.map(Occurrences::of).unwrap_or_default().lora, report)
+        }
         Command::Tune(args) => tune::run(args, report),
+        Command::Info(args) => info::run(args, cli.json),
+        Command::EncodeText(args) => return debug::text::export(args, cli.json),
         Command::Inspect(args) => inspect::run(args, cli.json),
         Command::Lora(LoraCommand::Inspect(args)) => lora::inspect(args, cli.json),
         Command::Synth(args) => synth::run(args, report),

@@ -6,6 +6,7 @@ use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, Result, bail};
 use clap::ArgMatches;
+use clap::parser::ValueSource;
 use ltxc_ir::plan::{Kernels, Modality, Plan, Release, Stage};
 use ltxc_runtime::RunError;
 use ltxc_runtime::adapters::StageAdapters;
@@ -38,7 +39,7 @@ use crate::debug::text::contexts::embeddings;
 use crate::enhance::{self, Beginning};
 use crate::inputs;
 use crate::job::{self, ImageArg, Shape, pick};
-use crate::pipelines::{definition, describe, describe_output, levels, stage_choice};
+use crate::pipelines::{definition, definition_named, describe, describe_output, levels, refuse_idle, stage_choice};
 use crate::planned;
 use crate::report::Report;
 
@@ -59,10 +60,14 @@ pub fn run(args: &RunArgs, occurrences: &Occurrences, report: &mut Report) -> Re
         writing: &args.writing,
     };
     let loras = choice.loras()?;
+    if args.adapters.lora_mode.is_some() && loras.is_empty() {
+        bail!("`--lora-mode` says how LoRAs act, and there is none; give `--lora`, or leave it out");
+    }
     let shape = choice.shape(args, &loras)?;
     let mut runner = Runner::open(args, shape.as_ref(), &[&loras], debug.mode.unwrap_or_default(), report)?;
     let adapters = runner.prepare(&choice, &loras, report)?;
-    let made = runner.run(&mut runner.executor(report)?, &choice, &adapters, &args.output, debug, report)?;
+    let output = args.output.clone().unwrap_or_else(|| runner.usual_output("out", &args.content));
+    let made = runner.run(&mut runner.executor(report)?, &choice, &adapters, &output, debug, report)?;
     let kernels = json!({"launched": made.kernels.launched, "compiled": made.kernels.compiled});
     let mut facts = json!({"frames": made.frames, "bytes": made.bytes, "seed": made.seed, "kernels": kernels});
     if !made.experiments.is_empty() {
@@ -72,7 +77,7 @@ pub fn run(args: &RunArgs, occurrences: &Occurrences, report: &mut Report) -> Re
     Ok(())
 }
 
-/// How many values each occurrence of a flag had that takes several and can be repeated.
+/// Which flags were given, and how many values each occurrence had of those that take several and can be repeated.
 #[derive(Clone, Debug, Default)]
 pub struct Occurrences {
     /// Of `--image`.
@@ -81,6 +86,8 @@ pub struct Occurrences {
     pub reference: Vec<usize>,
     /// Of `--lora`.
     pub lora: Vec<usize>,
+    /// Ids of all flags that are given.
+    pub given: Vec<String>,
 }
 
 impl Occurrences {
@@ -91,7 +98,14 @@ impl Occurrences {
             let found = matches.try_get_occurrences::<String>(flag).ok().flatten();
             found.map(|occurrences| occurrences.map(Iterator::count).collect()).unwrap_or_default()
         };
-        Occurrences { image: count("image"), reference: count("video_conditioning"), lora: count("lora") }
+        let ids = matches.ids().map(|id| id.as_str());
+        let given = ids.filter(|id| matches.value_source(id) == Some(ValueSource::CommandLine)).map(String::from);
+        Occurrences {
+            image: count("image"),
+            reference: count("video_conditioning"),
+            lora: count("lora"),
+            given: given.collect(),
+        }
     }
 }
 
@@ -126,7 +140,7 @@ impl Choice<'_> {
     /// are missing.
     pub fn shape(&self, args: &RunArgs, loras: &Loras) -> Result<Option<Shape>> {
         let (content, occurrences) = (self.content, self.occurrences);
-        let images = job::images(&content.image, &occurrences.image)?;
+        let images = job::images(content, &occurrences.image)?;
         let has_attention =
             inputs::attention_strength(content)?.is_some() || !content.conditioning_attention_mask.is_empty();
         if args.plan.is_some() {
@@ -134,7 +148,8 @@ impl Choice<'_> {
         }
         let pipeline = args.shape.pipeline.unwrap_or_default();
         inputs::check_given(pipeline, content)?;
-        if args.model.checkpoint_path.is_none() {
+        refuse_idle(definition(pipeline), &occurrences.given, self.sampling)?;
+        if !args.model.names_model() {
             bail!(
                 "there is nothing to run; name a plan made by `ltxc compile`, or model files from `--checkpoint-path` on"
             );
@@ -149,7 +164,7 @@ impl Choice<'_> {
             ..args.shape.clone()
         };
         let (given, reference_seconds) = inputs::shape_of_media(&given, content, loras.reference_scale()?.space)?;
-        let appended = images.iter().filter(|image| named.brings.appends_first_image || image.frame > 0).count();
+        let appended = images.iter().filter(|image| named.brings.appends_first_image || image.frame != Some(0)).count();
         let mut shape = Shape::resolve(&given, appended)?.with(loras)?;
         shape.target = pick(&args.shape.device, None)?.target;
         shape.reference_seconds = reference_seconds;
@@ -253,6 +268,9 @@ impl Runner {
     /// LoRAs that do not fit the model or the plan, or too little memory.
     pub fn prepare(&mut self, choice: &Choice<'_>, loras: &Loras, report: &mut Report) -> Result<StageAdapters> {
         let (plan, weights) = (&self.plan, &self.weights);
+        if let Some(definition) = definition_named(&plan.pipeline.name) {
+            refuse_idle(definition, &choice.occurrences.given, choice.sampling)?;
+        }
         let fits = match loras.is_empty() {
             true => Vec::new(),
             false => loras.fit(&adapters::targets(plan, weights)?, &plan.pipeline.name)?,
@@ -279,6 +297,18 @@ impl Runner {
     /// Hash of the plan.
     pub fn plan_hash(&self) -> &[u8; 32] {
         &self.hash
+    }
+
+    /// The output of a run that names none: a video, sound alone, or a folder for EXR frames.
+    pub fn usual_output(&self, stem: &str, content: &ContentArgs) -> PathBuf {
+        let pipeline = &self.plan.pipeline;
+        let is_hdr = pipeline.inputs.pads_references || content.hdr.is_some();
+        match (pipeline.modalities().contains(&Modality::Video), is_hdr) {
+            (false, _) => format!("{stem}.wav"),
+            (true, true) => stem.into(),
+            (true, false) => format!("{stem}.mp4"),
+        }
+        .into()
     }
 
     /// The components that run.
@@ -334,7 +364,10 @@ impl Runner {
             Release::V1_2_0 => "",
         };
         report.note(&format!("seed {seed}, {} ({}){release}", plan.pipeline.name, plan.pipeline.model.generation));
-        let images = job::images(&content.image, &choice.occurrences.image)?;
+        let images = job::images(content, &choice.occurrences.image)?;
+        if plan.pipeline.inputs.appends_first_image && images.is_empty() {
+            bail!("pipeline `{}` passes through images; give `--image PATH FRAME` for each", plan.pipeline.name);
+        }
         let crfs: BTreeSet<u8> = images.iter().map(|image| image.crf_in(plan)).collect();
         report.note(&describe_output(&plan.pipeline, &crfs));
         let conditioning = images.iter().map(|i| load(i, plan, content.image_codec)).collect::<Result<Vec<_>>>()?;
@@ -513,8 +546,7 @@ fn plan_and_folders(
         bail!("`--debug-mode exact` compiles the model without fusion; name model files instead of a plan");
     }
     let mut folders = args.weights.clone();
-    let named = [&args.model.checkpoint_path, &args.model.gemma_root, &args.model.spatial_upsampler_path];
-    folders.extend(named.into_iter().flatten().cloned());
+    folders.extend(args.model.paths().cloned());
     if folders.is_empty() {
         let beside = plan.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
         folders.push(beside.into());
@@ -530,7 +562,7 @@ fn load(arg: &ImageArg, plan: &Plan, codec: ImageCodec) -> Result<Conditioning> 
         ImageCodec::Ffmpeg => RoundTrip::Ffmpeg,
     };
     let image = image_round_trip(&load_image(&arg.path)?, crf, codec)?;
-    Ok(Conditioning { image, frame: arg.frame, strength: arg.strength })
+    Ok(Conditioning { image, frame: arg.frame_in(plan), strength: arg.strength })
 }
 
 /// What the flags change in the stages of a plan.
@@ -547,6 +579,12 @@ fn stage_choices(choice: &Choice<'_>, plan: &Plan) -> Result<BTreeMap<String, St
     let mut out = BTreeMap::from([(first.name.clone(), first_choice)]);
     if let Some(list) = &content.sigmas_stage2 {
         out.insert("stage2".into(), StageChoice { sigmas: Some(list.clone()), ..StageChoice::default() });
+    }
+    if let Some(steps) = content.steps_stage2 {
+        let second = plan.pipeline.stages.get(1).context("`--steps-stage2`: the plan has one stage; leave it out")?;
+        let own = SamplingArgs::default();
+        let choice = stage_choice(second, &modalities, &own, Some(steps), None).context("`--steps-stage2`")?;
+        out.insert(second.name.clone(), choice);
     }
     Ok(out)
 }

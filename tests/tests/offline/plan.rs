@@ -33,7 +33,7 @@ fn plans_of(preset: Preset, target: &Target) -> [Plan; 2] {
         checkpoint_path: Some(model.checkpoint),
         gemma_root: Some(model.gemma),
         spatial_upsampler_path: model.upsamplers.first().cloned(),
-        verify: false,
+        ..ModelArgs::default()
     };
     let files = ModelFiles::open(&args, true).expect("the model opens");
     let plan = |dtype| {

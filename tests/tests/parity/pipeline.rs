@@ -383,6 +383,7 @@ impl Files {
             gemma_root: Some(gemma.clone()),
             spatial_upsampler_path: Some(file(upsampler)),
             verify: true,
+            ..ModelArgs::default()
         };
         let device = find(Some("cpu")).named(&DeviceName::Cpu).expect("there is a processor").clone();
         Files { args, folders: vec![root().join(folder), gemma], device }

@@ -13,17 +13,35 @@ pub struct AdapterArgs {
         value_names = ["PATH", "STRENGTH", "STAGE"],
         action = clap::ArgAction::Append,
         allow_negative_numbers = true,
-        aliases = ["lora-path", "hdr-lora"]
+        aliases = ["lora-path", "hdr-lora", "ic-lora-weights"]
     )]
     pub lora: Vec<String>,
+    /// Strength of LoRAs that have none of their own [default: 1]
+    #[arg(long, value_name = "STRENGTH", hide_short_help = true, requires = "lora")]
+    pub lora_strength: Option<f64>,
     /// LoRA that makes a dev model act like a distilled one: PATH, then STRENGTH if it is not 1.
-    #[arg(long, num_args = 1..=2, value_names = ["PATH", "STRENGTH"], allow_negative_numbers = true)]
+    #[arg(
+        long,
+        num_args = 1..=2,
+        value_names = ["PATH", "STRENGTH"],
+        allow_negative_numbers = true,
+        aliases = ["ltx2-refine-lora-path", "refine-lora-path"]
+    )]
     pub distilled_lora: Vec<String>,
+    /// Its strength, where that is not behind its path [default: 1]
+    #[arg(
+        long,
+        value_name = "STRENGTH",
+        hide_short_help = true,
+        requires = "distilled_lora",
+        alias = "distilled-lora-scale"
+    )]
+    pub distilled_lora_strength: Option<f64>,
     /// Strength of the distilled LoRA in stage 1, where that stage has it.
-    #[arg(long, value_name = "STRENGTH", allow_negative_numbers = true)]
+    #[arg(long, value_name = "STRENGTH", allow_negative_numbers = true, requires = "distilled_lora")]
     pub distilled_lora_strength_stage_1: Option<f64>,
     /// Strength of the distilled LoRA in stage 2, where that stage has it.
-    #[arg(long, value_name = "STRENGTH", allow_negative_numbers = true)]
+    #[arg(long, value_name = "STRENGTH", allow_negative_numbers = true, requires = "distilled_lora")]
     pub distilled_lora_strength_stage_2: Option<f64>,
     /// Go on with LoRAs that have keys which the model has nothing for.
     #[arg(long)]

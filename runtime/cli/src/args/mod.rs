@@ -4,7 +4,9 @@
 
 mod adapters;
 mod compiler;
+mod config;
 mod content;
+mod foreign;
 mod model;
 mod output;
 mod sampling;
@@ -14,20 +16,23 @@ mod words;
 use std::path::PathBuf;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand};
 use ltxc_models::synth::Preset;
 
+use crate::convert::ConvertArgs;
 use crate::debug::command::{DebugCommand, SCRIPTS};
 use crate::debug::flags::DebugFlags;
+use crate::debug::text::contexts::ExportArgs;
+use crate::info::InfoArgs;
 
 pub use adapters::{AdapterArgs, LoraMode, RunAdapterArgs};
 pub use compiler::{CompilerArgs, FuseLevel};
 pub use content::{ContentArgs, Hdr, ImageCodec};
-pub use model::ModelArgs;
+pub use model::{ModelArgs, Variant};
 pub use output::OutputArgs;
 pub use sampling::{RuleName, SamplerName, SamplingArgs, ScheduleName, StgMode};
 pub use shape::{DeviceChoice, PipelineName, Precision, ReferenceVersion, ShapeArgs};
-pub use words::in_our_words;
+pub use words::{Line, in_our_words};
 
 /// Compile LTX-2 models ahead of time and run them.
 #[derive(Debug, Parser)]
@@ -49,6 +54,20 @@ pub struct Cli {
     pub quiet: bool,
 }
 
+/// The parser of the command line. A value may be a negative number everywhere, so that flags say themselves what they take.
+pub fn command() -> clap::Command {
+    with_negative_numbers(Cli::command())
+}
+
+/// The same parser, in which values of flags may be negative numbers.
+pub fn with_negative_numbers(command: clap::Command) -> clap::Command {
+    let command = command.mut_args(|arg| match arg.get_action().takes_values() && !arg.is_positional() {
+        true => arg.allow_negative_numbers(true),
+        false => arg,
+    });
+    command.mut_subcommands(with_negative_numbers)
+}
+
 /// The commands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
@@ -58,15 +77,21 @@ pub enum Command {
     Run(Box<RunArgs>),
     /// Compile the kernels of a plan for a device of this machine, and store them in the plan.
     Tune(TuneArgs),
+    /// Tell what a file is: model, LoRA, upsampler, text encoder, plan or GGUF; and what a run of a model would need.
+    Info(Box<InfoArgs>),
     /// Show what a plan, or the graph of model files, contains.
     Inspect(InspectArgs),
     /// Show what a LoRA file contains and which models it fits.
     #[command(subcommand)]
     Lora(LoraCommand),
+    /// Convert model files and LoRAs to other layouts, dtypes and dialects; merge LoRAs; rename keys.
+    Convert(ConvertArgs),
     /// Write synthetic model files in the published format.
     Synth(SynthArgs),
     /// Let the text encoder write a prompt anew, in detail, and print that.
     Enhance(EnhanceArgs),
+    /// Write the text contexts of a prompt to a file, for runs with --embeddings.
+    EncodeText(Box<ExportArgs>),
     /// Measure how long the parts of a plan take, and how close to the limits of the device.
     Bench(BenchArgs),
     /// Make ./demo.mp4 with a tiny synthetic model.
@@ -97,6 +122,9 @@ pub struct CompileArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub adapters: AdapterArgs,
+    /// File of flags: .toml, .json or .yaml with their names as keys; the command line wins.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
     /// Leave kernels out of the plan; otherwise it carries those of a GPU that is chosen or named by number.
     #[arg(long)]
     pub no_kernels: bool,
@@ -144,9 +172,12 @@ pub struct RunArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub adapters: RunAdapterArgs,
-    /// Output: .mp4, .wav, or a folder for PNG or EXR frames and a WAV file.
-    #[arg(long, short, value_name = "PATH", default_value = "out.mp4", aliases = ["output-path", "output-dir"])]
-    pub output: PathBuf,
+    /// Output: .mp4, .wav, or a folder for PNG or EXR frames and a WAV file [default: out.mp4, out.wav for sound, out for EXR]
+    #[arg(long, short, value_name = "PATH", aliases = ["output-path", "output-dir"])]
+    pub output: Option<PathBuf>,
+    /// File of flags: .toml, .json or .yaml with their names as keys; the command line wins.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
     /// Fail rather than compile a kernel: use those that the plan carries.
     #[arg(long)]
     pub frozen: bool,

@@ -9,41 +9,53 @@ pub struct SamplingArgs {
     /// Sampler of the first stage [default: the pipeline's]
     #[arg(long, value_enum)]
     pub sampler: Option<SamplerName>,
-    /// Extrapolation of gradient estimation, which this chooses as the sampler [default: 2]
+    /// Extrapolation of gradient estimation, which this chooses as the sampler; 0 for none [default: 2]
     #[arg(long)]
     pub ge_gamma: Option<f64>,
     /// Noise levels of the first stage [default: the pipeline's]
     #[arg(long, value_enum)]
     pub schedule: Option<ScheduleName>,
     /// Scale of video against the negative prompt, 1 for none.
-    #[arg(long = "video-cfg-guidance-scale", value_name = "SCALE", aliases = ["cfg", "cfg-scale", "guidance-scale"])]
+    #[arg(long = "video-cfg-guidance-scale", value_name = "SCALE", aliases = [
+        "cfg", "cfg-scale", "guidance-scale", "cfg-stage1", "ltx2-cfg-scale-video"
+    ])]
     pub cfg: Option<f64>,
     /// The same for sound.
-    #[arg(long = "audio-cfg-guidance-scale", value_name = "SCALE", alias = "cfg-audio")]
+    #[arg(long = "audio-cfg-guidance-scale", value_name = "SCALE", aliases = ["cfg-audio", "ltx2-cfg-scale-audio"])]
     pub cfg_audio: Option<f64>,
     /// How the difference from the negative prompt is used [default: plain]
     #[arg(long, value_enum)]
     pub cfg_rule: Option<RuleName>,
     /// Scale of video against a pass without self attention in some blocks (STG), 0 for none.
-    #[arg(long = "video-stg-guidance-scale", value_name = "SCALE", aliases = ["stg", "stg-scale"])]
+    #[arg(long = "video-stg-guidance-scale", value_name = "SCALE", aliases = ["stg", "stg-scale", "ltx2-stg-scale-video"])]
     pub stg: Option<f64>,
     /// The same for sound.
-    #[arg(long = "audio-stg-guidance-scale", value_name = "SCALE", alias = "stg-audio")]
+    #[arg(long = "audio-stg-guidance-scale", value_name = "SCALE", aliases = ["stg-audio", "ltx2-stg-scale-audio"])]
     pub stg_audio: Option<f64>,
     /// What the scale of STG holds for [default: video; sound has a scale of its own]
     #[arg(long, value_enum, value_name = "MODALITY")]
     pub stg_mode: Option<StgMode>,
     /// Blocks in which that pass leaves out self attention of video.
-    #[arg(long = "video-stg-blocks", value_name = "BLOCKS", value_delimiter = ',', alias = "stg-blocks")]
+    #[arg(
+        long = "video-stg-blocks",
+        value_name = "BLOCKS",
+        value_delimiter = ',',
+        aliases = ["stg-blocks", "ltx2-stg-blocks-video"]
+    )]
     pub stg_blocks: Option<Vec<u32>>,
     /// Blocks in which it leaves out self attention of sound.
-    #[arg(long = "audio-stg-blocks", value_name = "BLOCKS", value_delimiter = ',', alias = "stg-blocks-audio")]
+    #[arg(
+        long = "audio-stg-blocks",
+        value_name = "BLOCKS",
+        value_delimiter = ',',
+        aliases = ["stg-blocks-audio", "ltx2-stg-blocks-audio"]
+    )]
     pub stg_blocks_audio: Option<Vec<u32>>,
     /// Scale of video against a pass in which it does not hear the sound, 1 for none.
-    #[arg(long = "a2v-guidance-scale", value_name = "SCALE", alias = "modality")]
+    #[arg(long = "a2v-guidance-scale", value_name = "SCALE", aliases = ["modality", "ltx2-modality-scale-video"])]
     pub modality: Option<f64>,
     /// Scale of sound against a pass in which it does not see the video.
-    #[arg(long = "v2a-guidance-scale", value_name = "SCALE", alias = "modality-audio")]
+    #[arg(long = "v2a-guidance-scale", value_name = "SCALE", aliases = ["modality-audio", "ltx2-modality-scale-audio"])]
     pub modality_audio: Option<f64>,
     /// How far guided video returns to its contrast without guidance, 0 to 1.
     #[arg(long = "video-rescale-scale", value_name = "SHARE", aliases = ["rescale", "guidance-rescale"])]
@@ -51,12 +63,18 @@ pub struct SamplingArgs {
     /// The same for sound.
     #[arg(long = "audio-rescale-scale", value_name = "SHARE", alias = "rescale-audio")]
     pub rescale_audio: Option<f64>,
+    /// Both at once.
+    #[arg(long = "ltx2-rescale-scale", value_name = "SHARE", hide = true, conflicts_with_all = ["rescale", "rescale_audio"])]
+    pub rescale_both: Option<f64>,
     /// Steps of video that reuse the prediction of each one that is computed.
     #[arg(long, value_name = "STEPS")]
     pub video_skip_step: Option<u32>,
     /// The same for sound.
     #[arg(long, value_name = "STEPS")]
     pub audio_skip_step: Option<u32>,
+    /// Projected guidance of this scale: that of video, by the rule `apg`.
+    #[arg(long, value_name = "SCALE", hide = true, conflicts_with = "cfg")]
+    pub apg_scale: Option<f64>,
     /// Projected guidance: factor of the part along the prediction [default: 1]
     #[arg(long, value_name = "FACTOR")]
     pub apg_eta: Option<f64>,

@@ -24,7 +24,7 @@ pub struct ShapeArgs {
     #[arg(long, value_name = "WxH", conflicts_with_all = ["height", "width"])]
     pub size: Option<String>,
     /// Number of frames, 8k+1 [default: 121, or what a clip has; for hdr-ic-lora at most 161]
-    #[arg(long, alias = "frames")]
+    #[arg(long, alias = "frames", short_alias = 'f')]
     pub num_frames: Option<u32>,
     /// Length in seconds instead, which is rounded down to 8k+1 frames.
     #[arg(long, conflicts_with = "num_frames")]
@@ -32,7 +32,7 @@ pub struct ShapeArgs {
     /// Frames per second, a number or a fraction like 24000/1001 [default: 24]
     #[arg(long, alias = "fps")]
     pub frame_rate: Option<String>,
-    /// Images behind frame 0 that a run may give [default: 0, or what --image needs]
+    /// Images behind frame 0 that a run may give, for keyframes images at all [default: 0, keyframes 2, or what --image needs]
     #[arg(long)]
     pub max_keyframes: Option<u32>,
     /// Leave out the second stage of pipeline ic-lora; the video has half the size given.
@@ -128,7 +128,6 @@ pub enum ReferenceVersion {
 pub enum PipelineName {
     /// Distilled model, two stages: half size, latent upscaling, full size.
     #[default]
-    #[value(alias = "generate")]
     Distilled,
     /// Distilled, one stage at full size.
     #[value(alias = "text-to-video")]

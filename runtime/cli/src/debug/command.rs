@@ -52,7 +52,8 @@ Instead of a port's script:
   test_vae_roundtrip, test_latent_normalization     vae roundtrip, vae norm
   test_ltx2_audio_vae                               vae audio --compare FILE
   debug_adaln, verify_attention_weights             weights FILE --adaln [N], weights FILE --attn [N], vae timestep
-  convert_ltx2_weights                              weights FILE --against FILE; no file needs it
+  convert_ltx2_weights                              ltxc convert, weights FILE --against FILE
+  wan_to_diffusers, longcat_to_fastvideo            ltxc convert --map FILE
   test_distilled_pipeline                           pipeline distilled
   test_dev_model                                    pipeline one-stage --steps 25
   debug_twostage, debug_twostage_v2                 pipeline two-stage, vae upscale

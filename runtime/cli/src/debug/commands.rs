@@ -4,16 +4,16 @@ use std::ffi::OsString;
 use std::process::Command as Process;
 
 use anyhow::{Context, Result, bail};
-use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser};
+use clap::{ArgMatches, FromArgMatches, Parser};
 
 use super::command;
-use crate::args::{Cli, Command, RunArgs};
+use crate::args::{self, Cli, Command, RunArgs, in_our_words};
 use crate::report::{Report, Style};
 use crate::run::{self, Occurrences};
 
-fn parsed(args: &[String]) -> Result<(Command, ArgMatches)> {
-    let line = std::iter::once("ltxc").chain(args.iter().map(String::as_str)).map(OsString::from);
-    let matches = Cli::command().try_get_matches_from(line)?;
+fn parsed(words: &[String]) -> Result<(Command, ArgMatches)> {
+    let line = std::iter::once("ltxc").chain(words.iter().map(String::as_str)).map(OsString::from);
+    let matches = args::command().try_get_matches_from(in_our_words(line)?.args)?;
     Ok((Cli::from_arg_matches(&matches)?.command, matches))
 }
 

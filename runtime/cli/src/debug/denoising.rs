@@ -19,7 +19,7 @@ use serde_json::json;
 use super::flags::{DebugFlags, DebugMode, DebugOptions};
 use super::names::{COMPONENTS, component, components, full_name, pass_of};
 use super::parity::Check;
-use super::parity::runs::check_run;
+use super::parity::runs::{RunOn, check_run};
 use super::pipeline::{Pipeline, Tensors, plan_for};
 use super::recording::{Distance, TensorFile};
 use super::session::{About, Session};
@@ -252,9 +252,11 @@ pub fn run_loop(args: &LoopArgs, json_output: bool) -> Result<bool> {
         let files = ModelFiles::open(&args.run.model, args.run.model.spatial_upsampler_path.is_some())?;
         let device = pick(&args.run.shape.device, None)?;
         let options = DebugOptions::of(&args.run.debug)?.only(&COMPONENTS)?;
+        let compiler = options.mode.unwrap_or_default().compiler();
         let session = Session::new(options, About { device: device.name.to_string(), ..About::default() });
         let mut rows = Vec::new();
-        check_run(&files, &device, &session, &recording.path, &mut rows)?;
+        let on = RunOn { device: &device, options: compiler, session: &session };
+        check_run(&files, &on, &recording.path, &mut rows)?;
         session.finish()?.iter().for_each(|note| eprintln!("{note}"));
         return print_rows(&rows, &recording.path.display().to_string(), json_output);
     }

@@ -118,7 +118,8 @@ pub fn run(args: &LatentsArgs, json_output: bool) -> Result<bool> {
         println!(
             "{}",
             json!({"tensor": tensor.name, "shape": tensor.shape, "mean": s.mean, "std": s.std, "min": s.min, "max": s.max,
-            "channel_std": stds, "dc_ratio": dc, "temporal_difference": change, "autocorrelation": autocorrelation, "flags": flags})
+            "channel_std": stds, "dc_ratio": dc, "temporal_difference": change, "autocorrelation": autocorrelation,
+            "histogram": shares(&tensor.values), "flags": flags})
         );
     } else {
         println!(
@@ -137,12 +138,15 @@ pub fn run(args: &LatentsArgs, json_output: bool) -> Result<bool> {
     Ok(flags.is_empty())
 }
 
-/// Shares of values in steps of 1 from −4 to 4.
-fn histogram(values: &[f32]) -> String {
+/// Shares of values in steps of 1 from −4 to 4, by the beginnings of the steps.
+fn shares(values: &[f32]) -> Vec<(f32, f64)> {
     let n = values.len().max(1) as f64;
-    let bar = |low: f32| {
-        let count = values.iter().filter(|&&v| (low..low + 1.0).contains(&v)).count() as f64 / n;
-        format!("{low:>4} {:>6.2} % {}", count * 100.0, "█".repeat((count * 60.0) as usize))
-    };
-    (-4..4).map(|i| bar(i as f32)).collect::<Vec<_>>().join("\n")
+    let share = |low: f32| values.iter().filter(|&&v| (low..low + 1.0).contains(&v)).count() as f64 / n;
+    (-4..4).map(|i| (i as f32, share(i as f32))).collect()
+}
+
+fn histogram(values: &[f32]) -> String {
+    let bar =
+        |(low, share): (f32, f64)| format!("{low:>4} {:>6.2} % {}", share * 100.0, "█".repeat((share * 60.0) as usize));
+    shares(values).into_iter().map(bar).collect::<Vec<_>>().join("\n")
 }

@@ -14,8 +14,9 @@
 //! | `lora` | a LoRA here and in the reference |
 //! | `bisect`, `reference` | the first op that differs between two settings, and from a reference |
 //! | `commands`, `smoke` | commands that run others; a short run of every pipeline |
-//! | `noise`, `weights`, `manifest`, `text`, `vae`, `denoising`, `latents`, `positions`, `schedule`, `video_stats` | one part of a model or run each |
+//! | `noise`, `weights`, `against`, `manifest`, `text`, `vae`, `denoising`, `latents`, `positions`, `schedule`, `video_stats` | one part of a model or run each |
 
+mod against;
 pub mod bisect;
 pub mod command;
 pub mod commands;

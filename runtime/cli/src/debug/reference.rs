@@ -278,7 +278,7 @@ fn run_ours(args: &BisectArgs, folder: &Path, noise: &[(&'static str, PathBuf)],
     let of = |flag: &str| noise.iter().find(|(name, _)| *name == flag).map(|(_, path)| path.clone());
     let log = |name: &str| pattern.is_none().then(|| folder.join(name));
     let mut run = run_args(&args.prompt)?;
-    (run.model, run.shape, run.output) = (args.model.clone(), args.shape.clone(), folder.join("out.mp4"));
+    (run.model, run.shape, run.output) = (args.model.clone(), args.shape.clone(), Some(folder.join("out.mp4")));
     run.content = ContentArgs {
         seed: args.seed.to_string(),
         allow_bad_numerics: true,

@@ -16,14 +16,11 @@ use ltxc_runtime::stats::{Stats, decoded};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
+use super::against::{self, Other};
 use super::manifest;
-use super::recording::Distance;
 use crate::args::PipelineName;
-use crate::assemble::MODEL;
+use crate::assemble::{MODEL, local};
 use crate::tensors::UNUSED;
-
-/// Largest difference of a weight that two layouts of one checkpoint may have.
-const LOADED_LIMIT: f64 = 1e-3;
 
 /// Components by the beginnings of keys, the longest match counts.
 const COMPONENTS: [(&str, &str); 9] = [
@@ -59,7 +56,7 @@ pub struct WeightsArgs {
     /// Only tensors whose keys contain one of these; repeatable.
     #[arg(long, value_name = "TEXT")]
     pub key: Vec<String>,
-    /// Compare with these files tensor by tensor, whatever their layout.
+    /// Compare with these files tensor by tensor, whatever their layout: single, split, diffusers, or a GGUF file.
     #[arg(long, value_name = "FILE")]
     pub against: Option<PathBuf>,
     /// Statistics of the attention weights of a block [without a number: block 0]
@@ -75,7 +72,7 @@ pub struct WeightsArgs {
 /// # Errors
 /// Files that cannot be read.
 pub fn run(args: &WeightsArgs, json_output: bool) -> Result<bool> {
-    let checkpoint = args.checkpoint.as_ref().map(|path| Checkpoint::open(path)).transpose()?;
+    let checkpoint = args.checkpoint.as_deref().map(|path| anyhow::Ok(Checkpoint::open(&local(path)?)?)).transpose()?;
     if let Some(pipeline) = args.download_manifest {
         let generation = checkpoint.as_ref().map(Checkpoint::generation);
         return Ok(manifest::print(pipeline, generation, &args.folder, json_output));
@@ -101,13 +98,13 @@ pub fn run(args: &WeightsArgs, json_output: bool) -> Result<bool> {
         ok &= print_modulation(&checkpoint, block, json_output)?;
     }
     if let Some(other) = &args.against {
-        ok &= compare(&checkpoint, &Checkpoint::open(other)?, &wanted, json_output);
+        ok &= against::compare(&checkpoint, &Other::open(&local(other)?)?, &wanted, json_output);
     }
     Ok(ok)
 }
 
 /// What is in the files, and what does not fit.
-struct Audit {
+pub(crate) struct Audit {
     /// Number of tensors and bytes by component, and bytes by dtype.
     components: BTreeMap<&'static str, (usize, u64)>,
     dtypes: BTreeMap<String, u64>,
@@ -119,7 +116,8 @@ struct Audit {
     unknown: Vec<String>,
 }
 
-fn audit(checkpoint: &Checkpoint) -> Audit {
+/// Looks into a checkpoint.
+pub(crate) fn audit(checkpoint: &Checkpoint) -> Audit {
     let (mut components, mut dtypes) = (BTreeMap::new(), BTreeMap::new());
     for (key, at) in checkpoint.tensors() {
         let component = COMPONENTS.iter().filter(|(p, _)| key.starts_with(p)).max_by_key(|(p, _)| p.len());
@@ -132,12 +130,9 @@ fn audit(checkpoint: &Checkpoint) -> Audit {
     let absent = ask_for_everything(checkpoint, &weights);
     let mut problems: Vec<String> = weights.problems().into_iter().map(|p| p.text).collect();
     problems.extend(gate_problem(checkpoint));
-    // What quantised files have beside a weight belongs to it.
-    let is_companion =
-        |key: &str| ["weight_scale", "input_scale", "weight_scale_2"].iter().any(|s| key.rsplit('.').next() == Some(s));
     let is_known = |key: &str| {
         weights.was_asked_for(key)
-            || is_companion(key)
+            || against::is_companion(key)
             || UNUSED.iter().chain(&TEXT_SIDE).any(|part| key.starts_with(part))
     };
     let unknown = checkpoint.tensors().map(|(key, _)| key).filter(|key| !is_known(key)).map(String::from).collect();
@@ -221,7 +216,7 @@ fn ask_for_everything(checkpoint: &Checkpoint, weights: &Weights<'_>) -> Vec<Str
 }
 
 impl Audit {
-    fn facts(&self, checkpoint: &Checkpoint) -> Value {
+    pub(crate) fn facts(&self, checkpoint: &Checkpoint) -> Value {
         let components: Vec<Value> = (self.components.iter())
             .map(|(name, (count, bytes))| json!({"component": name, "tensors": count, "bytes": bytes}))
             .collect();
@@ -232,7 +227,7 @@ impl Audit {
         })
     }
 
-    fn text(&self, checkpoint: &Checkpoint) -> String {
+    pub(crate) fn text(&self, checkpoint: &Checkpoint) -> String {
         let why = match checkpoint.model_version() {
             Some(version) => format!("its metadata says model_version {version}"),
             None => "its metadata has no model_version, which is how the first release looks".into(),
@@ -334,7 +329,7 @@ fn print_attention(checkpoint: &Checkpoint, block: usize, json_output: bool) -> 
 }
 
 /// Names of the rows of modulation tables, in order.
-fn row_names(key: &str, rows: usize) -> Vec<String> {
+pub(super) fn row_names(key: &str, rows: usize) -> Vec<String> {
     if key.contains("a2v_ca") {
         let names = ["a2v scale", "a2v shift", "v2a scale", "v2a shift", "gate"];
         return names.iter().take(rows).map(ToString::to_string).collect();
@@ -397,67 +392,6 @@ fn print_modulation(checkpoint: &Checkpoint, block: usize, json_output: bool) ->
     Ok(ok)
 }
 
-/// Compares two sets of files by canonical keys; returns whether they hold the same values.
-fn compare(a: &Checkpoint, b: &Checkpoint, wanted: &dyn Fn(&str) -> bool, json_output: bool) -> bool {
-    let (mut equal, mut different, mut only) = (0usize, Vec::new(), Vec::new());
-    for (key, _) in a.tensors().filter(|(key, _)| wanted(key)) {
-        let (Some((ty, x)), Some((other, y))) = (values(a, key), values(b, key)) else {
-            only.push(format!("{key} (only in the first)"));
-            continue;
-        };
-        if ty.shape != other.shape {
-            different.push((key.to_string(), format!("{ty} and {other}"), f64::INFINITY));
-            continue;
-        }
-        let distance = Distance::of(&x, &y);
-        match distance.max_abs {
-            0.0 => equal += 1,
-            most => {
-                let what = swapped_rows(key, &ty, &x, &y);
-                let what = what.unwrap_or_else(|| format!("relative L2 {:.2e}", distance.relative_l2));
-                different.push((key.to_string(), what, most));
-            }
-        }
-    }
-    only.extend(
-        b.tensors()
-            .filter(|(k, _)| wanted(k) && a.tensor(k).is_none())
-            .map(|(k, _)| format!("{k} (only in the second)")),
-    );
-    different.sort_by(|x, y| y.2.total_cmp(&x.2));
-    let ok = different.iter().all(|d| d.2 < LOADED_LIMIT) && only.is_empty();
-    if json_output {
-        let rows: Vec<Value> = different
-            .iter()
-            .map(|(k, what, most)| json!({"key": k, "what": what, "max_abs": format!("{most:e}")}))
-            .collect();
-        println!("{}", json!({"equal": equal, "different": rows, "only": only, "ok": ok}));
-        return ok;
-    }
-    println!("{equal} tensors are equal, {} differ, {} are in one only", different.len(), only.len());
-    for (key, what, most) in different.iter().take(20) {
-        println!("  {key}: largest difference {most:.3e}, {what}");
-    }
-    only.iter().take(20).for_each(|line| println!("  {line}"));
-    println!("{}", if ok { "the same model" } else { "NOT the same model" });
-    ok
-}
-
-/// What of two modulation tables that hold the same rows in another order was swapped.
-fn swapped_rows(key: &str, ty: &TensorType, x: &[f32], y: &[f32]) -> Option<String> {
-    let &[rows, width] = &ty.shape[..] else { return None };
-    if !key.contains("scale_shift_table") || rows < 2 {
-        return None;
-    }
-    let row = |values: &[f32], i: usize| values[i * width..(i + 1) * width].to_vec();
-    let place = |i: usize| (0..rows).find(|&j| row(y, j) == row(x, i));
-    let places: Vec<usize> = (0..rows).map(place).collect::<Option<_>>()?;
-    let names = row_names(key, rows);
-    let moved: Vec<&str> =
-        places.iter().enumerate().filter(|(i, j)| i != *j).filter_map(|(i, _)| Some(names.get(i)?.as_str())).collect();
-    (!moved.is_empty()).then(|| format!("the same rows in another order: {}", moved.join(", ")))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -470,11 +404,7 @@ mod tests {
     }
 
     #[test]
-    fn swapped_rows_are_told() {
-        let ty = TensorType::f32([2, 2]);
-        let found = swapped_rows("x.scale_shift_table", &ty, &[1.0, 2.0, 3.0, 4.0], &[3.0, 4.0, 1.0, 2.0]);
-        assert_eq!(found.as_deref(), Some("the same rows in another order: shift, scale"));
-        assert_eq!(swapped_rows("x.scale_shift_table", &ty, &[1.0, 2.0, 3.0, 4.0], &[1.0, 2.0, 3.0, 5.0]), None);
+    fn swapped_tables_look_swapped() {
         assert!(looks_swapped(-0.32, 0.01) && !looks_swapped(0.01, -0.32) && !looks_swapped(0.0, 0.0));
     }
 }

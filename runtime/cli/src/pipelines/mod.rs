@@ -13,9 +13,10 @@ mod levels;
 mod one_stage;
 mod retake;
 mod sampling;
+mod takes;
 mod two_stage;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 use clap::ValueEnum;
@@ -27,6 +28,7 @@ pub use describe::{describe, describe_output};
 pub use inputs::inputs;
 pub use levels::levels;
 pub use sampling::{guidance, stage_choice};
+pub use takes::refuse_idle;
 
 /// What a pipeline is.
 pub struct Definition {
@@ -68,6 +70,11 @@ pub struct Brings {
 }
 
 impl Brings {
+    /// Images that a plan has room for where nothing else is said: the first and the last, if all of them are appended.
+    pub fn usual_keyframes(&self) -> usize {
+        if self.appends_first_image { 2 } else { 0 }
+    }
+
     /// Text and images are all.
     pub const NOTHING: Brings =
         Brings { appends_first_image: false, references: 0, pads_references: false, clip: false, sound: None };
@@ -138,17 +145,25 @@ pub fn definition(name: PipelineName) -> &'static Definition {
 
 /// Whether the pipeline that plans call `name` takes reference videos.
 pub fn takes_references(name: &str) -> bool {
+    definition_named(name).is_some_and(|definition| definition.brings.references > 0)
+}
+
+/// The definition of the pipeline that plans call `name`.
+pub fn definition_named(name: &str) -> Option<&'static Definition> {
     let all = PipelineName::value_variants().iter().chain(&[PipelineName::IcLoraOneStage]);
-    all.map(|&p| definition(p)).any(|d| d.name == name && d.brings.references > 0)
+    all.map(|&pipeline| definition(pipeline)).find(|definition| definition.name == name)
 }
 
 impl Definition {
+    /// Its stages, as far as they do not depend on the model: which adapters and which guidance they have does not.
+    fn drafts(&self, has_distilled_adapter: bool) -> Vec<StageDraft> {
+        let generation = Generation::Ltx2;
+        (self.stages)(&Basis { generation, layers: 1, first_tokens: 1, has_distilled_adapter })
+    }
+
     /// Whether a stage of it needs the distilled adapter.
     pub fn needs_distilled_adapter(&self) -> bool {
-        // Which adapters a stage has depends on nothing but the last of these.
-        let basis = Basis { generation: Generation::Ltx2, layers: 1, first_tokens: 1, has_distilled_adapter: false };
-        let stages = (self.stages)(&basis);
-        stages.iter().flat_map(|stage| &stage.adapters).any(|a| a.role == StageAdapter::DISTILLED)
+        self.drafts(false).iter().flat_map(|stage| &stage.adapters).any(|a| a.role == StageAdapter::DISTILLED)
     }
 
     /// Refuses a checkpoint that was trained for other pipelines, as far as its name tells: nothing else does. A full
@@ -172,17 +187,25 @@ impl Definition {
     }
 }
 
+/// Whether a checkpoint is a distilled one, if its file is called as it was published.
+pub(crate) fn is_distilled(checkpoint: &Checkpoint) -> Option<bool> {
+    training_of(checkpoint).map(|training| training == Training::Distilled)
+}
+
 /// How a checkpoint was trained, if its file, or the one that a link leads to, is called as it was published.
 fn training_of(checkpoint: &Checkpoint) -> Option<Training> {
     let paths = [vec![PathBuf::from(checkpoint.name())], checkpoint.paths()].concat();
     let behind = paths.iter().filter_map(|path| path.canonicalize().ok()).collect();
-    let named = [paths, behind].concat();
-    named.iter().filter_map(|path| path.file_name()?.to_str()).find_map(|name| {
-        let has = |word: &str| name.split(['-', '_', '.']).any(|part| part.eq_ignore_ascii_case(word));
-        match (has("distilled"), has("dev")) {
-            (true, _) => Some(Training::Distilled),
-            (_, true) => Some(Training::Full),
-            _ => None,
-        }
-    })
+    [paths, behind].concat().iter().find_map(|path| training_named(path))
+}
+
+/// How a checkpoint with this path was trained, if it is called as it was published.
+pub fn training_named(path: &Path) -> Option<Training> {
+    let name = path.file_name()?.to_str()?;
+    let has = |word: &str| name.split(['-', '_', '.']).any(|part| part.eq_ignore_ascii_case(word));
+    match (has("distilled"), has("dev")) {
+        (true, _) => Some(Training::Distilled),
+        (_, true) => Some(Training::Full),
+        _ => None,
+    }
 }

@@ -25,11 +25,20 @@ pub const VIDEO: Definition = Definition {
 /// Text to sound.
 pub const SOUND: Definition = Definition { name: "t2a", has_video: false, ..VIDEO };
 
-/// From noise, with the guidance of the generation.
+/// From noise, with the steps and the guidance of the generation.
 pub fn guided(basis: &Basis) -> StageDraft {
-    let (steps, block) = match basis.generation {
-        Generation::Ltx2 => (40, 29),
-        Generation::Ltx23 | Generation::Ltx25 => (30, 28),
+    let steps = match basis.generation {
+        Generation::Ltx2 => 40,
+        Generation::Ltx23 | Generation::Ltx25 => 30,
+    };
+    guided_in(steps, basis)
+}
+
+/// From noise in so many steps, with the guidance of the generation.
+pub fn guided_in(steps: usize, basis: &Basis) -> StageDraft {
+    let block = match basis.generation {
+        Generation::Ltx2 => 29,
+        Generation::Ltx23 | Generation::Ltx25 => 28,
     };
     let guider = |cfg: f64| Guider {
         cfg,

@@ -24,13 +24,19 @@ pub fn guidance(planned: Option<&Guidance>, args: &SamplingArgs, modalities: &[M
         return Ok(None);
     };
     let mut guided = planned.clone();
+    let (rescale, rescale_audio) = (args.rescale.or(args.rescale_both), args.rescale_audio.or(args.rescale_both));
     let rule = args.rule()?;
     let (stg, stg_audio) = args.stg_scales(planned)?;
     let values = [
-        (&mut guided.video, [args.cfg, stg, args.modality, args.rescale], &args.stg_blocks, args.video_skip_step),
+        (
+            &mut guided.video,
+            [args.cfg.or(args.apg_scale), stg, args.modality, rescale],
+            &args.stg_blocks,
+            args.video_skip_step,
+        ),
         (
             &mut guided.audio,
-            [args.cfg_audio, stg_audio, args.modality_audio, args.rescale_audio],
+            [args.cfg_audio, stg_audio, args.modality_audio, rescale_audio],
             &args.stg_blocks_audio,
             args.audio_skip_step,
         ),
@@ -46,6 +52,15 @@ pub fn guidance(planned: Option<&Guidance>, args: &SamplingArgs, modalities: &[M
         guider.stg_blocks = blocks.clone().unwrap_or(std::mem::take(&mut guider.stg_blocks));
         guider.skip_step = skip_step.unwrap_or(guider.skip_step);
         guider.rule = rule.unwrap_or(guider.rule);
+    }
+    for (flag, given, guider) in [
+        ("--video-stg-guidance-scale", args.stg, &guided.video),
+        ("--audio-stg-guidance-scale", args.stg_audio, &guided.audio),
+    ] {
+        if given.is_some_and(|scale| scale != 0.0) && guider.stg != 0.0 && guider.stg_blocks.is_empty() {
+            let blocks = flag.replace("guidance-scale", "blocks");
+            bail!("`{flag} {}` acts in blocks, and this pipeline has none of its own; give `{blocks}`", guider.stg);
+        }
     }
     match modalities {
         // One alone has nothing to be isolated from.
@@ -93,20 +108,33 @@ pub fn stage_choice(
         Some(_) => guidance(stage.guidance.as_ref(), args, modalities)?,
         None => None,
     };
-    Ok(StageChoice { sigmas: levels, sampler: args.sampler(), guidance, levels: Vec::new() })
+    Ok(StageChoice { sigmas: levels, sampler: args.sampler()?, guidance, levels: Vec::new() })
 }
 
 impl SamplingArgs {
     /// The sampler that is asked for.
-    pub fn sampler(&self) -> Option<Sampler> {
-        let name = self.sampler.or(self.ge_gamma.map(|_| SamplerName::GradientEstimation))?;
-        Some(match name {
+    ///
+    /// # Errors
+    /// Gradient estimation and another one.
+    pub fn sampler(&self) -> Result<Option<Sampler>> {
+        // Other tools leave gradient estimation out so.
+        let gamma = self.ge_gamma.filter(|&gamma| gamma != 0.0);
+        let name = match (self.sampler, gamma) {
+            (Some(SamplerName::GradientEstimation), None) if self.ge_gamma.is_some() => {
+                bail!("`--sampler ge --ge-gamma 0` is no gradient estimation; leave one of them out")
+            }
+            (Some(SamplerName::GradientEstimation) | None, Some(_)) => SamplerName::GradientEstimation,
+            (Some(_), Some(_)) => bail!("`--ge-gamma` is for gradient estimation; leave `--sampler` or this out"),
+            (Some(name), None) => name,
+            (None, None) => return Ok(None),
+        };
+        Ok(Some(match name {
             SamplerName::Euler => Sampler::Euler,
             SamplerName::Ancestral => Sampler::Ancestral { eta: 1.0, noise: 1.0 },
             SamplerName::Res2s => Sampler::Res2s,
-            SamplerName::GradientEstimation => Sampler::GradientEstimation { gamma: self.ge_gamma.unwrap_or(2.0) },
+            SamplerName::GradientEstimation => Sampler::GradientEstimation { gamma: gamma.unwrap_or(2.0) },
             SamplerName::CfgPlusPlus => Sampler::CfgPlusPlus { eta: 1.0, noise: 1.0 },
-        })
+        }))
     }
 
     /// Checks that numbers are some.
@@ -143,7 +171,8 @@ impl SamplingArgs {
     /// The rule that is asked for.
     fn rule(&self) -> Result<Option<CfgRule>> {
         let eta = self.apg_eta.unwrap_or(1.0);
-        let given = [self.apg_eta, self.apg_norm_threshold, self.apg_momentum].iter().any(Option::is_some);
+        let given =
+            [self.apg_scale, self.apg_eta, self.apg_norm_threshold, self.apg_momentum].iter().any(Option::is_some);
         Ok(match (self.cfg_rule, self.apg_momentum) {
             (Some(RuleName::Plain | RuleName::Star), _) if given => {
                 bail!("flags of projected guidance (`--apg-…`) need `--cfg-rule apg`")
@@ -175,6 +204,8 @@ impl SamplingArgs {
             ("--v2a-guidance-scale", self.modality_audio.is_some()),
             ("--video-rescale-scale", self.rescale.is_some()),
             ("--audio-rescale-scale", self.rescale_audio.is_some()),
+            ("--ltx2-rescale-scale", self.rescale_both.is_some()),
+            ("--apg-scale", self.apg_scale.is_some()),
             ("--video-skip-step", self.video_skip_step.is_some()),
             ("--audio-skip-step", self.audio_skip_step.is_some()),
             ("--apg-eta", self.apg_eta.is_some()),

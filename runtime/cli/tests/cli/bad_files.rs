@@ -54,6 +54,28 @@ impl Parts {
         self.header.insert(format!("{key}.old"), tensor);
     }
 
+    /// Calls the tensor `from` `to`.
+    pub fn rename_to(&mut self, from: &str, to: &str) {
+        let entry = self.header.remove(from).unwrap_or_else(|| panic!("{from}"));
+        self.header.insert(to.into(), entry);
+    }
+
+    /// Shape and bytes of the tensor `key`.
+    pub fn tensor(&self, key: &str) -> (Value, &[u8]) {
+        let [start, end] = self.place(key);
+        (self.header[key]["shape"].clone(), &self.data[start..end])
+    }
+
+    /// Gives the tensor `key` other bytes of the same length.
+    pub fn set(&mut self, key: &str, bytes: &[u8]) {
+        let [start, end] = self.place(key);
+        self.data[start..end].copy_from_slice(bytes);
+    }
+
+    fn place(&self, key: &str) -> [usize; 2] {
+        [0, 1].map(|i| self.header[key]["data_offsets"][i].as_u64().unwrap() as usize)
+    }
+
     /// Changes the configuration in the metadata.
     pub fn configure(&mut self, change: impl FnOnce(&mut Value)) {
         let config = &mut self.header["__metadata__"]["config"];
@@ -250,7 +272,7 @@ fn no_panic(bytes: &[u8], what: &str) {
         checkpoint_path: Some(place.write("model.safetensors", bytes)),
         gemma_root: Some(tiny().gemma.clone()),
         spatial_upsampler_path: Some(tiny().upsampler.clone()),
-        verify: false,
+        ..ModelArgs::default()
     };
     let shape = ShapeArgs { height: Some(64), width: Some(64), num_frames: Some(9), ..ShapeArgs::default() };
     let shape = ltxc::job::Shape::resolve(&shape, 0).unwrap();

@@ -317,7 +317,8 @@ fn loras_with_references_are_refused_elsewhere() {
     let lora = fixture("tiny-ltx2/ic-lora-ref2-tiny.safetensors");
     let distilled = fixture("tiny-ltx2/distilled-lora-tiny.safetensors");
     let (frames, sound) = (folder(&place, "frames", 9), fixture("inputs/audio.wav"));
-    for (pipeline, brings) in [("keyframes", &[][..]), ("a2v", &["--audio-path", &sound])] {
+    let image = fixture("inputs/image0.png");
+    for (pipeline, brings) in [("keyframes", &["--image", &image][..]), ("a2v", &["--audio-path", &sound])] {
         let args = run("ltx2", pipeline, &[&["--lora", &lora, "--distilled-lora", &distilled], brings].concat());
         refused(&place, &args, &["is an IC-LoRA", &format!("pipeline `{pipeline}` takes none")]);
     }
@@ -327,8 +328,12 @@ fn loras_with_references_are_refused_elsewhere() {
         &run("ltx2", "ic-lora", &["--video-conditioning", &frames, "--lora", &other]),
         &["looks like a LoRA of LTX-2.3"],
     );
-    refused(&place, &run("ltx2", "keyframes", &["--distilled-lora", &other]), &["looks like a LoRA of LTX-2.3"]);
-    let skipped = run("ltx2", "keyframes", &["--skip-stage-2", "--distilled-lora", &distilled]);
+    refused(
+        &place,
+        &run("ltx2", "keyframes", &["--image", &image, "--distilled-lora", &other]),
+        &["looks like a LoRA of LTX-2.3"],
+    );
+    let skipped = run("ltx2", "keyframes", &["--image", &image, "--skip-stage-2", "--distilled-lora", &distilled]);
     refused(&place, &skipped, &["`--skip-stage-2` is for pipeline `ic-lora`"]);
 }
 
@@ -340,12 +345,12 @@ fn pipelines_have_the_names_of_other_tools() {
     for (flag, name) in [("--two-stage", "two-stage"), ("--two-stages-hq", "hq"), ("--two_stages", "two-stage")] {
         sentence(&own(&[flag]), &[&format!("pipeline `{name}` needs the distilled LoRA")]);
     }
-    sentence(&own(&["--two-stage", "--pipeline", "hq"]), &["--pipeline", "multiple times"]);
+    sentence(&own(&["--two-stage", "--pipeline", "hq"]), &["`two-stage` and `hq` are both asked for"]);
     let lora = "needs the distilled LoRA";
     for (name, words) in [
         ("ti2vid_two_stages", lora),
         ("ti2vid_two_stages_hq", lora),
-        ("keyframe", lora),
+        ("keyframe", "pipeline `keyframes` passes through images"),
         ("a2vid_two_stage", "pipeline `a2v` needs a recording"),
         ("ic_lora", "pipeline `ic-lora` needs a reference video"),
         ("lipdub", "pipeline `dubit` needs a reference video"),
@@ -356,7 +361,7 @@ fn pipelines_have_the_names_of_other_tools() {
     }
     let mut args = own(&[]);
     args.insert(1, "dfr".into());
-    sentence(&args, &["no plan `dfr`, and no pipeline of this name", "ltxc help run"]);
+    sentence(&args, &["pipeline `dfr` needs an embedding", "`keyframes`"]);
     let mut args = own(&["-o", "a.wav"]);
     args.insert(1, "generate".into());
     place.ok(&args);

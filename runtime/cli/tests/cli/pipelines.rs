@@ -38,10 +38,10 @@ fn checkpoints_of_the_other_training_are_refused() {
 #[test]
 fn guidance_of_a_distilled_model_is_refused() {
     for flags in [&["--cfg", "3"][..], &["--stg", "1"], &["--apg-eta", "0.5"], &["--video-skip-step", "1"]] {
-        refused("model.safetensors", flags, &["is for guided pipelines", "distilled model is not to be guided"]);
+        refused("model.safetensors", flags, &["guidance", "pipeline `distilled` has none", "take it"]);
     }
     let args = with(tiny().run_args(), &["-p", "x", "-o", "a.mp4", "--cfg", "3"]);
-    Place::new().refused(&args, &["--video-cfg-guidance-scale", "is for guided pipelines"]);
+    Place::new().refused(&args, &["--video-cfg-guidance-scale", "pipeline `distilled` has none"]);
 }
 
 #[test]
@@ -152,7 +152,7 @@ fn guidance_can_depend_on_the_noise_level() {
     place.refused(&run(&["--guidance-table", "table.toml"]), &["stage1", "self attention of video", "ltxc compile"]);
     place.refused(&run(&["--guidance-table", "gone.toml"]), &["guidance table `gone.toml`"]);
     let distilled = with(tiny().run_args(), &["-p", "x", "-o", "b.wav", "--guidance-table", "table.toml"]);
-    place.refused(&distilled, &["without guidance", "leave `--guidance-table` out"]);
+    place.refused(&distilled, &["--guidance-table", "pipeline `distilled` has none"]);
 }
 
 #[test]

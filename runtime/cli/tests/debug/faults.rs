@@ -168,7 +168,14 @@ fn the_first_nan_is_named_with_its_layer() {
         "{facts}"
     );
     assert!(facts["nan"].as_u64() > Some(0) && !facts["reads"].as_array().unwrap().is_empty(), "{facts}");
+    // Step and pass, and the values beside the first bad one.
+    assert_eq!((facts["run"].as_u64(), facts["pass"].as_str()), (Some(0), Some("cond")), "{facts}");
+    let place_of_first = facts["first"].as_u64().unwrap() - facts["around_from"].as_u64().unwrap();
+    assert_eq!(facts["around"][place_of_first as usize], "NaN", "{facts}");
     assert_eq!(nan(&tiny().checkpoint).code, Some(0));
+    let step = ["debug", "step", "--check-nan", "--checkpoint-path", &faulty.display().to_string()];
+    let found = crate::binary::sentence(&place.run(&step), &["transformer.blocks.1.", "first at", "values from"]);
+    assert!(!found.contains("--allow-bad-numerics"), "{found}");
 
     // A run stops, too, and says where; with the flag it names the first value.
     let run = |checkpoint: &Path, more: &[&str]| {
@@ -492,6 +499,8 @@ fn runs_are_compared_step_by_step_and_shown_block_by_block() {
         (facts["tensor"].as_str(), &facts["shape"]),
         (Some("stage2.step0.video.latent"), &serde_json::json!([1, 8, 2, 2, 2]))
     );
+    let shares = facts["histogram"].as_array().unwrap().iter().map(|share| share[1].as_f64().unwrap());
+    assert!((0.9..1.0 + 1e-9).contains(&shares.sum::<f64>()), "{facts}");
     crate::binary::sentence(&latents(&["--step", "99"]), &["`stage1` has no step 99"]);
 }
 

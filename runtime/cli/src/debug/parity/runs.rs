@@ -55,8 +55,8 @@ pub(super) fn check(setup: &Setup<'_>, rows: &mut Vec<Row>) -> Result<()> {
         for (name, path) in setup.references.below(&folder) {
             let needs_upsampler = pipeline_of(&name).is_some_and(|p| definition(p).has_two_stages);
             if pipeline_of(&name).is_some() && (setup.files.upsampler.is_some() || !needs_upsampler) {
-                check_run(&setup.files, setup.device, setup.session, &path, rows)
-                    .with_context(|| format!("run {name}"))?;
+                let on = RunOn { device: setup.device, options: Options::default(), session: setup.session };
+                check_run(&setup.files, &on, &path, rows).with_context(|| format!("run {name}"))?;
             }
         }
     }
@@ -67,17 +67,21 @@ fn pipeline_of(name: &str) -> Option<PipelineName> {
     PIPELINES.iter().find(|(start, _)| name.starts_with(start)).map(|(_, pipeline)| *pipeline)
 }
 
+/// How a recorded run is repeated.
+pub struct RunOn<'a> {
+    /// What runs it.
+    pub device: &'a Device,
+    /// Options of the compiler.
+    pub options: Options,
+    /// What is logged.
+    pub session: &'a Session,
+}
+
 /// Runs what the recording at `path` is of, and compares; `rows` gets what is found, in the order of the run.
 ///
 /// # Errors
 /// A recording that is no run, a file that it names and that is not there, or a run that fails.
-pub fn check_run(
-    files: &ModelFiles,
-    device: &Device,
-    session: &Session,
-    path: &Path,
-    rows: &mut Vec<Row>,
-) -> Result<()> {
+pub fn check_run(files: &ModelFiles, on: &RunOn<'_>, path: &Path, rows: &mut Vec<Row>) -> Result<()> {
     let stem = path.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
     let known = || format!("`{}` is named like no run; recordings of runs begin with {}", path.display(), names());
     let pipeline = pipeline_of(&stem).with_context(known)?;
@@ -88,12 +92,12 @@ pub fn check_run(
     let appends_first = definition(pipeline).brings.appends_first_image;
     let keyframes = images.iter().filter(|i| i.frame > 0 || appends_first).count();
     let shape = run.with_adapters(Shape::resolve(&run.shape(&check.meta)?, keyframes)?);
-    let plan = plan_for(files, &shape, device, Options::default())?;
+    let plan = plan_for(files, &shape, on.device, on.options.clone())?;
     let ran = Pipeline {
         plan: &plan,
         paths: files.paths(),
-        device,
-        session,
+        device: on.device,
+        session: on.session,
         prompt: run.params["prompt"].as_str().context("the recording has no prompt")?,
         negative_prompt: run.params["negative_prompt"].as_str().unwrap_or_default(),
         images: &images,

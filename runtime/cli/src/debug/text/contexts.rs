@@ -28,10 +28,10 @@ const NEGATIVE_AUDIO: [&str; 3] =
 /// Correlation with another state above which a state is taken for that one.
 const SAME: f64 = 0.999;
 
-/// `ltxc debug text export`.
+/// `ltxc encode-text`, also `ltxc debug text export`.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Example:\n  ltxc debug text export --checkpoint-path … --gemma-root … -p \"a fox\" -o fox.safetensors"
+    after_help = "Example:\n  ltxc encode-text --checkpoint-path … --gemma-root … -p \"a fox\" -o fox.safetensors"
 )]
 pub struct ExportArgs {
     /// Prompt.

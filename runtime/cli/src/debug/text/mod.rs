@@ -59,11 +59,19 @@ pub fn run(command: &TextCommand, json: bool) -> Result<bool> {
         }
         TextCommand::Mask(args) => look(&args.side, &ALL[..1], None, |side, _| mask::run(args, side, json)),
         TextCommand::Compare(args) => look(&args.side, &ALL[..2], None, |side, _| contexts::compare(args, side, json)),
-        TextCommand::Export(args) => look(&args.side, &ALL[..2], None, |side, _| contexts::export(args, side, json)),
+        TextCommand::Export(args) => export(args, json),
         TextCommand::Sensitivity(args) => {
             look(&args.side, &ALL, Some(args.seed), |side, files| sensitivity::run(args, side, files, json))
         }
     }
+}
+
+/// `ltxc encode-text`, also `ltxc debug text export`.
+///
+/// # Errors
+/// Model files that cannot be read or run, or a file that cannot be written.
+pub fn export(args: &contexts::ExportArgs, json: bool) -> Result<bool> {
+    look(&args.side, &ALL[..2], None, |side, _| contexts::export(args, side, json))
 }
 
 /// What may run, in this order.
