@@ -20,7 +20,7 @@ pub enum CompileError {
     #[error("function `{function}` reads weights of `{name}`, which is none of the sources {known:?}")]
     UnknownSource { function: String, name: String, known: Vec<String> },
     #[error(
-        "function `{function}` needs a buffer of {bytes} bytes, the target allows arenas of {limit}; compile a smaller size"
+        "function `{function}` needs a buffer of {bytes} bytes, the target allows arenas of {limit}; compile a smaller size, with `--dtype bf16`, with smaller `--vae-tile` or for another device"
     )]
     BufferTooLarge { function: String, bytes: u64, limit: u64 },
     #[error("function `{function}` needs more memory than can be addressed")]
@@ -28,7 +28,7 @@ pub enum CompileError {
     #[error("function `{function}`: `{kernel}` needs {found} bindings, the target allows {limit}")]
     TooManyBindings { function: String, kernel: String, found: usize, limit: u32 },
     #[error(
-        "function `{function}`: `{kernel}` works on {ty} of {bytes} bytes, the target allows tensors of {limit}; compile a smaller size or for another device"
+        "function `{function}`: `{kernel}` works on {ty} of {bytes} bytes, the target allows tensors of {limit}; compile a smaller size, with `--dtype bf16`, with smaller `--vae-tile` or for another device"
     )]
     TensorTooLarge { function: String, kernel: String, ty: String, bytes: u64, limit: u64 },
     #[error("function `{function}`: {problem}\n  this is a bug in ltxc; please report it with the graph")]

@@ -17,6 +17,8 @@ mod prefetch;
 pub mod random;
 pub mod stats;
 pub mod tap;
+#[cfg(test)]
+mod test_plan;
 pub mod tokenizer;
 pub mod weights;
 

@@ -377,54 +377,13 @@ pub fn readable(bytes: u64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use ltxc_ir::plan::{
-        FileTensor, Group, Kernel, Map, Operand, Place, PlanFunction, PlanWeight, Storage, Target, WeightOrigin,
-    };
-    use ltxc_ir::{Rate, TensorType};
+    use ltxc_ir::plan::Target;
 
     use super::*;
 
-    /// Two programs of one group that copy the same weight of 256 bytes into their frames.
+    /// Two programs of one group.
     fn plan(target: Target) -> Plan {
-        let ty = TensorType::f32([64]);
-        let operand = |place| Operand { place, offset: 0, ty: ty.clone(), storage: Storage::Native };
-        let call = KernelCall {
-            work: Kernel::Map(Map { steps: vec![] }).into(),
-            args: vec![operand(Place::Weight(0))],
-            results: vec![Operand { offset: 4, ..operand(Place::Frame { arena: 0 }) }],
-            name: String::new(),
-            flops: 0,
-            bytes: 0,
-        };
-        let tensor = FileTensor { source: 0, key: "w".into(), ty: ty.clone() };
-        let function = PlanFunction {
-            name: "copy".into(),
-            params: vec![],
-            results: vec![],
-            weights: vec![PlanWeight { ty, origin: WeightOrigin::File(tensor) }],
-            constants: vec![0; 16],
-            frame_bytes: vec![512],
-            steps: vec![Step::Kernel(call)],
-        };
-        let program = |name: &str, arena| Program {
-            name: name.into(),
-            group: 0,
-            rate: Rate::Step,
-            function: 0,
-            inputs: vec![],
-            outputs: vec![],
-            frame: vec![0],
-            arena_bytes: vec![arena],
-        };
-        Plan {
-            compiler: String::new(),
-            target,
-            sources: vec![],
-            functions: vec![function],
-            programs: vec![program("a", 512), program("b", 1024)],
-            groups: vec![Group { name: "main".into(), state_bytes: 2048 }],
-            pipeline: Default::default(),
-        }
+        crate::test_plan::copies(target, &[("a", 512), ("b", 1024)])
     }
 
     #[test]

@@ -347,14 +347,19 @@ fn cut_under_taps(part: &Part, axis: usize, start: usize, n: usize) -> Option<(P
 fn cut_store(copy: &Copy, part: &Part, of: usize, start: usize, n: usize) -> Option<(Part, Range)> {
     let [arg] = &part.args[..] else { return None };
     let row = arg.ty.elements() / of;
-    let mut outer = (0..copy.shape.len()).filter(|&a| copy.shape[a] > 1 && copy.src_strides[a] >= row);
-    let axis = outer.next().filter(|_| outer.next().is_none())?;
+    // Its outermost axis counts the rows, or equal parts of them.
+    let axis = (0..copy.shape.len()).filter(|&a| copy.shape[a] > 1).max_by_key(|&a| copy.src_strides[a])?;
+    let step = copy.src_strides[axis];
     let inner = (0..copy.shape.len()).filter(|&a| a != axis);
     let reach: usize = inner.map(|a| (copy.shape[a] - 1) * copy.src_strides[a]).sum();
-    if copy.shape[axis] != of || copy.src_strides[axis] != row || copy.src_offset + reach >= row {
+    if step == 0 || !row.is_multiple_of(step) || copy.src_offset + reach >= step {
         return None;
     }
-    let (mut cut, from, to) = cut_copy(copy, axis, start, n, arg.ty.dtype);
+    let each = row / step;
+    if copy.shape[axis] != of * each {
+        return None;
+    }
+    let (mut cut, from, to) = cut_copy(copy, axis, start * each, n * each, arg.ty.dtype);
     // What it leaves out belongs to other pieces, and must not be written at all.
     if cut.shape.iter().product::<usize>() != to.ty.elements() {
         return None;

@@ -77,6 +77,11 @@ impl Need {
         Need { per_thread: self.per_thread.saturating_add(floats), ..self }
     }
 
+    /// Enough for either.
+    pub(crate) fn max(self, other: Need) -> Need {
+        Need { shared: self.shared.max(other.shared), per_thread: self.per_thread.max(other.per_thread) }
+    }
+
     /// Bytes of workspace for `threads` threads, wherever it begins.
     pub(crate) fn bytes(self, threads: usize) -> usize {
         let floats = self.per_thread.next_multiple_of(LINE).saturating_mul(threads.max(1));

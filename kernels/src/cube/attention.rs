@@ -19,8 +19,8 @@ use super::gemm::four_along;
 use super::index::{broadcast_strides, numbers};
 use super::math::exp;
 use super::matrix_attention;
-use super::program::{Program, finish};
-use super::storage::{self, encode, load, place, words_of_four};
+use super::program::{Tail, finished};
+use super::storage::{self, load, words_of_four};
 use super::tile::{self, Heads};
 
 /// What a kernel is built for.
@@ -33,10 +33,90 @@ struct Blueprint {
     out: DType,
     /// Whether vectors of four lie in memory as such.
     is_aligned: bool,
+}
+
+/// Extents of a call and what is done to scores, as an argument of a kernel.
+#[derive(CubeType, CubeLaunch)]
+pub(crate) struct Extents {
+    /// Batches, queries and their heads.
+    pub(crate) b: u32,
+    pub(crate) t: u32,
+    pub(crate) n: u32,
+    /// Keys and their heads.
+    pub(crate) s: u32,
+    pub(crate) m: u32,
+    /// Head dims of queries and keys, and of values.
+    pub(crate) d: u32,
+    pub(crate) e: u32,
+    scale: f32,
+    /// What is added to scores, if anything is, and its strides.
+    bias: Sequence<Array<u32>>,
+    bias_strides: Sequence<u32>,
+    #[cube(comptime)]
     has_bias: bool,
+    #[cube(comptime)]
     is_causal: bool,
-    /// What happens to elements before they are stored.
-    tail: Program,
+}
+
+/// # Errors
+/// A number beyond u32.
+pub(crate) fn extents<R: Runtime>(op: &Attention, call: &Call<'_, R>) -> Result<ExtentsLaunch<R>, String> {
+    let [q, v] = [0, 2].map(|i| call.args[i].ty);
+    let [b, t, n, d] = [0, 1, 2, 3].map(|a| q.shape[a]);
+    let [s, m, e] = [1, 2, 3].map(|a| v.shape[a]);
+    let bias_strides = match call.args.get(3) {
+        Some(bias) => broadcast_strides(&bias.ty.shape, &[b, n, t, s]),
+        None => Vec::new(),
+    };
+    let bias = (3..call.args.len()).map(|i| call.arg(i)).collect();
+    let [b, t, n, d, s, m, e] = [b, t, n, d, s, m, e].map(to_u32);
+    Ok(ExtentsLaunch::new(
+        b?,
+        t?,
+        n?,
+        s?,
+        m?,
+        d?,
+        e?,
+        op.scale.0 as f32,
+        bias,
+        numbers(bias_strides)?,
+        call.args.len() > 3,
+        op.causal,
+    ))
+}
+
+/// The score of a query and a key whose product is known.
+#[cube]
+#[allow(clippy::collapsible_if)] // one of the conditions is known when the kernel is built
+pub(crate) fn score(product: f32, batch: u32, head: u32, row: u32, key: u32, extents: &Extents) -> f32 {
+    let mut score = product * extents.scale;
+    if comptime!(extents.has_bias) {
+        if row < extents.t && key < extents.s {
+            let at = batch * *extents.bias_strides.index(0usize)
+                + head * *extents.bias_strides.index(1usize)
+                + row * *extents.bias_strides.index(2usize)
+                + key * *extents.bias_strides.index(3usize);
+            score += load(extents.bias.index(0usize), at, DType::F32);
+        }
+    }
+    if comptime!(extents.is_causal) {
+        let is_hidden = key > row + (extents.s - extents.t);
+        score = select(is_hidden, f32::new(comptime!(HIDDEN_SCORE as f32)), score);
+    }
+    score
+}
+
+/// The end of the keys that matter to queries before `end_row`: without a bias, no hidden key can have the largest score
+/// of a row.
+#[cube]
+pub(crate) fn last_key(end_row: u32, extents: &Extents) -> u32 {
+    let mut end = extents.s;
+    if comptime!(extents.is_causal && !extents.has_bias) {
+        let visible = end_row + (extents.s - extents.t);
+        end = select(visible < extents.s, visible, extents.s);
+    }
+    end
 }
 
 /// Whether words of the result lie in one head each.
@@ -50,27 +130,12 @@ pub(crate) fn launch<R: Runtime>(op: &Attention, call: &Call<'_, R>) -> Result<(
     }
     let [q, k, v] = [0, 1, 2].map(|i| call.args[i].ty);
     let [b, t, n, d] = [0, 1, 2, 3].map(|a| q.shape[a]);
-    let [s, m, e] = [1, 2, 3].map(|a| v.shape[a]);
+    let e = v.shape[3];
     let tile = tile::heads(call, e);
     let is_aligned = d.is_multiple_of(4) && e.is_multiple_of(4);
-    let blueprint = Blueprint {
-        tile,
-        q: q.dtype,
-        k: k.dtype,
-        v: v.dtype,
-        out: call.out.ty.dtype,
-        is_aligned,
-        has_bias: call.args.len() > 3,
-        is_causal: op.causal,
-        tail: call.tail_program(),
-    };
+    let blueprint = Blueprint { tile, q: q.dtype, k: k.dtype, v: v.dtype, out: call.out.ty.dtype, is_aligned };
     let cubes = b * n * t.div_ceil(tile.queries as usize) * e.div_ceil(tile.columns as usize);
-    let bias_strides = match call.args.get(3) {
-        Some(bias) => broadcast_strides(&bias.ty.shape, &[b, n, t, s]),
-        None => Vec::new(),
-    };
     let width = |dtype: DType| if is_aligned { words_of_four(dtype) } else { 1 };
-    let [b, t, n, d, s, m, e] = [b, t, n, d, s, m, e].map(to_u32);
     // SAFETY: queries, keys, dims and columns beyond the operands are not read, and not written.
     unsafe {
         attend::launch_unchecked::<R>(
@@ -83,21 +148,9 @@ pub(crate) fn launch<R: Runtime>(op: &Attention, call: &Call<'_, R>) -> Result<(
             call.arg(0),
             call.arg(1),
             call.arg(2),
-            (3..call.args.len()).map(|i| call.arg(i)).collect(),
             call.out(),
-            call.tail_reads(),
-            call.tail_overlaps(),
-            call.tail_numbers()?,
-            call.tail_scalars(),
-            numbers(bias_strides)?,
-            b?,
-            t?,
-            n?,
-            d?,
-            s?,
-            m?,
-            e?,
-            op.scale.0 as f32,
+            call.tail()?,
+            extents(op, call)?,
             blueprint,
         );
     }
@@ -105,28 +158,17 @@ pub(crate) fn launch<R: Runtime>(op: &Attention, call: &Call<'_, R>) -> Result<(
 }
 
 #[cube(launch_unchecked)]
-#[allow(clippy::collapsible_if)] // one of the conditions is known when the kernel is built
 fn attend<QueryWidth: Size, KeyWidth: Size, ValueWidth: Size>(
     q: &Array<Vector<u32, QueryWidth>>,
     k: &Array<Vector<u32, KeyWidth>>,
     v: &Array<Vector<u32, ValueWidth>>,
-    bias: &Sequence<Array<u32>>,
     out: &mut Array<u32>,
-    reads: &Sequence<Array<u32>>,
-    overlaps: &mut Sequence<Array<u32>>,
-    tail_numbers: &Sequence<u32>,
-    scalars: &Sequence<f32>,
-    bias_strides: &Sequence<u32>,
-    b: u32,
-    t: u32,
-    n: u32,
-    d: u32,
-    s: u32,
-    m: u32,
-    e: u32,
-    scale: f32,
+    tail: &Tail,
+    extents: &Extents,
     #[comptime] blueprint: Blueprint,
 ) {
+    let (t, n, d) = (extents.t, extents.n, extents.d);
+    let (s, m, e) = (extents.s, extents.m, extents.e);
     let tile = comptime!(blueprint.tile);
     let units = comptime!(tile.units());
     let (units_m, units_n) = comptime!((tile.units_m, tile.units_n));
@@ -155,7 +197,7 @@ fn attend<QueryWidth: Size, KeyWidth: Size, ValueWidth: Size>(
     let mut shared = SharedMemory::<f32>::new(comptime!(units as usize));
     let mut factors = SharedMemory::<f32>::new(comptime!(tile.queries as usize));
 
-    if batch < b {
+    if batch < extents.b {
         let mut sums = Array::<f32>::new(comptime!((unit_rows * column_vectors * 4) as usize));
         #[unroll]
         for i in 0..comptime!((unit_rows * column_vectors * 4) as usize) {
@@ -164,12 +206,7 @@ fn attend<QueryWidth: Size, KeyWidth: Size, ValueWidth: Size>(
         let mut row_max = f32::new(comptime!(f32::MIN));
         let mut row_sum = 0f32.runtime();
 
-        // Without a bias, no hidden key can have the largest score of a row.
-        let mut end = s;
-        if comptime!(blueprint.is_causal && !blueprint.has_bias) {
-            let visible = first_row + tile.queries + (s - t);
-            end = select(visible < s, visible, s);
-        }
+        let end = last_key(first_row + tile.queries, extents);
         let mut first_key = 0u32;
         while first_key < end {
             let mut scores = Array::<f32>::new(comptime!((unit_rows * key_vectors * 4) as usize));
@@ -256,21 +293,8 @@ fn attend<QueryWidth: Size, KeyWidth: Size, ValueWidth: Size>(
                     #[unroll]
                     for c in 0..4usize {
                         let key = first_key + column * 4u32 + comptime!(c as u32);
-                        let mut score = scores[comptime!(i * key_vectors as usize * 4 + j * 4 + c)] * scale;
-                        if comptime!(blueprint.has_bias) {
-                            if first_row + row < t && key < s {
-                                let at = batch * *bias_strides.index(0usize)
-                                    + head * *bias_strides.index(1usize)
-                                    + (first_row + row) * *bias_strides.index(2usize)
-                                    + key * *bias_strides.index(3usize);
-                                score += load(bias.index(0usize), at, DType::F32);
-                            }
-                        }
-                        if comptime!(blueprint.is_causal) {
-                            let is_hidden = key > first_row + row + (s - t);
-                            score = select(is_hidden, f32::new(comptime!(HIDDEN_SCORE as f32)), score);
-                        }
-                        values[c] = score;
+                        let product = scores[comptime!(i * key_vectors as usize * 4 + j * 4 + c)];
+                        values[c] = score(product, batch, head, first_row + row, key, extents);
                     }
                     p[(row * p_stride + column) as usize] = values;
                 }
@@ -403,20 +427,8 @@ fn attend<QueryWidth: Size, KeyWidth: Size, ValueWidth: Size>(
                         #[unroll]
                         for l in 0..comptime!(lanes as usize) {
                             let sum = sums[comptime!(i * column_vectors as usize * 4 + first as usize + l)];
-                            let value = finish(
-                                sum * factor,
-                                base + column + comptime!(l as u32),
-                                reads,
-                                overlaps,
-                                tail_numbers,
-                                scalars,
-                                comptime!(blueprint.tail.clone()),
-                            );
-                            word |= place(
-                                encode(value, comptime!(blueprint.out)),
-                                comptime!(l as u32).runtime(),
-                                comptime!(4 / lanes),
-                            );
+                            let position = base + column + comptime!(l as u32);
+                            word |= finished(sum * factor, position, comptime!(l as u32).runtime(), tail);
                         }
                         out[((base + column) / lanes) as usize] = word;
                     }

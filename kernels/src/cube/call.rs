@@ -12,7 +12,7 @@ use ltxc_ir::plan::MatrixUnit;
 use super::CubeTensor;
 use super::compose::Composed;
 use super::index::numbers;
-use super::program::Program;
+use super::program::{SourcesLaunch, TailLaunch};
 use super::storage;
 
 /// Units of a cube where nothing is shared between them.
@@ -72,34 +72,13 @@ impl<R: Runtime> Call<'_, R> {
         self.pads.iter().map(|pad| pad.mode).collect()
     }
 
-    /// What happens to elements.
-    pub(crate) fn tail_program(&self) -> Program {
-        self.tail.map(|t| t.composed.program.clone()).unwrap_or_default()
-    }
-
-    /// Operands of the tail that are only read.
-    pub(crate) fn tail_reads(&self) -> SequenceArg<R, Array<u32>> {
-        self.tail.iter().flat_map(|t| &t.reads).map(bind).collect()
-    }
-
-    /// Operands of the tail that the result may lie on.
-    pub(crate) fn tail_overlaps(&self) -> SequenceArg<R, Array<u32>> {
-        self.tail.iter().flat_map(|t| &t.overlaps).map(bind).collect()
-    }
-
-    /// Extents and strides of the tail.
+    /// What happens to elements before they are stored.
     ///
     /// # Errors
     /// A number beyond u32.
-    pub(crate) fn tail_numbers(&self) -> Result<SequenceArg<R, u32>, String> {
-        numbers(self.tail.iter().flat_map(|t| t.composed.numbers.iter().copied()))
-    }
-
-    /// Scalars of the tail.
-    pub(crate) fn tail_scalars(&self) -> SequenceArg<R, f32> {
-        let mut scalars = SequenceArg::new();
-        self.tail.iter().flat_map(|t| &t.composed.scalars).for_each(|&v| scalars.push(v as f32));
-        scalars
+    pub(crate) fn tail(&self) -> Result<TailLaunch<R>, String> {
+        let program = self.tail.map(|t| t.composed.program.clone()).unwrap_or_default();
+        Ok(TailLaunch::new(sources(self.tail)?, program, self.out.ty.dtype))
     }
 
     /// The start of the workspace as `words` words.
@@ -133,6 +112,21 @@ impl<R: Runtime> Call<'_, R> {
         }
         Ok(CubeCount::Static(x as u32, y as u32, 1))
     }
+}
+
+/// What a program reads, nothing without one.
+///
+/// # Errors
+/// A number beyond u32.
+pub(crate) fn sources<R: Runtime>(bound: Option<&Bound<'_>>) -> Result<SourcesLaunch<R>, String> {
+    let mut scalars = SequenceArg::new();
+    bound.iter().flat_map(|b| &b.composed.scalars).for_each(|&v| scalars.push(v as f32));
+    Ok(SourcesLaunch::new(
+        bound.iter().flat_map(|b| &b.reads).map(bind).collect(),
+        bound.iter().flat_map(|b| &b.overlaps).map(bind).collect(),
+        numbers(bound.iter().flat_map(|b| b.composed.numbers.iter().copied()))?,
+        scalars,
+    ))
 }
 
 /// A tensor as words.

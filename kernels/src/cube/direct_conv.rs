@@ -6,8 +6,8 @@ use ltxc_ir::ops::PadMode;
 
 use super::call::{Call, to_u32};
 use super::patches::{BASE, EXTENT, POSITIONS, STEP, STRIDE, number, source_index, split, split_taps};
-use super::program::{Program, finish};
-use super::storage::{self, encode, load, place};
+use super::program::{Tail, finished};
+use super::storage::{self, load};
 
 /// What a kernel is built for.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -19,8 +19,6 @@ struct Blueprint {
     is_transposed: bool,
     /// What stands outside of the input, per axis.
     outside: Vec<PadMode>,
-    /// What happens to elements before they are stored.
-    tail: Program,
 }
 
 /// `numbers` are those of the axes, whose positions are the places of the result.
@@ -34,15 +32,7 @@ pub(crate) fn launch<R: Runtime>(
     let (x, w, out) = (call.args[0].ty, call.args[1].ty, call.out.ty);
     let [ci, co] = [x, out].map(|ty| ty.shape.last().copied().unwrap_or(1));
     let taps: usize = w.shape[..axes].iter().product();
-    let blueprint = Blueprint {
-        x: x.dtype,
-        w: w.dtype,
-        out: out.dtype,
-        axes,
-        is_transposed,
-        outside: call.outside(),
-        tail: call.tail_program(),
-    };
+    let blueprint = Blueprint { x: x.dtype, w: w.dtype, out: out.dtype, axes, is_transposed, outside: call.outside() };
     let (count, dim) = call.linear(storage::words(out.dtype, out.elements()))?;
     let mut arg = SequenceArg::new();
     numbers.iter().for_each(|&n| arg.push(n));
@@ -56,10 +46,7 @@ pub(crate) fn launch<R: Runtime>(
             call.arg(0),
             call.arg(1),
             call.out(),
-            call.tail_reads(),
-            call.tail_overlaps(),
-            call.tail_numbers()?,
-            call.tail_scalars(),
+            call.tail()?,
             arg,
             each_in?,
             each_out?,
@@ -78,10 +65,7 @@ fn convolve(
     x: &Array<u32>,
     w: &Array<u32>,
     out: &mut Array<u32>,
-    reads: &Sequence<Array<u32>>,
-    overlaps: &mut Sequence<Array<u32>>,
-    numbers: &Sequence<u32>,
-    scalars: &Sequence<f32>,
+    tail: &Tail,
     axes: &Sequence<u32>,
     each_in: u32,
     each_out: u32,
@@ -142,8 +126,7 @@ fn convolve(
                         }
                     }
                 }
-                let value = finish(sum, element, reads, overlaps, numbers, scalars, comptime!(blueprint.tail.clone()));
-                bits |= place(encode(value, comptime!(blueprint.out)), lane, comptime!(4 / lanes));
+                bits |= finished(sum, element, lane, tail);
             }
         }
         out[word as usize] = bits;

@@ -9,10 +9,9 @@ use ltxc_ir::DType;
 use ltxc_ir::ops::RopeLayout;
 
 use super::CubeTensor;
-use super::call::{Bound, Call, Choice, bind, to_u32};
+use super::call::{Bound, Call, Choice, bind, sources, to_u32};
 use super::compose::Rows;
-use super::index::numbers;
-use super::program::{Program, registers_at};
+use super::program::{Program, Sources, registers_at};
 use super::rows::{Combine, combined, row_units};
 use super::storage::{self, encode, place};
 
@@ -84,15 +83,8 @@ pub(crate) fn launch<R: Runtime>(
     bound: &Bound<'_>,
     outs: &[CubeTensor<'_>],
 ) -> Result<(), String> {
-    let call = Call {
-        client,
-        args: &[],
-        out: &outs[0],
-        workspace: None,
-        tail: Some(bound),
-        pads: &[],
-        choice: Choice::default(),
-    };
+    let call =
+        Call { client, args: &[], out: &outs[0], workspace: None, tail: None, pads: &[], choice: Choice::default() };
     let units = if rows.norms.is_empty() { super::call::UNITS } else { row_units(client) };
     let norm = |n: &super::compose::Norm| Norm { steps: n.steps, value: n.value, is_centred: n.is_centred };
     let turn = rows.rotation.as_ref().map(|r| Turn {
@@ -123,11 +115,8 @@ pub(crate) fn launch<R: Runtime>(
             client,
             count,
             CubeDim::new_1d(units),
-            call.tail_reads(),
-            call.tail_overlaps(),
+            sources(Some(bound))?,
             outs.iter().map(bind).collect(),
-            numbers(rows.composed.numbers.iter().copied())?,
-            call.tail_scalars(),
             eps,
             to_u32(rows.elements)?,
             to_u32(rows.elements / channels)?,
@@ -142,11 +131,8 @@ pub(crate) fn launch<R: Runtime>(
 #[cube(launch_unchecked)]
 #[allow(clippy::collapsible_else_if)] // one of the conditions is known when the kernel is built
 fn fused_rows(
-    reads: &Sequence<Array<u32>>,
-    overlaps: &mut Sequence<Array<u32>>,
+    sources: &Sources,
     outs: &mut Sequence<Array<u32>>,
-    numbers: &Sequence<u32>,
-    scalars: &Sequence<f32>,
     eps: &Sequence<f32>,
     n: u32,
     rows: u32,
@@ -160,7 +146,7 @@ fn fused_rows(
     if comptime!(blueprint.norms.is_empty()) {
         let group = ABSOLUTE_POS as u32;
         if group * each < n {
-            compute(&inputs, group, reads, overlaps, outs, numbers, scalars, n, half, comptime!(blueprint.clone()));
+            compute(&inputs, group, sources, outs, n, half, comptime!(blueprint.clone()));
         }
     } else {
         let row = CUBE_POS as u32;
@@ -179,10 +165,7 @@ fn fused_rows(
                         sum += value_at(
                             &padded,
                             base + i,
-                            reads,
-                            overlaps,
-                            numbers,
-                            scalars,
+                            sources,
                             comptime!(blueprint.program.clone()),
                             comptime!(norm.steps),
                             comptime!(norm.value),
@@ -197,10 +180,7 @@ fn fused_rows(
                     let value = value_at(
                         &padded,
                         base + i,
-                        reads,
-                        overlaps,
-                        numbers,
-                        scalars,
+                        sources,
                         comptime!(blueprint.program.clone()),
                         comptime!(norm.steps),
                         comptime!(norm.value),
@@ -216,18 +196,7 @@ fn fused_rows(
             let groups = channels / each;
             let mut group = UNIT_POS;
             while group < groups {
-                compute(
-                    &inputs,
-                    row * groups + group,
-                    reads,
-                    overlaps,
-                    outs,
-                    numbers,
-                    scalars,
-                    n,
-                    half,
-                    comptime!(blueprint.clone()),
-                );
+                compute(&inputs, row * groups + group, sources, outs, n, half, comptime!(blueprint.clone()));
                 group += units;
             }
         }
@@ -239,11 +208,8 @@ fn fused_rows(
 fn compute(
     inputs: &Sequence<f32>,
     group: u32,
-    reads: &Sequence<Array<u32>>,
-    overlaps: &Sequence<Array<u32>>,
+    sources: &Sources,
     outs: &mut Sequence<Array<u32>>,
-    numbers: &Sequence<u32>,
-    scalars: &Sequence<f32>,
     n: u32,
     half: u32,
     #[comptime] blueprint: Blueprint,
@@ -277,10 +243,7 @@ fn compute(
             values.push(value_at(
                 &padded,
                 *positions.index(i),
-                reads,
-                overlaps,
-                numbers,
-                scalars,
+                sources,
                 comptime!(program.clone()),
                 comptime!(turn.steps),
                 comptime!(turn.value),
@@ -294,17 +257,8 @@ fn compute(
             } else {
                 (group * lanes) / 2u32 + comptime!(i as u32 / 2)
             };
-            let tables = registers_at(
-                &none,
-                pair,
-                reads,
-                overlaps,
-                numbers,
-                scalars,
-                comptime!(turn.tables.clone()),
-                0usize,
-                comptime!(vec![0, 1]),
-            );
+            let tables =
+                registers_at(&none, pair, sources, comptime!(turn.tables.clone()), 0usize, comptime!(vec![0, 1]));
             let (c, s) = (*tables.index(0usize), *tables.index(1usize));
             let own = *values.index(i);
             let is_first = comptime!(if is_split { (i as u32) < lanes } else { i % 2 == 0 });
@@ -334,10 +288,7 @@ fn compute(
         let registers = registers_at(
             &own,
             inside,
-            reads,
-            overlaps,
-            numbers,
-            scalars,
+            sources,
             comptime!(program.clone()),
             comptime!(program.steps.len()),
             comptime!(targets.clone()),
@@ -389,15 +340,11 @@ fn with_zeros(inputs: &Sequence<f32>, #[comptime] count: usize) -> Sequence<f32>
 fn value_at(
     inputs: &Sequence<f32>,
     position: u32,
-    reads: &Sequence<Array<u32>>,
-    overlaps: &Sequence<Array<u32>>,
-    numbers: &Sequence<u32>,
-    scalars: &Sequence<f32>,
+    sources: &Sources,
     #[comptime] program: Program,
     #[comptime] steps: usize,
     #[comptime] value: usize,
 ) -> f32 {
-    let registers =
-        registers_at(inputs, position, reads, overlaps, numbers, scalars, program, steps, comptime!(vec![value]));
+    let registers = registers_at(inputs, position, sources, program, steps, comptime!(vec![value]));
     *registers.index(value)
 }

@@ -20,8 +20,8 @@ use ltxc_ir::DType;
 use super::call::{Call, to_u32};
 use super::matrix_gemm;
 use super::patches::{self, Patches};
-use super::program::{Program, finish};
-use super::storage::{self, encode, load_four, load_one, place, words_of_four};
+use super::program::{Tail, finished};
+use super::storage::{self, load_four, load_one, words_of_four};
 use super::tile::{self, Tile};
 
 /// What a kernel is built for.
@@ -38,8 +38,6 @@ pub(crate) struct Blueprint {
     is_rhs_aligned: bool,
     /// How rows of the left operand are made of an input, if they are no rows in memory.
     patches: Option<Patches>,
-    /// What happens to elements before they are stored.
-    tail: Program,
 }
 
 /// A product of `batches` pairs of matrices. Strides count elements.
@@ -54,6 +52,49 @@ pub(crate) struct Product<'a> {
     pub(crate) is_transposed: bool,
     /// The view of the left operand, and its numbers.
     pub(crate) patches: Option<(Patches, &'a [u32])>,
+}
+
+/// The numbers of a [`Product`], as an argument of a kernel.
+#[derive(CubeType, CubeLaunch)]
+pub(crate) struct Extents {
+    pub(crate) m: u32,
+    pub(crate) n: u32,
+    pub(crate) k: u32,
+    pub(crate) batches: u32,
+    pub(crate) lhs_row: u32,
+    pub(crate) rhs_row: u32,
+    pub(crate) out_row: u32,
+    pub(crate) lhs_batch: u32,
+    pub(crate) rhs_batch: u32,
+    pub(crate) out_batch: u32,
+    /// Channels of a group in the input of the view, and the numbers of its axes.
+    pub(crate) channels: u32,
+    pub(crate) axes: Sequence<u32>,
+}
+
+impl Product<'_> {
+    /// # Errors
+    /// A number beyond u32.
+    pub(crate) fn extents<R: Runtime>(&self) -> Result<ExtentsLaunch<R>, String> {
+        let mut axes = SequenceArg::new();
+        self.patches.iter().flat_map(|(_, numbers)| numbers.iter()).for_each(|&n| axes.push(n));
+        let [lhs_row, rhs_row, out_row] = self.rows.map(to_u32);
+        let [lhs_batch, rhs_batch, out_batch] = self.batch.map(to_u32);
+        Ok(ExtentsLaunch::new(
+            to_u32(self.m)?,
+            to_u32(self.n)?,
+            to_u32(self.k)?,
+            to_u32(self.batches)?,
+            lhs_row?,
+            rhs_row?,
+            out_row?,
+            lhs_batch?,
+            rhs_batch?,
+            out_batch?,
+            to_u32(self.patches.as_ref().map_or(1, |(p, _)| p.channels))?,
+            axes,
+        ))
+    }
 }
 
 pub(crate) fn launch<R: Runtime>(product: &Product<'_>, call: &Call<'_, R>) -> Result<(), String> {
@@ -77,14 +118,8 @@ pub(crate) fn launch<R: Runtime>(product: &Product<'_>, call: &Call<'_, R>) -> R
         is_lhs_aligned,
         is_rhs_aligned,
         patches: product.patches.as_ref().map(|(p, _)| p.without_numbers()),
-        tail: call.tail_program(),
     };
     let cubes = tile.cubes(product.m, product.n) * product.batches;
-    let mut axes = SequenceArg::new();
-    product.patches.iter().flat_map(|(_, numbers)| numbers.iter()).for_each(|&n| axes.push(n));
-    let [m, n, k, batches] = [product.m, product.n, product.k, product.batches].map(to_u32);
-    let ([lhs_row, rhs_row, out_row], [lhs_batch, rhs_batch, out_batch]) =
-        (product.rows.map(to_u32), product.batch.map(to_u32));
     let width = |dtype: DType, is_aligned: bool| if is_aligned { words_of_four(dtype) } else { 1 };
     // SAFETY: rows, columns and summed elements beyond the matrices are not read, and not written.
     unsafe {
@@ -97,22 +132,8 @@ pub(crate) fn launch<R: Runtime>(product: &Product<'_>, call: &Call<'_, R>) -> R
             call.arg(0),
             call.arg(1),
             call.out(),
-            call.tail_reads(),
-            call.tail_overlaps(),
-            call.tail_numbers()?,
-            call.tail_scalars(),
-            axes,
-            m?,
-            n?,
-            k?,
-            batches?,
-            lhs_row?,
-            rhs_row?,
-            out_row?,
-            lhs_batch?,
-            rhs_batch?,
-            out_batch?,
-            to_u32(product.patches.as_ref().map_or(1, |(p, _)| p.channels))?,
+            call.tail()?,
+            product.extents()?,
             blueprint,
         );
     }
@@ -124,24 +145,11 @@ fn gemm<LhsWidth: Size, RhsWidth: Size>(
     lhs: &Array<Vector<u32, LhsWidth>>,
     rhs: &Array<Vector<u32, RhsWidth>>,
     out: &mut Array<u32>,
-    reads: &Sequence<Array<u32>>,
-    overlaps: &mut Sequence<Array<u32>>,
-    numbers: &Sequence<u32>,
-    scalars: &Sequence<f32>,
-    axes: &Sequence<u32>,
-    m: u32,
-    n: u32,
-    k: u32,
-    batches: u32,
-    lhs_row: u32,
-    rhs_row: u32,
-    out_row: u32,
-    lhs_batch: u32,
-    rhs_batch: u32,
-    out_batch: u32,
-    channels: u32,
+    tail: &Tail,
+    extents: &Extents,
     #[comptime] blueprint: Blueprint,
 ) {
+    let (m, n, k) = (extents.m, extents.n, extents.k);
     let tile = comptime!(blueprint.tile);
     let units = comptime!(tile.units());
     let vectors = comptime!(tile.k / 4);
@@ -160,7 +168,7 @@ fn gemm<LhsWidth: Size, RhsWidth: Size>(
     let mut left = SharedMemory::<Vector<f32, Const<4>>>::new(comptime!((tile.m * (vectors + 1)) as usize));
     let mut right = SharedMemory::<Vector<f32, Const<4>>>::new(comptime!((tile.n * (vectors + 1)) as usize));
 
-    if batch < batches {
+    if batch < extents.batches {
         let mut sums = Array::<f32>::new(comptime!((unit_m * unit_n) as usize));
         #[unroll]
         for i in 0..comptime!((unit_m * unit_n) as usize) {
@@ -176,7 +184,8 @@ fn gemm<LhsWidth: Size, RhsWidth: Size>(
             #[unroll]
             for s in 0..comptime!(slots as usize) {
                 let row = first_row + unit / vectors + comptime!(s as u32 * row_step);
-                patches::push_start(&mut starts, row, axes, comptime!(blueprint.patches.clone().unwrap_or_default()));
+                let patches = comptime!(blueprint.patches.clone().unwrap_or_default());
+                patches::push_start(&mut starts, row, &extents.axes, patches);
             }
         }
 
@@ -194,9 +203,9 @@ fn gemm<LhsWidth: Size, RhsWidth: Size>(
                             &starts,
                             summed,
                             k,
-                            axes,
-                            channels,
-                            batch * lhs_batch,
+                            &extents.axes,
+                            extents.channels,
+                            batch * extents.lhs_batch,
                             s,
                             comptime!(blueprint.lhs),
                             comptime!(blueprint.is_lhs_aligned),
@@ -212,7 +221,7 @@ fn gemm<LhsWidth: Size, RhsWidth: Size>(
                     if first_row + own < m {
                         values = four_along::<LhsWidth>(
                             lhs,
-                            batch * lhs_batch + (first_row + own) * lhs_row,
+                            batch * extents.lhs_batch + (first_row + own) * extents.lhs_row,
                             summed,
                             k,
                             comptime!(blueprint.lhs),
@@ -232,7 +241,7 @@ fn gemm<LhsWidth: Size, RhsWidth: Size>(
                     if column < n {
                         values = four_along::<RhsWidth>(
                             rhs,
-                            batch * rhs_batch + column * rhs_row,
+                            batch * extents.rhs_batch + column * extents.rhs_row,
                             summed,
                             k,
                             comptime!(blueprint.rhs),
@@ -247,19 +256,10 @@ fn gemm<LhsWidth: Size, RhsWidth: Size>(
                     let summed = start + own;
                     let mut values = Vector::<f32, Const<4>>::new(0.0f32);
                     if summed < k {
-                        let row = if comptime!(blueprint.patches.clone().is_some_and(|p| !p.is_dense)) {
-                            patches::weight_row(
-                                summed,
-                                axes,
-                                channels,
-                                comptime!(blueprint.patches.clone().unwrap_or_default()),
-                            )
-                        } else {
-                            summed
-                        };
+                        let row = right_row(summed, extents, comptime!(blueprint.patches.clone()));
                         values = four_along::<RhsWidth>(
                             rhs,
-                            batch * rhs_batch + row * rhs_row,
+                            batch * extents.rhs_batch + row * extents.rhs_row,
                             first_column + column * 4u32,
                             n,
                             comptime!(blueprint.rhs),
@@ -321,12 +321,7 @@ fn gemm<LhsWidth: Size, RhsWidth: Size>(
         for i in 0..comptime!(unit_m as usize) {
             let row = first_row + unit_row + comptime!(i as u32 * units_m);
             if row < m {
-                let place_of_row = if comptime!(blueprint.patches.clone().is_some_and(|p| !p.is_dense)) {
-                    patches::result_row(row, axes, comptime!(blueprint.patches.clone().unwrap_or_default()))
-                } else {
-                    row
-                };
-                let base = batch * out_batch + place_of_row * out_row;
+                let base = result_row(row, batch, extents, comptime!(blueprint.patches.clone()));
                 #[unroll]
                 for j in 0..comptime!((unit_n / lanes) as usize) {
                     let first = comptime!(j as u32 * lanes);
@@ -338,20 +333,8 @@ fn gemm<LhsWidth: Size, RhsWidth: Size>(
                         #[unroll]
                         for l in 0..comptime!(lanes as usize) {
                             let sum = sums[comptime!(i * unit_n as usize + first as usize + l)];
-                            let value = finish(
-                                sum,
-                                base + column + comptime!(l as u32),
-                                reads,
-                                overlaps,
-                                numbers,
-                                scalars,
-                                comptime!(blueprint.tail.clone()),
-                            );
-                            word |= place(
-                                encode(value, comptime!(blueprint.out)),
-                                comptime!(l as u32).runtime(),
-                                comptime!(4 / lanes),
-                            );
+                            let position = base + column + comptime!(l as u32);
+                            word |= finished(sum, position, comptime!(l as u32).runtime(), tail);
                         }
                         out[((base + column) / lanes) as usize] = word;
                     }
@@ -359,6 +342,27 @@ fn gemm<LhsWidth: Size, RhsWidth: Size>(
             }
         }
     }
+}
+
+/// The row of the right operand for a summed element.
+#[cube]
+pub(crate) fn right_row(summed: u32, extents: &Extents, #[comptime] patches: Option<Patches>) -> u32 {
+    if comptime!(patches.clone().is_some_and(|p| !p.is_dense)) {
+        patches::weight_row(summed, &extents.axes, extents.channels, comptime!(patches.unwrap_or_default()))
+    } else {
+        summed
+    }
+}
+
+/// The element of the result at which a row of a batch begins.
+#[cube]
+pub(crate) fn result_row(row: u32, batch: u32, extents: &Extents, #[comptime] patches: Option<Patches>) -> u32 {
+    let place = if comptime!(patches.clone().is_some_and(|p| !p.is_dense)) {
+        patches::result_row(row, &extents.axes, comptime!(patches.unwrap_or_default()))
+    } else {
+        row
+    };
+    batch * extents.out_batch + place * extents.out_row
 }
 
 /// Four adjacent elements from `base + first`, 0 from `base + end` on.

@@ -8,9 +8,9 @@ use ltxc_ir::ops::GroupNorm;
 use ltxc_ir::{DType, TensorType};
 
 use super::call::{Call, bind_words, to_u32};
-use super::program::{Program, finish};
+use super::program::{Tail, finished};
 use super::rows::{Combine, combined, row_units};
-use super::storage::{self, encode, load, place};
+use super::storage::{self, load};
 
 /// Elements of a chunk, about.
 const CHUNK: usize = 1 << 14;
@@ -101,17 +101,13 @@ pub(crate) fn launch<R: Runtime>(op: &GroupNorm, call: &Call<'_, R>) -> Result<(
             call.arg(2),
             scratch()?,
             call.out(),
-            call.tail_reads(),
-            call.tail_overlaps(),
-            call.tail_numbers()?,
-            call.tail_scalars(),
+            call.tail()?,
             rows,
             groups,
             each,
             group_offset,
             to_u32(out.elements())?,
             dtypes,
-            call.tail_program(),
         );
     }
     Ok(())
@@ -232,17 +228,13 @@ fn normalise(
     bias: &Array<u32>,
     statistics: &Array<u32>,
     out: &mut Array<u32>,
-    reads: &Sequence<Array<u32>>,
-    overlaps: &mut Sequence<Array<u32>>,
-    numbers: &Sequence<u32>,
-    scalars: &Sequence<f32>,
+    tail: &Tail,
     rows: u32,
     groups: u32,
     each: u32,
     group_offset: u32,
     n: u32,
     #[comptime] dtypes: Dtypes,
-    #[comptime] tail: Program,
 ) {
     let lanes = comptime!(storage::per_word(dtypes.out));
     let word = ABSOLUTE_POS as u32;
@@ -260,8 +252,7 @@ fn normalise(
                 let value = (load(x, position, comptime!(dtypes.x)) - mean) * factor;
                 let w = load(weight, channel, comptime!(dtypes.weight));
                 let b = load(bias, channel, comptime!(dtypes.bias));
-                let value = finish(value * w + b, position, reads, overlaps, numbers, scalars, comptime!(tail.clone()));
-                bits |= place(encode(value, comptime!(dtypes.out)), lane, comptime!(4 / lanes));
+                bits |= finished(value * w + b, position, lane, tail);
             }
         }
         out[word as usize] = bits;

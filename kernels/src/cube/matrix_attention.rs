@@ -22,14 +22,14 @@
 
 use cubecl::prelude::*;
 use ltxc_ir::DType;
-use ltxc_ir::ops::{Attention, HIDDEN_SCORE};
+use ltxc_ir::ops::Attention;
 
+use super::attention::{Extents, extents, last_key, score};
 use super::call::{Call, Choice, to_u32};
-use super::index::{broadcast_strides, numbers};
 use super::math;
 use super::matrix_units::{self as units, Load, PLANE, Unit};
-use super::program::{Program, finish};
-use super::storage::{self, encode, load, place};
+use super::program::{Tail, finished};
+use super::storage;
 use super::tuning::{self, AttentionTile};
 
 /// How far a score may exceed the reference of its row: weights stay below 150, of which every dtype has room.
@@ -47,10 +47,6 @@ struct Blueprint {
     /// Head dims of queries and keys, and of values.
     d: u32,
     e: u32,
-    has_bias: bool,
-    is_causal: bool,
-    /// What happens to elements before they are stored.
-    tail: Program,
 }
 
 impl Blueprint {
@@ -104,9 +100,6 @@ pub(crate) fn launch<R: Runtime>(
         out: call.out.ty.dtype,
         d: to_u32(q.shape[3])?,
         e: to_u32(v.shape[3])?,
-        has_bias: call.args.len() > 3,
-        is_causal: op.causal,
-        tail: call.tail_program(),
     };
     match unit.element {
         DType::BF16 => launch_as::<half::bf16, R>(blueprint, op, call),
@@ -120,15 +113,8 @@ fn launch_as<E: Float + CubeElement, R: Runtime>(
     op: &Attention,
     call: &Call<'_, R>,
 ) -> Result<(), String> {
-    let (q, v) = (call.args[0].ty, call.args[2].ty);
-    let [b, t, n] = [0, 1, 2].map(|a| q.shape[a]);
-    let [s, m] = [1, 2].map(|a| v.shape[a]);
+    let [b, t, n] = [0, 1, 2].map(|a| call.args[0].ty.shape[a]);
     let cubes = b * n * t.div_ceil(blueprint.tile.queries(&blueprint.unit) as usize);
-    let bias_strides = match call.args.get(3) {
-        Some(bias) => broadcast_strides(&bias.ty.shape, &[b, n, t, s]),
-        None => Vec::new(),
-    };
-    let [b, t, n, s, m] = [b, t, n, s, m].map(to_u32);
     // SAFETY: queries and keys beyond the operands are not read, and not written.
     unsafe {
         attend::launch_unchecked::<E, R>(
@@ -142,19 +128,9 @@ fn launch_as<E: Float + CubeElement, R: Runtime>(
             call.arg(0),
             call.arg(1),
             call.arg(2),
-            (3..call.args.len()).map(|i| call.arg(i)).collect(),
             call.out(),
-            call.tail_reads(),
-            call.tail_overlaps(),
-            call.tail_numbers()?,
-            call.tail_scalars(),
-            numbers(bias_strides)?,
-            b?,
-            t?,
-            n?,
-            s?,
-            m?,
-            op.scale.0 as f32,
+            call.tail()?,
+            extents(op, call)?,
             blueprint,
         );
     }
@@ -162,26 +138,16 @@ fn launch_as<E: Float + CubeElement, R: Runtime>(
 }
 
 #[cube(launch_unchecked)]
-#[allow(clippy::collapsible_if)] // one of the conditions is known when the kernel is built
 fn attend<E: Float, S: Size, QueryWidth: Size, KeyWidth: Size, ValueWidth: Size>(
     q: &Array<Vector<u32, QueryWidth>>,
     k: &Array<Vector<u32, KeyWidth>>,
     v: &Array<Vector<u32, ValueWidth>>,
-    bias: &Sequence<Array<u32>>,
     out: &mut Array<u32>,
-    reads: &Sequence<Array<u32>>,
-    overlaps: &mut Sequence<Array<u32>>,
-    tail_numbers: &Sequence<u32>,
-    scalars: &Sequence<f32>,
-    bias_strides: &Sequence<u32>,
-    b: u32,
-    t: u32,
-    n: u32,
-    s: u32,
-    m: u32,
-    scale: f32,
+    tail: &Tail,
+    extents: &Extents,
     #[comptime] blueprint: Blueprint,
 ) {
+    let (t, n, s, m) = (extents.t, extents.n, extents.s, extents.m);
     let (tile, unit) = comptime!((blueprint.tile, blueprint.unit));
     let edge = comptime!(unit.edge);
     let vector = comptime!(unit.vector());
@@ -219,7 +185,7 @@ fn attend<E: Float, S: Size, QueryWidth: Size, KeyWidth: Size, ValueWidth: Size>
     let own_patch = plane * patch_size;
     let own_weights = plane * weight_size;
 
-    if batch < b {
+    if batch < extents.b {
         let mut sums = Sequence::<cmma::Matrix<f32>>::new();
         #[unroll]
         for _i in 0..comptime!(rows * fragments as usize) {
@@ -260,12 +226,7 @@ fn attend<E: Float, S: Size, QueryWidth: Size, KeyWidth: Size, ValueWidth: Size>
             comptime!(tile.units()),
         );
 
-        // Without a bias, no hidden key can have the largest score of a row.
-        let mut end = s;
-        if comptime!(blueprint.is_causal && !blueprint.has_bias) {
-            let visible = first_row + queries + (s - t);
-            end = select(visible < s, visible, s);
-        }
+        let end = last_key(first_row + queries, extents);
         let mut first_key = 0u32;
         while first_key < end {
             stage_rows::<E, S, KeyWidth>(
@@ -351,20 +312,7 @@ fn attend<E: Float, S: Size, QueryWidth: Size, KeyWidth: Size, ValueWidth: Size>
                     #[unroll]
                     for l in 0..4usize {
                         let key = first_key + at * 4u32 + comptime!(l as u32);
-                        let mut score = four[l] * scale;
-                        if comptime!(blueprint.has_bias) {
-                            if row < t && key < s {
-                                let element = batch * *bias_strides.index(0usize)
-                                    + head * *bias_strides.index(1usize)
-                                    + row * *bias_strides.index(2usize)
-                                    + key * *bias_strides.index(3usize);
-                                score += load(bias.index(0usize), element, DType::F32);
-                            }
-                        }
-                        if comptime!(blueprint.is_causal) {
-                            let is_hidden = key > row + (s - t);
-                            score = select(is_hidden, f32::new(comptime!(HIDDEN_SCORE as f32)), score);
-                        }
+                        let score = score(four[l], batch, head, row, key, extents);
                         largest = select(key < s && score > largest, score, largest);
                         four[l] = score;
                     }
@@ -522,20 +470,8 @@ fn attend<E: Float, S: Size, QueryWidth: Size, KeyWidth: Size, ValueWidth: Size>
                         #[unroll]
                         for l in 0..comptime!(lanes as usize) {
                             let sum = of_word(four, column % 4u32, lanes, l);
-                            let value = finish(
-                                sum * factor,
-                                base + comptime!(l as u32),
-                                reads,
-                                overlaps,
-                                tail_numbers,
-                                scalars,
-                                comptime!(blueprint.tail.clone()),
-                            );
-                            bits |= place(
-                                encode(value, comptime!(blueprint.out)),
-                                comptime!(l as u32).runtime(),
-                                comptime!(4 / lanes),
-                            );
+                            let position = base + comptime!(l as u32);
+                            bits |= finished(sum * factor, position, comptime!(l as u32).runtime(), tail);
                         }
                         out[(base / lanes) as usize] = bits;
                     }

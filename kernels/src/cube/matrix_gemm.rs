@@ -17,12 +17,12 @@
 use cubecl::prelude::*;
 use ltxc_ir::DType;
 
-use super::call::{Call, Choice, to_u32};
-use super::gemm::Product;
+use super::call::{Call, Choice};
+use super::gemm::{Extents, Product, result_row, right_row};
 use super::matrix_units::{self as units, Load, PLANE, Unit};
 use super::patches::{self, Patches};
-use super::program::{Program, finish};
-use super::storage::{self, encode, place};
+use super::program::{Tail, finished};
+use super::storage;
 use super::tuning::{self, ProductTile};
 
 /// What a kernel is built for.
@@ -37,8 +37,6 @@ struct Blueprint {
     is_transposed: bool,
     /// How rows of the left operand are made of an input, if they are no rows in memory.
     patches: Option<Patches>,
-    /// What happens to elements before they are stored.
-    tail: Program,
 }
 
 impl Blueprint {
@@ -95,7 +93,6 @@ pub(crate) fn launch<R: Runtime>(
         out: call.out.ty.dtype,
         is_transposed: product.is_transposed,
         patches: product.patches.as_ref().map(|(p, _)| p.without_numbers()),
-        tail: call.tail_program(),
     };
     match unit.element {
         DType::BF16 => launch_as::<half::bf16, R>(blueprint, product, call),
@@ -110,11 +107,6 @@ fn launch_as<E: Float + CubeElement, R: Runtime>(
     call: &Call<'_, R>,
 ) -> Result<(), String> {
     let cubes = blueprint.tile.cubes(product.m, product.n) * product.batches;
-    let mut axes = SequenceArg::new();
-    product.patches.iter().flat_map(|(_, numbers)| numbers.iter()).for_each(|&n| axes.push(n));
-    let [m, n, k, batches] = [product.m, product.n, product.k, product.batches].map(to_u32);
-    let ([lhs_row, rhs_row, out_row], [lhs_batch, rhs_batch, out_batch]) =
-        (product.rows.map(to_u32), product.batch.map(to_u32));
     // SAFETY: rows, columns and summed elements beyond the matrices are not read, and not written.
     unsafe {
         multiply::launch_unchecked::<E, R>(
@@ -127,22 +119,8 @@ fn launch_as<E: Float + CubeElement, R: Runtime>(
             call.arg(0),
             call.arg(1),
             call.out(),
-            call.tail_reads(),
-            call.tail_overlaps(),
-            call.tail_numbers()?,
-            call.tail_scalars(),
-            axes,
-            m?,
-            n?,
-            k?,
-            batches?,
-            lhs_row?,
-            rhs_row?,
-            out_row?,
-            lhs_batch?,
-            rhs_batch?,
-            out_batch?,
-            to_u32(product.patches.as_ref().map_or(1, |(p, _)| p.channels))?,
+            call.tail()?,
+            product.extents()?,
             blueprint,
         );
     }
@@ -154,24 +132,11 @@ fn multiply<E: Float, S: Size, LhsWidth: Size, RhsWidth: Size>(
     lhs: &Array<Vector<u32, LhsWidth>>,
     rhs: &Array<Vector<u32, RhsWidth>>,
     out: &mut Array<u32>,
-    reads: &Sequence<Array<u32>>,
-    overlaps: &mut Sequence<Array<u32>>,
-    numbers: &Sequence<u32>,
-    scalars: &Sequence<f32>,
-    axes: &Sequence<u32>,
-    m: u32,
-    n: u32,
-    k: u32,
-    batches: u32,
-    lhs_row: u32,
-    rhs_row: u32,
-    out_row: u32,
-    lhs_batch: u32,
-    rhs_batch: u32,
-    out_batch: u32,
-    channels: u32,
+    tail: &Tail,
+    extents: &Extents,
     #[comptime] blueprint: Blueprint,
 ) {
+    let (m, n, k) = (extents.m, extents.n, extents.k);
     let (tile, unit) = comptime!((blueprint.tile, blueprint.unit));
     let edge = comptime!(unit.edge);
     let (fragments_m, fragments_n) = comptime!(blueprint.fragments());
@@ -201,7 +166,7 @@ fn multiply<E: Float, S: Size, LhsWidth: Size, RhsWidth: Size>(
     let mut left = SharedMemory::<Vector<E, S>>::new_aligned(comptime!((2 * left_block) as usize), 128usize);
     let mut right = SharedMemory::<Vector<E, S>>::new_aligned(comptime!((2 * right_block) as usize), 128usize);
 
-    if batch < batches {
+    if batch < extents.batches {
         let mut sums = Sequence::<cmma::Matrix<f32>>::new();
         #[unroll]
         for _i in 0..comptime!((fragments_m * fragments_n) as usize) {
@@ -219,7 +184,8 @@ fn multiply<E: Float, S: Size, LhsWidth: Size, RhsWidth: Size>(
             #[unroll]
             for s in 0..comptime!(tile.left_slots(vector) as usize) {
                 let row = first_row + left_own(s, comptime!(blueprint.clone()));
-                patches::push_start(&mut starts, row, axes, comptime!(blueprint.patches.clone().unwrap_or_default()));
+                let patches = comptime!(blueprint.patches.clone().unwrap_or_default());
+                patches::push_start(&mut starts, row, &extents.axes, patches);
             }
         }
 
@@ -229,27 +195,19 @@ fn multiply<E: Float, S: Size, LhsWidth: Size, RhsWidth: Size>(
             &mut left_next,
             lhs,
             &starts,
-            axes,
             first_row,
             0u32,
-            m,
-            k,
-            lhs_row,
-            batch * lhs_batch,
-            channels,
+            batch,
+            extents,
             comptime!(blueprint.clone()),
         );
         read_right::<E, S, RhsWidth>(
             &mut right_next,
             rhs,
-            axes,
             first_column,
             0u32,
-            n,
-            k,
-            rhs_row,
-            batch * rhs_batch,
-            channels,
+            batch,
+            extents,
             comptime!(blueprint.clone()),
         );
         write::<E, S>(&left_next, &right_next, &mut left, &mut right, 0u32, comptime!(blueprint.clone()));
@@ -264,27 +222,19 @@ fn multiply<E: Float, S: Size, LhsWidth: Size, RhsWidth: Size>(
                     &mut left_next,
                     lhs,
                     &starts,
-                    axes,
                     first_row,
                     following,
-                    m,
-                    k,
-                    lhs_row,
-                    batch * lhs_batch,
-                    channels,
+                    batch,
+                    extents,
                     comptime!(blueprint.clone()),
                 );
                 read_right::<E, S, RhsWidth>(
                     &mut right_next,
                     rhs,
-                    axes,
                     first_column,
                     following,
-                    n,
-                    k,
-                    rhs_row,
-                    batch * rhs_batch,
-                    channels,
+                    batch,
+                    extents,
                     comptime!(blueprint.clone()),
                 );
             }
@@ -360,30 +310,13 @@ fn multiply<E: Float, S: Size, LhsWidth: Size, RhsWidth: Size>(
                 let column = first_column + plane_column + word * lanes;
                 // Words lie in one row: what begins inside ends inside.
                 if row < m && column < n {
-                    let place_of_row = if comptime!(blueprint.patches.clone().is_some_and(|p| !p.is_dense)) {
-                        patches::result_row(row, axes, comptime!(blueprint.patches.clone().unwrap_or_default()))
-                    } else {
-                        row
-                    };
-                    let base = batch * out_batch + place_of_row * out_row + column;
+                    let base = result_row(row, batch, extents, comptime!(blueprint.patches.clone())) + column;
                     let from = own + patch_at * patch_row + word * lanes;
                     let mut bits = 0u32;
                     #[unroll]
                     for l in 0..comptime!(lanes as usize) {
-                        let value = finish(
-                            patch[(from + comptime!(l as u32)) as usize],
-                            base + comptime!(l as u32),
-                            reads,
-                            overlaps,
-                            numbers,
-                            scalars,
-                            comptime!(blueprint.tail.clone()),
-                        );
-                        bits |= place(
-                            encode(value, comptime!(blueprint.out)),
-                            comptime!(l as u32).runtime(),
-                            comptime!(4 / lanes),
-                        );
+                        let sum = patch[(from + comptime!(l as u32)) as usize];
+                        bits |= finished(sum, base + comptime!(l as u32), comptime!(l as u32).runtime(), tail);
                     }
                     out[(base / lanes) as usize] = bits;
                 }
@@ -411,38 +344,35 @@ fn read_left<E: Float, S: Size, W: Size>(
     next: &mut Array<Vector<E, S>>,
     lhs: &Array<Vector<u32, W>>,
     starts: &Sequence<i32>,
-    axes: &Sequence<u32>,
     first_row: u32,
     start: u32,
-    m: u32,
-    k: u32,
-    lhs_row: u32,
-    offset: u32,
-    channels: u32,
+    batch: u32,
+    extents: &Extents,
     #[comptime] blueprint: Blueprint,
 ) {
+    let offset = batch * extents.lhs_batch;
     let (tile, load) = comptime!((blueprint.tile, blueprint.lhs));
     let summed = start + UNIT_POS % comptime!(tile.k / load.vector) * comptime!(load.vector);
     #[unroll]
     for s in 0..comptime!(tile.left_slots(load.vector) as usize) {
         let row = first_row + left_own(s, comptime!(blueprint.clone()));
         let mut values = Vector::<E, S>::new(E::new(0.0));
-        if row < m {
+        if row < extents.m {
             if comptime!(blueprint.patches.is_some()) {
                 values = patches::vector::<E, S, W>(
                     lhs,
                     starts,
                     summed,
-                    k,
-                    axes,
-                    channels,
+                    extents.k,
+                    &extents.axes,
+                    extents.channels,
                     offset,
                     s,
                     load,
                     comptime!(blueprint.patches.clone().unwrap_or_default()),
                 );
             } else {
-                values = units::along::<E, S, W>(lhs, offset + row * lhs_row, summed, k, load);
+                values = units::along::<E, S, W>(lhs, offset + row * extents.lhs_row, summed, extents.k, load);
             }
         }
         next[s] = values;
@@ -454,16 +384,13 @@ fn read_left<E: Float, S: Size, W: Size>(
 fn read_right<E: Float, S: Size, W: Size>(
     next: &mut Array<Vector<E, S>>,
     rhs: &Array<Vector<u32, W>>,
-    axes: &Sequence<u32>,
     first_column: u32,
     start: u32,
-    n: u32,
-    k: u32,
-    rhs_row: u32,
-    offset: u32,
-    channels: u32,
+    batch: u32,
+    extents: &Extents,
     #[comptime] blueprint: Blueprint,
 ) {
+    let offset = batch * extents.rhs_batch;
     let (tile, load) = comptime!((blueprint.tile, blueprint.rhs));
     let vectors = comptime!(blueprint.right_vectors());
     let along = UNIT_POS % vectors * comptime!(load.vector);
@@ -473,23 +400,15 @@ fn read_right<E: Float, S: Size, W: Size>(
         let mut values = Vector::<E, S>::new(E::new(0.0));
         if comptime!(blueprint.is_transposed) {
             let column = first_column + own;
-            if column < n {
-                values = units::along::<E, S, W>(rhs, offset + column * rhs_row, start + along, k, load);
+            if column < extents.n {
+                let row = offset + column * extents.rhs_row;
+                values = units::along::<E, S, W>(rhs, row, start + along, extents.k, load);
             }
         } else {
             let summed = start + own;
-            if summed < k {
-                let row = if comptime!(blueprint.patches.clone().is_some_and(|p| !p.is_dense)) {
-                    patches::weight_row(
-                        summed,
-                        axes,
-                        channels,
-                        comptime!(blueprint.patches.clone().unwrap_or_default()),
-                    )
-                } else {
-                    summed
-                };
-                values = units::along::<E, S, W>(rhs, offset + row * rhs_row, first_column + along, n, load);
+            if summed < extents.k {
+                let row = offset + right_row(summed, extents, comptime!(blueprint.patches.clone())) * extents.rhs_row;
+                values = units::along::<E, S, W>(rhs, row, first_column + along, extents.n, load);
             }
         }
         next[s] = values;

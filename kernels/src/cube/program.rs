@@ -8,7 +8,7 @@ use ltxc_ir::DType;
 use ltxc_ir::plan::MapStep;
 
 use super::steps::float_steps;
-use super::storage::{decode, load_bits};
+use super::storage::{decode, encode, load_bits, place};
 
 /// What a kernel is built for.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -81,16 +81,54 @@ impl Program {
     }
 }
 
+/// What programs read, as an argument of a kernel.
+#[derive(CubeType, CubeLaunch)]
+pub(crate) struct Sources {
+    /// Operands that no result lies on.
+    reads: Sequence<Array<u32>>,
+    overlaps: Overlaps,
+    /// Extents and strides.
+    numbers: Sequence<u32>,
+    scalars: Sequence<f32>,
+}
+
+/// Operands that a result may lie on. Kernels only read them, but are told that they write: CUDA compilers assume that
+/// nothing else points to what is only read.
+#[derive(CubeType)]
+pub(crate) struct Overlaps {
+    arrays: Sequence<Array<u32>>,
+}
+
+impl LaunchArg for Overlaps {
+    type RuntimeArg<R: Runtime> = SequenceArg<R, Array<u32>>;
+    type CompilationArg = <Sequence<Array<u32>> as LaunchArg>::CompilationArg;
+
+    fn register<R: Runtime>(arg: Self::RuntimeArg<R>, launcher: &mut KernelLauncher<R>) -> Self::CompilationArg {
+        <Sequence<Array<u32>>>::register(arg, launcher)
+    }
+
+    fn expand(arg: &Self::CompilationArg, builder: &mut KernelBuilder) -> OverlapsExpand {
+        OverlapsExpand { arrays: <Sequence<Array<u32>>>::expand_output(arg, builder) }
+    }
+}
+
+/// What happens to elements before they are stored, as an argument of a kernel.
+#[derive(CubeType, CubeLaunch)]
+pub(crate) struct Tail {
+    sources: Sources,
+    #[cube(comptime)]
+    program: Program,
+    /// What they are stored as.
+    #[cube(comptime)]
+    out: DType,
+}
+
 /// The registers for a position after the first `count` steps. Operands that `targets` do not depend on are not read.
 #[cube]
-#[allow(clippy::too_many_arguments)] // the bindings of a kernel are arguments of their own
 pub(crate) fn registers_at(
     inputs: &Sequence<f32>,
     position: u32,
-    reads: &Sequence<Array<u32>>,
-    overlaps: &Sequence<Array<u32>>,
-    numbers: &Sequence<u32>,
-    scalars: &Sequence<f32>,
+    sources: &Sources,
     #[comptime] program: Program,
     #[comptime] count: usize,
     #[comptime] targets: Vec<usize>,
@@ -101,7 +139,7 @@ pub(crate) fn registers_at(
         push_coordinates(
             &mut coordinates,
             position,
-            numbers,
+            &sources.numbers,
             comptime!(program.spaces[s].0),
             comptime!(program.spaces[s].1),
         );
@@ -114,45 +152,35 @@ pub(crate) fn registers_at(
     #[unroll]
     for i in 0..comptime!(program.operands.len()) {
         if comptime!(program.is_needed(program.inputs + i, count, &targets)) {
-            let value = load_operand(position, &coordinates, reads, overlaps, numbers, comptime!(program.operands[i]));
+            let value = load_operand(position, &coordinates, sources, comptime!(program.operands[i]));
             registers.push(value);
         } else {
             registers.push(0f32.runtime());
         }
     }
     if comptime!(count > 0) {
-        float_steps(&mut registers, scalars, comptime!(program.steps[..count].to_vec()));
+        float_steps(&mut registers, &sources.scalars, comptime!(program.steps[..count].to_vec()));
     }
     registers
 }
 
-/// What the value that a kernel computed at a position becomes on its way to memory.
+/// What the value that a kernel computed at a position becomes on its way to memory, as bits at the place of `lane` in
+/// their word.
 #[cube]
-pub(crate) fn finish(
-    value: f32,
-    position: u32,
-    reads: &Sequence<Array<u32>>,
-    overlaps: &Sequence<Array<u32>>,
-    numbers: &Sequence<u32>,
-    scalars: &Sequence<f32>,
-    #[comptime] program: Program,
-) -> f32 {
+pub(crate) fn finished(value: f32, position: u32, lane: u32, tail: &Tail) -> u32 {
     let mut inputs = Sequence::<f32>::new();
     inputs.push(value);
-    let count = comptime!(program.steps.len());
-    let result = comptime!(program.result);
+    let count = comptime!(tail.program.steps.len());
+    let result = comptime!(tail.program.result);
     let registers = registers_at(
         &inputs,
         position,
-        reads,
-        overlaps,
-        numbers,
-        scalars,
-        comptime!(program.clone()),
+        &tail.sources,
+        comptime!(tail.program.clone()),
         count,
-        comptime!(vec![program.result]),
+        comptime!(vec![tail.program.result]),
     );
-    *registers.index(result)
+    place(encode(*registers.index(result), comptime!(tail.out)), lane, comptime!(tail.out.bytes() as u32))
 }
 
 /// Appends the index along each of `rank` axes of a position.
@@ -185,26 +213,19 @@ fn push_coordinates(
 }
 
 #[cube]
-fn load_operand(
-    position: u32,
-    coordinates: &Sequence<u32>,
-    reads: &Sequence<Array<u32>>,
-    overlaps: &Sequence<Array<u32>>,
-    numbers: &Sequence<u32>,
-    #[comptime] operand: Operand,
-) -> f32 {
+fn load_operand(position: u32, coordinates: &Sequence<u32>, sources: &Sources, #[comptime] operand: Operand) -> f32 {
     let element = match comptime!(operand.access) {
         Access::Flat => position,
         Access::Constant => 0u32.runtime(),
-        Access::Strided(start, rank, first) => strided(coordinates, numbers, start, rank, first),
+        Access::Strided(start, rank, first) => strided(coordinates, &sources.numbers, start, rank, first),
     };
     let chosen = if comptime!(operand.table.is_some()) {
         let table = comptime!(operand.table.unwrap_or_default());
-        let extent = *numbers.index(comptime!(table.first));
-        let count = *numbers.index(comptime!(table.first + 1));
-        let inner = *numbers.index(comptime!(table.first + 2));
+        let extent = *sources.numbers.index(comptime!(table.first));
+        let count = *sources.numbers.index(comptime!(table.first + 1));
+        let inner = *sources.numbers.index(comptime!(table.first + 2));
         let row = element / inner;
-        let raw = bound_bits(row % count, reads, overlaps, comptime!(table.rows), 4u32);
+        let raw = bound_bits(row % count, sources, comptime!(table.rows), 4u32);
         let number = i32::reinterpret(raw);
         let raised = select(number < 0i32, 0u32, raw);
         let last = extent - 1u32;
@@ -213,7 +234,7 @@ fn load_operand(
     } else {
         element
     };
-    let bits = bound_bits(chosen, reads, overlaps, comptime!(operand.binding), comptime!(operand.dtype.bytes() as u32));
+    let bits = bound_bits(chosen, sources, comptime!(operand.binding), comptime!(operand.dtype.bytes() as u32));
     decode(bits, comptime!(operand.dtype))
 }
 
@@ -234,16 +255,10 @@ fn strided(
 }
 
 #[cube]
-fn bound_bits(
-    element: u32,
-    reads: &Sequence<Array<u32>>,
-    overlaps: &Sequence<Array<u32>>,
-    #[comptime] binding: Binding,
-    #[comptime] bytes: u32,
-) -> u32 {
+fn bound_bits(element: u32, sources: &Sources, #[comptime] binding: Binding, #[comptime] bytes: u32) -> u32 {
     if comptime!(binding.may_overlap) {
-        load_bits(overlaps.index(comptime!(binding.index)), element, bytes)
+        load_bits(sources.overlaps.arrays.index(comptime!(binding.index)), element, bytes)
     } else {
-        load_bits(reads.index(comptime!(binding.index)), element, bytes)
+        load_bits(sources.reads.index(comptime!(binding.index)), element, bytes)
     }
 }

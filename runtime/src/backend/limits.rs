@@ -77,56 +77,13 @@ fn kernel_calls(steps: &[Step]) -> impl Iterator<Item = &KernelCall> {
 
 #[cfg(test)]
 mod tests {
-    use ltxc_ir::plan::{
-        FileTensor, Group, Kernel, Map, Operand, Place, PlanFunction, PlanWeight, Program, Storage, Target,
-        WeightOrigin,
-    };
-    use ltxc_ir::{Rate, TensorType};
+    use ltxc_ir::plan::Target;
 
     use super::*;
     use crate::backend::{DeviceKind, DeviceName};
 
-    /// One program that copies a weight of 256 bytes into its frame.
     fn plan() -> Plan {
-        let ty = TensorType::f32([64]);
-        let operand = |place| Operand { place, offset: 0, ty: ty.clone(), storage: Storage::Native };
-        let call = KernelCall {
-            work: Kernel::Map(Map { steps: vec![] }).into(),
-            args: vec![operand(Place::Weight(0))],
-            results: vec![operand(Place::Frame { arena: 0 })],
-            name: String::new(),
-            flops: 0,
-            bytes: 0,
-        };
-        let tensor = FileTensor { source: 0, key: "w".into(), ty: ty.clone() };
-        let function = PlanFunction {
-            name: "copy".into(),
-            params: vec![],
-            results: vec![],
-            weights: vec![PlanWeight { ty, origin: WeightOrigin::File(tensor) }],
-            constants: vec![0; 16],
-            frame_bytes: vec![512],
-            steps: vec![Step::Kernel(call)],
-        };
-        let program = Program {
-            name: "main".into(),
-            group: 0,
-            rate: Rate::Step,
-            function: 0,
-            inputs: vec![],
-            outputs: vec![],
-            frame: vec![0],
-            arena_bytes: vec![1024],
-        };
-        Plan {
-            compiler: String::new(),
-            target: Target::wgpu(),
-            sources: vec![],
-            functions: vec![function],
-            programs: vec![program],
-            groups: vec![Group { name: "main".into(), state_bytes: 2048 }],
-            pipeline: Default::default(),
-        }
+        crate::test_plan::copies(Target::wgpu(), &[("main", 1024)])
     }
 
     fn device(target: Target) -> Device {

@@ -99,6 +99,10 @@ pub fn all() -> Vec<Cuttable> {
             let (x, w, bias) = (p.f32("x", &[1, 9, 6, 8, 8]), p.f32("w", &[3, 3, 3, 8, 8]), p.f32("bias", &[8]));
             b.depth_to_space(b.add(b.conv(conv(1, &[(1, 1); 3]), x, w), bias), &[2, 2, 1])
         }),
+        graph("convolution that is stored as pictures", 8000, |b, p| {
+            let (x, w, bias) = (p.f32("x", &[1, 9, 6, 8, 8]), p.f32("w", &[3, 3, 3, 8, 8]), p.f32("bias", &[8]));
+            b.depth_to_space(b.add(b.conv(conv(1, &[(1, 1); 3]), x, w), bias), &[1, 2, 2])
+        }),
         graph("product that is split", 2000, |b, p| {
             let y = b.matmul(p.f32("x", &[1, 41, 8]), p.f32("w", &[8, 15]));
             let [q, k] = [(0, 7), (7, 15)].map(|(start, end)| b.slice_axis(y, 2, start, end));

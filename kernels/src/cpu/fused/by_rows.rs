@@ -28,30 +28,69 @@ struct Schedule {
     /// Parts that run by rows.
     by_rows: Range<usize>,
     rows: usize,
+    /// Rows of a block.
+    block: usize,
+    /// Types of operands and result of the parts that run by rows, for a block.
+    types: Vec<Types>,
     /// Copies that store what they made.
     copies: Range<usize>,
 }
 
+/// Types of a part's operands and result.
+type Types = (Vec<TensorType>, TensorType);
+
 impl Schedule {
-    fn new(fused: &Fused) -> Schedule {
+    fn new(fused: &Fused, form: Option<Form>) -> Schedule {
         let n = fused.parts.len();
-        // Calls are checked when a plan is read or made, so there is a form.
-        let (anchor, rows) = match fused.form() {
-            Ok(Form::Rows { rows }) => return Schedule { whole: 0..0, by_rows: 0..n, rows, copies: n..n },
-            Ok(Form::Product { anchor, rows } | Form::Attention { anchor, rows }) => (anchor, rows),
-            Ok(Form::GroupNorm { rows }) => (0, rows),
-            Err(_) => (0, 1),
-        };
         let is_copy = |p: &Part| matches!(p.kernel, Kernel::Copy(_));
-        let first_copy = fused.parts.iter().skip(anchor + 1).position(is_copy).map_or(n, |i| anchor + 1 + i);
-        Schedule { whole: 0..anchor + 1, by_rows: anchor + 1..first_copy, rows, copies: first_copy..n }
+        let behind = |anchor: usize| {
+            let first_copy = fused.parts.iter().skip(anchor + 1).position(is_copy).map_or(n, |i| anchor + 1 + i);
+            (0..anchor + 1, anchor + 1..first_copy, first_copy..n)
+        };
+        let ((whole, by_rows, copies), rows) = match form {
+            Some(Form::Rows { rows }) => ((0..0, 0..n, n..n), rows),
+            Some(Form::Product { anchor, rows } | Form::Attention { anchor, rows }) => (behind(anchor), rows),
+            Some(Form::GroupNorm { rows }) => (behind(0), rows),
+            // Calls are checked when a plan is read or made, so there is a form.
+            None => (behind(0), 1),
+        };
+        let parts = &fused.parts[by_rows.clone()];
+        let bytes: usize = parts.iter().map(|p| p.result.bytes()).sum();
+        let row = bytes.div_ceil(rows.max(1)).max(1);
+        let block = (BLOCK_BYTES / row).clamp(1, rows.max(1));
+        let types = cut_parts(parts, rows, block);
+        Schedule { whole, by_rows, rows, block, types, copies }
     }
 
-    /// Rows of a block.
-    fn block(&self, fused: &Fused) -> usize {
-        let bytes: usize = fused.parts[self.by_rows.clone()].iter().map(|p| p.result.bytes()).sum();
-        let row = bytes.div_ceil(self.rows.max(1)).max(1);
-        (BLOCK_BYTES / row).clamp(1, self.rows.max(1))
+    /// Types of a part that runs by rows, for a block.
+    fn types_of(&self, part: usize) -> &Types {
+        &self.types[part - self.by_rows.start]
+    }
+
+    /// Scratch for a run on `threads` threads.
+    fn need(&self, fused: &Fused, threads: usize) -> Need {
+        let mut shared = 0usize;
+        let mut inner = 0usize;
+        for i in self.whole.clone().chain(self.copies.clone()) {
+            let part = &fused.parts[i];
+            let args: Vec<&TensorType> = part.args.iter().map(|a| &a.ty).collect();
+            // Parts that run whole use the scratch memory one after the other.
+            let need = need_kernel(&part.kernel, &args, &part.result);
+            inner = inner.max(need.bytes(threads).div_ceil(size_of::<f32>()));
+            shared = shared.saturating_add(floats(&part.result));
+        }
+        let (mut buffers, mut scratch) = (0usize, 0usize);
+        for i in self.by_rows.clone() {
+            let part = &fused.parts[i];
+            let (args, result) = self.types_of(i);
+            let need = need_kernel(&part.kernel, &args.iter().collect::<Vec<_>>(), result);
+            scratch = scratch.max(need.bytes(1).div_ceil(size_of::<f32>()));
+            buffers = buffers.saturating_add(floats(result));
+            if self.is_kept(fused, i) {
+                shared = shared.saturating_add(floats(&part.result));
+            }
+        }
+        Need { shared: shared.saturating_add(inner), per_thread: buffers.saturating_add(scratch) }
     }
 
     /// Parts of `by_rows` whose results are needed as a whole.
@@ -65,38 +104,18 @@ fn floats(ty: &TensorType) -> usize {
     ty.bytes().div_ceil(size_of::<f32>()).next_multiple_of(16)
 }
 
-/// Types of a part's operands and result for a block of rows.
-fn cut_part(part: &Part, rows: usize, block: usize) -> (Vec<TensorType>, TensorType) {
-    let part = part.cut(rows, block);
-    (part.args.into_iter().map(|arg| arg.ty).collect(), part.result)
+/// Types of parts for a block of rows.
+fn cut_parts(parts: &[Part], rows: usize, block: usize) -> Vec<Types> {
+    let cut = |part: &Part| {
+        let part = if block == rows { part.clone() } else { part.cut(rows, block) };
+        (part.args.into_iter().map(|arg| arg.ty).collect(), part.result)
+    };
+    parts.iter().map(cut).collect()
 }
 
 /// Scratch for a run on `threads` threads.
-pub(super) fn need(fused: &Fused, threads: usize) -> Need {
-    let schedule = Schedule::new(fused);
-    let mut shared = 0usize;
-    let mut inner = 0usize;
-    for i in schedule.whole.clone().chain(schedule.copies.clone()) {
-        let part = &fused.parts[i];
-        let args: Vec<&TensorType> = part.args.iter().map(|a| &a.ty).collect();
-        // Parts that run whole use the scratch memory one after the other.
-        let need = need_kernel(&part.kernel, &args, &part.result);
-        inner = inner.max(need.bytes(threads).div_ceil(size_of::<f32>()));
-        shared = shared.saturating_add(floats(&part.result));
-    }
-    let block = schedule.block(fused);
-    let (mut buffers, mut scratch) = (0usize, 0usize);
-    for i in schedule.by_rows.clone() {
-        let part = &fused.parts[i];
-        let (args, result) = cut_part(part, schedule.rows, block);
-        let need = need_kernel(&part.kernel, &args.iter().collect::<Vec<_>>(), &result);
-        scratch = scratch.max(need.bytes(1).div_ceil(size_of::<f32>()));
-        buffers = buffers.saturating_add(floats(&result));
-        if schedule.is_kept(fused, i) {
-            shared = shared.saturating_add(floats(&part.result));
-        }
-    }
-    Need { shared: shared.saturating_add(inner), per_thread: buffers.saturating_add(scratch) }
+pub(super) fn need(fused: &Fused, form: Option<Form>, threads: usize) -> Need {
+    Schedule::new(fused, form).need(fused, threads)
 }
 
 /// Where the result of a part lies.
@@ -110,9 +129,15 @@ enum Home {
 
 /// # Safety
 /// As for [`crate::cpu::launch`].
-pub(super) unsafe fn launch(fused: &Fused, args: &[Arg<'_>], results: &[Output<'_>], workspace: &mut [u8]) {
-    let schedule = Schedule::new(fused);
-    let need = need(fused, threads());
+pub(super) unsafe fn launch(
+    fused: &Fused,
+    form: Option<Form>,
+    args: &[Arg<'_>],
+    results: &[Output<'_>],
+    workspace: &mut [u8],
+) {
+    let schedule = Schedule::new(fused, form);
+    let need = schedule.need(fused, threads());
     let scratch = Scratch::new(workspace, need);
     let mut free = 0usize;
     let mut shared = |ty: &TensorType| {
@@ -134,7 +159,7 @@ pub(super) unsafe fn launch(fused: &Fused, args: &[Arg<'_>], results: &[Output<'
             _ => {
                 late.extend(result.map(|out| (i, Shared::new(out.ptr))));
                 let at = block_floats;
-                block_floats += floats(&cut_part(part, schedule.rows, schedule.block(fused)).1);
+                block_floats += floats(&schedule.types_of(i).1);
                 Home::Block(at)
             }
         });
@@ -185,13 +210,14 @@ impl Rows<'_> {
     /// # Safety
     /// As for [`crate::cpu::launch`]; `scratch` was made for [`need`].
     unsafe fn launch(&self, scratch: &Scratch<'_>) {
-        let rows = self.schedule.rows;
-        let block = self.schedule.block(self.fused);
+        let Schedule { rows, block, ref types, .. } = *self.schedule;
         let elements: usize = self.fused.parts[self.schedule.by_rows.clone()].iter().map(|p| p.result.elements()).sum();
         let per_block = elements / rows.max(1) * block;
         // Several small blocks are one task.
         let blocks = TASK.div_ceil(per_block.max(1)).max(1);
-        let cuts = [block, rows % block].map(|n| (n > 0).then(|| self.types(n)));
+        let rest = rows % block;
+        let parts = &self.fused.parts[self.schedule.by_rows.clone()];
+        let last_types = if rest > 0 { cut_parts(parts, rows, rest) } else { Vec::new() };
         let tasks = rows.div_ceil(block * blocks);
         for_each(tasks, elements.saturating_mul(4), |task| {
             // SAFETY: called once per task.
@@ -200,30 +226,18 @@ impl Rows<'_> {
             let end = rows.min((task + 1) * block * blocks);
             for start in (task * block * blocks..end).step_by(block) {
                 let n = block.min(end - start);
-                let Some(types) = (if n == block { &cuts[0] } else { &cuts[1] }) else { continue };
+                let types = if n == block { types } else { &last_types };
                 // SAFETY: tasks own disjoint rows.
                 serial(|| unsafe { self.block(start, n, types, buffers, bytemuck::cast_slice_mut(rest)) });
             }
         });
     }
 
-    fn types(&self, block: usize) -> Vec<(Vec<TensorType>, TensorType)> {
-        let parts = &self.fused.parts[self.schedule.by_rows.clone()];
-        parts.iter().map(|p| cut_part(p, self.schedule.rows, block)).collect()
-    }
-
     /// Runs all parts on `n` rows from `start`.
     ///
     /// # Safety
     /// Nobody else works on these rows.
-    unsafe fn block(
-        &self,
-        start: usize,
-        n: usize,
-        types: &[(Vec<TensorType>, TensorType)],
-        buffers: &mut [f32],
-        rest: &mut [u8],
-    ) {
+    unsafe fn block(&self, start: usize, n: usize, types: &[Types], buffers: &mut [f32], rest: &mut [u8]) {
         let rows = self.schedule.rows;
         let buffers = buffers.as_mut_ptr();
         let at = |home: Home, ty: &TensorType| match home {

@@ -7,8 +7,8 @@
 //! | attention | queries and keys are [prepared](prepare) where they are loaded, and the tail runs on every block of queries |
 //! | group norm | the tail runs on every chunk of rows as it is normed |
 //!
-//! What cannot run so runs by rows too, its anchor as a whole: pads of batch or channels, what [`prepare`] does not know,
-//! and tails that [`tail`] refuses.
+//! A call of one part is that kernel. What cannot run so runs by rows too, its anchor as a whole: pads of batch or channels,
+//! what [`prepare`] does not know, and tails that [`tail`] refuses.
 
 mod by_rows;
 mod prepare;
@@ -21,7 +21,7 @@ use ltxc_ir::plan::{Form, Fused, InPlace, Kernel, PartArg, Source};
 use super::parallel::{Need, Scratch};
 use super::patches::{Grid, Padding};
 use super::sink::Sink;
-use super::{Arg, Output, attention, conv, group_norm, matmul};
+use super::{Arg, Output, attention, conv, group_norm, launch_kernel, matmul, need_kernel};
 use tail::{Layout, Tail};
 
 /// A call whose tail runs with its anchor.
@@ -33,11 +33,11 @@ struct Together<'a> {
 
 impl<'a> Together<'a> {
     /// `None` if the parts have to run one after the other.
-    fn new(fused: &'a Fused) -> Option<Together<'a>> {
-        let anchor = match fused.form() {
-            Ok(Form::Product { anchor, .. }) if Grid::can_pad(&pads(fused, anchor)) => anchor,
-            Ok(Form::Attention { anchor, .. }) if prepare::can_prepare(fused, anchor) => anchor,
-            Ok(Form::GroupNorm { .. }) => 0,
+    fn new(fused: &'a Fused, form: Option<Form>) -> Option<Together<'a>> {
+        let anchor = match form? {
+            Form::Product { anchor, .. } if Grid::can_pad(&pads(fused, anchor)) => anchor,
+            Form::Attention { anchor, .. } if prepare::can_prepare(fused, anchor) => anchor,
+            Form::GroupNorm { .. } => 0,
             _ => return None,
         };
         Some(Together { fused, anchor, layout: Layout::new(fused, anchor)? })
@@ -109,9 +109,17 @@ fn pads(fused: &Fused, anchor: usize) -> Vec<Padding<'_>> {
 
 /// Scratch for a run on `threads` threads.
 pub(crate) fn need(fused: &Fused, threads: usize) -> Need {
-    match Together::new(fused) {
+    let form = fused.form().ok();
+    let need = match Together::new(fused, form) {
         Some(together) => together.need(),
-        None => by_rows::need(fused, threads),
+        None => by_rows::need(fused, form, threads),
+    };
+    match &fused.parts[..] {
+        [part] => {
+            let args: Vec<&TensorType> = part.args.iter().map(|a| &a.ty).collect();
+            need.max(need_kernel(&part.kernel, &args, &part.result))
+        }
+        _ => need,
     }
 }
 
@@ -121,11 +129,25 @@ pub(crate) unsafe fn launch(fused: &Fused, args: &[Arg<'_>], results: &[Output<'
     if results.iter().all(|r| r.ty.elements() == 0) {
         return;
     }
+    if let ([part], [out]) = (&fused.parts[..], results)
+        && may_store_at_once(fused, 0, args, out)
+    {
+        let operand = |arg: &'_ PartArg| match arg.source {
+            Source::Operand(a) => args[a as usize].ptr,
+            Source::Part(_) => unreachable!("the first part reads operands"),
+        };
+        let operands: Vec<Arg<'_>> = part.args.iter().map(|arg| Arg { ty: &arg.ty, ptr: operand(arg) }).collect();
+        let out = Output { ty: &part.result, ptr: out.ptr };
+        // SAFETY: passed on to the caller; the kernel may write where the result is.
+        return unsafe { launch_kernel(&part.kernel, &operands, &out, workspace) };
+    }
+    // Finding it takes as long as a row of a few thousand elements, so that it is looked for once.
+    let form = fused.form().ok();
     // SAFETY: passed on to the caller.
     unsafe {
-        match Together::new(fused) {
+        match Together::new(fused, form) {
             Some(together) => together.launch(args, results, workspace),
-            None => by_rows::launch(fused, args, results, workspace),
+            None => by_rows::launch(fused, form, args, results, workspace),
         }
     }
 }
