@@ -336,6 +336,12 @@ fn the_rate_that_ffmpeg_tells_is_that_of_all_pictures() {
         (Clip::open(&path).expect("opened").info(), Ffmpeg::find().unwrap().probe(&path).expect("probed"));
     assert_eq!((theirs.frames_at(rate("24")), theirs.frames_at(rate("60"))), (14, 35));
     assert_eq!((own.width, own.height, own.frames), (theirs.width, theirs.height, theirs.frames));
+    // Its header claims that all pictures are as long, and there are as many as of the clip above.
+    let claims = Clip::open(&clip("claims.mkv")).expect("opened").info();
+    assert_eq!((claims.frames, claims.frames_at(rate("24"))), (FRAMES, 14));
+    assert!(matches!(claims.rate, ClipRate::Variable(_)));
+    let found = read(&clip("claims.mkv"), whole("24")).expect("read");
+    assert_eq!(found.iter().map(number).collect::<Vec<_>>(), [0, 1, 2, 3, 3, 4, 5, 6, 7, 7, 8, 9, 10, 11]);
 }
 
 #[test]

@@ -25,7 +25,8 @@ use crate::{planned, tune};
 pub fn run(args: &InspectArgs, json: bool) -> Result<()> {
     let Some(path) = &args.plan else {
         let shape = Shape::resolve(&args.shape, 0)?;
-        let files = ModelFiles::open(&args.model, shape.has_two_stages()).context("name a plan, or model files")?;
+        let files =
+            ModelFiles::of_pipeline(&args.model, shape.pipeline, true).context("name a plan, or model files")?;
         for program in assemble(&files, &shape)?.programs {
             println!("; program {} (group {})\n{}", program.name, program.group, program.module);
         }
@@ -173,9 +174,10 @@ fn hex(hash: &[u8; 32]) -> String {
 /// The same for people.
 pub(crate) fn text(plan: &Plan, facts: &Value) -> String {
     let p = &plan.pipeline;
+    let sound = if p.audio.rate_hz > 0 { format!(", sound at {} Hz", p.audio.rate_hz) } else { String::new() };
     let synthetic = if p.model.synthetic { ", synthetic weights" } else { "" };
     let mut out = format!(
-        "plan      {} ({}), by {}\nmodel     {} {}{synthetic}\npipeline  {}, {}, sound at {} Hz\n\
+        "plan      {} ({}), by {}\nmodel     {} {}{synthetic}\npipeline  {}, {}{sound}\n\
          target    {}, activations in {}\n\nprogram                      calls        FLOP      traffic        arena      weights  (packed)\n",
         facts["hash"].as_str().unwrap_or_default(),
         readable(facts["bytes"].as_u64().unwrap_or(0)),
@@ -184,7 +186,6 @@ pub(crate) fn text(plan: &Plan, facts: &Value) -> String {
         p.model.version,
         p.name,
         describe_output(p, &BTreeSet::new()),
-        p.audio.rate_hz,
         plan.target.backend,
         p.dtype,
     );

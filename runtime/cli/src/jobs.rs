@@ -1,4 +1,5 @@
-//! `ltxc run --jobs`: many prompts and seeds with one plan, one after the other in one process.
+//! `ltxc run --jobs`: many prompts and seeds, one after the other in one process, with the plan of the command or as few as
+//! the media and LoRAs of the jobs ask for.
 //!
 //! A job is a table whose keys are the names of flags; the same flags on the command line are defaults for all jobs. An
 //! output that is there was made by an earlier run, because outputs appear whole, and is not made again: after an

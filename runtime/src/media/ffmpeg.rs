@@ -12,7 +12,7 @@ use std::thread;
 use serde_json::Value;
 
 use super::audio_input::Recording;
-use super::video_input::{ClipInfo, ClipRate};
+use super::video_input::{ClipInfo, ClipRate, ROUNDING};
 use super::{MediaError, Rational, RgbImage};
 
 /// Which rate pictures are read at.
@@ -91,39 +91,29 @@ impl Ffmpeg {
     /// [`MediaError::Input`] if ffmpeg cannot read the file or finds no pictures, [`MediaError::NoFfmpeg`] if the program
     /// `ffprobe` is not beside it.
     pub fn probe(&self, path: &Path) -> Result<ClipInfo, MediaError> {
-        let show = "stream=width,height,avg_frame_rate,r_frame_rate,nb_read_packets:stream_side_data=rotation";
-        let streams = self.streams(path, &["-count_packets", "-select_streams", "v:0", "-show_entries", show])?;
+        let show =
+            "stream=width,height,avg_frame_rate,r_frame_rate:stream_side_data=rotation:packet=pts_time,duration_time";
+        let facts = self.ffprobe(path, &["-select_streams", "v:0", "-show_entries", show])?;
         let bad = |what: &str| MediaError::input(path, format!("ffmpeg reads it and finds {what}"));
-        let stream = streams.first().ok_or_else(|| bad("no pictures"))?;
+        let stream = facts["streams"].get(0).ok_or_else(|| bad("no pictures"))?;
         let number = |name: &str| stream[name].as_u64().and_then(|n| usize::try_from(n).ok()).filter(|n| *n > 0);
         let (width, height) = number("width").zip(number("height")).ok_or_else(|| bad("pictures without a size"))?;
         let rate = |name: &str| stream[name].as_str().and_then(|text| text.parse::<Rational>().ok());
+        let times = PictureTimes::of(&facts["packets"]);
+        // The first is a guess from the times, or a claim of the header; the second their mean, which may be off by the
+        // rounding of the times.
+        let is_mean = |rate: Rational, mean: Rational| (rate.to_f64() / mean.to_f64() - 1.0).abs() < 1e-3;
         let rate = match (rate("r_frame_rate"), rate("avg_frame_rate")) {
-            // The first is a guess from the times, the second their mean, which may be off by the rounding of the times.
-            (Some(rate), Some(mean)) if (rate.to_f64() / mean.to_f64() - 1.0).abs() < 1e-3 => ClipRate::Constant(rate),
-            (Some(rate), None) => ClipRate::Constant(rate),
-            _ => ClipRate::Variable(self.mean_rate(path)?),
+            (Some(rate), mean) if mean.is_none_or(|mean| is_mean(rate, mean)) && times.are_at(rate) => {
+                ClipRate::Constant(rate)
+            }
+            _ => ClipRate::Variable(times.mean_rate()),
         };
-        let frames = stream["nb_read_packets"].as_str().and_then(|text| text.parse().ok()).unwrap_or(0);
+        let frames = times.count;
         let side_data = stream["side_data_list"].as_array().into_iter().flatten();
         let degrees = side_data.filter_map(|data| data["rotation"].as_i64()).next().unwrap_or(0);
         let (width, height) = if degrees.rem_euclid(180) == 90 { (height, width) } else { (width, height) };
         Ok(ClipInfo { width, height, rate, frames })
-    }
-
-    /// Number of pictures of the first video stream, divided by their time in seconds; 0 if they have no times.
-    fn mean_rate(&self, path: &Path) -> Result<f64, MediaError> {
-        let show = ["-select_streams", "v:0", "-show_entries", "packet=pts_time,duration_time"];
-        let facts = self.ffprobe(path, &show)?;
-        let packets = facts["packets"].as_array().map(Vec::as_slice).unwrap_or_default();
-        let seconds = |packet: &Value, name: &str| packet[name].as_str().and_then(|text| text.parse::<f64>().ok());
-        let (mut start, mut end) = (f64::MAX, f64::MIN);
-        for packet in packets {
-            let Some(time) = seconds(packet, "pts_time") else { continue };
-            start = start.min(time);
-            end = end.max(time + seconds(packet, "duration_time").unwrap_or(0.0));
-        }
-        Ok(if end > start { packets.len() as f64 / (end - start) } else { 0.0 })
     }
 
     /// Hands on at most `most` pictures of the first video stream of a file, upright, of the size that [`Ffmpeg::probe`] tells.
@@ -187,9 +177,8 @@ impl Ffmpeg {
     /// # Errors
     /// Those of [`Ffmpeg::probe`] and [`MediaError::Ffmpeg`] if ffmpeg fails.
     pub fn read_audio(&self, path: &Path, start_seconds: f64, seconds: f64) -> Result<Option<Recording>, MediaError> {
-        let streams =
-            self.streams(path, &["-select_streams", "a:0", "-show_entries", "stream=channels,sample_rate"])?;
-        let Some(stream) = streams.first() else { return Ok(None) };
+        let facts = self.ffprobe(path, &["-select_streams", "a:0", "-show_entries", "stream=channels,sample_rate"])?;
+        let Some(stream) = facts["streams"].get(0) else { return Ok(None) };
         let channels = stream["channels"].as_u64().unwrap_or(0).clamp(1, 64) as usize;
         let rate_hz = stream["sample_rate"].as_str().and_then(|text| text.parse::<u32>().ok()).unwrap_or(48_000);
         let (first, count) = super::audio_input::window(rate_hz, start_seconds, seconds)?;
@@ -202,11 +191,6 @@ impl Ffmpeg {
         let samples: Vec<f32> = bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
         let channel = |c: usize| samples.iter().skip(c).step_by(channels).copied().collect();
         Ok(Some(Recording { rate_hz, channels: (0..channels).map(channel).collect() }))
-    }
-
-    /// The streams of a file as `ffprobe` tells them.
-    fn streams(&self, path: &Path, ask: &[&str]) -> Result<Vec<Value>, MediaError> {
-        Ok(self.ffprobe(path, ask)?["streams"].as_array().cloned().unwrap_or_default())
     }
 
     /// What `ffprobe` tells of a file.
@@ -269,6 +253,47 @@ impl Ffmpeg {
 
     fn failure(&self, doing: &'static str, status: String, message: String) -> MediaError {
         MediaError::Ffmpeg { program: self.name(), doing, status, message }
+    }
+}
+
+/// When the pictures of a stream are shown.
+struct PictureTimes {
+    /// Number of pictures.
+    count: usize,
+    /// When they begin, in seconds and ascending; without those whose times are not told.
+    starts: Vec<f64>,
+    /// When the last one ends.
+    end: f64,
+}
+
+impl PictureTimes {
+    /// Those of the packets that `ffprobe` tells.
+    fn of(packets: &Value) -> PictureTimes {
+        let packets = packets.as_array().map(Vec::as_slice).unwrap_or_default();
+        let seconds = |packet: &Value, name: &str| packet[name].as_str().and_then(|text| text.parse::<f64>().ok());
+        let (mut starts, mut end) = (Vec::new(), f64::MIN);
+        for packet in packets {
+            let Some(time) = seconds(packet, "pts_time") else { continue };
+            starts.push(time);
+            end = end.max(time + seconds(packet, "duration_time").unwrap_or(0.0));
+        }
+        starts.sort_by(f64::total_cmp);
+        PictureTimes { count: packets.len(), starts, end }
+    }
+
+    /// Whether they come at a constant rate; headers claim more than there is.
+    fn are_at(&self, rate: Rational) -> bool {
+        let first = self.starts.first().copied().unwrap_or(0.0);
+        let off = |(i, time): (usize, &f64)| ((time - first) * rate.to_f64() - i as f64).abs();
+        self.starts.iter().enumerate().map(off).all(|frames| frames < ROUNDING)
+    }
+
+    /// Number of pictures divided by their time; 0 if that is not told.
+    fn mean_rate(&self) -> f64 {
+        match self.starts.first() {
+            Some(first) if self.end > *first => self.count as f64 / (self.end - first),
+            _ => 0.0,
+        }
     }
 }
 

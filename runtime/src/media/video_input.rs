@@ -27,6 +27,9 @@ const IMAGE_EXTENSIONS: [&str; 4] = ["png", "jpg", "jpeg", "webp"];
 /// Times closer than this many seconds are equal: far above rounding, far below a frame.
 const SAME_TIME: f64 = 1e-6;
 
+/// Frames by which times may be off that are rounded to milliseconds.
+pub(super) const ROUNDING: f64 = 0.3;
+
 /// A clip that was opened.
 #[derive(Debug)]
 pub struct Clip {
@@ -63,9 +66,8 @@ impl ClipInfo {
     /// How many frames of a run at `rate` it is long: its pictures, unless these are chosen by their times.
     pub fn frames_at(&self, rate: Rational) -> usize {
         match self.rate {
-            // Times are rounded, to microseconds at worst.
             ClipRate::Variable(mean) if mean > 0.0 => {
-                (self.frames as f64 / mean * rate.to_f64() + 1e-3).floor() as usize
+                (self.frames as f64 / mean * rate.to_f64() + ROUNDING).floor() as usize
             }
             _ => self.frames,
         }
