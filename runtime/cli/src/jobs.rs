@@ -97,7 +97,8 @@ const SEED: &str = "seed";
 const OUTPUTS: [&str; 5] = [OUTPUT, "output_path", "output-path", "output_dir", "output-dir"];
 
 /// Flags whose first value is a file or folder that a job reads, and on which its output depends.
-const READ: [&str; 10] = [
+const READ: [&str; 11] = [
+    "prompt_file",
     "embeddings",
     "image",
     "video_conditioning",

@@ -135,7 +135,8 @@ pub fn in_our_words(args: impl IntoIterator<Item = OsString>) -> Result<Line> {
     words.finish(&mut kept)?;
     let front = front.iter().cloned().map(dashed);
     let kept = kept.into_iter().flat_map(Given::args);
-    Ok(Line { args: front.chain(kept).chain(words.plan).chain(words.others).chain(tail).collect(), notes: words.notes })
+    // Words come first: behind flags of several values they would be one of these.
+    Ok(Line { args: front.chain(words.plan).chain(words.others).chain(kept).chain(tail).collect(), notes: words.notes })
 }
 
 /// `-` for `_` in the name of a long flag.

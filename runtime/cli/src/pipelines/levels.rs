@@ -84,7 +84,9 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("table.toml");
         std::fs::write(&path, text).expect("written");
-        levels(&path, Some(&Guidance::default()), &Modality::BOTH)
+        let mut planned = Guidance::default();
+        planned.video.stg_blocks = vec![0];
+        levels(&path, Some(&planned), &Modality::BOTH)
     }
 
     #[test]

@@ -33,7 +33,7 @@ fn meaning(line: &str) -> (String, Vec<String>) {
 }
 
 /// Spellings, and the same in the words of the help. `…` is a run that may be.
-const SAME: [(&str, &str); 103] = [
+const SAME: [(&str, &str); 105] = [
     // Pipelines, plans and prompts.
     ("run two-stage -p x", "run --pipeline two-stage -p x"),
     ("-q run two-stage -p x", "run --pipeline two-stage -p x -q"),
@@ -43,6 +43,8 @@ const SAME: [(&str, &str); 103] = [
     ("run -qp x two-stage", "run --pipeline two-stage -p x -q"),
     ("run --image a.png 0 1 33 two-stage -p x", "run --pipeline two-stage -p x --image a.png 0 1 33"),
     ("run x.ltxplan -p x", "run -p x x.ltxplan"),
+    ("run x.ltxplan -p x --image a.png 8", "run -p x --image a.png 8 -- x.ltxplan"),
+    ("run x.ltxplan -p x --lora a 0.5 -q", "run -p x --lora a 0.5 -q x.ltxplan"),
     ("run x.ltxplan \"a cat\"", "run x.ltxplan --prompt \"a cat\""),
     ("run \"a cat\" --pipeline hq", "run --pipeline hq --prompt \"a cat\""),
     ("run \"a cat\" x.ltxplan", "run x.ltxplan --prompt \"a cat\""),
