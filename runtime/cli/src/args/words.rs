@@ -135,7 +135,7 @@ pub fn in_our_words(args: impl IntoIterator<Item = OsString>) -> Result<Line> {
     words.finish(&mut kept)?;
     let front = front.iter().cloned().map(dashed);
     let kept = kept.into_iter().flat_map(Given::args);
-    Ok(Line { args: front.chain(kept).chain(words.plan).chain(words.others).chain(tail).collect(), notes: words.notes })
+    Ok(Line { args: front.chain(words.plan).chain(kept).chain(words.others).chain(tail).collect(), notes: words.notes })
 }
 
 /// `-` for `_` in the name of a long flag.
