@@ -10,6 +10,7 @@
 
 use std::path::{Path, PathBuf};
 
+use ltxc_ir::plan::ImageTokens;
 use serde_json::Value;
 
 /// Tokens of a context, and the most a prompt may have.
@@ -27,6 +28,11 @@ pub enum TokenizerError {
     Format { path: PathBuf, problem: String },
     #[error("the tokenizer has no token `{name}`, which it should use as {role}")]
     Token { name: String, role: &'static str },
+    #[error(
+        "the tokenizer has no token {id}, which stands for an image; use the files of the text encoder as published, or \
+         enhance the prompt without the image"
+    )]
+    ImageToken { id: u32 },
     #[error("the prompt cannot be encoded: {problem}")]
     Encode { problem: String },
 }
@@ -111,6 +117,18 @@ impl Tokenizer {
         let text = format!("{0}user\n{1}{2}\n{0}model\n", start.0, text.trim(), end.0);
         let stops = [Some(stop), id_of(&self.inner, "<eos>")].into_iter().flatten().collect();
         Ok(Turn { ids: self.ids(&text)?, pad: self.pad, stops })
+    }
+
+    /// What stands for an image in the text of a turn: `count` soft tokens between marks and empty lines.
+    ///
+    /// # Errors
+    /// A tokenizer that does not have these tokens.
+    ///
+    /// Source: transformers `Gemma3Processor` (4.57).
+    pub fn image_text(&self, tokens: ImageTokens, count: usize) -> Result<String, TokenizerError> {
+        let name = |id: u32| self.inner.id_to_token(id).ok_or(TokenizerError::ImageToken { id });
+        let (begin, soft, end) = (name(tokens.begin)?, name(tokens.soft)?, name(tokens.end)?);
+        Ok(format!("\n\n{begin}{}{end}\n\n", soft.repeat(count)))
     }
 
     /// `text` as tokens, with one `<bos>` in front.
@@ -320,6 +338,11 @@ mod tests {
         // The toy has no tokens for `user`, `model` and newlines, which it leaves out.
         assert_eq!(turn, Turn { ids: vec![2, 3, 5, 6, 4, 3], pad: 0, stops: vec![4, 1] });
         assert_eq!(tokenizer.decode_written(&[5, 1, 6, 4]).expect("decodes").replace(' ', ""), "ab");
+        let tokens = |soft| ImageTokens { begin: 3, soft, end: 4 };
+        let text = tokenizer.image_text(tokens(1), 2).expect("there are such tokens");
+        assert_eq!(text, "\n\n<start_of_turn><eos><eos><end_of_turn>\n\n");
+        let problem = tokenizer.image_text(tokens(99), 2).expect_err("there is no such token").to_string();
+        assert!(problem.contains("no token 99"), "{problem}");
         let without = Tokenizer::from_bytes(&toy(true, &SPECIAL), None).expect("a tokenizer");
         let problem = without.encode_turn("ab").expect_err("there are no turns").to_string();
         assert!(problem.contains("no token `<start_of_turn>`"), "{problem}");

@@ -115,12 +115,16 @@ fn text_encoders_are_the_same_in_every_layout() {
     assert_eq!((single.family(), single.files().len(), sharded.files().len()), (GemmaFamily::Gemma3, 1, 2));
     assert_eq!(single.tokenizer_json().unwrap(), sharded.tokenizer_json().unwrap());
     assert!(single.tokenizer_path().unwrap().is_file());
-    let text = |gemma: &GemmaFolder| -> Shapes {
+    let part = |gemma: &GemmaFolder, is_text: bool| -> Shapes {
         let all = gemma.tensors().map(|(k, found)| (k.to_string(), found.stored.shape.clone()));
-        all.filter(|(k, _)| k.starts_with("language_model.")).collect()
+        all.filter(|(k, _)| k.starts_with("language_model.") == is_text).collect()
     };
+    let text = |gemma: &GemmaFolder| part(gemma, true);
     assert_same(&text(&single), &shapes(tensors::gemma3(single.config()).unwrap()));
-    assert_eq!(text(&single), text(&sharded));
+    assert_same(&part(&single, false), &shapes(tensors::gemma3_vision(single.config()).unwrap()));
+    assert_eq!((text(&single), part(&single, false)), (text(&sharded), part(&sharded, false)));
+    assert_eq!(single.preprocessor_config().unwrap(), sharded.preprocessor_config().unwrap());
+    assert!(single.preprocessor_config().unwrap().is_some());
 
     if !has("tiny-ltx25") {
         return;

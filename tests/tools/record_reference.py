@@ -11,6 +11,10 @@ The reference side of `ltxc debug lora four-way`, from the inputs that `ltxc deb
 
     python record_reference.py --checkpoint ltx-2-19b.safetensors --only lora --four-way DIR --lora my-lora.safetensors
 
+How a Gemma 3 sees an image that prompts are enhanced with, which takes `pillow` and no checkpoint:
+
+    python record_reference.py --only vision --gemma gemma-3-12b --image photo.png --out recordings/
+
 Everything runs on one device in float32, whatever the weights are stored in, so the numbers differ from ltxc's by rounding
 alone. A model of full size needs its float32 weights in memory, one component at a time; `--only` records a part.
 
@@ -26,6 +30,10 @@ What comes out, one safetensors file each; `meta` in its metadata is JSON:
     upsamplers      <file stem>.latent, <file stem>.normalized_output
     audio_vae       dec.{latent,conv_in,mid.*,stage<i>.block<j>,conv_out,mel}
     vocoder         mel, conv_pre, ups<i>, resblock<i>, conv_post, waveform
+    vision          ids: a turn with the image; pixels_uint8, pixel_values: the image as the tower takes it, channels last;
+                    tower.{embeddings,layer<i>,output}, soft_tokens; hidden: the last state of every token; scores of what
+                    follows: image.logits, causal.logits without the image's own mask, narrow.logits with a sliding window
+                    of half the image; greedy.ids and greedy.logits: the best tokens that follow, and their scores
 
 Tensors of more than `--keep` values are thinned: of x there are x.sample (every k-th value of it flattened; k and the shape
 are in meta.sampled) and x.stats (mean, unbiased standard deviation, minimum, maximum, L2 norm, sum of magnitudes).
@@ -37,6 +45,7 @@ streams otherwise than later releases, which ltxc follows, so only cases with on
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -113,7 +122,7 @@ def numbered(prefix, modules):
 
 def main():
     parser = argparse.ArgumentParser(description="Records reference tensors for `ltxc debug parity`.")
-    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--checkpoint", type=Path, help="model file; `vision` needs none")
     parser.add_argument("--gemma", type=Path, help="folder of the text encoder; without it no text is recorded")
     parser.add_argument("--upsampler", type=Path)
     parser.add_argument("--out", type=Path)
@@ -123,6 +132,7 @@ def main():
     parser.add_argument("--keep", type=int, default=20000, help="values of a tensor that is kept whole")
     parser.add_argument("--only", nargs="*", default=["text", "transformer", "video_vae", "upsampler", "audio_vae", "vocoder"])
     parser.add_argument("--four-way", type=Path, metavar="DIR", help="folder with the inputs of `lora`")
+    parser.add_argument("--image", type=Path, help="picture of `vision`")
     parser.add_argument("--lora", type=Path)
     parser.add_argument("--lora-strength", type=float, default=1.0)
     args = parser.parse_args()
@@ -130,9 +140,14 @@ def main():
         args.out = args.out or args.four_way
     if args.out is None:
         parser.error("--out is missing")
+    if args.only == ["vision"] and (args.gemma is None or args.image is None):
+        parser.error("--gemma and --image are missing")
+    if args.only != ["vision"] and args.checkpoint is None:
+        parser.error("--checkpoint is missing")
     args.out.mkdir(parents=True, exist_ok=True)
-    with safe_open(str(args.checkpoint), "pt") as file:
-        args.config = json.loads(file.metadata()["config"])
+    if args.checkpoint is not None:
+        with safe_open(str(args.checkpoint), "pt") as file:
+            args.config = json.loads(file.metadata()["config"])
     torch.set_grad_enabled(False)
     if args.device == "cpu":
         # torchaudio compares CUDA versions when it is imported, also where no CUDA is used.
@@ -144,6 +159,7 @@ def main():
         "upsampler": record_upsampler,
         "audio_vae": record_audio_vae,
         "vocoder": record_vocoder,
+        "vision": record_vision,
         "lora": record_lora,
     }
     for name in args.only:
@@ -206,6 +222,98 @@ def record_text(args):
         context.add(f"{name}.video_context", result.video_encoding)
         context.add(f"{name}.audio_context", result.audio_encoding)
     context.save(args.out / "text_context.safetensors")
+
+
+# What the published tokenizer makes of a turn, for folders without a template of their own.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% set system = messages[0]['content'] + '\\n\\n' %}{% for message in messages[1:] %}"
+    "{{ '<start_of_turn>' + message['role'] + '\\n' }}{% if loop.first %}{{ system }}{% endif %}"
+    "{% for item in message['content'] %}{% if item['type'] == 'image' %}{{ '<start_of_image>' }}"
+    "{% else %}{{ item['text'] | trim }}{% endif %}{% endfor %}{{ '<end_of_turn>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
+)
+
+INSTRUCTIONS = "Say what happens."
+
+
+def record_vision(args):
+    import numpy
+    from PIL import Image
+    from transformers import AutoImageProcessor, AutoTokenizer, Gemma3ForConditionalGeneration, Gemma3Processor
+
+    model = Gemma3ForConditionalGeneration.from_pretrained(args.gemma, dtype=torch.float32, attn_implementation="eager")
+    model.to(args.device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(args.gemma)
+    tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
+    tokens = model.config.mm_tokens_per_image
+    processor = Gemma3Processor(
+        AutoImageProcessor.from_pretrained(args.gemma, use_fast=False),
+        tokenizer,
+        tokenizer.chat_template,
+        image_seq_length=tokens,
+    )
+
+    image = as_enhanced(torch.tensor(numpy.array(Image.open(args.image))[..., :3]))
+
+    said = PROMPTS["short"]
+    request = [{"type": "image"}, {"type": "text", "text": f"User Raw Input Prompt: {said}."}]
+    messages = [{"role": "system", "content": INSTRUCTIONS}, {"role": "user", "content": request}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    # The template has written <bos> already.
+    turn = processor(text=text.removeprefix(tokenizer.bos_token), images=image, return_tensors="pt").to(args.device)
+    recording = Recording(args.keep)
+    recording.meta |= {"instructions": INSTRUCTIONS, "said": said, "image": args.image.name, "resized": [*image.shape[:2]]}
+    recording.add("ids", turn.input_ids[0].to(torch.int32), whole=True)
+    values = turn.pixel_values[0].movedim(0, -1)
+    levels = ((values.double() * 0.5 + 0.5) * 255).round()
+    recording.add("pixels_uint8", levels.to(torch.uint8), whole=True)
+    recording.add("pixel_values", values)
+
+    tower = model.model.vision_tower.vision_model
+    watched = {"tower.embeddings": tower.embeddings, **numbered("tower.layer", tower.encoder.layers)}
+    watched |= {"tower.output": tower.post_layernorm, "soft_tokens": model.model.multi_modal_projector}
+    with Watch(watched) as outputs:
+        model.model.get_image_features(turn.pixel_values)
+    for name, value in outputs.items():
+        recording.add(name, value[0] if isinstance(value, tuple) else value)
+
+    window = model.config.text_config.sliding_window
+    for case, changes in {"image": {}, "causal": {"token_type_ids": None}, "narrow": {}}.items():
+        if case == "narrow":
+            set_window(model, tokens // 2)
+        result = model(**(dict(turn) | changes), output_hidden_states=True, use_cache=False)
+        if case == "image":
+            recording.add("hidden", result.hidden_states[-1])
+        recording.add(f"{case}.logits", result.logits[0, -1])
+    set_window(model, window)
+    recording.meta["narrow_window"] = tokens // 2
+
+    model.generation_config.eos_token_id = None
+    options = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    written = model.generate(**turn, **options)
+    recording.add("greedy.ids", written.sequences[0, turn.input_ids.shape[1] :].to(torch.int32), whole=True)
+    recording.add("greedy.logits", torch.cat(written.logits))
+    recording.save(args.out / "vision.safetensors")
+
+
+def as_enhanced(image, long_side=896):
+    """What ltx_pipelines' generate_enhanced_prompt hands to the processor: values are cut to whole numbers in 1.2.0."""
+    height, width = image.shape[:2]
+    scale = long_side / float(max(height, width))
+    rows, columns = int(height * scale), int(width * scale)
+    scale = max(rows / height, columns / width)
+    covering = [math.ceil(side * scale) for side in (height, width)]
+    image = image.movedim(-1, 0)[None].float()
+    image = torch.nn.functional.interpolate(image, size=covering, mode="bilinear", align_corners=False)[0].movedim(0, -1)
+    top, left = (covering[0] - rows) // 2, (covering[1] - columns) // 2
+    return image[top : top + rows, left : left + columns].to(torch.uint8)
+
+
+def set_window(model, window):
+    model.config.text_config.sliding_window = window
+    for layer in model.model.language_model.layers:
+        if layer.self_attn.is_sliding:
+            layer.self_attn.sliding_window = window
 
 
 def record_transformer(args):

@@ -127,6 +127,19 @@ pub struct TextSettings {
     pub registers: u32,
     /// Length and BLAKE3 of the `tokenizer.json`.
     pub tokenizer: (u64, [u8; 32]),
+    /// How an image stands between words, where prompts can be enhanced with one.
+    pub image: Option<ImageTokens>,
+}
+
+/// Token ids that stand for an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageTokens {
+    /// In front of it.
+    pub begin: u32,
+    /// Each of its soft tokens.
+    pub soft: u32,
+    /// Behind it.
+    pub end: u32,
 }
 
 /// One of the two things that a model makes.

@@ -27,6 +27,14 @@ fn narrow_floats_match() {
     }
 }
 
+/// Heads of vision towers, whose dims are no power of two.
+#[test]
+fn heads_of_vision_match() {
+    for dtype in [DType::F32, DType::BF16] {
+        Heads { dtype, ..Heads::new(150, 150, 3, 72) }.check(16);
+    }
+}
+
 #[test]
 fn grouped_queries_match() {
     for (n, m) in [(4, 2), (6, 1), (3, 3), (8, 4)] {

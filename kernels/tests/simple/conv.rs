@@ -29,6 +29,24 @@ fn kernels_of_video_match() {
     check(Convolution { kernel: vec![1; 3], pad: vec![(0, 0); 3], ..cube([3, 6, 7], 31, 17) });
 }
 
+/// Every value is read once.
+#[test]
+fn patches_of_images_match() {
+    for (side, patch, co) in [(56, 14, 40), (21, 7, 33)] {
+        for dtype in [DType::F32, DType::BF16] {
+            check(Convolution {
+                input: vec![side; 2],
+                kernel: vec![patch; 2],
+                stride: vec![patch; 2],
+                dilation: vec![1; 2],
+                pad: vec![(0, 0); 2],
+                dtypes: (dtype, DType::BF16),
+                ..Convolution::line(0, 0, 3, co)
+            });
+        }
+    }
+}
+
 /// Blocks of the reduction end inside taps, rows and columns end inside blocks.
 #[test]
 fn long_sums_match() {

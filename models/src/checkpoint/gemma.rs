@@ -1,7 +1,8 @@
 //! The text encoder: a Hugging Face folder, or the single file that LTX-2.5 bundles it in.
 //!
 //! Keys of the language model are canonical under `language_model.model.`, whichever of the four spellings in use the
-//! files have. Everything else (vision towers, projections, side files) keeps its key and is used by nobody here.
+//! files have; those of the vision tower and its projector have no `model.` in front. Everything else (projections, side
+//! files) keeps its key.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -17,6 +18,9 @@ use crate::{ModelError, TensorDirectory};
 
 /// Canonical prefix of the language model.
 const TEXT: &str = "language_model.model.";
+
+/// Canonical prefixes of what sees images.
+const VISION: [&str; 2] = ["vision_tower.", "multi_modal_projector."];
 
 /// Which architecture a text encoder has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -181,6 +185,16 @@ impl GemmaFolder {
         serde_json::from_slice(&bytes).map_err(problem)
     }
 
+    /// `preprocessor_config.json`: how images are prepared. Folders without one use the defaults.
+    ///
+    /// # Errors
+    /// If it cannot be read, or is no JSON.
+    pub fn preprocessor_config(&self) -> Result<Option<Value>, ModelError> {
+        let Tokenizer::Folder(tokenizer) = &self.tokenizer else { return Ok(None) };
+        let mut files = [&self.path, tokenizer].map(|folder| folder.join("preprocessor_config.json")).into_iter();
+        files.find(|path| path.is_file()).map(|path| file::read_json(&path)).transpose()
+    }
+
     /// The file `name` beside the weights, or the tensor or metadata entry `bundled` of the weight file.
     fn side_file(&self, name: &str, bundled: &str) -> Result<Cow<'_, [u8]>, ModelError> {
         match &self.tokenizer {
@@ -284,7 +298,8 @@ fn canonical(key: &str) -> String {
             return format!("{TEXT}{rest}");
         }
     }
-    key.into()
+    let vision = key.strip_prefix("model.").filter(|rest| VISION.iter().any(|part| rest.starts_with(part)));
+    vision.unwrap_or(key).into()
 }
 
 #[cfg(test)]
@@ -296,6 +311,9 @@ mod tests {
         let wanted = "language_model.model.layers.3.mlp.up_proj.weight";
         for prefix in [TEXT, "model.language_model.", "model.", "language_model.", ""] {
             assert_eq!(canonical(&format!("{prefix}layers.3.mlp.up_proj.weight")), wanted);
+        }
+        for key in ["vision_tower.vision_model.encoder.layers.0.x", "multi_modal_projector.y"] {
+            assert_eq!([canonical(key), canonical(&format!("model.{key}"))], [key, key]);
         }
         for other in ["vision_tower.vision_model.encoder.layers.0.x", "tokenizer_json", "model.embed_vision.x"] {
             assert_eq!(canonical(other), other);

@@ -211,7 +211,7 @@ pub(super) enum Upscale {
     Time,
 }
 
-/// `config.json` of a Gemma 3. `heads` are query heads, key-value heads and their width.
+/// `config.json` of a Gemma 3 with this vision tower. `heads` are query heads, key-value heads and their width.
 pub(super) fn gemma3(
     hidden: usize,
     inner: usize,
@@ -219,9 +219,10 @@ pub(super) fn gemma3(
     heads: [usize; 3],
     window: usize,
     vocabulary: usize,
+    vision: Value,
 ) -> Value {
     let [query, key_value, head_dim] = heads;
-    json!({
+    let text = json!({
         "architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "torch_dtype": "bfloat16",
         "eos_token_id": [1, 106],
         "initializer_range": 0.02, "transformers_version": "4.51.0",
@@ -235,5 +236,42 @@ pub(super) fn gemma3(
             "attention_dropout": 0.0, "attn_logit_softcapping": null, "final_logit_softcapping": null,
             "initializer_range": 0.02, "cache_implementation": "hybrid", "use_cache": true, "torch_dtype": "bfloat16",
         },
+    });
+    with(text, vision)
+}
+
+/// What a Gemma 3 has to see with. `sizes` are those of image and patch, in pixels; `ids` are the tokens of the beginning of
+/// an image, of each of its `soft_tokens`, and of the end.
+pub(super) fn vision(
+    hidden: usize,
+    inner: usize,
+    layers: usize,
+    heads: usize,
+    sizes: [usize; 2],
+    soft_tokens: usize,
+    ids: [u64; 3],
+) -> Value {
+    let [image, patch] = sizes;
+    let [begin, soft, end] = ids;
+    json!({
+        "mm_tokens_per_image": soft_tokens,
+        "boi_token_index": begin, "image_token_index": soft, "eoi_token_index": end,
+        "vision_config": {
+            "model_type": "siglip_vision_model", "hidden_size": hidden, "intermediate_size": inner,
+            "num_hidden_layers": layers, "num_attention_heads": heads, "image_size": image, "patch_size": patch,
+            "vision_use_head": false,
+        },
+    })
+}
+
+/// `preprocessor_config.json` of a Gemma 3 with this `config.json`.
+pub(super) fn preprocessor(gemma: &Value) -> Value {
+    let side = &gemma["vision_config"]["image_size"];
+    json!({
+        "image_processor_type": "Gemma3ImageProcessor", "processor_class": "Gemma3Processor",
+        "do_resize": true, "size": { "height": side, "width": side }, "resample": 2,
+        "do_rescale": true, "rescale_factor": 1.0 / 255.0,
+        "do_normalize": true, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
+        "image_seq_length": gemma["mm_tokens_per_image"],
     })
 }

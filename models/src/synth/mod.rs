@@ -101,12 +101,13 @@ pub fn synth(preset: Preset, folder: &Path, seed: u64) -> Result<SynthModel, Mod
     let gemma = folder.join(gemma_name);
     make(&gemma)?;
     let format = [("format", "pt".to_string()), ("synthetic", "true".to_string())];
-    let gemma_tensors = tensors::gemma3(gemma_config)?;
+    let gemma_tensors = [tensors::gemma3(gemma_config)?, tensors::gemma3_vision(gemma_config)?].concat();
     match recipe.shards {
         1 => writer::write(&gemma.join("model.safetensors"), &format, &gemma_tensors, data)?,
         shards => drop(writer::write_shards(&gemma, &format, &gemma_tensors, shards, data)?),
     }
     writer::write_json(&gemma.join("config.json"), gemma_config)?;
+    writer::write_json(&gemma.join("preprocessor_config.json"), &config::preprocessor(gemma_config))?;
     let generation = json!({ "bos_token_id": 2, "eos_token_id": [1, 106], "pad_token_id": 0 });
     writer::write_json(&gemma.join("generation_config.json"), &generation)?;
     for (name, content) in &tokenizer.files {
@@ -150,7 +151,10 @@ fn tiny(vocabulary: usize) -> Recipe {
             "scheduler": config::scheduler(),
         }),
         // Seven layers: the sixth attends globally, as every sixth of the real one.
-        gemma: ("gemma-3-tiny", config::gemma3(96, 192, 7, [6, 2, 32], 64, vocabulary)),
+        gemma: ("gemma-3-tiny", {
+            let vision = config::vision(24, 40, 2, 3, [42, 7], 9, tokenizer::IMAGE.map(|(_, id)| id));
+            config::gemma3(96, 192, 7, [6, 2, 32], 64, vocabulary, vision)
+        }),
         shards: 1,
         upsamplers: vec![(
             "ltx-2-tiny-spatial-upscaler-x2.safetensors",
@@ -159,9 +163,10 @@ fn tiny(vocabulary: usize) -> Recipe {
     }
 }
 
-/// Gemma 3 12B, text part.
+/// Gemma 3 12B.
 fn gemma3_12b() -> (&'static str, Value) {
-    ("gemma-3-12b", config::gemma3(3840, 15360, 48, [16, 8, 256], 1024, 262208))
+    let vision = config::vision(1152, 4304, 27, 16, [896, 14], 256, [255_999, 262_144, 256_000]);
+    ("gemma-3-12b", config::gemma3(3840, 15360, 48, [16, 8, 256], 1024, 262208, vision))
 }
 
 /// Shards of the published Gemma 3 12B folder.
@@ -286,7 +291,10 @@ mod tests {
 
     #[test]
     fn text_encoder_and_upsamplers_have_the_published_counts() {
-        check(tensors::gemma3(&gemma3_12b().1).unwrap(), 11_766_034_176);
+        let gemma = gemma3_12b().1;
+        check(tensors::gemma3(&gemma).unwrap(), 11_766_034_176);
+        // Of 12,187,325,040 in the published folder.
+        check(tensors::gemma3_vision(&gemma).unwrap(), 421_290_864);
         let upsampler = |recipe: Recipe, i: usize| tensors::upsampler(&recipe.upsamplers[i].1).unwrap();
         // The published counts leave the blur kernel out.
         check(upsampler(ltx2(), 0), 497_867_904 + 25);

@@ -1,4 +1,5 @@
-//! A small tokenizer in the format of Gemma's: byte-fallback BPE, spaces as U+2581, special tokens at their real ids.
+//! A small tokenizer in the format of Gemma's: byte-fallback BPE, spaces as U+2581, special tokens at their real ids, but
+//! for those of images, which are beyond a small vocabulary.
 //!
 //! It is trained here, from the few sentences below, so that prompts become tokens of all kinds: whole words, pieces,
 //! characters, and bytes for what the vocabulary lacks.
@@ -37,6 +38,10 @@ const SPECIAL: [(&str, u64); 7] = [
     ("<end_of_turn>", 106),
 ];
 
+/// Beginning of an image, each of its soft tokens, and end.
+pub(super) const IMAGE: [(&str, u64); 3] =
+    [("<start_of_image>", 102), ("<image_soft_token>", 103), ("<end_of_image>", 104)];
+
 /// The files of a tokenizer, and the number of rows that an embedding needs for it.
 pub struct Tokenizer {
     /// `(file name, content)`.
@@ -49,7 +54,8 @@ pub struct Tokenizer {
 pub fn tokenizer() -> Tokenizer {
     let mut vocabulary: Vec<String> =
         ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "[multimodal]"].map(String::from).to_vec();
-    vocabulary.extend((0..99).map(|i| format!("<unused{i}>")));
+    vocabulary.extend((0..96).map(|i| format!("<unused{i}>")));
+    vocabulary.extend(IMAGE.map(|(name, _)| name.into()));
     vocabulary.extend(["<start_of_turn>", "<end_of_turn>"].map(String::from));
     vocabulary.extend((0..=255).map(|byte| format!("<0x{byte:02X}>")));
     vocabulary.push("\n".into());
@@ -121,10 +127,11 @@ fn merged(word: &[String], left: &str, right: &str) -> Vec<String> {
 }
 
 fn tokenizer_json(ids: &BTreeMap<String, usize>, merges: &[(String, String)]) -> Value {
-    let added = SPECIAL.map(|(content, id)| {
+    let token = |&(content, id): &(&str, u64)| {
         json!({ "id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,
                 "special": true })
-    });
+    };
+    let added: Vec<Value> = SPECIAL.iter().chain(&IMAGE).map(token).collect();
     let vocabulary: Map<String, Value> = ids.iter().map(|(token, id)| (token.clone(), json!(id))).collect();
     let bos = |kind: u8| json!({ "SpecialToken": { "id": "<bos>", "type_id": kind } });
     let text = |name: &str, kind: u8| json!({ "Sequence": { "id": name, "type_id": kind } });
@@ -154,8 +161,7 @@ fn names() -> Value {
 }
 
 fn tokenizer_config() -> Value {
-    let added: Map<String, Value> = SPECIAL
-        .iter()
+    let added: Map<String, Value> = (SPECIAL.iter().chain(&IMAGE))
         .map(|(content, id)| {
             let token = json!({ "content": content, "lstrip": false, "normalized": false, "rstrip": false,
                                 "single_word": false, "special": true });
@@ -163,6 +169,9 @@ fn tokenizer_config() -> Value {
         })
         .collect();
     let mut config = names();
+    for (key, (name, _)) in ["boi_token", "image_token", "eoi_token"].iter().zip(IMAGE) {
+        config[*key] = json!(name);
+    }
     config["add_bos_token"] = json!(true);
     config["add_eos_token"] = json!(false);
     config["added_tokens_decoder"] = Value::Object(added);
@@ -184,7 +193,7 @@ mod tests {
         let mut ids: Vec<u64> = vocabulary.values().filter_map(Value::as_u64).collect();
         ids.sort_unstable();
         assert_eq!(ids, (0..made.vocabulary as u64).collect::<Vec<_>>());
-        for (token, id) in SPECIAL {
+        for (token, id) in SPECIAL.into_iter().chain(IMAGE) {
             assert_eq!(vocabulary[token], id);
         }
         for merge in model["merges"].as_array().unwrap() {

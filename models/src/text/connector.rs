@@ -270,7 +270,15 @@ fn feed_forward(b: &Builder, config: &ConnectorConfig, weights: &Weights, x: Val
     linear(b, weights, "net.2", x, [width, inner], config.has_ff_bias)
 }
 
-fn linear(b: &Builder, weights: &Weights, name: &str, x: ValueId, shape: [usize; 2], has_bias: bool) -> ValueId {
+/// The linear layer `name`, whose weight has `shape`: `[out, in]`.
+pub(super) fn linear(
+    b: &Builder,
+    weights: &Weights,
+    name: &str,
+    x: ValueId,
+    shape: [usize; 2],
+    has_bias: bool,
+) -> ValueId {
     let y = b.matmul_transposed(x, weights.get(b, &format!("{name}.weight"), &shape));
     let bias = has_bias.then(|| weights.get(b, &format!("{name}.bias"), &shape[..1]));
     b.name(name, bias.map_or(y, |bias| b.add(y, bias)))

@@ -8,6 +8,8 @@
 //! - Texts are padded on the left to whole pieces. Positions count real tokens, from 0, unlike where text is encoded.
 //! - Slots behind the newest token hold anything, pads hold nonsense: the bias hides both, and what lies beyond the
 //!   window of a sliding layer. Hidden slots still take part in sums with a weight of 0, so they must be finite.
+//! - The tokens of an image see all of each other, later ones and those beyond the window too, in every layer. So they are
+//!   all read by one run. They are not multiplied by `√hidden` as words are.
 //!
 //! Source: transformers `Gemma3ForConditionalGeneration` (4.57) with `generate`; spec/text-encoder §6.
 
@@ -19,6 +21,9 @@ use super::gemma::{Cache, Seen, embed, final_norm, language_model, layer, rope_t
 use crate::weights::check_compute_dtype;
 use crate::{Block, Functions, ModelError, Weights};
 
+/// Axis of tokens.
+const TOKENS: usize = 1;
+
 /// Most tokens of a run, and most slots: far beyond every prompt.
 const MOST_SLOTS: usize = 1 << 17;
 
@@ -29,6 +34,8 @@ const MOST_SLOTS: usize = 1 << 17;
 ///   `i32[]`, the slot of the first real token, behind pads; and for each layer `keys.<i>` and `values.<i>`,
 ///   `[1, slots, kv_heads, head_dim]` of `dtype`, which must be finite.
 /// - Results: `logits`, f32 `[vocabulary]`, scores of what follows the last token, and the caches with these tokens.
+/// - With `soft_tokens`, so many of the tokens are those of an image: `image`, f32 `[1, soft_tokens, hidden]`, stands for
+///   them whatever their ids are, and `image_at`, `i32[]`, is the first of them, counted from the run's first token.
 ///
 /// # Errors
 /// A Gemma that was not made to write (that of LTX-2.5), sizes that are 0 or do not fit together, a dtype that activations
@@ -36,14 +43,15 @@ const MOST_SLOTS: usize = 1 << 17;
 pub fn generate(
     config: &GemmaConfig,
     weights: &Weights,
-    tokens: usize,
-    slots: usize,
+    [tokens, slots]: [usize; 2],
+    soft_tokens: Option<usize>,
     dtype: DType,
 ) -> Result<Module, ModelError> {
     check_compute_dtype(dtype)?;
     check_writes(config)?;
-    if !(1..=slots).contains(&tokens) || slots > MOST_SLOTS {
-        let problem = format!("are {tokens} of {slots}, expected at least 1 and at most {MOST_SLOTS}");
+    if !(1..=slots).contains(&tokens) || slots > MOST_SLOTS || soft_tokens.is_some_and(|n| !(1..=tokens).contains(&n)) {
+        let image = soft_tokens.map_or(String::new(), |n| format!(", {n} of them an image"));
+        let problem = format!("are {tokens} of {slots}{image}, expected at least 1 and at most {MOST_SLOTS}");
         return Err(ModelError::config("tokens of a text", problem));
     }
     let b = Builder::new("generate");
@@ -58,15 +66,24 @@ pub fn generate(
         })
         .collect();
 
+    let image = soft_tokens.map(|n| {
+        let soft = b.param("image", TensorType::f32([1, n, config.hidden_size]), Rate::Step);
+        (soft, b.param("image_at", TensorType::i32([]), Rate::Step), n)
+    });
+
     let weights_below = language_model(weights);
     let mut h = embed(&b, config, &weights_below, ids, dtype);
+    let image = image.map(|(soft, at, n)| {
+        h = b.update(h, b.cast(soft, dtype), at, TOKENS);
+        [at, b.add(at, b.int_scalar(n as i64))]
+    });
     let inputs = [LayerKind::Sliding, LayerKind::Global].map(|kind| {
         let attention = config.attention(kind);
         let [cos, sin] = b.scope("rotary_emb", || {
             let position = b.sub(b.add(b.iota(TensorType::i32([tokens, 1]), 0), row), first);
             rope_tables(&b, attention, b.cast(position, DType::F32), dtype)
         });
-        let bias = visible(&b, [tokens, slots], row, first, attention.window);
+        let bias = visible(&b, [tokens, slots], row, first, attention.window, image);
         [cos, sin, b.name(&format!("{}_attention_mask", kind.name()), bias)]
     });
     let mut updated = Vec::with_capacity(caches.len());
@@ -117,17 +134,32 @@ fn check_writes(config: &GemmaConfig) -> Result<(), ModelError> {
     Err(ModelError::config("gemma.model_type", problem))
 }
 
-/// What is added to scores: f32 `[1, 1, t, s]`, 0 for real tokens up to the query and inside the window.
-fn visible(b: &Builder, extents: [usize; 2], row: ValueId, first: ValueId, window: Option<usize>) -> ValueId {
-    let [query, key] = [0, 1].map(|axis| b.iota(TensorType::i32(extents), axis));
-    let query = b.add(query, row);
+/// What is added to scores: f32 `[1, 1, t, s]`, 0 for real tokens up to the query and inside the window, and for tokens of
+/// one image, which `image` delimits among the run's tokens.
+fn visible(
+    b: &Builder,
+    extents: [usize; 2],
+    row: ValueId,
+    first: ValueId,
+    window: Option<usize>,
+    image: Option<[ValueId; 2]>,
+) -> ValueId {
+    let [own, key] = [0, 1].map(|axis| b.iota(TensorType::i32(extents), axis));
+    let query = b.add(own, row);
     let unless = |hidden: ValueId| b.select(hidden, b.scalar(HIDDEN_SCORE), b.scalar(0.0));
-    let (later, pad) = (b.compare(Compare::Less, query, key), b.compare(Compare::Less, key, first));
-    let mut bias = b.min(unless(later), unless(pad));
+    let mut bias = unless(b.compare(Compare::Less, query, key));
     if let Some(window) = window {
         let is_far = b.compare(Compare::LessEqual, b.int_scalar(window as i64), b.sub(query, key));
         bias = b.min(bias, unless(is_far));
     }
+    if let Some([at, end]) = image {
+        let within = |token: ValueId| {
+            let (before, behind) = (b.compare(Compare::Less, token, at), b.compare(Compare::LessEqual, end, token));
+            b.min(unless(before), unless(behind))
+        };
+        bias = b.max(bias, b.min(within(own), within(b.sub(key, row))));
+    }
+    bias = b.min(bias, unless(b.compare(Compare::Less, key, first)));
     let [tokens, slots] = extents;
     b.reshape(bias, &[1, 1, tokens, slots])
 }

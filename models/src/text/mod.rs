@@ -16,6 +16,7 @@
 //! | `connector` | registers and connectors, with their configuration |
 //! | `programs` | the two programs, as modules |
 //! | `generate` | Gemma as a writer, for prompt enhancement |
+//! | `vision` | how Gemma 3 sees the image that a prompt is enhanced with |
 
 mod config;
 mod connector;
@@ -23,6 +24,7 @@ mod features;
 mod gemma;
 mod generate;
 mod programs;
+mod vision;
 
 pub use config::{GemmaAttention, GemmaConfig, GemmaRope, LayerKind, NormWeight};
 pub use connector::{ConnectorConfig, Connectors, Modality, connector, registers};
@@ -30,6 +32,7 @@ pub use features::{FeatureExtractor, features};
 pub use gemma::gemma;
 pub use generate::generate;
 pub use programs::{TextConfig, TextWeights, connect, encode};
+pub use vision::{Levels, VisionConfig, see};
 
 /// Tokens of a context, and positions that prompts are left-padded to.
 ///

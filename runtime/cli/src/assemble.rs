@@ -2,7 +2,8 @@
 //!
 //! # Programs
 //! - `encode.<n>` and `connect`: text to contexts, a program per bucket of prompt lengths;
-//! - `enhance.prefill` and `enhance.decode`, if prompts are to be enhanced;
+//! - `enhance.prefill` and `enhance.decode`, if prompts are to be enhanced; `enhance.see` and `enhance.prefill_image`, if
+//!   they can be enhanced with an image;
 //! - one group per stage and kind of conditioning, named by [`StageClass::name`], with a program for every combination
 //!   of modalities that one step may update;
 //! - `encode_image.<stage>`, `upsample`, `decode.<f>x<h>x<w>`, `decode_audio`.
@@ -311,8 +312,15 @@ pub fn assemble(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
     model.check(files, shape)?;
     let (dtype, mut programs) = (shape.dtype, Programs::default());
     let mut asked = vec![(MODEL, model.weights.clone())];
-    if let (Some(config), Some(gemma)) = (&model.text, &files.gemma) {
-        let gemma = Weights::new(GEMMA, gemma);
+
+    let (mut stages, factors) = (model.stages(shape)?, model.factors());
+    let tokens = model.audio_tokens(shape);
+    let inputs = inputs(shape, &stages, factors, model.audio_vae.as_ref(), tokens)?;
+    let takes_images = inputs.clip.is_none() && stages.iter().all(|stage| stage.tiles.is_none());
+
+    let mut vision = None;
+    if let (Some(config), Some(folder)) = (&model.text, &files.gemma) {
+        let gemma = Weights::new(GEMMA, folder);
         let text_weights =
             TextWeights { gemma: gemma.clone(), projection: model.weights.clone(), transformer: model.weights.clone() };
         // Gemma 3 adds up states beyond 65504, the largest number of f16.
@@ -321,7 +329,10 @@ pub fn assemble(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
             programs.add("text", &format!("encode.{bucket}"), text::encode(config, &text_weights, bucket, states));
         }
         if shape.enhances_prompt {
-            match enhance::programs(&config.gemma, &gemma, states) {
+            if takes_images && shape.makes(Modality::Video) {
+                vision = enhance::vision(folder, &gemma)?;
+            }
+            match enhance::programs(&config.gemma, vision.as_ref(), &gemma, states) {
                 Ok(built) => programs.built.extend(built),
                 Err(failure) => programs.fail(failure),
             }
@@ -332,10 +343,6 @@ pub fn assemble(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
     let connectors = &model.connectors;
     programs.add("text", "connect", text::connect(connectors, &model.weights, text::CONTEXT_TOKENS, dtype));
 
-    let (mut stages, factors) = (model.stages(shape)?, model.factors());
-    let tokens = model.audio_tokens(shape);
-    let inputs = inputs(shape, &stages, factors, model.audio_vae.as_ref(), tokens)?;
-    let takes_images = inputs.clip.is_none() && stages.iter().all(|stage| stage.tiles.is_none());
     for (i, stage) in stages.iter_mut().enumerate() {
         stage.classes = match &stage.tiles {
             Some(tiles) => classes_of_tiles(stage, tiles, shape, inputs.references.get(i)),
@@ -422,7 +429,8 @@ pub fn assemble(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
 
     let is_whole = shape.modalities.len() == 2 && !keeps_sound && model.text.is_some();
     tensors::check(files, &asked, is_whole, programs.failure)?;
-    let pipeline = model.pipeline(files, shape, stages, inputs, tiles)?;
+    let mut pipeline = model.pipeline(files, shape, stages, inputs, tiles)?;
+    pipeline.text.image = vision.as_ref().map(enhance::image_tokens);
     Ok(Assembly { programs: programs.built, pipeline })
 }
 
@@ -720,6 +728,7 @@ impl<'a> Components<'a> {
                 length: text::CONTEXT_TOKENS as u32,
                 registers: self.connectors.registers(&self.weights, text::CONTEXT_TOKENS)? as u32,
                 tokenizer: tokenizer.unwrap_or_default(),
+                image: None,
             },
             stages,
             inputs,

@@ -36,7 +36,7 @@ use crate::debug::names::components;
 use crate::debug::noise::summary as noise_summary;
 use crate::debug::session::{About, Session};
 use crate::debug::text::contexts::embeddings;
-use crate::enhance;
+use crate::enhance::{self, Beginning};
 use crate::inputs;
 use crate::job::{self, ImageArg, Shape, pick};
 use crate::pipelines::{definition, definition_named, describe, describe_output, levels, refuse_idle, stage_choice};
@@ -393,11 +393,15 @@ impl Runner {
             }
             None => None,
         };
-        let mut prompt = said.clone();
+        let (mut prompt, mut seen) = (said.clone(), None);
         if let (true, Some(tokenizer)) = (self.enhances_prompt, &tokenizer) {
             let seed = enhance::seed_of(&plan.pipeline.name, seed);
-            prompt = enhance::enhanced(executor, tokenizer, &said, !images.is_empty(), seed, report)?;
-            report.note(&format!("enhanced prompt: {prompt}"));
+            let first = images.first().map(|image| &*image.path);
+            let beginning = first.map_or(Beginning::Open, Beginning::Image);
+            let (written, has_seen) = enhance::enhanced(executor, tokenizer, &said, beginning, seed, report)?;
+            report.note(&format!("enhanced prompt: {written}"));
+            prompt = written;
+            seen = first.filter(|_| has_seen).and_then(Path::file_name).map(|name| name.to_string_lossy());
         }
         let request = Request {
             prompt: &prompt,
@@ -424,6 +428,7 @@ impl Runner {
                 content.embeddings.as_ref().map(|path| path.file_name().unwrap_or_default().to_string_lossy());
             output.tag("comment", Some(prompt.clone()));
             output.tag("prompt_given", given);
+            output.tag("prompt_image", seen.as_deref().map(String::from));
             output.tag("seed", Some(seed.to_string()));
             output.tag("plan_hash", Some(hex(&self.hash)));
             output.tag("embeddings", embeddings.map(String::from));
@@ -473,6 +478,9 @@ impl Runner {
             }
             if self.enhances_prompt {
                 facts["prompt_given"] = json!(said);
+            }
+            if let Some(name) = &seen {
+                facts["prompt_image"] = json!(name);
             }
             if let Some(path) = &content.embeddings {
                 facts["embeddings"] = json!(path);

@@ -9,6 +9,7 @@
 //! | `wav`, `png` | uncompressed outputs |
 //! | `output` | one writer for all of these: streaming, atomic, with progress |
 //! | `image_input` | conditioning images: load, compress, resize, normalise |
+//! | `vision_input` | the image that prompts are enhanced with |
 //! | `round_trip` | the H.264 compression that conditioning images go through |
 //! | `video_input`, `audio_input` | clips and recordings |
 //! | `colour` | Y'CbCr to RGB |
@@ -49,6 +50,7 @@ mod partial;
 pub mod png;
 pub mod round_trip;
 pub mod video_input;
+pub mod vision_input;
 pub mod wav;
 
 pub use aac::Audio;

@@ -6,6 +6,7 @@
 
 mod generate;
 mod odd_sizes;
+mod vision;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};

@@ -11,7 +11,7 @@ mod video_vae;
 use serde_json::Value;
 
 pub use audio::{audio_vae, vocoder};
-pub use text::gemma3;
+pub use text::{gemma3, gemma3_vision};
 pub use upsampler::upsampler;
 pub use video_vae::{unused_statistics, video_vae};
 

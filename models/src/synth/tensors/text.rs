@@ -1,4 +1,4 @@
-//! Tensors of Gemma 3, text part. The output head is tied to the embedding and not stored.
+//! Tensors of Gemma 3: language model, vision tower and projector. The output head is tied to the embedding and not stored.
 
 use serde_json::Value;
 
@@ -32,5 +32,35 @@ pub fn gemma3(config: &Value) -> Result<Vec<TensorSpec>, ModelError> {
         list.linear("mlp.up_proj", inner, hidden, false);
         list.linear("mlp.down_proj", hidden, inner, false);
     }
+    Ok(list.finish())
+}
+
+/// The vision tower of a `config.json` (its `vision_config`), and the projector to the language model.
+///
+/// # Errors
+/// As for [`gemma3`].
+pub fn gemma3_vision(config: &Value) -> Result<Vec<TensorSpec>, ModelError> {
+    let read = Fields::new("vision_config", &config["vision_config"]);
+    let (width, inner) = (read.count("hidden_size")?, read.count("intermediate_size")?);
+    let (colours, patch) = (read.count_or("num_channels", 3)?, read.count("patch_size")?);
+    let side = read.count("image_size")? / patch;
+    let mut list = List::below("");
+    let hidden = Fields::new("text_config", &config["text_config"]).count("hidden_size")?;
+    list.push("multi_modal_projector.mm_input_projection_weight", &[width, hidden]);
+    list.push("multi_modal_projector.mm_soft_emb_norm.weight", &[width]);
+    let mut tower = list.inside("vision_tower.vision_model.");
+    tower.conv("embeddings.patch_embedding", width, colours, &[patch, patch], true);
+    tower.push("embeddings.position_embedding.weight", &[side * side, width]);
+    for layer in 0..read.layers("num_hidden_layers")? {
+        let mut list = tower.inside(&format!("encoder.layers.{layer}."));
+        for name in ["q_proj", "k_proj", "v_proj", "out_proj"] {
+            list.linear(&format!("self_attn.{name}"), width, width, true);
+        }
+        list.norm("layer_norm1", width);
+        list.norm("layer_norm2", width);
+        list.linear("mlp.fc1", inner, width, true);
+        list.linear("mlp.fc2", width, inner, true);
+    }
+    tower.norm("post_layernorm", width);
     Ok(list.finish())
 }

@@ -264,7 +264,10 @@ pub struct EnhanceArgs {
     /// Seed of the words that are drawn, or `random`.
     #[arg(long, default_value = "42")]
     pub seed: String,
-    /// For a video that begins with an image: leave its looks to it.
+    /// Image that the video begins with, which the text encoder looks at.
+    #[arg(long, value_name = "FILE", conflicts_with = "image_to_video")]
+    pub image: Option<PathBuf>,
+    /// For a video that begins with an image which the text encoder does not see: leave its looks to it.
     #[arg(long)]
     pub image_to_video: bool,
     /// Device: auto, cpu, cuda:N, vulkan:N or metal

@@ -202,7 +202,8 @@ fn runs_of(plan: &Plan, program: &Program, bucket: u32) -> u64 {
     if let Some(tokens) = program.name.strip_prefix("encode.") {
         return if tokens.split('.').next() == Some(&bucket.to_string()) { prompts } else { 0 };
     }
-    if program.name.starts_with("encode_image.") {
+    let sees = [enhance::SEE, enhance::PREFILL_IMAGE].contains(&program.name.as_str());
+    if program.name.starts_with("encode_image.") || sees {
         return 0;
     }
     if program.name == enhance::DECODE {

@@ -27,7 +27,7 @@ fn what_is_wrong_with_a_plan_is_said() {
         changed[at] = value;
         changed
     };
-    refused(&changed(8, 9), &["format 9", &format!("reads {}", container::FORMAT), "run `ltxc compile` again"]);
+    refused(&changed(8, 0), &["format 0", &format!("reads {}", container::FORMAT), "run `ltxc compile` again"]);
     refused(&changed(plan.len() - 1, !plan[plan.len() - 1]), &["hash", "compile it again"]);
     refused(&changed(40, !plan[40]), &["hash", "header"]);
     refused(&[&plan[..], b"more"].concat(), &["4 bytes behind"]);

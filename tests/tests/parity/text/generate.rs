@@ -51,7 +51,7 @@ fn plan(model: &Model, config: &GemmaConfig, [piece, slots]: [usize; 2], device:
     let source = harness::source("gemma", model.sources()[0].1);
     let mut builder = PlanBuilder::new("ltxc-tests", device.target.clone(), options, vec![source]);
     for (name, tokens) in [(PREFILL, piece), (DECODE, 1)] {
-        let module: Module = text::generate(config, &weights, tokens, slots, DType::F32).unwrap();
+        let module: Module = text::generate(config, &weights, [tokens, slots], None, DType::F32).unwrap();
         builder.add(GROUP, name, &module, "generate").unwrap_or_else(|e| panic!("{e}"));
     }
     let plan = builder.finish(Pipeline::default()).unwrap_or_else(|e| panic!("{e}"));
@@ -60,7 +60,7 @@ fn plan(model: &Model, config: &GemmaConfig, [piece, slots]: [usize; 2], device:
 }
 
 /// Runs `body` with an executor of `plan`.
-fn with_executor<T>(model: &Model, plan: &Plan, device: &Device, body: impl FnOnce(&mut Executor<'_>) -> T) -> T {
+pub fn with_executor<T>(model: &Model, plan: &Plan, device: &Device, body: impl FnOnce(&mut Executor<'_>) -> T) -> T {
     let weights =
         WeightFiles::open(plan, &[model.sources()[0].1.path.clone()], false).unwrap_or_else(|e| panic!("{e}"));
     let interrupt = AtomicBool::new(false);
@@ -93,7 +93,8 @@ fn cached(executor: &mut Executor<'_>, ids: &[i32], written: usize) -> Vec<Vec<f
     scores
 }
 
-fn best(scores: &[f32]) -> i32 {
+/// The token with the largest score.
+pub fn best(scores: &[f32]) -> i32 {
     (0..scores.len()).max_by(|&a, &b| scores[a].total_cmp(&scores[b])).expect("there are scores") as i32
 }
 
@@ -190,7 +191,8 @@ fn writing_is_seeded_and_stops() {
     let (model, device) = (Model::ltx2(), processor());
     let mut plan = plan(&model, &model.config.gemma, [32, 1024], &device);
     with_executor(&model, &plan, &device, |executor| {
-        let mut write = |said: &str, seed| enhance(executor, &model.tokenizer, "Say more.", said, seed, &mut Silent);
+        let mut write =
+            |said: &str, seed| enhance(executor, &model.tokenizer, "Say more.", said, None, seed, &mut Silent);
         let first = write("a red fox", 1).unwrap();
         assert!(!first.is_empty() && first.chars().next().is_some_and(char::is_alphabetic), "{first}");
         assert_ne!(write("a red fox", 2).unwrap(), first);
@@ -213,7 +215,8 @@ fn the_token_that_ends_an_answer_is_not_written() {
     let end = model.tokenizer.encode("<end_of_turn>").unwrap().ids()[1];
     assert!(turn.stops.contains(&end) && turn.ids.contains(&end), "{turn:?}");
     with_executor(&model, &plan, &device, |executor| {
-        let mut written = |stops: Vec<i32>| answer(executor, &Turn { stops, ..turn.clone() }, 3, &mut Silent).unwrap();
+        let mut written =
+            |stops: Vec<i32>| answer(executor, &Turn { stops, ..turn.clone() }, None, 3, &mut Silent).unwrap();
         let endless = written(Vec::new());
         assert_eq!(endless.len(), MOST_WRITTEN);
         let stop = endless[40];
@@ -226,6 +229,6 @@ fn the_token_that_ends_an_answer_is_not_written() {
 fn the_encoder_of_ltx25_does_not_write() {
     let Some(model) = Model::ltx25() else { return println!("absent: this set of fixtures has no LTX-2.5") };
     let weights = Weights::new("gemma", model.sources()[0].1);
-    let problem = text::generate(&model.config.gemma, &weights, 1, 8, DType::F32).unwrap_err().to_string();
+    let problem = text::generate(&model.config.gemma, &weights, [1, 8], None, DType::F32).unwrap_err().to_string();
     assert!(problem.contains("LTX-2.5") && problem.contains("not trained to write"), "{problem}");
 }

@@ -31,7 +31,7 @@ pub enum LoraDebugCommand {
     /// Write the inputs that both sides of a comparison share (phase 1).
     Inputs(InputsArgs),
     /// Compare reference and ltxc, each without and with a LoRA, and say what is wrong (phase 2).
-    FourWay(FourWayArgs),
+    FourWay(Box<FourWayArgs>),
     /// What is in a LoRA file, as `ltxc lora inspect`, with the norm of what it adds to every layer.
     Inspect(LoraInspectArgs),
     /// Compare two LoRA files: keys, shapes, and what they add, whatever their dialects.
