@@ -329,11 +329,12 @@ fn contexts_bytes(plan: &Plan) -> u64 {
 
 /// Bytes of the frames that a run brings.
 fn media_bytes(plan: &Plan) -> u64 {
-    let (inputs, video) = (&plan.pipeline.inputs, &plan.pipeline.video);
+    let inputs = &plan.pipeline.inputs;
+    let ([count, height, width], _) = plan.pipeline.clip_shape();
     let frames = |count: u32, height: u32, width: u32| {
         [count, height, width].iter().fold(3 * 4, |n: u64, &d| n.saturating_mul(u64::from(d)))
     };
-    let clip = inputs.clip.as_ref().map_or(0, |_| frames(video.frames, video.height, video.width));
+    let clip = inputs.clip.as_ref().map_or(0, |_| frames(count, height, width));
     let references = inputs.references.iter();
     let references = references.map(|r| frames(r.frames, r.height, r.width).saturating_mul(u64::from(r.count)));
     references.fold(clip, u64::saturating_add)

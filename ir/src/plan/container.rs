@@ -16,7 +16,7 @@ use super::verify::PlanError;
 use super::{Kernels, Plan};
 
 /// Version of the format; plans of other versions are refused.
-pub const FORMAT: u32 = 9;
+pub const FORMAT: u32 = 10;
 
 const MAGIC: &[u8; 8] = b"LTXCPLAN";
 const ENTRY: usize = 56;

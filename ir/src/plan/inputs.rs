@@ -13,7 +13,9 @@ pub struct Inputs {
     pub references: Vec<ReferenceInput>,
     /// Whether references are padded to their size instead of cropped, and the result is cropped to the size of the first.
     pub pads_references: bool,
-    /// A clip of the size of the result, of which a part is made anew.
+    /// Whether each frame of a reference stands twice, the last one once, and every other frame that is made is written.
+    pub doubles_frames: bool,
+    /// A clip of the size of the result, of which a part is made anew, or one that is upscaled.
     pub clip: Option<ClipInput>,
     /// A recording.
     pub sound: Option<SoundInput>,

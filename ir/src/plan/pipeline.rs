@@ -28,6 +28,8 @@ pub struct Pipeline {
     pub text: TextSettings,
     /// Denoising stages, in order.
     pub stages: Vec<Stage>,
+    /// What is done with the clip in place of stages.
+    pub upscale: Option<Upscale>,
     /// What a run brings besides text and images.
     pub inputs: Inputs,
     /// Tiles of the video decoder, in latents; each size of tile is decoded by the program `decode.<f>x<h>x<w>`.
@@ -50,10 +52,30 @@ impl Pipeline {
         self.inputs.references.get(index)
     }
 
+    /// Frames, height and width of the clip that it takes, and its rate.
+    pub fn clip_shape(&self) -> ([u32; 3], (u32, u32)) {
+        let video = &self.video;
+        let own = ([video.frames, video.height, video.width], video.frame_rate);
+        self.upscale.as_ref().map_or(own, |upscale| (upscale.clip, upscale.clip_rate))
+    }
+
     /// Whether images condition it: no clip does, and no stage is in tiles, which have no images of their own.
     pub fn takes_images(&self) -> bool {
         self.video.channels > 0 && self.inputs.clip.is_none() && self.stages.iter().all(|stage| stage.tiles.is_none())
     }
+}
+
+/// A clip is encoded, enlarged by latent upsamplers and decoded; nothing is denoised, and its sound is kept.
+///
+/// The video of the settings is the result.
+#[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Upscale {
+    /// Frames, height and width of the clip.
+    pub clip: [u32; 3],
+    /// Its frames per second as a fraction.
+    pub clip_rate: (u32, u32),
+    /// Names of the programs that enlarge its latent, in turn.
+    pub programs: Vec<String>,
 }
 
 /// A release of the reference implementation, where results depend on it.

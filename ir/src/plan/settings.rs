@@ -3,11 +3,12 @@
 //! - sizes, rates and counts are below bounds that keep all arithmetic on them far from overflow;
 //! - every stage has falling noise levels that end with 0, and a grid if there is video;
 //! - the tiles of the decoder cover the grid of the last stage, in order and without a gap, and their pixels are the video;
-//! - inputs have sizes in range, and tiles that cover them.
+//! - inputs have sizes in range, and tiles that cover them;
+//! - where a clip is upscaled there are no stages, and its tiles cover it.
 //!
-//! Settings without stages are those of a plan that only runs programs; they have no tiles either.
+//! Other settings without stages are those of a plan that only runs programs; they have no tiles either.
 
-use super::{Pipeline, ReferenceInput, Sampler, SoundRole, Stage};
+use super::{Pipeline, ReferenceInput, Sampler, SoundRole, Stage, Upscale};
 use crate::tiling::{AxisTile, TilePlan};
 
 /// Largest side in pixels; a plan for more cannot be compiled.
@@ -45,8 +46,12 @@ pub(super) fn check(pipeline: &Pipeline) -> Result<(), String> {
         .stages
         .iter()
         .try_for_each(|s| check_stage(s, has_video).map_err(|e| format!("stage `{}`: {e}", s.name)))?;
-    let Some(last) = pipeline.stages.last() else {
-        return if pipeline.decode.is_empty() { Ok(()) } else { Err("tiles without stages".into()) };
+    let last = match (pipeline.stages.last(), &pipeline.upscale) {
+        (None, Some(upscale)) => return check_upscale(pipeline, upscale),
+        (None, None) if pipeline.decode.is_empty() => return Ok(()),
+        (None, None) => return Err("tiles without stages".into()),
+        (Some(_), Some(_)) => return Err("stages where a clip is upscaled".into()),
+        (Some(last), None) => last,
     };
     let (num, den) = video.frame_rate;
     if [video.frames, num, den].contains(&0) || video.scale.iter().any(|&n| !(1..=MAX_WIDTH).contains(&n)) {
@@ -80,6 +85,39 @@ pub(super) fn check(pipeline: &Pipeline) -> Result<(), String> {
         return Err(format!("a grid of {:?} is not the size of the video", last.grid));
     }
     Ok(())
+}
+
+/// Checks the settings of a pipeline that upscales.
+fn check_upscale(pipeline: &Pipeline, upscale: &Upscale) -> Result<(), String> {
+    let (video, inputs) = (&pipeline.video, &pipeline.inputs);
+    let [frames, height, width] = upscale.clip;
+    let in_range =
+        [(frames, MAX_FRAMES), (height, MAX_SIDE), (width, MAX_SIDE)].iter().all(|(n, most)| (1..=*most).contains(n));
+    let rates = [video.frame_rate, upscale.clip_rate];
+    let is_zero = [video.frames, video.height, video.width, video.channels].contains(&0);
+    if !in_range || is_zero || rates.iter().any(|&(num, den)| num == 0 || den == 0) {
+        return Err("a length, size or rate of what is upscaled is 0 or out of range".into());
+    }
+    if video.scale.iter().any(|&n| !(1..=MAX_WIDTH).contains(&n)) {
+        return Err("a scale is 0 or out of range".into());
+    }
+    if pipeline.audio.tokens > 0 || inputs.sound.is_some() || !inputs.references.is_empty() || inputs.doubles_frames {
+        return Err("a clip is upscaled, and takes no other input".into());
+    }
+    let Some(clip) = inputs.clip.as_ref().filter(|_| !upscale.programs.is_empty()) else {
+        return Err("there is no clip or nothing that upscales it".into());
+    };
+    // Latents that stand for these frames and pixels; the first one stands for one frame.
+    let grid = |extents: [u32; 3]| -> Result<[u32; 3], String> {
+        let whole = [extents[0] - 1, extents[1], extents[2]];
+        if whole.iter().zip(&video.scale).any(|(n, scale)| !n.is_multiple_of(*scale)) {
+            return Err(format!("{extents:?} frames and pixels are not whole latents"));
+        }
+        Ok([whole[0] / video.scale[0] + 1, whole[1] / video.scale[1], whole[2] / video.scale[2]])
+    };
+    let factors = video.scale.map(|n| n as usize);
+    check_encoder_tiles(&clip.tiles, factors, grid(upscale.clip)?)?;
+    check_encoder_tiles(&pipeline.decode, factors, grid([video.frames, video.height, video.width])?)
 }
 
 fn check_stage(stage: &Stage, has_video: bool) -> Result<(), String> {
@@ -121,6 +159,9 @@ fn check_inputs(pipeline: &Pipeline) -> Result<(), String> {
     }
     if inputs.references.len() > pipeline.stages.len() {
         return Err(format!("references for {} stages, of {}", inputs.references.len(), pipeline.stages.len()));
+    }
+    if inputs.doubles_frames && (inputs.references.is_empty() || video.frames.is_multiple_of(2)) {
+        return Err(format!("{} frames are not those of references whose frames stand twice", video.frames));
     }
     if inputs.references.iter().any(|r| r.count != inputs.references[0].count) {
         return Err("stages take other numbers of references".into());
@@ -181,7 +222,7 @@ fn check_tiles(tiles: &[AxisTile], extent: usize) -> Result<(), String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plan::VideoSettings;
+    use crate::plan::{ClipInput, VideoSettings};
     use crate::tiling::{TilePlan, Tiling};
 
     /// Two seconds at 768x512.
@@ -228,6 +269,54 @@ mod tests {
         tiled.stages[0].tiles = TilePlan::denoise([7, 16, 24], [(2, 8), (2, 6), (2, 6)]).ok();
         tiled.inputs.references = vec![reference([7, 16, 24])];
         assert_eq!(check(&tiled), Ok(()));
+        assert_eq!(check(&upscaling()), Ok(()));
+    }
+
+    /// The same video from a clip of half the size.
+    fn upscaling() -> Pipeline {
+        let mut pipeline = pipeline();
+        pipeline.stages.clear();
+        pipeline.audio.tokens = 0;
+        let tiles = TilePlan::decode([7, 8, 12], [8, 32, 32], &Tiling::WHOLE).unwrap();
+        pipeline.inputs.clip = Some(ClipInput { tiles });
+        let programs = vec!["upsample.space".into()];
+        pipeline.upscale = Some(Upscale { clip: [49, 256, 384], clip_rate: (24, 1), programs });
+        pipeline
+    }
+
+    #[test]
+    fn clips_that_cannot_be_upscaled_are_refused() {
+        let refuses = |change: fn(&mut Pipeline), words: &str| {
+            let mut changed = upscaling();
+            change(&mut changed);
+            let problem = check(&changed).expect_err("the settings are wrong");
+            assert!(problem.contains(words), "{problem}");
+        };
+        fn own(pipeline: &mut Pipeline) -> &mut Upscale {
+            pipeline.upscale.as_mut().unwrap()
+        }
+        refuses(
+            |p| {
+                p.stages.push(Stage {
+                    sigmas: vec![1.0, 0.0],
+                    grid: [7, 16, 24],
+                    height: 512,
+                    width: 768,
+                    ..Stage::default()
+                })
+            },
+            "stages where",
+        );
+        refuses(|p| own(p).clip[0] = 0, "0 or out of range");
+        refuses(|p| own(p).clip[1] = u32::MAX, "0 or out of range");
+        refuses(|p| own(p).clip_rate.1 = 0, "0 or out of range");
+        refuses(|p| own(p).clip[2] = 385, "not whole latents");
+        refuses(|p| own(p).clip[2] = 352, "does not fit 11 latents");
+        refuses(|p| own(p).programs.clear(), "nothing that upscales");
+        refuses(|p| p.inputs.clip = None, "no clip");
+        refuses(|p| p.video.frames = 57, "cover 7 of 8");
+        refuses(|p| p.video.scale[0] = 0, "scale is 0");
+        refuses(|p| p.audio.tokens = 1, "no other input");
     }
 
     #[test]
@@ -257,6 +346,7 @@ mod tests {
             },
             "do not cover",
         );
+        refuses(|p| p.inputs.doubles_frames = true, "49 frames are not those of references");
         refuses(|p| p.decode.axes[1].clear(), "cover 0 of 16");
         refuses(|p| p.decode.axes[1][0].end = usize::MAX, "does not fit");
         refuses(|p| p.decode.axes[2][0].left_ramp = usize::MAX, "does not fit");

@@ -195,8 +195,8 @@ impl Out {
             self.step = self.step.max(scale.abs());
             let (part, shift, half) = (group / 8, group % 8 / 2 * 2, group % 2);
             let bit = part * 4 + group % 8 / 2;
-            for l in half * 16..half * 16 + 16 {
-                let value = i32::from(q[part * 32 + l] >> shift & 3) - if high[l] >> bit & 1 == 1 { 0 } else { 4 };
+            for (l, high) in high.iter().enumerate().skip(half * 16).take(16) {
+                let value = i32::from(q[part * 32 + l] >> shift & 3) - if high >> bit & 1 == 1 { 0 } else { 4 };
                 self.values.push(scale * value as f32);
             }
         }

@@ -156,7 +156,8 @@ fn diffusers(
     metadata.insert("format".into(), "pt".into());
     let blocks = checkpoint.config().pointer("/vae/encoder_blocks").and_then(Value::as_array);
     let blocks = blocks.map_or(0, |list| list.len() / 2);
-    let (mut folders, mut out): (BTreeMap<&str, Vec<(String, usize)>>, LaidOut) = Default::default();
+    let mut folders: BTreeMap<&str, Vec<(String, usize)>> = BTreeMap::new();
+    let mut out = LaidOut::default();
     let mut without_name = Vec::new();
     for (i, (key, _)) in tensors.iter().enumerate() {
         match component(key).and_then(|component| in_diffusers(key, component, blocks)) {

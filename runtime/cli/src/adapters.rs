@@ -184,6 +184,9 @@ impl Loras {
     /// # Errors
     /// The adapter that is missing, or one too many.
     pub fn check_complete(&self, pipeline: &Definition) -> Result<()> {
+        if !pipeline.denoises() && !self.is_empty() {
+            bail!("pipeline `{}` runs no transformer that a LoRA could change; leave it out", pipeline.name);
+        }
         if pipeline.needs_distilled_adapter() && !self.has_distilled() {
             bail!("{}", missing_distilled(pipeline.name));
         }

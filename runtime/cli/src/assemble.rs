@@ -7,6 +7,8 @@
 //! - one group per stage and kind of conditioning, named by [`StageClass::name`], with a program for every combination
 //!   of modalities that one step may update;
 //! - `encode_image.<stage>`, `upsample`, `decode.<f>x<h>x<w>`, `decode_audio`.
+//!
+//! A pipeline that upscales a clip has none of the model but its VAE, see [`crate::upscale`].
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -30,16 +32,18 @@ use ltxc_runtime::pipeline::decode::program_name;
 use ltxc_runtime::pipeline::encode;
 use ltxc_runtime::pipeline::needed_passes;
 
-use crate::args::{ModelArgs, Variant};
+use crate::args::{ModelArgs, PipelineName, Variant};
 use crate::enhance;
 use crate::job::Shape;
 use crate::pipelines::{Basis, StageDraft, Training, definition, guidance, inputs, training_named};
 use crate::tensors;
+use crate::upscale;
 
 /// Names of the weight sources in graphs and plans.
 pub(crate) const MODEL: &str = "model";
 pub(crate) const GEMMA: &str = "gemma";
 pub(crate) const UPSAMPLER: &str = "upsampler";
+pub(crate) const TEMPORAL: &str = "temporal_upsampler";
 
 /// Prompt lengths that have a program of their own, in tokens.
 const BUCKETS: [usize; 6] = [32, 64, 128, 256, 512, 1024];
@@ -48,15 +52,49 @@ const BUCKETS: [usize; 6] = [32, 64, 128, 256, 512, 1024];
 pub struct ModelFiles {
     /// Transformer, VAEs, vocoder, text projection.
     pub model: Checkpoint,
-    /// Text encoder; none for runs whose contexts come from elsewhere.
+    /// Text encoder; none for runs that read no text, or whose contexts come from elsewhere.
     gemma: Option<GemmaFolder>,
-    /// Latent upsampler, if the pipeline has two stages.
+    /// Spatial latent upsampler, if the pipeline has two stages, or upscales with it.
     pub upsampler: Option<Checkpoint>,
+    /// Temporal latent upsampler, if the pipeline upscales with it.
+    pub temporal: Option<Checkpoint>,
     verify: bool,
 }
 
 impl ModelFiles {
-    /// Opens what `args` names. Hub names resolve in the local cache.
+    /// Opens what a pipeline needs, the text encoder only if it is to encode text. Hub names resolve in the local cache.
+    ///
+    /// # Errors
+    /// A file that is missing, damaged, of another kind, or of no use to the pipeline.
+    pub fn of_pipeline(args: &ModelArgs, pipeline: PipelineName, encodes_text: bool) -> Result<ModelFiles> {
+        let definition = definition(pipeline);
+        if !definition.denoises() {
+            return ModelFiles::for_upscaling(args);
+        }
+        if let Some(path) = &args.temporal_upsampler_path {
+            bail!(
+                "pipeline `{}` has no use for the temporal upscaler `{}`; leave it out, or choose `--pipeline upscale`",
+                definition.name,
+                path.display()
+            );
+        }
+        match encodes_text {
+            true => ModelFiles::open(args, definition.has_two_stages),
+            false => ModelFiles::open_without_text(args, definition.has_two_stages),
+        }
+    }
+
+    /// Opens a model, of which the video VAE is used, and the upsamplers that there are.
+    fn for_upscaling(args: &ModelArgs) -> Result<ModelFiles> {
+        let open = |path: &Option<PathBuf>| -> Result<Option<Checkpoint>> {
+            path.as_ref().map(|path| Ok(Checkpoint::open_upsampler(&local(path)?)?)).transpose()
+        };
+        let (upsampler, temporal) = (open(&args.spatial_upsampler_path)?, open(&args.temporal_upsampler_path)?);
+        let files = ModelFiles::open_without_text(args, false)?;
+        Ok(ModelFiles { upsampler, temporal, ..files })
+    }
+
+    /// Opens what `args` names of a model with text encoder. Hub names resolve in the local cache.
     ///
     /// # Errors
     /// A file that is missing, damaged, or of another kind.
@@ -99,7 +137,7 @@ impl ModelFiles {
             }
             false => None,
         };
-        Ok(ModelFiles { model, gemma: None, upsampler, verify: args.verify })
+        Ok(ModelFiles { model, gemma: None, upsampler, temporal: None, verify: args.verify })
     }
 
     /// The text encoder.
@@ -110,13 +148,23 @@ impl ModelFiles {
         self.gemma.as_ref().context("the text encoder was not opened; name its folder with `--gemma-root`")
     }
 
+    /// The checkpoint of a weight source that is not the text encoder.
+    pub(crate) fn checkpoint_of(&self, source: &str) -> &Checkpoint {
+        let upsampler = match source {
+            UPSAMPLER => self.upsampler.as_ref(),
+            TEMPORAL => self.temporal.as_ref(),
+            _ => None,
+        };
+        upsampler.unwrap_or(&self.model)
+    }
+
     /// The file of a weight source that has the tensor `key`; all of them together if none has.
     pub(crate) fn file_of(&self, source: &str, key: &str) -> PathBuf {
         if let Some(gemma) = self.gemma.as_ref().filter(|_| source == GEMMA) {
             let at = gemma.tensor(key).map(|t| gemma.files()[t.file].path());
             return at.unwrap_or(gemma.path()).into();
         }
-        let checkpoint = self.upsampler.as_ref().filter(|_| source == UPSAMPLER).unwrap_or(&self.model);
+        let checkpoint = self.checkpoint_of(source);
         let at = checkpoint.tensor(key).map(|t| checkpoint.files()[t.file].path());
         at.map_or_else(|| checkpoint.name().into(), PathBuf::from)
     }
@@ -126,7 +174,7 @@ impl ModelFiles {
         let mut paths = self.model.paths();
         paths.extend(self.gemma.iter().filter_map(GemmaFolder::tokenizer_path));
         paths.extend(self.gemma.iter().flat_map(GemmaFolder::files).map(|f| f.path().to_path_buf()));
-        paths.extend(self.upsampler.iter().flat_map(Checkpoint::paths));
+        paths.extend(self.upsampler.iter().chain(&self.temporal).flat_map(Checkpoint::paths));
         paths
     }
 
@@ -139,8 +187,10 @@ impl ModelFiles {
         if let Some(gemma) = &self.gemma {
             sources.push(gemma_source(gemma, self.verify)?);
         }
-        if let Some(upsampler) = &self.upsampler {
-            sources.push(checkpoint_source(UPSAMPLER, upsampler, self.verify)?);
+        for (name, upsampler) in [(UPSAMPLER, &self.upsampler), (TEMPORAL, &self.temporal)] {
+            if let Some(upsampler) = upsampler {
+                sources.push(checkpoint_source(name, upsampler, self.verify)?);
+            }
         }
         Ok(sources)
     }
@@ -308,6 +358,9 @@ pub struct Assembly {
 /// # Errors
 /// A model that does not fit the pipeline, or sizes that it cannot run.
 pub fn assemble(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
+    if !definition(shape.pipeline).denoises() {
+        return upscale::assemble(files, shape);
+    }
     let model = Components::read(files, shape)?;
     model.check(files, shape)?;
     let (dtype, mut programs) = (shape.dtype, Programs::default());
@@ -391,22 +444,8 @@ pub fn assemble(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
                 Enlarge::TWICE
             );
         }
-        let generation = model.checkpoint.generation();
-        if !config.can_be_of(generation) {
-            let other = if generation == Generation::Ltx2 { "LTX-2.3 or newer" } else { "LTX-2" };
-            bail!(
-                "the upscaler `{}` is one of {other}, the model is {generation}; name the spatial x2 upscaler of {generation}",
-                upsampler.name()
-            );
-        }
-        let (found, expected) = (config.in_channels, model.video_vae.as_ref().map_or(0, |vae| vae.latent_channels));
-        if found != expected {
-            bail!(
-                "the upscaler `{}` takes latents of {found} channels, the video VAE makes {expected}; name the upscaler of this \
-                 model",
-                upsampler.name()
-            );
-        }
+        let channels = model.video_vae.as_ref().map_or(0, |vae| vae.latent_channels);
+        upscale::check_upsampler(upsampler, &config, &files.model, channels)?;
         let weights = Weights::new(UPSAMPLER, upsampler);
         programs.add("upsample", "upsample", upsample(&config, &weights, &model.weights, grid, dtype));
         asked.push((UPSAMPLER, weights));
@@ -461,14 +500,15 @@ fn transformer_pass(stage: &Stage, pass: Pass, release: Release) -> transformer:
 
 /// Programs as they are built. One that fails does not keep others from being tried: all have something to report.
 #[derive(Default)]
-struct Programs {
-    built: Vec<ProgramSource>,
+pub(crate) struct Programs {
+    pub built: Vec<ProgramSource>,
     /// The first failure that is not about weights, which keep a list of their own.
-    failure: Option<ModelError>,
+    pub failure: Option<ModelError>,
 }
 
 impl Programs {
-    fn add(&mut self, group: &str, name: &str, module: Result<Module, ModelError>) {
+    /// Adds a program to a group, or what is wrong with it.
+    pub fn add(&mut self, group: &str, name: &str, module: Result<Module, ModelError>) {
         match module {
             Ok(module) => self.built.push(ProgramSource { group: group.into(), name: name.into(), module }),
             Err(failure) => self.fail(failure),
@@ -731,6 +771,7 @@ impl<'a> Components<'a> {
                 image: None,
             },
             stages,
+            upscale: None,
             inputs,
             decode,
         })

@@ -75,7 +75,7 @@ pub fn run(args: &CompileArgs, lora_occurrences: &[usize], report: &mut Report) 
     let loras = Loras::open(&args.adapters, lora_occurrences)?;
     let named = definition(args.shape.pipeline.unwrap_or_default());
     let shape = Shape::resolve(&args.shape, named.brings.usual_keyframes())?.with(&loras)?;
-    let files = ModelFiles::open(&args.model, shape.has_two_stages())?;
+    let files = ModelFiles::of_pipeline(&args.model, shape.pipeline, true)?;
     job::refuse_quantization(&args.shape, files.model.name(), files.model.has_fp8())?;
     let pipeline = definition(shape.pipeline).name;
     loras.check(&files.model, pipeline)?;

@@ -177,7 +177,7 @@ fn model(args: &InfoArgs, path: &Path) -> Result<(String, Value)> {
             spatial_upsampler_path: args.spatial_upsampler_path.clone(),
             ..ModelArgs::default()
         };
-        let files = ModelFiles::open(&files, shape.has_two_stages())?;
+        let files = ModelFiles::of_pipeline(&files, shape.pipeline, true)?;
         let plan = compile(&files, &shape, Default::default(), &mut |_, _, _| {})?;
         let need = MemoryNeed::of(&plan, rayon::current_num_threads());
         let need = need.with_copies(&plan, &|_, source, key| source == MODEL && files.model.is_fp8(key));

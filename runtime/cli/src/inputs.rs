@@ -57,8 +57,10 @@ pub fn weighted(content: &ContentArgs, occurrences: &[usize]) -> Result<Vec<Weig
 /// # Errors
 /// What is missing or too much, with the flag that gives it.
 pub fn check_given(pipeline: PipelineName, content: &ContentArgs) -> Result<()> {
-    let Definition { name, brings, .. } = definition(pipeline);
-    if brings.pads_references && !content.image.is_empty() {
+    let of = definition(pipeline);
+    let Definition { name, brings, .. } = of;
+    check_text(name, of.denoises(), content)?;
+    if (brings.pads_references || !of.denoises()) && !content.image.is_empty() {
         bail!("pipeline `{name}` takes no images; leave `--image` out");
     }
     if brings.appends_first_image && content.image.is_empty() {
@@ -83,7 +85,21 @@ pub fn check_given(pipeline: PipelineName, content: &ContentArgs) -> Result<()> 
             _ => {}
         }
     }
-    if brings.clip { part(content, &|latent| f64::from(latent)).map(drop) } else { Ok(()) }
+    let makes_part = brings.clip && of.denoises();
+    if makes_part { part(content, &|latent| f64::from(latent)).map(drop) } else { Ok(()) }
+}
+
+/// Checks that there is text where it is read, and none elsewhere.
+///
+/// # Errors
+/// A prompt that is missing or of no use.
+pub fn check_text(pipeline: &str, is_read: bool, content: &ContentArgs) -> Result<()> {
+    let is_given = content.prompt.is_some() || content.prompt_file.is_some() || content.embeddings.is_some();
+    match (is_read, is_given) {
+        (true, false) => bail!("`--prompt` is missing: it says what to show"),
+        (false, true) => bail!("pipeline `{pipeline}` reads no text; leave `--prompt` and `--embeddings` out"),
+        _ => Ok(()),
+    }
 }
 
 /// The part of a clip that is made anew: where it starts and ends, in seconds; without an end it ends with the clip.
@@ -326,14 +342,16 @@ const MOST_REFERENCE_SECONDS: f64 = 600.0;
 /// # Errors
 /// A file that cannot be read, is too short, or has another rate or size than the plan.
 pub fn load(content: &ContentArgs, references: &[Weighted], plan: &Plan, report: &mut Report) -> Result<Media> {
-    let (inputs, video) = (&plan.pipeline.inputs, &plan.pipeline.video);
-    let rate = Rational::new(video.frame_rate.0, video.frame_rate.1)?;
-    let seconds = f64::from(video.frames) / rate.to_f64();
+    let inputs = &plan.pipeline.inputs;
+    let ([count, ..], (num, den)) = plan.pipeline.clip_shape();
+    let rate = Rational::new(num, den)?;
+    let seconds = f64::from(count) / rate.to_f64();
     let mut media = Media::default();
     let space = colour_space(content, plan)?;
     let load = |given: &Weighted| -> Result<Reference> {
         let fit = if inputs.pads_references { Fit::Pad } else { Fit::Crop };
-        let frames = inputs.references.iter().map(|planned| reference(&given.path, planned, rate, space, fit));
+        let stands = if inputs.doubles_frames { 2 } else { 1 };
+        let frames = inputs.references.iter().map(|planned| reference(&given.path, planned, stands, rate, space, fit));
         Ok(Reference { frames: frames.collect::<Result<_>>()?, strength: given.strength })
     };
     if let (true, Some(given)) = (inputs.references.is_empty(), references.first()) {
@@ -348,17 +366,18 @@ pub fn load(content: &ContentArgs, references: &[Weighted], plan: &Plan, report:
         media.sound = Some(load_audio(&given.path, 0.0, samples as f64 / f64::from(guide.rate_hz.max(1)))?);
     }
     if inputs.sound.is_some_and(|sound| sound.role == SoundRole::Reference) || inputs.pads_references {
-        references.iter().try_for_each(|given| note_cut(&given.path, rate, video.frames, report))?;
+        let taken = if inputs.doubles_frames { count.div_ceil(2) } else { count };
+        references.iter().try_for_each(|given| note_cut(&given.path, rate, taken, report))?;
     }
     if let Some(path) = &content.video_path {
         if inputs.clip.is_none() {
             bail!("pipeline `{}` takes no clip; leave `--video-path {}` out", plan.pipeline.name, path.display());
         }
-        media.clip =
-            Some(clip(content, path, plan, Window { rate, start_seconds: 0.0, frames: video.frames as usize })?);
-        note_cut(path, rate, video.frames, report)?;
-        // A plan without sound has no use for that of the clip.
-        media.sound = match inputs.sound.map(|_| load_audio(path, 0.0, seconds)) {
+        media.clip = Some(clip(content, path, plan, Window { rate, start_seconds: 0.0, frames: count as usize })?);
+        note_cut(path, rate, count, report)?;
+        // A plan without sound has no use for that of the clip, unless it keeps it.
+        let takes_sound = inputs.sound.is_some() || plan.pipeline.upscale.is_some();
+        media.sound = match takes_sound.then(|| load_audio(path, 0.0, seconds)) {
             None | Some(Err(MediaError::NoSound { .. })) => None,
             Some(Ok(recording)) => Some(recording),
             Some(Err(_)) if is_exr(path) => None,
@@ -390,27 +409,26 @@ fn note_cut(path: &Path, rate: Rational, taken: u32, report: &mut Report) -> Res
 
 /// A clip of which a part is made anew.
 fn clip(content: &ContentArgs, path: &Path, plan: &Plan, window: Window) -> Result<SourceClip> {
-    let video = &plan.pipeline.video;
+    let ([_, height, width], _) = plan.pipeline.clip_shape();
     let info = info(path)?;
-    if plan.pipeline.inputs.clip.is_some() && (info.width, info.height) != (video.width as usize, video.height as usize)
-    {
+    if plan.pipeline.inputs.clip.is_some() && (info.width, info.height) != (width as usize, height as usize) {
         bail!(
             "`{}` is {}x{}, the plan is for {}x{}; compile it with `--width {} --height {}`, which must be multiples of {}",
             path.display(),
             info.width,
             info.height,
-            video.width,
-            video.height,
+            width,
+            height,
             info.width,
             info.height,
-            video.scale[1]
+            plan.pipeline.video.scale[1]
         );
     }
     let mut frames = Vec::new();
     let space = colour_space(content, plan)?;
     read_frames(path, window, space, (info.width, info.height, Fit::Crop), &mut |frame| frames.extend(frame))?;
-    let begin_of = |latent: u32| begin_of_latent(latent, video.scale[0], window.rate);
-    let (start, end) = part(content, &begin_of)?;
+    let begin_of = |latent: u32| begin_of_latent(latent, plan.pipeline.video.scale[0], window.rate);
+    let (start, end) = if plan.pipeline.upscale.is_some() { (0.0, None) } else { part(content, &begin_of)? };
     let length = window.frames as f64 / window.rate.to_f64();
     if start >= length {
         bail!(
@@ -437,25 +455,29 @@ fn begin_of_latent(latent: u32, factor: u32, rate: Rational) -> f64 {
     frames.max(0.0) / rate.to_f64()
 }
 
-/// Frames 0, 1, 1 + s, 1 + 2 s … of a video, fitted to the size of the plan.
+/// Frames 0, 1, 1 + s, 1 + 2 s … of a video whose frames stand `stands` times each, fitted to the size of the plan.
 fn reference(
     path: &Path,
     planned: &ReferenceInput,
+    stands: usize,
     rate: Rational,
     space: Option<ColourSpace>,
     fit: Fit,
 ) -> Result<Vec<f32>> {
     let (count, step) = (planned.frames as usize, planned.time_scale.max(1) as usize);
     let (width, height) = (planned.width as usize, planned.height as usize);
-    let needed = if count < 2 { count } else { 2 + (count - 2) * step };
+    let end = if count < 2 { count } else { 2 + (count - 2) * step };
+    let needed = end.div_ceil(stands);
     let mut frames = Vec::with_capacity(count * width * height * 3);
     let mut index = 0;
     let window = Window { rate, start_seconds: 0.0, frames: needed };
     let found = read_frames(path, window, space, (width, height, fit), &mut |frame| {
-        if index == 0 || (index - 1) % step == 0 {
-            frames.extend(frame);
+        for index in index..(index + stands).min(end) {
+            if index == 0 || (index - 1) % step == 0 {
+                frames.extend_from_slice(&frame);
+            }
         }
-        index += 1;
+        index += stands;
     })?;
     if found < needed {
         bail!(

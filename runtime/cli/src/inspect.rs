@@ -25,7 +25,8 @@ use crate::{planned, tune};
 pub fn run(args: &InspectArgs, json: bool) -> Result<()> {
     let Some(path) = &args.plan else {
         let shape = Shape::resolve(&args.shape, 0)?;
-        let files = ModelFiles::open(&args.model, shape.has_two_stages()).context("name a plan, or model files")?;
+        let files =
+            ModelFiles::of_pipeline(&args.model, shape.pipeline, true).context("name a plan, or model files")?;
         for program in assemble(&files, &shape)?.programs {
             println!("; program {} (group {})\n{}", program.name, program.group, program.module);
         }

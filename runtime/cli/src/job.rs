@@ -23,7 +23,7 @@ pub struct Shape {
     pub height: usize,
     /// Width in pixels.
     pub width: usize,
-    /// Number of frames.
+    /// Number of frames that are made.
     pub frames: usize,
     /// Frames per second.
     pub frame_rate: Rational,
@@ -51,6 +51,8 @@ pub struct Shape {
     pub release: Release,
     /// Whether the text encoder can write prompts anew.
     pub enhances_prompt: bool,
+    /// Whether each frame stands twice in references, and every other one that is made is written; `frames` counts all.
+    pub doubles_frames: bool,
 }
 
 /// Reference videos that a plan has room for.
@@ -114,9 +116,23 @@ pub enum VaeTile {
         /// Frames.
         time: (usize, usize),
     },
+    /// The same size on both sides, in pixels; and in frames.
+    Square {
+        /// Pixels on either side.
+        space: (usize, usize),
+        /// Frames.
+        time: (usize, usize),
+    },
 }
 
 impl VaeTile {
+    /// Tiles of this many pixels on both sides, of which 256 overlap, and of 32 frames, of which 16 overlap.
+    ///
+    /// Source: ltx_pipelines/hdr_ic_lora.py, release 1.2.0.
+    pub fn square(pixels: usize) -> VaeTile {
+        VaeTile::Square { space: (pixels, 256), time: (32, 16) }
+    }
+
     /// Reads a flag.
     ///
     /// # Errors
@@ -149,6 +165,10 @@ impl VaeTile {
             VaeTile::Size { space, time } => {
                 let time = AxisTiling::Size { size: time.0, overlap: time.1 };
                 Tiling::long_side(time, space.0, space.1, latent, factors)?
+            }
+            VaeTile::Square { space, time } => {
+                let axis = |(size, overlap)| AxisTiling::Size { size, overlap };
+                Tiling { axes: [axis(time), axis(space), axis(space)] }
             }
         })
     }
@@ -226,19 +246,27 @@ impl Shape {
             Some(ReferenceVersion::V1_0_0) => Release::V1_0_0,
             Some(ReferenceVersion::V1_2_0) | None => Release::V1_2_0,
         };
-        let own_tiles = match release {
+        let pads = definition(pipeline).brings.pads_references;
+        let tile = match (&args.vae_tile, args.spatial_tile, release) {
+            (Some(text), ..) => VaeTile::parse(text)?,
+            (None, Some(pixels), _) => VaeTile::square(pixels as usize),
+            (None, None, _) if pads => VaeTile::square(1280),
             // Release 1.2.0 chooses larger tiles.
-            Release::V1_0_0 => "512x64,64x24",
-            Release::V1_2_0 => "auto",
+            (None, None, Release::V1_0_0) => VaeTile::Size { space: (512, 64), time: (64, 24) },
+            (None, None, Release::V1_2_0) => VaeTile::Auto,
         };
+        if args.high_quality && !pads {
+            bail!("`--high-quality` is for pipeline `hdr-ic-lora`, not for `{}`; leave it out", definition(named).name);
+        }
+        let frames = size(frames, definition(pipeline).frames, "--num-frames")?;
         Ok(Shape {
             pipeline,
             height: shrunk(size(high, height, "--height")?, "--height")?,
             width: shrunk(size(wide, width, "--width")?, "--width")?,
-            frames: size(frames, definition(pipeline).frames, "--num-frames")?,
+            frames: if args.high_quality { doubled(frames) } else { frames },
             frame_rate,
             max_keyframes: keyframes as usize,
-            tile: VaeTile::parse(args.vae_tile.as_deref().unwrap_or(own_tiles))?,
+            tile,
             target: target(&args.device)?,
             dtype: match args.dtype.unwrap_or_default() {
                 Precision::F32 => DType::F32,
@@ -258,6 +286,7 @@ impl Shape {
             reference_seconds: None,
             release,
             enhances_prompt: args.enhance_prompt,
+            doubles_frames: args.high_quality,
         })
     }
 
@@ -316,10 +345,19 @@ impl Shape {
         }
         if self.frames % k != 1 % k {
             let below = (self.frames - 1) / k * k + 1;
-            bail!("`--num-frames {}` is not {k}k+1; the nearest are {below} and {}", self.frames, below + k);
+            // As it was given, where every frame stands twice.
+            let (share, given) = if self.doubles_frames { (2, self.frames.div_ceil(2)) } else { (1, self.frames) };
+            let nearest = [below, below + k].map(|n| n.div_ceil(share));
+            let k = k / share;
+            bail!("`--num-frames {given}` is not {k}k+1; the nearest are {} and {}", nearest[0], nearest[1]);
         }
         Ok(())
     }
+}
+
+/// How many frames are made where each of `frames` stands twice, the last one once.
+pub fn doubled(frames: usize) -> usize {
+    (2 * frames).saturating_sub(1)
 }
 
 /// What `--frame-rate` says.
@@ -546,6 +584,20 @@ mod tests {
         assert!(message(shape(1080, 768, 121)).contains("1024 or 1088"));
         assert!(message(shape(512, 768, 120)).contains("113 and 121"));
         assert!(message(shape(16, 768, 121)).contains("the nearest is 64"));
+    }
+
+    #[test]
+    fn frames_that_stand_twice_are_counted_once() {
+        let shape = |frames: u32| {
+            let pipeline = Some(PipelineName::HdrIcLora);
+            let args = ShapeArgs { pipeline, num_frames: Some(frames), high_quality: true, ..ShapeArgs::default() };
+            Shape::resolve(&args, 0).and_then(|shape| shape.check([8, 32, 32]).map(|()| shape.frames))
+        };
+        assert_eq!([1, 9, 13, 161].map(|n| shape(n).unwrap()), [1, 17, 25, 321]);
+        let problem = shape(11).unwrap_err().to_string();
+        assert!(problem.contains("`--num-frames 11` is not 4k+1; the nearest are 9 and 13"), "{problem}");
+        let other = ShapeArgs { high_quality: true, ..ShapeArgs::default() };
+        assert!(Shape::resolve(&other, 0).unwrap_err().to_string().contains("pipeline `hdr-ic-lora`"));
     }
 
     #[test]

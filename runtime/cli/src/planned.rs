@@ -35,6 +35,8 @@ pub fn check(args: &ShapeArgs, path: &Path, plan: &Plan) -> Result<()> {
         reference_version,
         no_audio,
         vae_tile,
+        spatial_tile,
+        high_quality,
         lora_rank,
         dtype,
         // Refused with and without a plan.
@@ -50,8 +52,13 @@ pub fn check(args: &ShapeArgs, path: &Path, plan: &Plan) -> Result<()> {
     let own_pipeline = if skips { definition(PipelineName::IcLora).name } else { &planned.name };
     // Flags give the size of the second stage even where that is left out.
     let shrink = if skips { 2 } else { 1 };
-    let (own_height, own_width) = (u64::from(video.height) * shrink, u64::from(video.width) * shrink);
-    let rate = Rational::new(video.frame_rate.0, video.frame_rate.1)?;
+    // A plan that upscales was compiled for its clip.
+    let ([frames, height_of_clip, width_of_clip], (num, den)) = planned.clip_shape();
+    let (own_height, own_width) = (u64::from(height_of_clip) * shrink, u64::from(width_of_clip) * shrink);
+    let rate = Rational::new(num, den)?;
+    let doubles = planned.inputs.doubles_frames;
+    // Those that are written.
+    let own_frames = if doubles { frames.div_ceil(2) } else { frames };
     let references = planned.inputs.references.first();
     let refused = |flag: &str, given: &str, own: String| -> Result<()> {
         bail!(
@@ -83,11 +90,12 @@ pub fn check(args: &ShapeArgs, path: &Path, plan: &Plan) -> Result<()> {
         let given = job::frame_rate(text)?;
         check("frame-rate", Some(given.to_string()), rate.to_string())?;
     }
-    check_number("num-frames", num_frames, video.frames.into())?;
+    check_number("num-frames", num_frames, own_frames.into())?;
+    check_switch("high-quality", *high_quality, doubles)?;
     if let Some(seconds) = seconds {
         let frames = job::frames_of(*seconds, rate)?;
-        if frames != video.frames {
-            refused("seconds", &format!(" {seconds}"), format!("with `--num-frames {}`", video.frames))?;
+        if frames != own_frames {
+            refused("seconds", &format!(" {seconds}"), format!("with `--num-frames {own_frames}`"))?;
         }
     }
     check_number("max-keyframes", max_keyframes, video.max_keyframes.into())?;
@@ -105,12 +113,16 @@ pub fn check(args: &ShapeArgs, path: &Path, plan: &Plan) -> Result<()> {
         _ => "f32",
     };
     check("dtype", dtype.and_then(name), own_dtype.into())?;
-    if let (Some(text), Some(last), [Modality::Video, ..]) =
-        (vae_tile, planned.stages.last(), &planned.modalities()[..])
-    {
-        let (grid, factors) = (last.grid.map(|n| n as usize), video.scale.map(|n| n as usize));
-        if TilePlan::decode(grid, factors, &VaeTile::parse(text)?.tiling(grid, factors)?)? != planned.decode {
-            refused("vae-tile", &format!(" {text}"), format!("with {} tiles of another size", planned.decode.len()))?;
+    let tile = match (vae_tile, spatial_tile) {
+        (Some(text), _) => Some(("vae-tile", format!(" {text}"), VaeTile::parse(text)?)),
+        (None, Some(pixels)) => Some(("spatial-tile", format!(" {pixels}"), VaeTile::square(*pixels as usize))),
+        (None, None) => None,
+    };
+    if let (Some((flag, given, tile)), [Modality::Video, ..]) = (tile, &planned.modalities()[..]) {
+        let factors = video.scale.map(|n| n as usize);
+        let grid = [0, 1, 2].map(|axis| planned.decode.axes[axis].last().map_or(0, |tile| tile.end));
+        if TilePlan::decode(grid, factors, &tile.tiling(grid, factors)?)? != planned.decode {
+            refused(flag, &given, format!("with {} tiles of another size", planned.decode.len()))?;
         }
     }
     job::refuse_quantization(args, &path.display().to_string(), false)
@@ -171,7 +183,7 @@ mod tests {
     }
 
     /// For every flag of a shape, what the plan above has, and something else.
-    const VALUES: [(&str, &str, &str); 17] = [
+    const VALUES: [(&str, &str, &str); 19] = [
         ("pipeline", "distilled", "two-stage"),
         ("height", "64", "256"),
         ("width", "96", "64"),
@@ -186,6 +198,8 @@ mod tests {
         ("reference-version", "1.2.0", "1.0.0"),
         ("no-audio", "", "+"),
         ("vae-tile", "off", "64x32,16x8"),
+        ("spatial-tile", "512", "256"),
+        ("high-quality", "", "+"),
         ("lora-rank", "0", "8"),
         ("dtype", "f32", "bf16"),
         ("quantization", "none", "fp8-cast"),
@@ -213,6 +227,8 @@ mod tests {
             let sentence = run(other).expect_err(flag).to_string();
             let words = match flag {
                 "quantization" => vec!["weights are not quantised".to_string()],
+                // A picture of this size is one tile of any that is larger than what tiles share.
+                "spatial-tile" => vec!["overlap 256 must be smaller than the tile size 256".into()],
                 _ => ["`a.ltxplan` was compiled", &format!("leave `--{flag}` out"), "compile a plan"]
                     .map(String::from)
                     .into(),

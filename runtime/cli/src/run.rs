@@ -7,21 +7,16 @@ use std::sync::atomic::AtomicBool;
 use anyhow::{Context, Result, bail};
 use clap::ArgMatches;
 use clap::parser::ValueSource;
-use ltxc_ir::plan::{Kernels, Modality, Plan, Release, Stage};
-use ltxc_runtime::RunError;
+use ltxc_ir::plan::{Kernels, Modality, Plan, Release, Stage, Upscale, VideoSettings};
 use ltxc_runtime::adapters::StageAdapters;
-use ltxc_runtime::audio_frontend::resample;
 use ltxc_runtime::backend::{Device, KernelCounts, missing_units, open_with};
 use ltxc_runtime::executor::Executor;
 use ltxc_runtime::experiments::Experiments;
 use ltxc_runtime::files::write_atomically;
-use ltxc_runtime::media::{
-    Audio, ColourSpace, MediaWriter, OutputOptions, Rational, RoundTrip, VideoFormat, Written, image_round_trip,
-    load_image,
-};
+use ltxc_runtime::media::{RoundTrip, Written, image_round_trip, load_image};
 use ltxc_runtime::memory::{MemoryNeed, available};
 use ltxc_runtime::noise_files;
-use ltxc_runtime::pipeline::{Conditioning, Noise, Output, Request, StageChoice, run as run_pipeline, tile_name};
+use ltxc_runtime::pipeline::{Conditioning, Noise, Request, StageChoice, run as run_pipeline, tile_name};
 use ltxc_runtime::stats::Stats;
 use ltxc_runtime::tokenizer::Tokenizer;
 use ltxc_runtime::weights::{WeightFiles, find_tokenizer};
@@ -39,6 +34,7 @@ use crate::debug::text::contexts::embeddings;
 use crate::enhance::{self, Beginning};
 use crate::inputs;
 use crate::job::{self, ImageArg, Shape, pick};
+use crate::output::{FileOutput, Finished};
 use crate::pipelines::{definition, definition_named, describe, describe_output, levels, refuse_idle, stage_choice};
 use crate::planned;
 use crate::report::Report;
@@ -226,8 +222,8 @@ impl Runner {
         }
         let enhances_prompt = args.shape.enhance_prompt;
         let device = pick(&args.shape.device, Some(&plan))?;
-        // Contexts from elsewhere need no text encoder.
-        let encodes_text = args.content.embeddings.is_none();
+        // Contexts from elsewhere need no text encoder, and nothing else reads text.
+        let encodes_text = args.content.embeddings.is_none() && plan.pipeline.upscale.is_none();
         if encodes_text && plan.pipeline.text.buckets.is_empty() {
             bail!("`{}` was compiled without a text encoder; give contexts with `--embeddings`", plan_path.display());
         }
@@ -348,6 +344,7 @@ impl Runner {
         report: &mut Report,
     ) -> Result<Made> {
         let (plan, content) = (&self.plan, choice.content);
+        inputs::check_text(&plan.pipeline.name, plan.pipeline.upscale.is_none(), content)?;
         let debug = debug.only(&self.components())?;
         if self.enhances_prompt {
             enhance::check(plan, content)?;
@@ -377,6 +374,14 @@ impl Runner {
         for stage in &plan.pipeline.stages {
             report.note(&describe(stage, stages.get(&stage.name), &plan.pipeline.modalities()));
         }
+        if let Some(Upscale { clip: [frames, height, width], clip_rate: (num, den), .. }) = &plan.pipeline.upscale {
+            let VideoSettings { frames: f, height: h, width: w, frame_rate: (n, d), .. } = &plan.pipeline.video;
+            report.note(&format!("{frames} frames of {width}x{height} at {num}/{den} to {f} of {w}x{h} at {n}/{d}"));
+        }
+        if plan.pipeline.inputs.doubles_frames {
+            let made = plan.pipeline.video.frames;
+            report.note(&format!("high quality: {made} frames are made, {} of them are written", made.div_ceil(2)));
+        }
         let media = inputs::load(content, &references, plan, report)?;
         let hdr = inputs::colour_space(content, plan)?;
         let facts_path = choice.writing.save_json.then(|| sidecar(to));
@@ -388,7 +393,7 @@ impl Runner {
         let mut output = FileOutput::create(to, plan, size, hdr, choice.writing)?;
         let tokenizer = match &self.tokenizer {
             Some(folder) => Some(Tokenizer::from_folder(folder)?),
-            None if embeddings.is_none() => {
+            None if embeddings.is_none() && plan.pipeline.upscale.is_none() => {
                 bail!("the text encoder was not loaded, because of `--embeddings` for all jobs; give it to every job")
             }
             None => None,
@@ -426,7 +431,7 @@ impl Runner {
             let given = self.enhances_prompt.then(|| said.clone());
             let embeddings =
                 content.embeddings.as_ref().map(|path| path.file_name().unwrap_or_default().to_string_lossy());
-            output.tag("comment", Some(prompt.clone()));
+            output.tag("comment", Some(prompt.clone()).filter(|_| plan.pipeline.upscale.is_none()));
             output.tag("prompt_given", given);
             output.tag("prompt_image", seen.as_deref().map(String::from));
             output.tag("seed", Some(seed.to_string()));
@@ -454,8 +459,11 @@ impl Runner {
             let stats = Stats::of(&noise.shape, &noise.values);
             report.note(&format!("noise {slot} `{}`: {}", path.display(), noise_summary(&stats)));
         }
-        let shown = output.shown;
-        let Written { path, frames, bytes, .. } = output.writer.finish()?;
+        let shown = output.shown();
+        let Finished { written: Written { path, frames, bytes, .. }, preview } = output.finish()?;
+        if let Some(preview) = &preview {
+            report.note(&format!("preview in `{}`", preview.display()));
+        }
         if let Some(facts_path) = facts_path {
             let rate = plan.pipeline.video.frame_rate;
             for (key, value) in [
@@ -473,11 +481,17 @@ impl Runner {
             ] {
                 facts[key] = value;
             }
-            if request.needs_negative(&plan.pipeline)? {
+            if plan.pipeline.upscale.is_none() && request.needs_negative(&plan.pipeline)? {
                 facts["negative_prompt"] = json!(negative);
             }
             if self.enhances_prompt {
                 facts["prompt_given"] = json!(said);
+            }
+            if let Some(preview) = &preview {
+                facts["preview"] = json!(preview);
+            }
+            if let Some(rate) = choice.writing.fps_out {
+                facts["blended_to"] = json!([rate.num(), rate.den()]);
             }
             if let Some(name) = &seen {
                 facts["prompt_image"] = json!(name);
@@ -489,7 +503,8 @@ impl Runner {
                 facts["experiments"] = json!(labels);
             }
             if let Err(error) = write_atomically(&facts_path, format!("{facts:#}\n").as_bytes()) {
-                // Neither file is left without the other.
+                // No file is left without the others.
+                preview.iter().for_each(|preview| drop(std::fs::remove_file(preview)));
                 let _ = if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
                 return Err(error.into());
             }
@@ -524,10 +539,12 @@ fn plan_and_folders(
     mode: DebugMode,
 ) -> Result<(PathBuf, Vec<PathBuf>)> {
     if let Some(shape) = shape {
-        let open = if args.content.embeddings.is_some() { ModelFiles::open_without_text } else { ModelFiles::open };
-        let files = open(&args.model, shape.has_two_stages())?;
+        let files = ModelFiles::of_pipeline(&args.model, shape.pipeline, args.content.embeddings.is_none())?;
         // The cache knows what is in files, and not what they are called.
-        definition(shape.pipeline).check_training(&files.model, shape.has_distilled_adapter)?;
+        let named = definition(shape.pipeline);
+        if named.denoises() {
+            named.check_training(&files.model, shape.has_distilled_adapter)?;
+        }
         job::refuse_quantization(&args.shape, files.model.name(), files.model.has_fp8())?;
         loras.iter().try_for_each(|loras| loras.check(&files.model, definition(shape.pipeline).name))?;
         let is_of_clip =
@@ -568,7 +585,7 @@ fn load(arg: &ImageArg, plan: &Plan, codec: ImageCodec) -> Result<Conditioning> 
 /// What the flags change in the stages of a plan.
 fn stage_choices(choice: &Choice<'_>, plan: &Plan) -> Result<BTreeMap<String, StageChoice>> {
     let content = choice.content;
-    let first = plan.pipeline.stages.first().context("the plan has no stages")?;
+    let Some(first) = plan.pipeline.stages.first() else { return Ok(BTreeMap::new()) };
     let modalities = plan.pipeline.modalities();
     let steps = content.num_inference_steps;
     let mut first_choice = stage_choice(first, &modalities, choice.sampling, steps, content.sigmas.as_deref())?;
@@ -658,90 +675,4 @@ fn sidecar(output: &Path) -> PathBuf {
 
 fn hex(hash: &[u8; 32]) -> String {
     hash.iter().map(|b| format!("{b:02x}")).collect()
-}
-
-/// Sampling rate that every format has.
-const COMMON_RATE_HZ: usize = 48_000;
-
-/// Writes frames and sound to a file or folder.
-struct FileOutput {
-    writer: MediaWriter,
-    has_video: bool,
-    /// Width and height of the frames that come.
-    made: (usize, usize),
-    /// Width and height of what is written of them, from the top left.
-    shown: (usize, usize),
-}
-
-impl FileOutput {
-    /// `size` is the width and height of what is written, if that is not all.
-    fn create(
-        path: &Path,
-        plan: &Plan,
-        size: Option<(usize, usize)>,
-        hdr: Option<ColourSpace>,
-        writing: &OutputArgs,
-    ) -> Result<FileOutput> {
-        let video = &plan.pipeline.video;
-        let made = plan.pipeline.modalities();
-        let is_sound = path.extension().is_some_and(|e| e.eq_ignore_ascii_case("wav"));
-        if is_sound && !made.contains(&Modality::Audio) {
-            bail!("`{}` is for sound, and the plan makes none; choose `.mp4` or a folder", path.display());
-        }
-        let has_video = made.contains(&Modality::Video) && !is_sound;
-        let (num, den) = video.frame_rate;
-        let rate = match writing.integer_fps {
-            true if num < den => {
-                bail!("`--integer-fps`: {num}/{den} frames per second are less than one; leave it out")
-            }
-            true => Rational::new(num / den, 1)?,
-            false => Rational::new(num, den)?,
-        };
-        let whole = (video.width as usize, video.height as usize);
-        let shown = size.unwrap_or(whole);
-        let format = || VideoFormat::new(shown.0, shown.1, rate);
-        let mut options = OutputOptions { hdr, ..OutputOptions::default() };
-        options.crf = writing.crf.unwrap_or(options.crf);
-        let writer = MediaWriter::create(path, has_video.then(format).transpose()?, options)?;
-        Ok(FileOutput { writer, has_video, made: whole, shown })
-    }
-
-    /// Says something in the output about how it was made, if there is anything to say.
-    fn tag(&mut self, name: &str, value: Option<String>) {
-        if let Some(value) = value {
-            self.writer.tag(name, value);
-        }
-    }
-}
-
-impl Output for FileOutput {
-    fn frames(&mut self, rgb: &[f32]) -> Result<(), RunError> {
-        if !self.has_video {
-            return Ok(());
-        }
-        if self.made == self.shown {
-            return Ok(self.writer.write_frames(rgb)?);
-        }
-        let ((width, height), (shown_width, shown_height)) = (self.made, self.shown);
-        for frame in rgb.chunks_exact(width * height * 3) {
-            let rows = frame.chunks_exact(width * 3).take(shown_height);
-            let cropped: Vec<f32> = rows.flat_map(|row| &row[..shown_width * 3]).copied().collect();
-            self.writer.write_frames(&cropped)?;
-        }
-        Ok(())
-    }
-
-    fn sound(&mut self, samples: &[f32], rate_hz: u32) -> Result<(), RunError> {
-        let channel = |c: usize| samples.iter().skip(c).step_by(2).copied().collect::<Vec<f32>>();
-        let (left, right) = (channel(0), channel(1));
-        // Sound of a recording may have a rate that an MP4 file cannot.
-        let audio = match self.writer.takes_rate(rate_hz) {
-            true => Audio::new(rate_hz, [left, right].concat())?,
-            false => {
-                let to = |x: &[f32]| resample(x, rate_hz as usize, COMMON_RATE_HZ);
-                Audio::new(COMMON_RATE_HZ as u32, [to(&left)?, to(&right)?].concat())?
-            }
-        };
-        Ok(self.writer.write_audio(audio)?)
-    }
 }

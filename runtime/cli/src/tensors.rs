@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Result, bail};
 use ltxc_models::{ModelError, Weights};
 
-use crate::assemble::{GEMMA, ModelFiles, UPSAMPLER};
+use crate::assemble::{GEMMA, ModelFiles};
 
 /// Most tensors that are spelled out.
 const MOST: usize = 20;
@@ -65,12 +65,11 @@ pub fn check(
 
 /// Tensors of a source that nobody asked for and that belong to nothing that is known.
 fn unknown(files: &ModelFiles, source: &str, weights: &Weights<'_>) -> Vec<String> {
-    let checkpoint = match (source, &files.upsampler) {
-        // Text encoders come with parts for other inputs.
-        (GEMMA, _) => return Vec::new(),
-        (UPSAMPLER, Some(upsampler)) => upsampler,
-        _ => &files.model,
-    };
+    // Text encoders come with parts for other inputs.
+    if source == GEMMA {
+        return Vec::new();
+    }
+    let checkpoint = files.checkpoint_of(source);
     let is_unused =
         |key: &str| UNUSED.iter().any(|part| key.starts_with(part)) || UNUSED_ENDS.iter().any(|end| key.ends_with(end));
     let is_unknown = |key: &str| !weights.was_asked_for(key) && !is_unused(key);

@@ -101,17 +101,31 @@ impl ExrSequence {
         space: ColourSpace,
         sink: &mut dyn FnMut(&FloatImage) -> Result<(), MediaError>,
     ) -> Result<usize, MediaError> {
+        self.read_numbers(frames, &mut |mut image| {
+            image.rgb.as_chunks_mut::<3>().0.iter_mut().for_each(|rgb| *rgb = space.to_signal(*rgb));
+            sink(&image)
+        })
+    }
+
+    /// The same with the numbers that stand in the files.
+    ///
+    /// # Errors
+    /// Those of [`ExrSequence::read`].
+    pub fn read_numbers(
+        &self,
+        frames: usize,
+        sink: &mut dyn FnMut(FloatImage) -> Result<(), MediaError>,
+    ) -> Result<usize, MediaError> {
         let ClipInfo { width, height, .. } = self.info;
         let count = frames.min(self.files.len());
         for file in &self.files[..count] {
-            let mut image = read(file)?;
+            let image = read(file)?;
             if (image.width, image.height) != (width, height) {
                 let (found, expected) = ((image.width, image.height), (width, height));
                 let problem = format!("it is {}x{}, the first frame {}x{}", found.0, found.1, expected.0, expected.1);
                 return Err(MediaError::input(file, problem));
             }
-            image.rgb.as_chunks_mut::<3>().0.iter_mut().for_each(|rgb| *rgb = space.to_signal(*rgb));
-            sink(&image)?;
+            sink(image)?;
         }
         Ok(count)
     }

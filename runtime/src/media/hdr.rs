@@ -69,6 +69,16 @@ impl ColourSpace {
         rgb.map(|v| v as f32)
     }
 
+    /// What a screen without a high dynamic range shows of a signal, see [`displayed`].
+    pub fn displayed(self, signal: [f32; 3]) -> [f32; 3] {
+        let light = match self {
+            ColourSpace::LogC3 => ColourSpace::LogC3,
+            // All others have the signal of ACEScct.
+            _ => ColourSpace::SrgbLinear,
+        };
+        displayed(light.from_signal(signal))
+    }
+
     /// The primaries red, green and blue, and the white, as `(x, y)`.
     pub fn primaries(self) -> [(f32, f32); 4] {
         match self {
@@ -78,6 +88,19 @@ impl ColourSpace {
             }
         }
     }
+}
+
+/// Light with the primaries of BT.709 as a screen without a high dynamic range shows it, in `[0, 1]`: what is brighter than
+/// diffuse white is cut, the rest has the curve of sRGB. What is not a number is black.
+///
+/// Source: IEC 61966-2-1; ltx_pipelines/utils/media_io/exr.py, release 1.2.0, which makes previews so.
+pub fn displayed(light: [f32; 3]) -> [f32; 3] {
+    light.map(|v| {
+        // NaN is less than nothing here.
+        let v = f64::from(v.max(0.0).min(1.0));
+        let shown = if v <= 0.003_130_8 { 12.92 * v } else { 1.055 * v.powf(1.0 / 2.4) - 0.055 };
+        shown as f32
+    })
 }
 
 /// Where the straight part of ACEScct ends, as light and as signal.
@@ -219,6 +242,25 @@ mod tests {
         // White stays white in every space.
         let white = ColourSpace::SrgbLinear.to_signal([1.0; 3]);
         assert!(white.iter().all(|v| (v - white[0]).abs() < 1e-6), "{white:?}");
+    }
+
+    #[test]
+    fn screens_show_light_with_the_curve_of_srgb() {
+        let shown = displayed([0.214_041_14, 0.002, 7.0]);
+        for (found, expected) in shown.iter().zip([0.5, 0.025_84, 1.0]) {
+            assert!((found - expected).abs() < 1e-6, "{shown:?}");
+        }
+        assert_eq!(displayed([f32::NAN, -1.0, f32::INFINITY]), [0.0, 0.0, 1.0]);
+        // A colour is the same colour whatever space its signal is of.
+        let light = [0.4, 0.1, 0.7];
+        for (space, own) in [(ColourSpace::SrgbLinear, light), (ColourSpace::LogC3, light)] {
+            let found = space.displayed(space.to_signal(own));
+            assert!(found.iter().zip(displayed(light)).all(|(a, b)| (a - b).abs() < 1e-5), "{space:?}: {found:?}");
+        }
+        let signal = ColourSpace::SrgbLinear.to_signal(light);
+        for space in [ColourSpace::AcesCg, ColourSpace::AcesCct] {
+            assert_eq!(space.displayed(signal), ColourSpace::SrgbLinear.displayed(signal));
+        }
     }
 
     #[test]

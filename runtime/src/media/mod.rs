@@ -13,6 +13,7 @@
 //! | `round_trip` | the H.264 compression that conditioning images go through |
 //! | `video_input`, `audio_input` | clips and recordings |
 //! | `colour` | Y'CbCr to RGB |
+//! | `interpolate` | another frame rate, by blending |
 //! | `hdr`, `exr_frames` | a high dynamic range: what models see of it, and EXR files |
 //! | `ffmpeg` | the program, where it is installed |
 //!
@@ -44,6 +45,7 @@ pub mod frames;
 pub mod h264;
 pub mod hdr;
 pub mod image_input;
+pub mod interpolate;
 pub mod mp4;
 pub mod output;
 mod partial;
@@ -59,7 +61,7 @@ pub use colour::Colour;
 pub use error::MediaError;
 pub use exr_frames::{ExrSequence, is_exr};
 pub use frames::{Frames, I420, Rational, VideoFormat};
-pub use hdr::ColourSpace;
+pub use hdr::{ColourSpace, displayed};
 pub use image_input::{RgbImage, load_conditioning_image, load_image, resize_and_crop, shrink_and_pad};
 pub use output::{Kind, MediaWriter, OutputOptions, Written};
 pub use round_trip::{RoundTrip, image_round_trip};

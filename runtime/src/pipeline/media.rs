@@ -28,7 +28,7 @@ pub struct Media {
     pub references: Vec<Reference>,
     /// How strongly references and target attend to each other; fully if it is not said.
     pub attention: Option<Attention>,
-    /// A clip of which a part is made anew.
+    /// A clip of which a part is made anew, or that is upscaled.
     pub clip: Option<SourceClip>,
     /// A recording at its own rate.
     pub sound: Option<Recording>,
@@ -52,10 +52,10 @@ pub struct Attention {
     pub mask: Option<Vec<f32>>,
 }
 
-/// A clip of which a part is made anew.
+/// A clip of which a part is made anew; one that is upscaled is used as a whole.
 #[derive(Clone, Debug)]
 pub struct SourceClip {
-    /// `[n, height, width, 3]` in `[-1, 1]`, of the size of the video.
+    /// `[n, height, width, 3]` in `[-1, 1]`, of the size that the plan takes.
     pub frames: Vec<f32>,
     /// Start of the part, in seconds.
     pub start: f64,
@@ -63,6 +63,13 @@ pub struct SourceClip {
     pub end: f64,
     /// A modality that stays as it is.
     pub kept: Option<Modality>,
+}
+
+impl SourceClip {
+    /// Checks that it has the size and length that the plan takes.
+    pub(super) fn check(&self, pipeline: &Pipeline) -> Result<(), RunError> {
+        check_frames("the clip", self.frames.len(), pipeline.clip_shape().0)
+    }
 }
 
 /// Latents of what was brought, and what they do to the stages.
@@ -82,7 +89,7 @@ impl Media {
     /// # Errors
     /// What is missing or too much, with the flag that gives it.
     pub(super) fn check(&self, pipeline: &Pipeline) -> Result<(), RunError> {
-        let (name, inputs, video) = (&pipeline.name, &pipeline.inputs, &pipeline.video);
+        let (name, inputs) = (&pipeline.name, &pipeline.inputs);
         let refused = |problem: String| Err(RunError::Input(problem));
         // A video whose sound guides, too, has a flag of its own.
         let (reference_flag, sound_flag) = match inputs.sound.map(|sound| sound.role) {
@@ -102,7 +109,7 @@ impl Media {
             }
         }
         if let Some(clip) = &self.clip {
-            check_frames("the clip", clip.frames.len(), [video.frames, video.height, video.width])?;
+            clip.check(pipeline)?;
             let in_order = clip.start.is_finite() && clip.end.is_finite() && (0.0..clip.end).contains(&clip.start);
             if clip.kept == Some(Modality::Audio) && self.sound.is_none() {
                 return refused("the clip has no sound that could be kept; leave `--keep-audio` out".into());

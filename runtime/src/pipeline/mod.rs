@@ -9,6 +9,7 @@
 //! | let the text encoder write the prompt anew | `enhance` |
 //! | clips and recordings | `media`, `encode`, `tiles` |
 //! | a stage in tiles | `tiled`, `tiles` |
+//! | a clip through upsamplers, without stages | `upscale` |
 //! | states, and what conditioning does to them | `state`, `positions`, `conditioning`, `stage` |
 //! | noise levels, steps and fresh noise | `schedule`, `sampler`, `noise` |
 //! | programs of the transformer, and guidance between their passes | `denoise`, `guidance` |
@@ -33,6 +34,7 @@ pub mod state;
 mod text;
 mod tiled;
 pub mod tiles;
+mod upscale;
 
 pub use denoise::needed_passes;
 pub use media::{Attention, Media, Reference, SourceClip};
@@ -42,4 +44,4 @@ pub use per::Per;
 pub use request::{Conditioning, Output, Request, StageChoice};
 pub use run::run;
 pub use text::{Embeddings, TextContext};
-pub use tiled::tile_name;
+pub use tiled::{tile_name, tile_of};

@@ -1,4 +1,5 @@
-//! A run, whatever the pipeline: encode text → stages → decode. What differs between pipelines stands in the plan.
+//! A run, whatever the pipeline: encode text → stages → decode. What differs between pipelines stands in the plan. A
+//! pipeline that upscales a clip has no stages, see `upscale`.
 
 use ltxc_ir::plan::{Modality, Pipeline, Plan, SoundRole, Stage};
 
@@ -12,6 +13,7 @@ use super::request::{Output, Request};
 use super::stage::{MEL_BINS, Start, run_stage};
 use super::text::{TextContext, encode_prompt};
 use super::tiled::run_tiles;
+use super::upscale::run_upscale;
 use crate::error::RunError;
 use crate::executor::Executor;
 use crate::experiments::Placeholder;
@@ -30,6 +32,9 @@ pub fn run(
     output: &mut dyn Output,
 ) -> Result<(), RunError> {
     let pipeline = &executor.plan().pipeline;
+    if let Some(upscale) = &pipeline.upscale {
+        return run_upscale(executor, upscale, request, observer, output);
+    }
     let stages = request.choose(pipeline)?;
     let needs_negative = request.needs_negative(pipeline)?;
     executor.set_experiments(&request.experiments)?;
@@ -127,7 +132,7 @@ fn placeholders(plan: &Plan, request: &Request<'_>, placeholder: Placeholder) ->
 }
 
 /// Decodes latents of target tokens, the video first.
-fn decode(
+pub(super) fn decode(
     executor: &mut Executor<'_>,
     request: &Request<'_>,
     observer: &mut dyn Observer,
@@ -158,7 +163,7 @@ fn starts(
     if stage.upsampled
         && let Some(latent) = latents.video.take()
     {
-        latents.video = Some(upsample(executor, &latent)?);
+        latents.video = Some(upsample(executor, "upsample", &latent)?);
     }
     let made = pipeline.modalities();
     Ok(Per::new(|modality| {
@@ -168,10 +173,11 @@ fn starts(
     }))
 }
 
-fn upsample(executor: &mut Executor<'_>, latent: &[f32]) -> Result<Vec<f32>, RunError> {
-    executor.write("upsample", "latent", latent)?;
-    executor.run("upsample")?;
-    let upsampled = executor.read("upsample", "latent")?.into_owned();
+/// The latent that the upsampler in `program` makes of another one.
+pub(super) fn upsample(executor: &mut Executor<'_>, program: &str, latent: &[f32]) -> Result<Vec<f32>, RunError> {
+    executor.write(program, "latent", latent)?;
+    executor.run(program)?;
+    let upsampled = executor.read(program, "latent")?.into_owned();
     executor.unload_all()?;
     Ok(upsampled)
 }
@@ -186,13 +192,19 @@ fn write_video(
 ) -> Result<(), RunError> {
     let frame_len = pipeline.video.height as usize * pipeline.video.width as usize * 3;
     let (mut chunk, mut rgb) = (0, Vec::with_capacity(frame_len));
+    // One of two that were made for the same frame.
+    let every = if pipeline.inputs.doubles_frames { 2 } else { 1 };
+    let mut made = 0usize;
     let mut sink = |frames: &[f32]| {
         chunk += 1;
         check_numerics(request, "decode", chunk, "decoded video", frames_problem(frames))?;
         for frame in frames.chunks(frame_len) {
-            rgb.clear();
-            rgb.extend(frame.iter().map(|v| ((v + 1.0) * 0.5).clamp(0.0, 1.0)));
-            output.frames(&rgb)?;
+            if made.is_multiple_of(every) {
+                rgb.clear();
+                rgb.extend(frame.iter().map(|v| ((v + 1.0) * 0.5).clamp(0.0, 1.0)));
+                output.frames(&rgb)?;
+            }
+            made += 1;
         }
         Ok(())
     };
@@ -219,7 +231,7 @@ fn write_sound(
 }
 
 /// Writes the recording that was given, as stereo.
-fn write_recording(
+pub(super) fn write_recording(
     recording: &Recording,
     observer: &mut dyn Observer,
     output: &mut dyn Output,
@@ -230,7 +242,7 @@ fn write_recording(
     output.sound(&samples, recording.rate_hz)
 }
 
-fn check_numerics(
+pub(super) fn check_numerics(
     request: &Request<'_>,
     stage: &str,
     step: usize,

@@ -13,7 +13,7 @@ use ltxc_ir::tiling::{AxisTile, TilePlan};
 use super::conditioning::Item;
 use super::denoise::Contexts;
 use super::noise::Noise;
-use super::observe::Observer;
+use super::observe::{Event, Observer};
 use super::per::Per;
 use super::positions::{ReferenceScale, reference_positions};
 use super::request::{ChosenStage, Request};
@@ -23,6 +23,9 @@ use crate::error::RunError;
 use crate::executor::Executor;
 
 /// Runs a stage of video in `tiles`. Returns its latent, `[f, h, w, c]`.
+///
+/// Tiles tell of themselves under their own names ([`tile_name`]). Of the whole come `<stage>.video.initial_latent`, before
+/// them, and `<stage>.video.latent`, what they are blended to.
 ///
 /// # Errors
 /// As for [`run_stage`], or a tile that the plan has no program for.
@@ -41,6 +44,10 @@ pub(super) fn run_tiles(
     let [frames, rows, columns] = chosen.stage.grid.map(|n| n as usize);
     let mut sum = Sum::symmetric([rows, columns], channels);
     let mut latest: Option<&str> = None;
+    if let Some(latent) = &start.latent {
+        let name = format!("{}.video.initial_latent", chosen.stage.name);
+        observer.event(Event::Tensor { name, values: latent });
+    }
     for (i, tile) in tiles.tiles().enumerate() {
         let stage = stage_of_tile(chosen.stage, i, tile, pipeline.video.scale);
         let noise = noise_of_tile(chosen.noise, i);
@@ -62,7 +69,9 @@ pub(super) fn run_tiles(
         let made = run_stage(executor, observer, request, &of_tile, contexts, Per { video: Some(own), audio: None })?;
         sum.add(&made.video.unwrap_or_default(), tile)?;
     }
-    Ok(sum.finished(frames).to_vec())
+    let blended = sum.finished(frames).to_vec();
+    observer.event(Event::Tensor { name: format!("{}.video.latent", chosen.stage.name), values: &blended });
+    Ok(blended)
 }
 
 /// A tile as a stage, which is a clip from its first frame on.
@@ -83,6 +92,12 @@ fn stage_of_tile(stage: &Stage, index: usize, tile: [AxisTile; 3], scale: [u32; 
 /// Name of a tile, whose noise is `<name>.video`.
 pub fn tile_name(stage: &str, index: usize) -> String {
     format!("{stage}.tile.{index:03}")
+}
+
+/// The stage and the index of the tile that is called `name`, the inverse of [`tile_name`].
+pub fn tile_of(name: &str) -> Option<(&str, usize)> {
+    let (stage, index) = name.split_once(".tile.")?;
+    Some((stage, index.parse().ok()?))
 }
 
 fn noise_of_tile(noise: &Noise, index: usize) -> Noise {
@@ -161,6 +176,7 @@ mod tests {
         // Sides of 2, 3 and 5 latents; the last one of all starts at 1, 1 and 1.
         let own = stage_of_tile(&stage, 7, tiles[7], [8, 32, 32]);
         assert_eq!((own.name.as_str(), own.grid, own.height, own.width), ("stage2.tile.007", [2, 3, 5], 96, 160));
+        assert_eq!((tile_of(&own.name), tile_of("stage2")), (Some(("stage2", 7)), None));
         let positions = video_positions(own.grid, &video());
         let tokens = 2 * 3 * 5;
         let first = |axis: usize| positions[axis * tokens * 2];

@@ -2,6 +2,7 @@
 
 mod conditioned;
 mod guided;
+mod upscale;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -398,7 +399,7 @@ impl Files {
     fn compile_for(&self, shape: &ShapeArgs, keyframes: usize, loras: &Loras) -> Plan {
         let shape = Shape::resolve(shape, keyframes).and_then(|s| s.with(loras)).unwrap_or_else(|e| panic!("{e:#}"));
         let shape = Shape { target: self.device.target.clone(), ..shape };
-        let files = ModelFiles::open(&self.args, shape.has_two_stages()).unwrap_or_else(|e| panic!("{e:#}"));
+        let files = ModelFiles::of_pipeline(&self.args, shape.pipeline, true).unwrap_or_else(|e| panic!("{e:#}"));
         let plan = compile(&files, &shape, Options::default(), &mut |_, _, _| {}).unwrap_or_else(|e| panic!("{e:#}"));
         let bytes = container::encode(&plan).unwrap_or_else(|e| panic!("{e}"));
         container::decode(&bytes).unwrap_or_else(|e| panic!("{e}"))

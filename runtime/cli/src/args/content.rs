@@ -10,7 +10,7 @@ use ltxc_runtime::experiments::Experiment;
 #[command(next_help_heading = "Content")]
 pub struct ContentArgs {
     /// What to show; `-` reads standard input, `@FILE` a file.
-    #[arg(long, short, required_unless_present_any = ["jobs", "embeddings", "prompt_file"])]
+    #[arg(long, short)]
     pub prompt: Option<String>,
     /// File with one prompt.
     #[arg(
@@ -89,7 +89,7 @@ pub struct ContentArgs {
     /// How much of it is used at most, in seconds [default: the length of the video]
     #[arg(long, value_name = "SECONDS")]
     pub audio_max_duration: Option<f64>,
-    /// Clip of which a part is made anew: H.264 in MP4 or MOV, a folder of images, or what ffmpeg reads.
+    /// Clip of which a part is made anew, or that is upscaled: H.264 in MP4 or MOV, a folder of images, or what ffmpeg reads.
     #[arg(long, value_name = "PATH", alias = "video")]
     pub video_path: Option<PathBuf>,
     /// Clip and references are EXR frames, whose numbers are these; EXR frames are written too, into a folder.

@@ -46,6 +46,12 @@ pub struct ModelArgs {
         ]
     )]
     pub spatial_upsampler_path: Option<PathBuf>,
+    /// Temporal upscaler, with which pipeline upscale doubles the frame rate of a clip.
+    #[arg(long, value_name = "FILE", aliases = ["temporal-upsampler", "temporal-upscaler-weights"])]
+    pub temporal_upsampler_path: Option<PathBuf>,
+    /// Double the frame rate, as naming that file does.
+    #[arg(long, requires = "temporal_upsampler_path", hide_short_help = true)]
+    pub temporal: bool,
     /// Compare complete hashes of weight files instead of samples.
     #[arg(long)]
     pub verify: bool,
@@ -68,6 +74,7 @@ impl ModelArgs {
             &self.audio_vae_path,
             &self.gemma_root,
             &self.spatial_upsampler_path,
+            &self.temporal_upsampler_path,
         ];
         named.into_iter().flatten()
     }

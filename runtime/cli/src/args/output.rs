@@ -1,6 +1,7 @@
 //! Flags for how outputs are written.
 
 use clap::Args;
+use ltxc_runtime::media::Rational;
 
 /// How outputs are written.
 #[derive(Debug, Clone, Default, Args)]
@@ -12,6 +13,12 @@ pub struct OutputArgs {
     /// Write whole frames per second, rounded down, as the reference does; a fractional rate then drifts from the sound.
     #[arg(long)]
     pub integer_fps: bool,
+    /// Write another number of frames per second, each a blend of the two between which it stands; sound stays as it is.
+    #[arg(long, value_name = "RATE", conflicts_with = "integer_fps")]
+    pub fps_out: Option<Rational>,
+    /// Write EXR frames without the preview beside their folder, `<OUTPUT>.mp4`.
+    #[arg(long)]
+    pub skip_mp4: bool,
     /// Write how the output was made into a file beside it, `<OUTPUT>.json`.
     #[arg(long)]
     pub save_json: bool,

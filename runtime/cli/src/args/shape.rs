@@ -56,6 +56,12 @@ pub struct ShapeArgs {
     /// Tiles of the video decoder: auto, off, or SIZExOVERLAP,FRAMESxOVERLAP in pixels and frames [default: auto]
     #[arg(long)]
     pub vae_tile: Option<String>,
+    /// Tiles of this many pixels on both sides instead, 256 of them and 16 of 32 frames shared [default: 1280 for hdr-ic-lora]
+    #[arg(long, value_name = "PIXELS", conflicts_with = "vae_tile", hide_short_help = true)]
+    pub spatial_tile: Option<u32>,
+    /// Make two frames for each that hdr-ic-lora writes, which takes twice as long and is smoother.
+    #[arg(long)]
+    pub high_quality: bool,
     /// Room for live LoRAs, whose ranks add up to this at most; without, LoRAs are merged into the weights [default: 0]
     #[arg(long, value_name = "RANK")]
     pub lora_rank: Option<u32>,
@@ -166,4 +172,6 @@ pub enum PipelineName {
     /// Distilled with the HDR IC-LoRA, two stages, the second one in tiles: a video gets a high dynamic range, without sound.
     #[value(alias = "hdr_ic_lora")]
     HdrIcLora,
+    /// A clip with its sound through latent upscalers: spatial, temporal or both. Nothing is denoised, and no text is read.
+    Upscale,
 }

@@ -61,7 +61,8 @@ Instead of a port's script:
   debug_lora_full_comparison                        lora inputs, lora four-way
   run_lora_full_debug                               lora four-way --auto --ref-cmd COMMAND
   test_ltx2, test_ltx2_audio                        step --compare FILE --case CASE, compare OURS THEIRS on tensors
-  interpolate                                       ltxc run --pipeline keyframes
+  interpolate                                       ltxc run keyframes; run --fps-out RATE blends frames
+  upscale_temporal                                  ltxc run upscale --temporal --temporal-upsampler-path FILE
   generate, basic_ltx2                              ltxc run";
 
 /// `ltxc debug`.

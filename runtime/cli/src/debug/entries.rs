@@ -21,7 +21,7 @@ pub struct Entry {
     pub shape: Option<String>,
     /// Mean magnitude of the tensor, if the line has it.
     pub abs_mean: Option<f64>,
-    /// Step and pass, if the log has them.
+    /// Tile, step and pass, if the log has them.
     pub step: Option<String>,
     /// Which line of this kind it is, from 0.
     pub occurrence: usize,
@@ -45,6 +45,9 @@ pub struct Log {
     pub unread: usize,
 }
 
+/// Tile behind which lines are about a whole stage again.
+const ALL_TILES: &str = "all";
+
 /// Words whose values belong to what a line is about.
 const ABOUT: [&str; 4] = ["stage", "block", "module", "tap"];
 
@@ -52,14 +55,17 @@ const ABOUT: [&str; 4] = ["stage", "block", "module", "tap"];
 pub fn parse(text: &str) -> Log {
     let mut log = Log::default();
     let mut occurrences: BTreeMap<String, usize> = BTreeMap::new();
-    let mut step: Option<String> = None;
+    let (mut tile, mut step): (Option<String>, Option<String>) = (None, None);
     for line in text.lines().map(str::trim).filter(|l| !l.is_empty()) {
         if let Some(comment) = line.strip_prefix('#') {
             let pairs: BTreeMap<&str, &str> = comment.split_whitespace().filter_map(|w| w.split_once('=')).collect();
-            match (comment.trim_start().starts_with("end of"), pairs.get("step")) {
-                (false, Some(at)) => step = Some(format!("step={at} pass={}", pairs.get("pass").unwrap_or(&"0"))),
-                (true, _) => {}
-                (false, None) => log.header.extend(pairs.into_iter().map(|(k, v)| (k.into(), v.into()))),
+            match (comment.trim_start().starts_with("end of"), pairs.get("step"), pairs.get("tile")) {
+                (true, ..) => {}
+                (false, Some(at), _) => step = Some(format!("step={at} pass={}", pairs.get("pass").unwrap_or(&"0"))),
+                (false, None, Some(&at)) => {
+                    (tile, step) = ((at != ALL_TILES).then(|| format!("tile={at}")), None);
+                }
+                (false, None, None) => log.header.extend(pairs.into_iter().map(|(k, v)| (k.into(), v.into()))),
             }
             continue;
         }
@@ -72,7 +78,9 @@ pub fn parse(text: &str) -> Log {
             continue;
         };
         let occurrence = occurrences.entry(parsed.about.clone()).or_default();
-        let own_step = parsed.step.take().or_else(|| step.clone());
+        let own = [parsed.tile.take().or_else(|| tile.clone()), parsed.step.take().or_else(|| step.clone())];
+        let own = own.into_iter().flatten().collect::<Vec<_>>().join(" ");
+        let own_step = (!own.is_empty()).then_some(own);
         for (field, value) in parsed.fields {
             log.entries.push(Entry {
                 about: parsed.about.clone(),
@@ -95,6 +103,7 @@ struct Parsed {
     fields: Vec<(String, f64)>,
     shape: Option<String>,
     abs_mean: Option<f64>,
+    tile: Option<String>,
     step: Option<String>,
 }
 
@@ -188,6 +197,7 @@ fn json_line(line: &str) -> Option<Parsed> {
         (None, Some(key)) => text_line(&format!("x:{key}:a=0")).map_or_else(|| key.to_string(), |p| p.about),
         (None, None) => return None,
     };
+    parsed.tile = object.get("tile").and_then(Value::as_u64).map(|tile| format!("tile={tile}"));
     if let Some(step) = object.get("step").and_then(Value::as_u64) {
         parsed.step = Some(match word("pass") {
             Some(pass) => format!("step={step} pass={pass}"),
@@ -195,7 +205,7 @@ fn json_line(line: &str) -> Option<Parsed> {
         });
     }
     for (name, value) in
-        object.iter().filter(|(name, _)| !["module", "tensor", "key", "step", "pass"].contains(&&name[..]))
+        object.iter().filter(|(name, _)| !["module", "tensor", "key", "tile", "step", "pass"].contains(&&name[..]))
     {
         match value {
             Value::Number(n) => parsed.take(name, &n.to_string()),
@@ -253,6 +263,11 @@ mod tests {
         let steps: Vec<_> = log.entries.iter().map(|e| (e.step.as_deref().unwrap(), e.occurrence)).collect();
         assert_eq!(steps, [("step=0 pass=0", 0), ("step=1 pass=0", 1)]);
         assert_eq!(log.unread, 1);
+        let log = parse("# tile=1\n# step=0 pass=cond\nx:a:s=1\n# tile=all\nx:a:s=2");
+        let steps: Vec<_> = log.entries.iter().map(|e| e.step.as_deref()).collect();
+        assert_eq!(steps, [Some("tile=1 step=0 pass=cond"), None]);
+        let json = parse(r#"{"key":"a","tile":1,"step":0,"pass":"cond","s":1}"#);
+        assert_eq!((json.entries.len(), &json.entries[0].step), (1, &log.entries[0].step));
         let shape = &parse("x:a:s=1 shape=(1, 2)").entries[0].shape;
         assert_eq!(shape.as_deref(), Some("1x2"));
     }

@@ -106,7 +106,7 @@ pub struct DebugFlags {
     /// Which values there are: those of fused kernels, or every value of the graph, without fusion [default: fused]
     #[arg(long, value_enum, hide_short_help = true)]
     pub debug_mode: Option<DebugMode>,
-    /// A line of sums after each stage.
+    /// A line of sums after each stage; of a stage in tiles after each tile, behind `# tile=N`, and of all of them.
     #[arg(long, hide_short_help = true)]
     pub debug_stage_sums: bool,
     /// File for them, instead of standard error.

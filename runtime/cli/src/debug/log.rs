@@ -132,6 +132,8 @@ pub struct Sink {
     format: LogFormat,
     prefix: LogPrefix,
     has_f64: bool,
+    /// The tile that lines are about, in stages that run in tiles.
+    tile: Option<usize>,
     text: Option<Out>,
     json: Option<Out>,
     lines: usize,
@@ -169,7 +171,7 @@ impl Sink {
             LogFormat::Jsonl => Some(Out::open(path, append)?),
             LogFormat::Both => Some(Out::open(path.map(beside).as_deref(), append)?),
         };
-        let mut sink = Sink { format, prefix, has_f64: false, text, json, lines: 0 };
+        let mut sink = Sink { format, prefix, has_f64: false, tile: None, text, json, lines: 0 };
         sink.comment(header)?;
         Ok(sink)
     }
@@ -177,6 +179,18 @@ impl Sink {
     /// The log with sums in f64 beside those in f32, or without.
     pub fn with_f64(self, has_f64: bool) -> Sink {
         Sink { has_f64, ..self }
+    }
+
+    /// Says that what follows is about this tile of a stage, or about all of it again: `# tile=3`, `# tile=all`. JSON has
+    /// the number in every object.
+    ///
+    /// # Errors
+    /// A disk that is full, or another reason not to write.
+    pub fn enter_tile(&mut self, tile: Option<usize>) -> Result<(), RunError> {
+        if std::mem::replace(&mut self.tile, tile) == tile {
+            return Ok(());
+        }
+        self.comment(&tile.map_or("tile=all".into(), |tile| format!("tile={tile}")))
     }
 
     /// How many lines it got, headers and comments left out.
@@ -207,7 +221,7 @@ impl Sink {
             out.line(&line.text(self.prefix))?;
         }
         if let Some(out) = &mut self.json {
-            out.line(&line.json(step, pass).to_string())?;
+            out.line(&of_tile(line.json(step, pass), self.tile).to_string())?;
         }
         Ok(())
     }
@@ -219,8 +233,10 @@ impl Sink {
     pub fn object(&mut self, object: &str) -> Result<(), RunError> {
         debug_assert_eq!(self.format, LogFormat::Jsonl);
         self.lines += 1;
+        let of_tile =
+            self.tile.map(|tile| format!("{}, \"tile\": {tile}}}", object.strip_suffix('}').unwrap_or(object)));
         match &mut self.json {
-            Some(out) => out.line(object),
+            Some(out) => out.line(of_tile.as_deref().unwrap_or(object)),
             None => Ok(()),
         }
     }
@@ -232,6 +248,14 @@ impl Sink {
     pub fn finish(&mut self) -> Result<(), RunError> {
         [&mut self.text, &mut self.json].into_iter().flatten().try_for_each(Out::flush)
     }
+}
+
+/// An object with the tile that it is about.
+fn of_tile(mut object: Value, tile: Option<usize>) -> Value {
+    if let (Some(fields), Some(tile)) = (object.as_object_mut(), tile) {
+        fields.insert("tile".into(), json!(tile));
+    }
+    object
 }
 
 impl Out {

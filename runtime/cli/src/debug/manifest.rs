@@ -113,7 +113,7 @@ fn needed(published: &Published, pipeline: PipelineName, folders: &[PathBuf]) ->
     let has_adapter = drafts.iter().flat_map(|d| &d.adapters).any(|a| a.role == StageAdapter::DISTILLED);
     let is_full = definition.training == Training::Full;
     let mut names = vec![("--checkpoint-path", if is_full { published.full } else { published.distilled })];
-    if definition.has_two_stages {
+    if definition.has_two_stages || !definition.denoises() {
         names.push(("--spatial-upsampler-path", published.upscaler));
     }
     if is_full && has_adapter {
@@ -137,6 +137,9 @@ fn needed(published: &Published, pipeline: PipelineName, folders: &[PathBuf]) ->
     }
     if brings.pads_references {
         needed.push(of(("--embeddings", published.hdr_text?.into())));
+        return Some(needed);
+    }
+    if !definition.denoises() {
         return Some(needed);
     }
     // A folder of any name counts if it is one of a Gemma.
@@ -186,6 +189,7 @@ mod tests {
             flags(PipelineName::TwoStage),
             ["--checkpoint-path", "--spatial-upsampler-path", "--distilled-lora", "--gemma-root"]
         );
+        assert_eq!(flags(PipelineName::Upscale), ["--checkpoint-path", "--spatial-upsampler-path"]);
         assert!(of(1, PipelineName::OneStage).unwrap()[0].name.ends_with("dev.safetensors"));
     }
 

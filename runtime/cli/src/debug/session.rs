@@ -16,7 +16,7 @@ use ltxc_ir::plan::{Plan, Program, Stage, StageAdapter, container};
 use ltxc_ir::{DType, Rate, TensorType};
 use ltxc_runtime::RunError;
 use ltxc_runtime::files::write_atomically;
-use ltxc_runtime::pipeline::{Event, Observer};
+use ltxc_runtime::pipeline::{Event, Observer, tile_of};
 use ltxc_runtime::stats::{Stats, decoded};
 use ltxc_runtime::tap::{CallInfo, Role, Tap, Value};
 use ltxc_runtime::weights::WeightFiles;
@@ -49,7 +49,7 @@ struct State {
     modules: Modules,
     logs: Logs,
     profile: Option<Profile>,
-    /// Name of the stage that runs, its number of steps, and how many of them are done.
+    /// Name of the stage that runs or of its tile, its number of steps, and how many of them are done.
     stage: String,
     steps: usize,
     done: usize,
@@ -460,7 +460,12 @@ impl State {
 
     /// The step that runs, from 0, in stages that have steps of the model.
     fn step(&self) -> Option<usize> {
-        self.stages().iter().any(|s| s.name == self.stage).then_some(self.done)
+        self.is_denoised(&self.stage).then_some(self.done)
+    }
+
+    /// Whether a part of a run is a stage of denoising, or a tile of one.
+    fn is_denoised(&self, name: &str) -> bool {
+        self.stages().iter().any(|s| s.name == stage_of(name))
     }
 
     fn value(&mut self, program: &Program, value: &Value, bytes: &[u8]) -> Result<(), RunError> {
@@ -664,7 +669,8 @@ impl State {
             return;
         }
         let sum = || Sum::of(values);
-        let parts: Vec<&str> = name.split('.').collect();
+        let tile = tile_of_tensor(name);
+        let parts: Vec<&str> = tile.as_deref().unwrap_or(name).split('.').collect();
         let side = |modality: &str, main: &str, audio: &str| {
             if modality == "video" { main.to_string() } else { audio.to_string() }
         };
@@ -676,6 +682,11 @@ impl State {
             ["final", "waveform"] => {
                 self.sums.entry("LTX2AudioDecodingStage".into()).or_default().add("audio", sum());
             }
+            // Of a stage in tiles the whole is listed, in front of them.
+            [_, _, "initial_latent"] if tile.is_some() => {}
+            // Of a pipeline that upscales a clip.
+            ["clip", "latent"] => self.listed("LTX2ClipEncodingStage", sum()),
+            ["upsample", _, "latent"] => self.listed("LTX2UpsampleStage", sum()),
             [_, modality, "initial_latent"] => {
                 let field = side(modality, "latents", "ltx2_audio_latents");
                 self.sums.entry("LTX2UpsampleStage".into()).or_default().add(&field, sum());
@@ -695,16 +706,30 @@ impl State {
                 }
                 sums.add(&field, sum());
             }
+            // What tiles are blended to.
+            [_, "video", "latent"] => {
+                self.enter_tile(None);
+                self.listed("LTX2DenoisingStage", sum());
+            }
             _ => {}
         }
+    }
+
+    /// Writes the line of a stage that is about one latent.
+    fn listed(&mut self, stage: &str, sum: Sum) {
+        self.sums.entry(stage.into()).or_default().add("latents", sum);
+        self.flush(stage);
     }
 
     /// What was collected before a stage belongs to what is before it.
     fn stage_begins(&mut self, name: &str) {
         self.flush("LTX2TextEncodingStage");
-        if self.stages().iter().any(|s| s.name == name) {
+        if self.is_denoised(name) {
             self.flush("LTX2UpsampleStage");
-            let is_first = self.stages().first().is_some_and(|s| s.name == name);
+        }
+        self.enter_tile(tile_of(name).map(|(_, tile)| tile));
+        if self.is_denoised(name) {
+            let is_first = self.stages().first().is_some_and(|s| s.name == stage_of(name));
             match is_first || self.options.prefix == LogPrefix::Ltxc {
                 true => self.flush("LTX2LatentPreparationStage"),
                 // FastVideo prepares the latents of a second stage as a part of upsampling.
@@ -713,6 +738,15 @@ impl State {
         }
         if name == "sound" {
             self.flush("DecodingStage");
+        }
+    }
+
+    /// Says in all logs which tile lines are about.
+    fn enter_tile(&mut self, tile: Option<usize>) {
+        let Logs { stage_sums, model_sums, model_detail, module_sums, trace, .. } = &mut self.logs;
+        let mut sinks = [stage_sums, model_sums, model_detail, module_sums, trace].into_iter().flatten();
+        if let Err(e) = sinks.try_for_each(|sink| sink.enter_tile(tile)) {
+            self.failure.get_or_insert(e);
         }
     }
 
@@ -755,6 +789,17 @@ impl State {
             self.failure.get_or_insert(e);
         }
     }
+}
+
+/// The name of a stage, or of the stage of a tile.
+fn stage_of(name: &str) -> &str {
+    tile_of(name).map_or(name, |(stage, _)| stage)
+}
+
+/// The name that a tensor of a tile would have if its stage were whole; `None` for what is of no tile.
+fn tile_of_tensor(name: &str) -> Option<String> {
+    let (tile, tensor) = name.match_indices('.').find_map(|(at, _)| Some((tile_of(&name[..at])?, &name[at..])))?;
+    Some(format!("{}{tensor}", tile.0))
 }
 
 /// Whether a second stage runs with a LoRA of its own, which FastVideo loads in a stage for that.

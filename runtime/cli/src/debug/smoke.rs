@@ -1,8 +1,8 @@
 //! `ltxc debug pipeline`: a short run of one pipeline, or of every one, as a user would start it, and whether its result is a
 //! picture.
 //!
-//! Every run is 9 frames of 64x64, or of 128x128 where there are two stages. It logs sums after every stage and stops at the
-//! first value that is not finite; the finished clip is looked at as `video-stats` does.
+//! Every run is 9 frames of 64x64, or of 128x128 where there are two stages, or a clip of half that is upscaled. It logs sums
+//! after every stage and stops at the first value that is not finite; the finished clip is looked at as `video-stats` does.
 
 use std::path::{Path, PathBuf};
 
@@ -11,14 +11,14 @@ use clap::{Args, ValueEnum};
 use ltxc_ir::plan::{SoundRole, StageAdapter};
 use ltxc_models::checkpoint::{Checkpoint, Generation};
 use ltxc_models::synth::{Preset, synth};
-use ltxc_runtime::media::{Audio, MediaWriter, OutputOptions, Rational, VideoFormat, png};
+use ltxc_runtime::media::{Audio, MediaWriter, OutputOptions, Rational, VideoFormat, exr_frames, png};
 use ltxc_runtime::noise_files::{self, Stored};
 use ltxc_runtime::random::NormalStream;
 use serde_json::json;
 
 use super::commands::run_line;
 use super::flags::{DebugFlags, LogFlags};
-use super::video_stats::{ClipStats, SILENT, of_clip, rms};
+use super::video_stats::{ClipStats, LightStats, SILENT, of_clip, rms};
 use crate::args::{ModelArgs, PipelineName};
 use crate::assemble::local;
 use crate::pipelines::{Basis, Definition, definition};
@@ -104,10 +104,7 @@ struct Outcome {
 /// A pipeline that is not known, or model files that are missing.
 pub fn run(args: &SmokeArgs, json_output: bool) -> Result<bool> {
     let names = match args.name.as_str() {
-        // EXR frames are not looked at.
-        "all" => {
-            PipelineName::value_variants().iter().copied().filter(|&p| !definition(p).brings.pads_references).collect()
-        }
+        "all" => PipelineName::value_variants().to_vec(),
         name => vec![PipelineName::from_str(name, true).map_err(|_| {
             let known: Vec<&str> = PipelineName::value_variants().iter().map(|&p| definition(p).name).collect();
             anyhow::anyhow!("`{name}` is no pipeline, expected all, {}", known.join(", "))
@@ -191,6 +188,9 @@ fn write_lora(model: &Checkpoint, path: &Path) -> Result<()> {
 fn missing(definition: &Definition, material: &Material) -> Option<&'static str> {
     let has = |path: &Option<PathBuf>| path.is_some();
     match () {
+        () if !definition.denoises() && !has(&material.model.spatial_upsampler_path) => {
+            Some("a spatial upscaler; name it with `--spatial-upsampler-path`")
+        }
         () if definition.has_two_stages && !has(&material.model.spatial_upsampler_path) => {
             Some("a spatial upscaler; name it with `--spatial-upsampler-path`")
         }
@@ -200,7 +200,6 @@ fn missing(definition: &Definition, material: &Material) -> Option<&'static str>
         () if definition.brings.references > 0 && !has(&material.lora) => {
             Some("a LoRA that reads reference videos; name it with `--lora`")
         }
-        () if definition.brings.pads_references => Some("EXR frames, which are not looked at here; use `ltxc run`"),
         () => None,
     }
 }
@@ -215,8 +214,16 @@ fn takes_distilled(definition: &Definition) -> bool {
 fn smoke(args: &SmokeArgs, debug: &DebugFlags, definition: &Definition, material: &Material) -> Result<Outcome> {
     let size = if definition.has_two_stages { 128 } else { 64 };
     let file = |end: &str| material.folder.join(format!("{}.{end}", definition.name));
-    let (sums, output) = (file("sums.log"), file(if definition.has_video { "mp4" } else { "wav" }));
-    let sums = debug.debug_stage_sums_path.clone().unwrap_or(sums);
+    let sums = debug.debug_stage_sums_path.clone().unwrap_or_else(|| file("sums.log"));
+    let output = match (definition.brings.pads_references, definition.has_video) {
+        (true, _) => {
+            let folder = material.folder.join(definition.name);
+            remove_frames(&folder)?;
+            folder
+        }
+        (false, true) => file("mp4"),
+        (false, false) => file("wav"),
+    };
     let mut line: Vec<String> = ["run", "--pipeline", definition.name].map(String::from).into();
     let mut flag = |name: &str, value: String| line.extend([name.to_string(), value]);
     let path = |path: &Path| path.display().to_string();
@@ -234,7 +241,9 @@ fn smoke(args: &SmokeArgs, debug: &DebugFlags, definition: &Definition, material
     }
     flag("--num-frames", FRAMES.to_string());
     flag("--frame-rate", RATE.to_string());
-    flag("--prompt", args.prompt.clone());
+    if definition.denoises() {
+        flag("--prompt", args.prompt.clone());
+    }
     flag("--seed", args.seed.to_string());
     flag("--device", args.device.clone());
     flag("--output", path(&output));
@@ -256,6 +265,8 @@ fn smoke(args: &SmokeArgs, debug: &DebugFlags, definition: &Definition, material
     }
     if brings.clip {
         flag("--video-path", path(&clip));
+    }
+    if brings.clip && definition.denoises() {
         flag("--start-time", "0.1".into());
     }
     match (brings.references > 0, brings.sound) {
@@ -287,6 +298,8 @@ fn smoke(args: &SmokeArgs, debug: &DebugFlags, definition: &Definition, material
     outcome.flags.extend(outcome.sums.iter().filter(is_bad).map(|line| format!("a sum is not finite: {line}")));
     if definition.has_video {
         let stats = of_clip(&output)?;
+        // Published upscalers for two stages, and synthetic ones, double the sides.
+        let size = if definition.denoises() { size } else { 2 * size };
         if stats.frames != FRAMES || stats.size != (size, size) {
             outcome.flags.push(format!("the clip has {} frames of {:?}", stats.frames, stats.size));
         }
@@ -301,6 +314,18 @@ fn smoke(args: &SmokeArgs, debug: &DebugFlags, definition: &Definition, material
         outcome.flags.push("the sound is silence".into());
     }
     Ok(outcome)
+}
+
+/// Makes room for EXR frames and their preview where an earlier run left some; a folder that holds anything else stays.
+fn remove_frames(folder: &Path) -> Result<()> {
+    let remove = |path: &Path| std::fs::remove_file(path).with_context(|| format!("`{}`", path.display()));
+    let preview = folder.with_extension("mp4");
+    if preview.is_file() {
+        remove(&preview)?;
+    }
+    let files = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
+    let is_ours = |path: &PathBuf| path.file_name().and_then(|n| n.to_str()).is_some_and(exr_frames::is_frame_name);
+    files.filter(is_ours).try_for_each(|path| remove(&path))
 }
 
 /// Writes a clip of a wave that moves, with a tone.
@@ -331,7 +356,7 @@ impl Outcome {
     fn facts(&self, definition: &Definition) -> serde_json::Value {
         let stats = self.stats.as_ref().map(|s| {
             json!({"frames": s.frames, "brightness": s.brightness, "grey_std": s.grey_std, "noise_ratio": s.noise_ratio,
-                "change": s.change, "sound_rms": s.sound_rms})
+                "change": s.change, "sound_rms": s.sound_rms, "light": s.light.as_ref().map(LightStats::facts)})
         });
         json!({"pipeline": definition.name, "stage_sums": self.sums, "video": stats, "flags": self.flags,
             "remarks": self.remarks, "ok": self.flags.is_empty()})
@@ -350,6 +375,10 @@ impl Outcome {
                 s.change,
                 s.sound_rms.unwrap_or(0.0)
             );
+        }
+        if let Some(light) = self.stats.as_ref().and_then(|s| s.light) {
+            let (low, high) = light.range;
+            out += &format!("  light {low} to {high}, {:.1} % of it at these limits\n", light.saturation() * 100.0);
         }
         self.flags.iter().for_each(|flag| out += &format!("  RED FLAG: {flag}\n"));
         self.remarks

@@ -1,13 +1,17 @@
 //! `ltxc debug video-stats`: whether a finished clip is a picture at all.
 //!
 //! A broken run does not end with an error but with noise, one colour, or a picture that never moves. These are told apart by
-//! a few numbers on the frames, on the scale 0 to 255.
+//! a few numbers on the frames, on the scale 0 to 255. EXR frames are taken as light with the primaries of sRGB: what a screen
+//! shows of it is looked at like any other clip, and the numbers themselves are searched for what is not finite, and for limits
+//! that most of them are at.
 
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 use clap::Args;
-use ltxc_runtime::media::{Clip, ClipRate, MediaError, Rational, Window, load_audio};
+use ltxc_runtime::media::exr_frames::FloatImage;
+use ltxc_runtime::media::frames::to_rgb8;
+use ltxc_runtime::media::{Clip, ClipRate, ExrSequence, MediaError, Rational, Window, displayed, is_exr, load_audio};
 use serde_json::{Value, json};
 
 /// Mean step between neighbours over twice the standard deviation: white noise gives about 1.13, pictures below 0.4.
@@ -25,15 +29,21 @@ const COHERENT: f64 = 0.7;
 /// Mean level below which a clip counts as black.
 const BLACK: f64 = 3.0;
 
+/// Share of the numbers of EXR frames that are the smallest or the largest one above which they are saturated.
+const SATURATED: f64 = 0.5;
+
+/// Names of all red flags.
+const FLAGS: [&str; 7] = ["noise", "collapsed", "black", "frozen", "silent", "not-finite", "saturated"];
+
 /// RMS of sound below which it counts as silent.
 pub const SILENT: f64 = 1e-4;
 
 /// `ltxc debug video-stats`.
 #[derive(Debug, Args)]
 pub struct VideoStatsArgs {
-    /// Clip: .mp4 and other video files, or a folder of PNG frames with a WAV file beside them.
+    /// Clip: .mp4 and other video files, or a folder of PNG or EXR frames with a WAV file beside them.
     pub input: PathBuf,
-    /// Red flags to overlook: noise, collapsed, black, frozen, silent; repeatable.
+    /// Red flags to overlook: noise, collapsed, black, frozen, silent, not-finite, saturated; repeatable.
     #[arg(long, value_name = "FLAG")]
     pub allow: Vec<String>,
 }
@@ -65,6 +75,57 @@ pub struct ClipStats {
     pub sound_rms: Option<f64>,
     /// Standard deviation of grey within frames, mean over frames.
     pub grey_std: f64,
+    /// The numbers of EXR frames.
+    pub light: Option<LightStats>,
+}
+
+/// What is known about the numbers of EXR frames.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LightStats {
+    /// How many there are.
+    pub count: usize,
+    /// How many of them are NaN or infinite.
+    pub not_finite: usize,
+    /// The smallest and the largest of the others.
+    pub range: (f32, f32),
+    /// How many are the smallest, and how many the largest.
+    pub at_limits: [usize; 2],
+}
+
+impl Default for LightStats {
+    fn default() -> Self {
+        LightStats { count: 0, not_finite: 0, range: (f32::INFINITY, f32::NEG_INFINITY), at_limits: [0; 2] }
+    }
+}
+
+impl LightStats {
+    fn add(&mut self, value: f32) {
+        self.count += 1;
+        if !value.is_finite() {
+            self.not_finite += 1;
+            return;
+        }
+        let (is_below, is_above) = (value < self.range.0, value > self.range.1);
+        let LightStats { range: (low, high), at_limits: [lowest, highest], .. } = self;
+        for (limit, count, is_beyond) in [(low, lowest, is_below), (high, highest, is_above)] {
+            if is_beyond {
+                (*limit, *count) = (value, 0);
+            }
+            *count += usize::from(value == *limit);
+        }
+    }
+
+    /// For JSON.
+    pub fn facts(&self) -> Value {
+        json!({"not_finite": self.not_finite, "min": self.range.0, "max": self.range.1, "saturation": self.saturation()})
+    }
+
+    /// Share of the numbers that are at a limit of theirs.
+    pub fn saturation(&self) -> f64 {
+        // A single number is both.
+        let at_limits = self.at_limits.iter().sum::<usize>().min(self.count);
+        at_limits as f64 / self.count.max(1) as f64
+    }
 }
 
 impl ClipStats {
@@ -89,6 +150,17 @@ impl ClipStats {
         }
         if self.sound_rms.is_some_and(|rms| rms < SILENT) {
             flags.push(("silent", "the sound is silence".into()));
+        }
+        if let Some(light) = &self.light {
+            if light.not_finite > 0 {
+                let text = format!("{} of {} numbers are NaN or infinite", light.not_finite, light.count);
+                flags.push(("not-finite", text));
+            }
+            if light.saturation() > SATURATED {
+                let (low, high) = light.range;
+                let share = light.saturation() * 100.0;
+                flags.push(("saturated", format!("{share:.0} % of the numbers are at their limits, {low} and {high}")));
+            }
         }
         flags
     }
@@ -142,6 +214,17 @@ impl Collector {
         self.before = rgb.to_vec();
         self.stats.frames += 1;
         Ok(())
+    }
+
+    /// Adds a frame of light.
+    ///
+    /// # Errors
+    /// A frame of another size.
+    pub fn add_light(&mut self, image: &FloatImage) -> Result<()> {
+        let light = self.stats.light.get_or_insert_default();
+        image.rgb.iter().for_each(|&value| light.add(value));
+        let shown: Vec<f32> = image.rgb.as_chunks::<3>().0.iter().flat_map(|&rgb| displayed(rgb)).collect();
+        self.add(image.width, image.height, &to_rgb8(&shown))
     }
 
     /// Statistics of all frames.
@@ -203,9 +286,8 @@ fn correlation(pairs: &[(f64, f64)]) -> f64 {
 /// # Errors
 /// A clip that cannot be read.
 pub fn run(args: &VideoStatsArgs, json: bool) -> Result<bool> {
-    let known = ["noise", "collapsed", "black", "frozen", "silent"];
-    if let Some(unknown) = args.allow.iter().find(|a| !known.contains(&a.as_str())) {
-        bail!("`--allow {unknown}` is no red flag, expected {}", known.join(", "));
+    if let Some(unknown) = args.allow.iter().find(|a| !FLAGS.contains(&a.as_str())) {
+        bail!("`--allow {unknown}` is no red flag, expected {}", FLAGS.join(", "));
     }
     let stats = of_clip(&args.input)?;
     let flags: Vec<_> = stats.flags().into_iter().filter(|(name, _)| !args.allow.iter().any(|a| a == name)).collect();
@@ -222,22 +304,31 @@ pub fn run(args: &VideoStatsArgs, json: bool) -> Result<bool> {
 /// # Errors
 /// A clip that cannot be read, or holds no pictures.
 pub fn of_clip(path: &Path) -> Result<ClipStats> {
-    let clip = Clip::open(path)?;
-    let info = clip.info();
-    let rate = match info.rate {
-        ClipRate::Constant(rate) => rate,
-        // Every picture, whatever its time.
-        ClipRate::Variable(mean) => Rational::from_fps(mean)?,
-        ClipRate::Free => Rational::new(24, 1)?,
-    };
     let mut collector = Collector::default();
     let mut problem = None;
-    clip.read(Window { rate, start_seconds: 0.0, frames: info.frames }, &mut |image| {
-        if let Err(e) = collector.add(image.width(), image.height(), image.rgb()) {
-            problem.get_or_insert(e);
+    match is_exr(path) {
+        true => {
+            ExrSequence::open(path)?.read_numbers(usize::MAX, &mut |image| {
+                problem = problem.take().or(collector.add_light(&image).err());
+                Ok(())
+            })?;
         }
-        Ok(())
-    })?;
+        false => {
+            let clip = Clip::open(path)?;
+            let info = clip.info();
+            let rate = match info.rate {
+                ClipRate::Constant(rate) => rate,
+                // Every picture, whatever its time.
+                ClipRate::Variable(mean) => Rational::from_fps(mean)?,
+                ClipRate::Free => Rational::new(24, 1)?,
+            };
+            clip.read(Window { rate, start_seconds: 0.0, frames: info.frames }, &mut |image| {
+                let added = collector.add(image.width(), image.height(), image.rgb());
+                problem = problem.take().or(added.err());
+                Ok(())
+            })?;
+        }
+    }
     if let Some(problem) = problem {
         return Err(problem.context(format!("`{}`", path.display())));
     }
@@ -274,6 +365,7 @@ fn facts(s: &ClipStats, flags: &[(&str, String)]) -> Value {
         "frames": s.frames, "width": s.size.0, "height": s.size.1, "mean": s.mean, "std": s.std, "min": s.range.0,
         "max": s.range.1, "brightness": s.brightness, "noise_ratio": s.noise_ratio, "grey_std": s.grey_std,
         "autocorrelation": s.autocorrelation, "change": s.change, "flat_frames": s.flat_frames, "sound_rms": s.sound_rms,
+        "light": s.light.as_ref().map(LightStats::facts),
         "flags": flags.iter().map(|(name, why)| json!({"flag": name, "why": why})).collect::<Vec<_>>(),
         "verdict": if flags.is_empty() { "structured" } else { "bad" },
     })
@@ -304,6 +396,13 @@ fn text(s: &ClipStats, flags: &[(&str, String)]) -> String {
         if s.autocorrelation >= COHERENT { "coherent" } else { "incoherent" },
         s.change,
     );
+    if let Some(light) = &s.light {
+        let (low, high) = light.range;
+        let share = light.saturation() * 100.0;
+        out += &format!(
+            "light             {low} to {high}, {share:.1} % of it at these limits; the above is what a screen shows\n"
+        );
+    }
     if let Some(rms) = s.sound_rms {
         out += &format!("sound             RMS {rms:.4}\n");
     }
@@ -370,6 +469,30 @@ mod tests {
         assert_eq!(names(&clip(3, |_, _, _| [90, 90, 90])), ["collapsed", "frozen"]);
         assert_eq!(names(&clip(3, |_, _, _| [0, 0, 0])), ["collapsed", "black", "frozen"]);
         assert_eq!(names(&clip(3, |_, y, x| wave(0, y, x))), ["frozen"]);
+    }
+
+    #[test]
+    fn light_is_looked_at_as_a_screen_shows_it() {
+        let frames = |light: &dyn Fn(usize, usize) -> f32| {
+            let mut collector = Collector::default();
+            for frame in 0..3 {
+                let rgb = (0..48 * 64).flat_map(|i| [light(frame, i); 3]).collect();
+                collector.add_light(&FloatImage { width: 64, height: 48, rgb }).unwrap();
+            }
+            collector.finish()
+        };
+        let wave = |frame: usize, i: usize| ((i % 64) as f32 * 0.1 + frame as f32).sin() + 0.7;
+        let stats = frames(&wave);
+        assert_eq!(names(&stats), Vec::<&str>::new(), "{stats:?}");
+        let light = stats.light.unwrap();
+        assert!((-0.3..-0.29).contains(&light.range.0) && (1.69..1.7).contains(&light.range.1), "{light:?}");
+        assert!((stats.range.0, stats.range.1) == (0, 255) && light.saturation() < 0.1);
+        let broken = frames(&|frame, i| if frame == 1 && i == 7 { f32::NAN } else { wave(frame, i) });
+        assert_eq!((names(&broken), broken.light.unwrap().not_finite), (vec!["not-finite"], 3));
+        let clipped = frames(&|frame, i| (wave(frame, i) * 50.0).clamp(-0.02, 55.0));
+        assert!(names(&clipped).contains(&"saturated"), "{clipped:?}");
+        let constant = frames(&|_, _| 0.2);
+        assert_eq!(names(&constant), ["collapsed", "frozen", "saturated"]);
     }
 
     #[test]

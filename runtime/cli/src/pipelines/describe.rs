@@ -13,8 +13,11 @@ pub fn describe_output(pipeline: &Pipeline, image_crfs: &BTreeSet<u8>) -> String
         return format!("{:.3} s of sound", f64::from(video.frames) * f64::from(den) / f64::from(num.max(1)));
     }
     let rate = if den == 1 { num.to_string() } else { format!("{num}/{den}") };
-    let mut text = format!("{}x{}, {} frames at {rate} per second", video.width, video.height, video.frames);
-    if !made.contains(&Modality::Audio) {
+    // Of two that are made for the same frame, one is written.
+    let frames = if pipeline.inputs.doubles_frames { video.frames.div_ceil(2) } else { video.frames };
+    let mut text = format!("{}x{}, {frames} frames at {rate} per second", video.width, video.height);
+    // A clip that is upscaled keeps what it has.
+    if !made.contains(&Modality::Audio) && pipeline.upscale.is_none() {
         text += ", without sound";
     }
     if !image_crfs.is_empty() {

@@ -6,7 +6,7 @@ use ltxc_ir::tiling::{TilePlan, Tiling};
 use ltxc_models::audio::AudioVaeConfig;
 
 use super::definition;
-use crate::job::Shape;
+use crate::job::{Shape, doubled};
 
 /// The inputs of a pipeline of these stages, with `factors` pixels per latent and sound of so many tokens.
 ///
@@ -50,13 +50,17 @@ pub fn inputs(
         appends_first_image: brings.appends_first_image,
         references,
         pads_references: brings.pads_references,
+        doubles_frames: shape.doubles_frames,
         clip,
         sound,
     })
 }
 
 /// The tiles in which a clip is encoded.
-fn tiles(grid: [usize; 3], factors: [usize; 3]) -> Result<TilePlan> {
+///
+/// # Errors
+/// A grid that cannot be split.
+pub fn tiles(grid: [usize; 3], factors: [usize; 3]) -> Result<TilePlan> {
     Ok(TilePlan::encode(grid, factors, &Tiling::DEFAULT)?)
 }
 
@@ -77,15 +81,18 @@ fn references(shape: &Shape, stage: &Stage, factors: [usize; 3]) -> Result<Refer
     }
     let (height, width) = (stage.height as usize / downscale, stage.width as usize / downscale);
     // Frame 0, then one of `stride` from frame 1 on; the encoder takes whole latents.
-    let longest = given.frames.unwrap_or(shape.frames).clamp(1, shape.frames);
+    let available = given.frames.map_or(shape.frames, |n| if shape.doubles_frames { doubled(n) } else { n });
+    let longest = available.clamp(1, shape.frames);
     let frames = 1 + (longest - 1).div_ceil(stride);
     let latents = (frames - 1) / ft + 1;
     if stage.tiles.is_some() && (stride != 1 || latents != stage.grid[0] as usize) {
+        let given = |n: usize| if shape.doubles_frames { n.div_ceil(2) } else { n };
         bail!(
             "{} runs in tiles, whose parts of a reference video are as long as they are: it takes a LoRA with temporal factor 1 \
-             (found {stride}) and a reference video of {} frames (found {longest}); choose another `--num-frames`",
+             (found {stride}) and a reference video of {} frames (found {}); choose another `--num-frames`",
             stage.name,
-            shape.frames
+            given(shape.frames),
+            given(longest)
         );
     }
     Ok(ReferenceInput {

@@ -15,6 +15,7 @@ mod retake;
 mod sampling;
 mod takes;
 mod two_stage;
+mod upscale;
 
 use std::path::{Path, PathBuf};
 
@@ -25,7 +26,7 @@ use ltxc_models::checkpoint::{Checkpoint, Generation};
 
 use crate::args::PipelineName;
 pub use describe::{describe, describe_output};
-pub use inputs::inputs;
+pub use inputs::{inputs, tiles};
 pub use levels::levels;
 pub use sampling::{guidance, stage_choice};
 pub use takes::refuse_idle;
@@ -63,7 +64,7 @@ pub struct Brings {
     pub references: usize,
     /// Whether they are padded to whole latents, and the result has their size.
     pub pads_references: bool,
-    /// A clip of which a part is made anew.
+    /// A clip of which a part is made anew, or that is upscaled.
     pub clip: bool,
     /// A recording.
     pub sound: Option<SoundRole>,
@@ -140,6 +141,7 @@ pub fn definition(name: PipelineName) -> &'static Definition {
         PipelineName::RetakeGuided => &retake::GUIDED,
         PipelineName::Dub => &conditioned::DUB,
         PipelineName::HdrIcLora => &conditioned::HDR_IC_LORA,
+        PipelineName::Upscale => &upscale::UPSCALE,
     }
 }
 
@@ -164,6 +166,11 @@ impl Definition {
     /// Whether a stage of it needs the distilled adapter.
     pub fn needs_distilled_adapter(&self) -> bool {
         self.drafts(false).iter().flat_map(|stage| &stage.adapters).any(|a| a.role == StageAdapter::DISTILLED)
+    }
+
+    /// Whether it has stages. Without any it needs neither transformer nor text encoder.
+    pub fn denoises(&self) -> bool {
+        !self.drafts(false).is_empty()
     }
 
     /// Refuses a checkpoint that was trained for other pipelines, as far as its name tells: nothing else does. A full

@@ -144,7 +144,7 @@ impl Definition {
             AudioGuidance => hears_itself && is_guided(),
             Modalities => self.has_video && self.has_sound && is_guided(),
             Images => self.has_video && !self.brings.clip && !self.brings.pads_references,
-            Clip => self.brings.clip,
+            Clip => self.brings.clip && self.denoises(),
             Recording => self.brings.sound == Some(SoundRole::Kept),
             References => self.brings.references > 0 && !self.has(Dub),
             Attention => self.brings.references > 0,
@@ -159,6 +159,9 @@ impl Definition {
 
     /// What it takes besides a prompt, in words.
     fn takes(&self) -> String {
+        if !self.denoises() {
+            return "a clip (`--video-path`)".into();
+        }
         let all = [
             (Images, "images"),
             (Clip, "a clip (`--video-path`)"),

@@ -5,6 +5,8 @@ use std::process::Stdio;
 
 use ltxc_ir::text::parse;
 use ltxc_ir::verify::verify;
+use ltxc_runtime::media::mp4::read;
+use ltxc_runtime::media::{Rational, load_image};
 use serde_json::Value;
 
 use crate::binary::{Done, Place, SHAPE, tiny, with};
@@ -201,6 +203,44 @@ fn inspect_shows_plans_and_graphs() {
         programs += 1;
     }
     assert!(programs > 10, "{programs} programs");
+}
+
+#[test]
+fn frames_are_blended_to_another_rate() {
+    let place = Place::new();
+    let image = |folder: &str, i: usize| {
+        let path = place.path(&format!("{folder}/frame_{i:05}.png"));
+        load_image(&path).unwrap().rgb().iter().map(|&v| f32::from(v)).collect::<Vec<f32>>()
+    };
+    render(&place, &["-p", "x", "-o", "plain"]);
+    render(&place, &["-p", "x", "-o", "blended", "--fps-out", "48"]);
+    // Two for each of nine frames; the last one shows until the end.
+    assert_eq!(std::fs::read_dir(place.path("blended")).unwrap().count(), 18 + 1);
+    assert!(place.read("plain/audio.wav") == place.read("blended/audio.wav"), "sound stays as it is");
+    let near = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| (a - b).abs() <= 1.0);
+    for i in 0..9 {
+        assert!(image("blended", 2 * i) == image("plain", i), "frame {i}");
+        let next = image("plain", (i + 1).min(8));
+        let mean: Vec<f32> = image("plain", i).iter().zip(&next).map(|(a, b)| (a + b) / 2.0).collect();
+        // Bytes are cut off, not rounded.
+        assert!(near(&image("blended", 2 * i + 1), &mean), "behind frame {i}");
+    }
+    assert!(!near(&image("plain", 0), &image("plain", 1)), "something moves");
+
+    render(&place, &["-p", "x", "-o", "a.mp4", "--fps-out", "60000/1001", "--save-json"]);
+    let movie = read(&place.read("a.mp4")).unwrap();
+    let video = movie.video.unwrap();
+    // 9 frames at 24 per second last as long as 22.48 of these, of which the last begins in time.
+    assert_eq!((video.samples.len(), video.fps), (23, Rational::new(60000, 1001).unwrap()));
+    assert!(movie.tags.contains(&("frame_rate".into(), "24 blended to 60000/1001".into())), "{:?}", movie.tags);
+    let facts: Value = serde_json::from_slice(&place.read("a.mp4.json")).unwrap();
+    assert_eq!((&facts["blended_to"], &facts["frames"]), (&serde_json::json!([60000, 1001]), &23.into()));
+    let refused = |more: &[&str], words: &[&str]| {
+        place.refused(&with(tiny().run_args(), &[&["-p", "x"], more].concat()), words);
+    };
+    refused(&["-o", "b.wav", "--fps-out", "48"], &["`--fps-out 48` blends frames", "leave it out"]);
+    refused(&["-o", "b.mp4", "--fps-out", "48", "--integer-fps"], &["--fps-out", "--integer-fps"]);
+    refused(&["-o", "b.mp4", "--fps-out", "0"], &["--fps-out", "frame rate"]);
 }
 
 #[test]

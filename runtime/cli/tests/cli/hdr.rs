@@ -3,7 +3,9 @@
 use std::path::Path;
 
 use ltxc_runtime::media::exr_frames::{self, frame_name};
-use ltxc_runtime::media::{Clip, ColourSpace};
+use ltxc_runtime::media::{
+    Clip, ClipRate, ColourSpace, MediaWriter, OutputOptions, Rational, VideoFormat, Window, displayed,
+};
 
 use crate::binary::{Place, fixtures, with};
 
@@ -25,14 +27,18 @@ fn command(command: &str, more: &[&str]) -> Vec<String> {
 
 /// EXR frames of 100x90 that move, with light above white.
 fn source(place: &Place, frames: usize) -> String {
-    std::fs::create_dir(place.path("source")).unwrap();
+    source_of(place, "source", frames)
+}
+
+fn source_of(place: &Place, name: &str, frames: usize) -> String {
+    std::fs::create_dir(place.path(name)).unwrap();
     for frame in 0..frames {
         let light = |i: usize| ((i % 100 + i / 100 + 5 * frame) % 40) as f32 / 16.0;
         let rgb: Vec<f32> = (0..100 * 90).flat_map(|i| [light(i), 0.18, 2.5 - light(i)]).collect();
-        let mut file = std::fs::File::create(place.path(&format!("source/{frame:02}.exr"))).unwrap();
+        let mut file = std::fs::File::create(place.path(&format!("{name}/{frame:02}.exr"))).unwrap();
         exr_frames::write((100, 90), &rgb, ColourSpace::LogC3, &mut file).unwrap();
     }
-    "source".into()
+    name.into()
 }
 
 /// All values of the frames in a folder, which must be `count` of this size.
@@ -79,6 +85,99 @@ fn a_video_gets_a_high_dynamic_range() {
     assert_eq!(run("text", &["--lora", &lora, "--text-embeddings", "rain.safetensors"]), made);
 }
 
+/// The frames of a clip, 8 bits each.
+fn pictures(path: &Path) -> (ClipRate, Vec<Vec<u8>>) {
+    let clip = Clip::open(path).unwrap();
+    let (info, mut pictures) = (clip.info(), Vec::new());
+    let window = Window { rate: Rational::new(24, 1).unwrap(), start_seconds: 0.0, frames: info.frames };
+    clip.read(window, &mut |picture| {
+        pictures.push(picture.rgb().to_vec());
+        Ok(())
+    })
+    .unwrap();
+    (info.rate, pictures)
+}
+
+#[test]
+fn a_preview_shows_the_frames() {
+    let place = Place::new();
+    let (frames, lora) = (source(&place, 9), fixture("tiny-ltx2/ic-lora-tiny.safetensors"));
+    let flags = ["--input", &frames, "--frame-rate", "24", "--lora", &lora, "-p", "rain", "-o", "a", "--crf", "1"];
+    let run = |more: &[&str]| command("run", &[&flags[..], more].concat());
+    place.ok(&run(&["--save-json"]));
+    let facts: serde_json::Value = serde_json::from_slice(&place.read("a.json")).unwrap();
+    assert_eq!((&facts["preview"], &facts["frames"]), (&"a.mp4".into(), &9.into()));
+    let light = values(&place, "a", 9, (100, 90));
+    let stats = place.run(&["debug", "video-stats", "a", "--json"]);
+    let stats: serde_json::Value = serde_json::from_str(&stats.stdout).unwrap();
+    let extreme = |least: f64, pick: fn(f32, f32) -> f32| f64::from(light.iter().copied().fold(least as f32, pick));
+    let range = (extreme(f64::MAX, f32::min), extreme(f64::MIN, f32::max));
+    assert_eq!((stats["light"]["min"].as_f64(), stats["light"]["max"].as_f64()), (Some(range.0), Some(range.1)));
+    assert_eq!((&stats["frames"], &stats["width"], &stats["light"]["not_finite"]), (&9.into(), &100.into(), &0.into()));
+    let (rate, shown) = pictures(&place.path("a.mp4"));
+    assert_eq!((rate, shown.len()), (ClipRate::Constant(Rational::new(24, 1).unwrap()), 9));
+    // The same frames as a screen shows them, through the same codec; half floats are coarser than what it was given.
+    let format = VideoFormat::new(100, 90, Rational::new(24, 1).unwrap()).unwrap();
+    let options = OutputOptions { crf: 1, ..OutputOptions::default() };
+    let mut writer = MediaWriter::create(&place.path("expected.mp4"), Some(format), options).unwrap();
+    writer.write_frames(&light.as_chunks::<3>().0.iter().flat_map(|&rgb| displayed(rgb)).collect::<Vec<_>>()).unwrap();
+    writer.finish().unwrap();
+    let (_, expected) = pictures(&place.path("expected.mp4"));
+    let pairs = shown.iter().flatten().zip(expected.iter().flatten());
+    let errors: Vec<f64> = pairs.map(|(a, b)| f64::from(a.abs_diff(*b))).collect();
+    let mean = errors.iter().sum::<f64>() / errors.len() as f64;
+    assert!(errors.len() == 9 * 100 * 90 * 3 && mean < 1.0, "mean error {mean} of 255 levels");
+    assert!(shown.iter().flatten().any(|v| *v != shown[0][0]));
+
+    // Neither folder nor preview is replaced.
+    std::fs::remove_dir_all(place.path("a")).unwrap();
+    place.refused(&run(&[]), &["`a.mp4` is there, where the preview of `a` goes", "--skip-mp4"]);
+    place.ok(&run(&["--skip-mp4"]));
+    values(&place, "a", 9, (100, 90));
+    place.refused(&run(&["--skip-mp4"]), &["`a`"]);
+}
+
+/// With high quality, 9 frames are 17 in between, of which every other one is written.
+#[test]
+fn every_other_frame_of_twice_as_many_is_written() {
+    let place = Place::new();
+    let (frames, lora) = (source(&place, 9), fixture("tiny-ltx2/ic-lora-tiny.safetensors"));
+    let run = |input: &str, output: &str, more: &[&str]| {
+        let flags = ["--input", input, "--frame-rate", "24", "--lora", &lora, "-p", "rain", "--skip-mp4", "-o", output];
+        place.ok(&command("run", &[&flags, more].concat()))
+    };
+    let done = run(&frames, "high", &["--high-quality"]);
+    assert!(done.stderr.contains("17 frames are made, 9 of them are written"), "{}", done.stderr);
+    let high = values(&place, "high", 9, (100, 90));
+    // The same as a run on a video whose frames stand twice, the last one once.
+    std::fs::create_dir(place.path("twice")).unwrap();
+    for i in 0..17 {
+        let from = place.path(&format!("source/{:02}.exr", i / 2));
+        std::fs::copy(from, place.path(&format!("twice/{i:02}.exr"))).unwrap();
+    }
+    run("twice", "all", &[]);
+    let all = values(&place, "all", 17, (100, 90));
+    let kept: Vec<f32> = all.chunks(100 * 90 * 3).step_by(2).flatten().copied().collect();
+    assert_eq!(high, kept);
+    run(&frames, "plain", &[]);
+    assert_ne!(values(&place, "plain", 9, (100, 90)), high);
+
+    // A plan knows it; other pipelines have no use for it, and lengths are those that are written.
+    let plan = ["--height", "128", "--width", "128", "--num-frames", "9", "--high-quality", "--lora", &lora];
+    place.ok(&command("compile", &[&plan[..], &["-o", "a.ltxplan"]].concat()));
+    let weights = fixtures().display().to_string();
+    let start = ["run", "a.ltxplan", "--weights", &weights, "-p", "rain", "--lora", &lora, "--skip-mp4"];
+    place.ok(&[&start[..], &["--input", &frames, "-o", "planned"]].concat());
+    assert_eq!(values(&place, "planned", 9, (100, 90)), high);
+    let short = source_of(&place, "short", 8);
+    place.refused(&[&start[..], &["--input", &short, "-o", "b"]].concat(), &["`short` has 8 frames, 9 are needed"]);
+    let odd = ["--num-frames", "11", "--high-quality", "--lora", &lora, "-o", "b.ltxplan"];
+    place.refused(&command("compile", &odd), &["`--num-frames 11` is not 4k+1", "9 and 13"]);
+    let mut other = command("compile", &["--high-quality", "-o", "b.ltxplan"]);
+    other[2] = "distilled".into();
+    place.refused(&other, &["`--high-quality` is for pipeline `hdr-ic-lora`, not for `distilled`"]);
+}
+
 #[test]
 fn references_may_be_smaller_and_of_eight_bits() {
     let place = Place::new();
@@ -115,6 +214,7 @@ fn what_does_not_fit_is_refused() {
     };
     let input = ["--input", &frames];
     run(&[&input[..], &["-o", "a.mp4"]].concat(), &["a.mp4", "choose a folder"]);
+    run(&[&input[..], &["-o", "a", "--fps-out", "48"]].concat(), &["`--fps-out 48`", "an ordinary range"]);
     run(&[&input[..], &["--hdr", "ACESCG", "-o", "a"]].concat(), &["works with LOGC3", "leave `--hdr` out"]);
     run(&[&input[..], &["--image", &image, "-o", "a"]].concat(), &["takes no images", "leave `--image` out"]);
     let noise = ["--ltx2-refine-noise-path", "n.npy", "-o", "a"];

@@ -21,3 +21,4 @@ mod one_modality;
 mod pipelines;
 mod recorded;
 mod spellings;
+mod upscale;

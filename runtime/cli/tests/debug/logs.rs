@@ -5,6 +5,7 @@ use ltxc::debug::recording::TensorFile;
 use serde_json::Value;
 
 use crate::binary::{Done, Place, SHAPE, tiny, with};
+use crate::root;
 
 fn render(place: &Place, more: &[&str]) -> Done {
     place.ok(&with(tiny().run_args(), more))
@@ -198,6 +199,73 @@ fn model_sums_come_once_for_each_call_of_the_model() {
     // Both forms hold the same numbers.
     let done = place.ok(&["debug", "compare", "m.log", "m.log.jsonl"]);
     assert!(done.stdout.contains("agree"), "{}", done.stdout);
+}
+
+/// The second stage of 9 frames of 64x64 is eight tiles of one latent each.
+#[test]
+fn stages_in_tiles_are_listed_tile_by_tile() {
+    const TILES: usize = 8;
+    let place = Place::new();
+    let file = |name: &str| root().join(name).display().to_string();
+    let clip = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/clips/reordered.mp4");
+    let mut args =
+        ["run", "--pipeline", "hdr-ic-lora", "--device", "cpu", "-p", "x", "-o", "a"].map(String::from).to_vec();
+    for (flag, value) in [
+        ("--checkpoint-path", file("tiny-ltx2/ltx-2-tiny.safetensors")),
+        ("--gemma-root", file("tiny-gemma3")),
+        ("--spatial-upsampler-path", file("tiny-ltx2/spatial-upscaler-x2-tiny.safetensors")),
+        ("--lora", file("tiny-ltx2/ic-lora-tiny.safetensors")),
+        ("--video-conditioning", clip.into()),
+        ("--debug-stage-sums-path", "s.log".into()),
+        ("--debug-model-sums-path", "m.log".into()),
+        ("--debug-format", "both".into()),
+        ("--tap", "transformer.blocks.0.video".into()),
+        ("--tap-path", "t.safetensors".into()),
+    ] {
+        args.extend([flag.to_string(), value]);
+    }
+    place.ok(&args);
+
+    let text = String::from_utf8(place.read("s.log")).unwrap();
+    let lines: Vec<&str> = text.lines().skip(1).map(|line| line.split(' ').take(2).last().unwrap_or(line)).collect();
+    let comments: Vec<&str> = lines.iter().copied().filter(|line| line.starts_with("tile=")).collect();
+    let expected: Vec<String> = (0..TILES).map(|i| format!("tile={i}")).chain(["tile=all".into()]).collect();
+    assert_eq!(comments, expected, "{text}");
+    let stages = log(&place, "s.log");
+    let of = |key: &str, tile: Option<usize>| -> Vec<f64> {
+        let tile = tile.map(|tile| format!("tile={tile}"));
+        stages.entries.iter().filter(|e| e.key() == key && e.step == tile).map(|e| e.value).collect()
+    };
+    let [upsampled] = of("stage=LTX2UpsampleStage.latents", None)[..] else { panic!("one line of the whole\n{text}") };
+    // The first stage, and what the tiles of the second are blended to.
+    let [first, blended] = of("stage=LTX2DenoisingStage.latents", None)[..] else { panic!("two stages\n{text}") };
+    let mut sum = 0.0;
+    for tile in 0..TILES {
+        let one = |key: &str| {
+            let [value] = of(key, Some(tile))[..] else { panic!("tile {tile}: one `{key}`\n{text}") };
+            value
+        };
+        assert_eq!(one("stage=LTX2LatentPreparationStage.extra.ltx2_video_denoise_mask"), 1.0, "tile {tile}");
+        // A reference stays as it is, and is not of the result.
+        sum += one("stage=LTX2DenoisingStage.latents")
+            - one("stage=LTX2LatentPreparationStage.extra.ltx2_video_clean_latent");
+    }
+    // Tiles that do not overlap make up the whole.
+    assert!((blended - upsampled - sum).abs() < 1e-3, "{blended} {upsampled} {sum}\n{text}");
+    assert!(first != blended && blended != upsampled);
+
+    // Eight steps, and two of every tile; both forms of a log say the same.
+    let model = log(&place, "m.log");
+    let steps: Vec<_> =
+        model.entries.iter().filter(|e| e.key() == "block=0.video_sum").map(|e| e.step.as_deref()).collect();
+    assert_eq!(steps.len(), 8 + 2 * TILES);
+    assert_eq!((steps[7], steps[23]), (Some("step=7 pass=cond"), Some("tile=7 step=1 pass=cond")));
+    for (a, b) in [("s.log", "s.log.jsonl"), ("m.log", "m.log.jsonl")] {
+        let done = place.ok(&["debug", "compare", a, b]);
+        assert!(done.stdout.contains("agree"), "{}", done.stdout);
+    }
+    let taps = TensorFile::open(&place.path("t.safetensors")).unwrap();
+    assert!(taps.find("transformer.blocks.0.video@stage2.tile.007.step1").is_some());
 }
 
 #[test]

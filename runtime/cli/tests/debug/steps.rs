@@ -253,12 +253,17 @@ fn every_pipeline_makes_a_clip() {
         "a2v",
         "ic-lora",
         "dubit",
+        "hdr-ic-lora",
+        "upscale",
     ] {
         assert!(names.contains(&name), "no {name} in {names:?}");
     }
     for run in &runs {
-        assert!(run["ok"] == true && run["stage_sums"].as_array().unwrap().len() >= 4, "{run}");
+        // A clip is encoded, upsampled and decoded.
+        let least = if run["pipeline"] == "upscale" { 3 } else { 4 };
+        assert!(run["ok"] == true && run["stage_sums"].as_array().unwrap().len() >= least, "{run}");
         assert!(run["pipeline"] == "t2a" || run["video"]["frames"] == 9, "{run}");
+        assert_eq!(run["pipeline"] == "hdr-ic-lora", run["video"]["light"]["max"].is_number(), "{run}");
     }
     // A value that is not finite, and a model without its LoRA.
     let key = "model.diffusion_model.transformer_blocks.1.attn1.to_k.weight";

@@ -150,7 +150,7 @@ fn media() -> TensorFile {
 }
 
 /// A recorded clip `[n, h, w, 3]`, fitted to a size.
-fn frames(name: &str, width: usize, height: usize) -> Vec<f32> {
+pub fn frames(name: &str, width: usize, height: usize) -> Vec<f32> {
     let clip = media().tensor(name).clone();
     let [_, rows, columns, 3] = clip.ty.shape[..] else { panic!("{name} is {}", clip.ty) };
     let bytes: Vec<u8> = clip.ints().iter().map(|&v| v as u8).collect();
@@ -162,7 +162,7 @@ fn frames(name: &str, width: usize, height: usize) -> Vec<f32> {
 }
 
 /// A recorded waveform `[1, channels, n]` at 16 kHz.
-fn waveform(name: &str) -> Recording {
+pub fn waveform(name: &str) -> Recording {
     let sound = media().tensor(name).clone();
     let [1, _, samples] = sound.ty.shape[..] else { panic!("{name} is {}", sound.ty) };
     Recording { rate_hz: 16_000, channels: sound.to_f32().chunks(samples).map(<[f32]>::to_vec).collect() }

@@ -1,0 +1,209 @@
+//! Where frames and sound of a run go: a file or a folder, and a preview beside a folder of EXR frames; on their way, frames
+//! may get another rate.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use ltxc_ir::plan::{Modality, Plan};
+use ltxc_runtime::RunError;
+use ltxc_runtime::audio_frontend::resample;
+use ltxc_runtime::media::interpolate::Interpolator;
+use ltxc_runtime::media::{Audio, ColourSpace, MediaWriter, OutputOptions, Rational, VideoFormat, Written};
+use ltxc_runtime::pipeline::Output;
+
+use crate::args::OutputArgs;
+
+/// Sampling rate that every format has.
+const COMMON_RATE_HZ: usize = 48_000;
+
+/// Writes frames and sound to a file or folder.
+pub struct FileOutput {
+    writer: MediaWriter,
+    preview: Option<Preview>,
+    interpolator: Option<Interpolator>,
+    has_video: bool,
+    /// Width and height of the frames that come.
+    made: (usize, usize),
+    /// Width and height of what is written of them, from the top left.
+    shown: (usize, usize),
+}
+
+/// An MP4 file of what a screen without a high dynamic range shows of signals.
+struct Preview {
+    writer: MediaWriter,
+    space: ColourSpace,
+    /// Width and height, which are even.
+    size: (usize, usize),
+}
+
+/// What was written.
+pub struct Finished {
+    /// The file or folder.
+    pub written: Written,
+    /// The preview beside it.
+    pub preview: Option<PathBuf>,
+}
+
+impl FileOutput {
+    /// `size` is the width and height of what is written, if that is not all.
+    ///
+    /// # Errors
+    /// An output that does not hold what the plan makes, or cannot be created.
+    pub fn create(
+        path: &Path,
+        plan: &Plan,
+        size: Option<(usize, usize)>,
+        hdr: Option<ColourSpace>,
+        writing: &OutputArgs,
+    ) -> Result<FileOutput> {
+        let video = &plan.pipeline.video;
+        let made = plan.pipeline.modalities();
+        let is_sound = path.extension().is_some_and(|e| e.eq_ignore_ascii_case("wav"));
+        if is_sound && !made.contains(&Modality::Audio) {
+            bail!("`{}` is for sound, and the plan makes none; choose `.mp4` or a folder", path.display());
+        }
+        let has_video = made.contains(&Modality::Video) && !is_sound;
+        let (num, den) = video.frame_rate;
+        let rate = match writing.integer_fps {
+            true if num < den => {
+                bail!("`--integer-fps`: {num}/{den} frames per second are less than one; leave it out")
+            }
+            true => Rational::new(num / den, 1)?,
+            false => Rational::new(num, den)?,
+        };
+        let interpolated = writing.fps_out.filter(|_| has_video && hdr.is_none());
+        if let (Some(to), true) = (writing.fps_out, interpolated.is_none()) {
+            bail!(
+                "`--fps-out {to}` blends frames of a video with an ordinary range, of which none is written; leave it out"
+            );
+        }
+        let interpolator = interpolated.map(|to| Interpolator::new(rate, to));
+        let written_rate = interpolated.unwrap_or(rate);
+        let whole = (video.width as usize, video.height as usize);
+        let shown = size.unwrap_or(whole);
+        let format = || VideoFormat::new(shown.0, shown.1, written_rate);
+        let mut options = OutputOptions { hdr, ..OutputOptions::default() };
+        options.crf = writing.crf.unwrap_or(options.crf);
+        let crf = options.crf;
+        let writer = MediaWriter::create(path, has_video.then(format).transpose()?, options)?;
+        let preview = match hdr {
+            Some(space) if has_video && !writing.skip_mp4 => Some(Preview::create(path, shown, rate, space, crf)?),
+            _ => None,
+        };
+        let mut output = FileOutput { writer, preview, interpolator, has_video, made: whole, shown };
+        output.tag("frame_rate", interpolated.map(|to| format!("{rate} blended to {to}")));
+        Ok(output)
+    }
+
+    /// Width and height of what is written.
+    pub fn shown(&self) -> (usize, usize) {
+        self.shown
+    }
+
+    /// Says something in the output about how it was made, if there is anything to say.
+    pub fn tag(&mut self, name: &str, value: Option<String>) {
+        let Some(value) = value else { return };
+        if let Some(preview) = &mut self.preview {
+            preview.writer.tag(name, value.clone());
+        }
+        self.writer.tag(name, value);
+    }
+
+    /// Completes everything. After an error nothing is left.
+    ///
+    /// # Errors
+    /// A file that cannot be written.
+    pub fn finish(mut self) -> Result<Finished> {
+        if let Some(interpolator) = self.interpolator.take() {
+            interpolator.finish(&mut |frame| self.writer.write_frames(frame))?;
+        }
+        let preview = self.preview.map(|preview| preview.writer.finish()).transpose()?.map(|written| written.path);
+        let written = self.writer.finish().inspect_err(|_| {
+            // It was complete, but is of something that is not there.
+            preview.iter().for_each(|path| drop(std::fs::remove_file(path)));
+        })?;
+        Ok(Finished { written, preview })
+    }
+}
+
+impl Preview {
+    /// The preview of a folder of frames of this size.
+    fn create(
+        folder: &Path,
+        (width, height): (usize, usize),
+        rate: Rational,
+        space: ColourSpace,
+        crf: u8,
+    ) -> Result<Preview> {
+        let path = folder.with_extension("mp4");
+        let remedy = "leave the preview out with `--skip-mp4`";
+        if path.exists() {
+            bail!(
+                "`{}` is there, where the preview of `{}` goes; choose another folder, or {remedy}",
+                path.display(),
+                folder.display()
+            );
+        }
+        // H.264 halves the resolution of colours.
+        let size = (width / 2 * 2, height / 2 * 2);
+        let create = || {
+            MediaWriter::create(
+                &path,
+                Some(VideoFormat::new(size.0, size.1, rate)?),
+                OutputOptions { crf, ..OutputOptions::default() },
+            )
+        };
+        let writer = create().with_context(|| format!("preview `{}`; {remedy}", path.display()))?;
+        Ok(Preview { writer, space, size })
+    }
+}
+
+/// The part of a frame `[h, w, 3]` of size `from` that has the size `to`, from the top left.
+fn cropped(frame: &[f32], from: (usize, usize), to: (usize, usize)) -> Vec<f32> {
+    frame.chunks_exact(from.0 * 3).take(to.1).flat_map(|row| &row[..to.0 * 3]).copied().collect()
+}
+
+impl Output for FileOutput {
+    fn frames(&mut self, rgb: &[f32]) -> Result<(), RunError> {
+        if !self.has_video {
+            return Ok(());
+        }
+        if self.made == self.shown && self.preview.is_none() && self.interpolator.is_none() {
+            return Ok(self.writer.write_frames(rgb)?);
+        }
+        for frame in rgb.chunks_exact(self.made.0 * self.made.1 * 3) {
+            let frame = cropped(frame, self.made, self.shown);
+            match &mut self.interpolator {
+                Some(interpolator) => interpolator.push(&frame, &mut |frame| self.writer.write_frames(frame))?,
+                None => self.writer.write_frames(&frame)?,
+            }
+            if let Some(Preview { writer, space, size }) = &mut self.preview {
+                let mut shown = cropped(&frame, self.shown, *size);
+                shown.as_chunks_mut::<3>().0.iter_mut().for_each(|rgb| *rgb = space.displayed(*rgb));
+                writer.write_frames(&shown)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn sound(&mut self, samples: &[f32], rate_hz: u32) -> Result<(), RunError> {
+        if let Some(preview) = &mut self.preview {
+            write_sound(&mut preview.writer, samples, rate_hz)?;
+        }
+        write_sound(&mut self.writer, samples, rate_hz)
+    }
+}
+
+/// Writes sound, `[samples, 2]`, at its rate or at another one that the format has.
+fn write_sound(writer: &mut MediaWriter, samples: &[f32], rate_hz: u32) -> Result<(), RunError> {
+    let channel = |c: usize| samples.iter().skip(c).step_by(2).copied().collect::<Vec<f32>>();
+    let (left, right) = (channel(0), channel(1));
+    let audio = match writer.takes_rate(rate_hz) {
+        true => Audio::new(rate_hz, [left, right].concat())?,
+        false => {
+            let to = |x: &[f32]| resample(x, rate_hz as usize, COMMON_RATE_HZ);
+            Audio::new(COMMON_RATE_HZ as u32, [to(&left)?, to(&right)?].concat())?
+        }
+    };
+    Ok(writer.write_audio(audio)?)
+}
