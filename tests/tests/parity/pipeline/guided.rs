@@ -128,7 +128,7 @@ fn check_substeps(recorded: &mut Recorded, result: &Outcome, stage: &str, modali
 /// of one; beside it lies what all of them read, and the predictions of those that ran.
 #[test]
 fn four_passes_cost_no_more_than_four_steps_and_share_one_arena() {
-    for family in ["ltx2", "ltx23"] {
+    for (family, most) in [("ltx2", 1.33), ("ltx23", 1.4)] {
         let model = Files::of(family);
         let shape = |pipeline: PipelineName| ShapeArgs {
             pipeline: Some(pipeline),
@@ -158,6 +158,6 @@ fn four_passes_cost_no_more_than_four_steps_and_share_one_arena() {
             guided_flops / flops,
             guided_bytes / bytes
         );
-        assert!(ratio <= 1.35, "{family}: {ratio} arenas");
+        assert!(ratio <= most, "{family}: {ratio} arenas");
     }
 }
