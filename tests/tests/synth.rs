@@ -9,7 +9,7 @@ use ltxc_ir::{DType, Module, TensorType};
 use ltxc_models::checkpoint::{Checkpoint, GemmaFolder};
 use ltxc_models::synth::philox::Stream as Numbers;
 use ltxc_models::synth::{self, Preset, SynthModel};
-use ltxc_models::text::{self, TextConfig, TextWeights};
+use ltxc_models::text::{self, TextConfig, TextWeights, VisionConfig};
 use ltxc_models::transformer::{self, StreamSpec, TransformerConfig, TransformerSpec};
 use ltxc_models::upsampler::{self, UpsamplerConfig};
 use ltxc_models::video_vae::{self, VideoVaeConfig};
@@ -87,6 +87,8 @@ fn build(
     // Encoders are built for the tensors they ask for.
     video_vae::encode(&vae, &view(0), [9, 64, 64], DType::F32)?;
     audio::encode(&audio_vae, &view(0), 4 * AUDIO_TOKENS - 3, DType::F32)?;
+    let vision = VisionConfig::from_json(gemma.config(), None)?;
+    text::see(&vision, &view(1), text_config.gemma.hidden_size, DType::F32)?;
     Ok(Graphs {
         encode_text: text::encode(&text_config, &weights, TEXT_BUCKET, DType::F32)?,
         connect: text::connect(&text_config.connectors, &view(0), CONTEXT, DType::F32)?,

@@ -135,7 +135,7 @@ impl Loras {
             return named.map(text).collect();
         }
         match user.first() {
-            Some(first) if !user.iter().any(|lora| is_known(lora)) => vec![format!(
+            Some(first) if !user.iter().any(is_known) => vec![format!(
                 "note: neither header nor name says that `{}` is an IC-LoRA, and pipeline `{pipeline}` needs one: others do \
                  not know what reference videos mean",
                 path(first)

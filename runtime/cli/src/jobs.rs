@@ -598,6 +598,5 @@ mod tests {
         refused("x.jsonl", r#"{"prompt": "a", "name": "../esc"}"#, &["`../esc`", "`output`"]);
         refused("x.jsonl", r#"{"prompt": "a", "output": "a", "output_path": "b"}"#, &["both say where"]);
         refused("x.jsonl", "{\"prompt\": \"a\"}\n{\"prompt\": \"a\"}", &["jobs 1 and 2 both write"]);
-        refused("x.jsonl", "{}", &["--prompt"]);
     }
 }

@@ -264,6 +264,7 @@ impl Runner {
     /// LoRAs that do not fit the model or the plan, or too little memory.
     pub fn prepare(&mut self, choice: &Choice<'_>, loras: &Loras, report: &mut Report) -> Result<StageAdapters> {
         let (plan, weights) = (&self.plan, &self.weights);
+        inputs::check_text(&plan.pipeline.name, plan.pipeline.upscale.is_none(), choice.content)?;
         if let Some(definition) = definition_named(&plan.pipeline.name) {
             refuse_idle(definition, &choice.occurrences.given, choice.sampling)?;
         }
@@ -344,7 +345,6 @@ impl Runner {
         report: &mut Report,
     ) -> Result<Made> {
         let (plan, content) = (&self.plan, choice.content);
-        inputs::check_text(&plan.pipeline.name, plan.pipeline.upscale.is_none(), content)?;
         let debug = debug.only(&self.components())?;
         if self.enhances_prompt {
             enhance::check(plan, content)?;

@@ -96,8 +96,7 @@ impl ColourSpace {
 /// Source: IEC 61966-2-1; ltx_pipelines/utils/media_io/exr.py, release 1.2.0, which makes previews so.
 pub fn displayed(light: [f32; 3]) -> [f32; 3] {
     light.map(|v| {
-        // NaN is less than nothing here.
-        let v = f64::from(v.max(0.0).min(1.0));
+        let v = if v.is_nan() { 0.0 } else { f64::from(v.clamp(0.0, 1.0)) };
         let shown = if v <= 0.003_130_8 { 12.92 * v } else { 1.055 * v.powf(1.0 / 2.4) - 0.055 };
         shown as f32
     })

@@ -771,7 +771,7 @@ impl State {
         }
         // FastVideo hands one batch from stage to stage, and prints all that it holds by then.
         let stages = self.stages();
-        let (refines, has_lora) = (stages.len() > 1, stages.get(1).is_some_and(|s| has_refine_lora(s)));
+        let (refines, has_lora) = (stages.len() > 1, stages.get(1).is_some_and(has_refine_lora));
         self.batch.update(sums);
         let batch = self.batch.clone();
         self.write_stage(stage, &batch);

@@ -154,9 +154,7 @@ fn without_strengths_nothing_is_masked() {
     let sound = |more: &[&str]| {
         let video = ["--video-conditioning", &frames, "--video-conditioning", &frames];
         place.ok(&run("ltx2", "ic-lora", &[&["--lora", &lora, "-o", "a.wav"], &video[..], more].concat()));
-        let samples =
-            place.read("a.wav")[44..].as_chunks::<2>().0.iter().map(|b| i16::from_le_bytes(*b)).collect::<Vec<_>>();
-        samples
+        place.read("a.wav")[44..].as_chunks::<2>().0.iter().map(|b| i16::from_le_bytes(*b)).collect::<Vec<_>>()
     };
     let plain = sound(&[]);
     let largest = |other: Vec<i16>| plain.iter().zip(&other).map(|(a, b)| a.abs_diff(*b)).max().unwrap();

@@ -634,7 +634,7 @@ pub fn gguf(family: &str, prefix: &str, change: impl Fn(&str, &mut Vec<f32>)) ->
         change(key, &mut values);
         let shape = &checkpoint.tensor(key).unwrap().stored.shape;
         let row = *shape.last().unwrap();
-        let (ty, bytes): (u32, Vec<u8>) = if shape.len() == 2 && row % 32 == 0 {
+        let (ty, bytes): (u32, Vec<u8>) = if shape.len() == 2 && row.is_multiple_of(32) {
             (8, values.chunks(32).flat_map(block_q8_0).collect())
         } else if key.ends_with("bias") {
             (30, values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect())

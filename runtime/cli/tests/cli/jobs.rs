@@ -212,5 +212,7 @@ fn bad_job_files_are_refused_before_anything_runs() {
     refused("key.jsonl", &["key.jsonl", "job 2", "`colour` is not a flag"]);
     place.write("empty.toml", b"");
     refused("empty.toml", &["has no jobs", "[[job]]"]);
-    place.refused(&tiny().run_args(), &["--prompt"]);
+    place.write("silent.jsonl", b"{\"prompt\": \"a\"}\n{}\n");
+    refused("silent.jsonl", &["silent.jsonl", "job 2", "`--prompt` is missing"]);
+    place.refused(&tiny().run_args(), &["`--prompt` is missing"]);
 }

@@ -167,7 +167,7 @@ fn spellings_of_other_tools_mean_the_same() {
 }
 
 /// What is said to lines that cannot be.
-const REFUSED: [(&str, &[&str]); 30] = [
+const REFUSED: [(&str, &[&str]); 29] = [
     ("… --image a.png 0 1 33 5", &["`5` is one value too many for `--image`"]),
     ("… dfr", &["`dfr`", "LTX-2 and LTX-2.3 lack", "`keyframes`"]),
     ("… --pipeline dfr_pipeline", &["`dfr`", "LTX-2 and LTX-2.3 lack"]),
@@ -197,7 +197,6 @@ const REFUSED: [(&str, &[&str]); 30] = [
     ("… --cfg 3 --apg-scale 2", &["--apg-scale", "cannot be used with"]),
     ("… --distilled-lora-strength 0.5", &["--distilled-lora"]),
     ("… --checkpoint-path a --transformer-path b", &["cannot be used with"]),
-    ("run", &["--prompt"]),
 ];
 
 #[test]

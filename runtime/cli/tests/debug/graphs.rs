@@ -90,7 +90,7 @@ fn one_call_logs_the_sums_that_the_reference_has() {
         ("block=0.video_sum", "uniform.block0.video"),
         ("block=1.audio_sum", "uniform.block1.audio"),
     ] {
-        same_sum(&sums, key, &values(name));
+        same_sum(&sums, key, values(name));
     }
     for (part, is_there) in [("mode=exact", true), ("text_padding=1024", true), ("seed=10", true), ("noise.", false)] {
         let header = String::from_utf8(place.read("deep/model.log")).unwrap().lines().next().unwrap().to_string();
@@ -140,13 +140,13 @@ fn the_text_side_logs_the_states_that_the_reference_has() {
     let states = log(&place, "g.log");
     for i in [0, 1, 2] {
         let recorded = hidden.find(&format!("pos.hidden.{i}")).expect("it was recorded").floats();
-        same_sum(&states, &format!("gemma_hidden_state_{i}.sum"), &recorded);
+        same_sum(&states, &format!("gemma_hidden_state_{i}.sum"), recorded);
     }
     let context = TensorFile::open(&recording("ltx2/text_context")).unwrap();
     same_sum(
         &log(&place, "m.log"),
         "gemma_video_encoding.sum",
-        &context.find("pos.video_context").expect("recorded").floats(),
+        context.find("pos.video_context").expect("recorded").floats(),
     );
 }
 
@@ -178,7 +178,7 @@ fn decoders_log_their_modules_and_variables_say_so_too() {
     assert_eq!(done.code, Some(0), "{}", done.stderr);
     assert!(!place.path("logs").exists() && !place.path("stages.log").exists());
     let sums = log(&place, "m.log");
-    same_sum(&sums, "module=vae.decoder.conv_in.out_sum", &recorded.find("dec.conv_in").expect("recorded").floats());
+    same_sum(&sums, "module=vae.decoder.conv_in.out_sum", recorded.find("dec.conv_in").expect("recorded").floats());
     assert!(sums.entries.iter().all(|e| e.about.contains("conv_")), "{sums:?}");
     // Every part of a model that runs alone.
     let upsampler = fixture("tiny-ltx2/spatial-upscaler-x2-tiny.safetensors");
