@@ -1,5 +1,5 @@
-//! Where frames and sound of a run go: a file or a folder, and a preview beside a folder of EXR frames; on their way, frames
-//! may get another rate.
+//! Where frames and sound of a run go: a file or a folder, and a preview and a master beside a folder of EXR frames; on their
+//! way, frames may get another rate.
 
 use std::path::{Path, PathBuf};
 
@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail};
 use ltxc_ir::plan::{Modality, Plan};
 use ltxc_runtime::RunError;
 use ltxc_runtime::audio_frontend::resample;
+use ltxc_runtime::media::hlg::HlgMaster;
 use ltxc_runtime::media::interpolate::Interpolator;
 use ltxc_runtime::media::{Audio, ColourSpace, MediaWriter, OutputOptions, Rational, VideoFormat, Written};
 use ltxc_runtime::pipeline::Output;
@@ -20,6 +21,7 @@ const COMMON_RATE_HZ: usize = 48_000;
 pub struct FileOutput {
     writer: MediaWriter,
     preview: Option<Preview>,
+    master: Option<HlgMaster>,
     interpolator: Option<Interpolator>,
     has_video: bool,
     /// Width and height of the frames that come.
@@ -40,8 +42,17 @@ struct Preview {
 pub struct Finished {
     /// The file or folder.
     pub written: Written,
-    /// The preview beside it.
-    pub preview: Option<PathBuf>,
+    /// What stands beside it, by name.
+    pub beside: Vec<(&'static str, PathBuf)>,
+}
+
+impl Finished {
+    /// Removes everything.
+    pub fn remove(&self) {
+        self.beside.iter().for_each(|(_, path)| drop(std::fs::remove_file(path)));
+        let path = &self.written.path;
+        let _ = if path.is_dir() { std::fs::remove_dir_all(path) } else { std::fs::remove_file(path) };
+    }
 }
 
 impl FileOutput {
@@ -90,7 +101,14 @@ impl FileOutput {
             Some(space) if has_video && !writing.skip_mp4 => Some(Preview::create(path, shown, rate, space, crf)?),
             _ => None,
         };
-        let mut output = FileOutput { writer, preview, interpolator, has_video, made: whole, shown };
+        let master = match (writing.hlg_master, hdr) {
+            (false, _) => None,
+            (true, Some(space)) if has_video => Some(master(path, shown, rate, space)?),
+            _ => bail!(
+                "`--hlg-master` stands beside EXR frames, of which none are written; leave it out, or give `--hdr`"
+            ),
+        };
+        let mut output = FileOutput { writer, preview, master, interpolator, has_video, made: whole, shown };
         output.tag("frame_rate", interpolated.map(|to| format!("{rate} blended to {to}")));
         Ok(output)
     }
@@ -117,12 +135,18 @@ impl FileOutput {
         if let Some(interpolator) = self.interpolator.take() {
             interpolator.finish(&mut |frame| self.writer.write_frames(frame))?;
         }
-        let preview = self.preview.map(|preview| preview.writer.finish()).transpose()?.map(|written| written.path);
-        let written = self.writer.finish().inspect_err(|_| {
-            // It was complete, but is of something that is not there.
-            preview.iter().for_each(|path| drop(std::fs::remove_file(path)));
-        })?;
-        Ok(Finished { written, preview })
+        let written = self.writer.finish()?;
+        let mut finished = Finished { written, beside: Vec::new() };
+        let preview = self.preview.map(|preview| Ok(preview.writer.finish()?.path));
+        for (name, path) in [("preview", preview), ("hlg_master", self.master.map(|master| Ok(master.finish()?)))] {
+            match path {
+                // No file is left without the others.
+                Some(Err(error)) => return Err(error).inspect_err(|_: &anyhow::Error| finished.remove()),
+                Some(Ok(path)) => finished.beside.push((name, path)),
+                None => {}
+            }
+        }
+        Ok(finished)
     }
 }
 
@@ -144,8 +168,7 @@ impl Preview {
                 folder.display()
             );
         }
-        // H.264 halves the resolution of colours.
-        let size = (width / 2 * 2, height / 2 * 2);
+        let size = even((width, height));
         let create = || {
             MediaWriter::create(
                 &path,
@@ -158,6 +181,24 @@ impl Preview {
     }
 }
 
+/// The largest size inside for a format that halves the resolution of colours.
+fn even((width, height): (usize, usize)) -> (usize, usize) {
+    (width / 2 * 2, height / 2 * 2)
+}
+
+/// The master of a folder of frames of this size.
+fn master(folder: &Path, size: (usize, usize), rate: Rational, space: ColourSpace) -> Result<HlgMaster> {
+    let path = folder.with_extension("hlg.mp4");
+    if path.exists() {
+        bail!(
+            "`{}` is there, where the HLG master of `{}` goes; choose another folder, or leave out `--hlg-master`",
+            path.display(),
+            folder.display()
+        );
+    }
+    Ok(HlgMaster::create(&path, even(size), rate, space)?)
+}
+
 /// The part of a frame `[h, w, 3]` of size `from` that has the size `to`, from the top left.
 fn cropped(frame: &[f32], from: (usize, usize), to: (usize, usize)) -> Vec<f32> {
     frame.chunks_exact(from.0 * 3).take(to.1).flat_map(|row| &row[..to.0 * 3]).copied().collect()
@@ -168,7 +209,8 @@ impl Output for FileOutput {
         if !self.has_video {
             return Ok(());
         }
-        if self.made == self.shown && self.preview.is_none() && self.interpolator.is_none() {
+        let is_alone = self.preview.is_none() && self.master.is_none() && self.interpolator.is_none();
+        if self.made == self.shown && is_alone {
             return Ok(self.writer.write_frames(rgb)?);
         }
         for frame in rgb.chunks_exact(self.made.0 * self.made.1 * 3) {
@@ -182,6 +224,9 @@ impl Output for FileOutput {
                 shown.as_chunks_mut::<3>().0.iter_mut().for_each(|rgb| *rgb = space.displayed(*rgb));
                 writer.write_frames(&shown)?;
             }
+            if let Some(master) = &mut self.master {
+                master.write_frame(&cropped(&frame, self.shown, even(self.shown)))?;
+            }
         }
         Ok(())
     }
@@ -189,6 +234,10 @@ impl Output for FileOutput {
     fn sound(&mut self, samples: &[f32], rate_hz: u32) -> Result<(), RunError> {
         if let Some(preview) = &mut self.preview {
             write_sound(&mut preview.writer, samples, rate_hz)?;
+        }
+        if let Some(master) = &mut self.master {
+            let channel = |c: usize| samples.iter().skip(c).step_by(2).copied().collect::<Vec<f32>>();
+            master.write_sound(Audio::new(rate_hz, [channel(0), channel(1)].concat())?);
         }
         write_sound(&mut self.writer, samples, rate_hz)
     }

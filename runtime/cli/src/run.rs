@@ -34,7 +34,7 @@ use crate::debug::text::contexts::embeddings;
 use crate::enhance::{self, Beginning};
 use crate::inputs;
 use crate::job::{self, ImageArg, Shape, pick};
-use crate::output::{FileOutput, Finished};
+use crate::output::FileOutput;
 use crate::pipelines::{definition, definition_named, describe, describe_output, levels, refuse_idle, stage_choice};
 use crate::planned;
 use crate::report::Report;
@@ -466,9 +466,10 @@ impl Runner {
             report.note(&format!("noise {slot} `{}`: {}", path.display(), noise_summary(&stats)));
         }
         let shown = output.shown();
-        let Finished { written: Written { path, frames, bytes, .. }, preview } = output.finish()?;
-        if let Some(preview) = &preview {
-            report.note(&format!("preview in `{}`", preview.display()));
+        let finished = output.finish()?;
+        let Written { path, frames, bytes, .. } = finished.written.clone();
+        for (name, path) in &finished.beside {
+            report.note(&format!("{} in `{}`", name.replace('_', " "), path.display()));
         }
         if let Some(facts_path) = facts_path {
             let rate = plan.pipeline.video.frame_rate;
@@ -493,8 +494,8 @@ impl Runner {
             if self.enhances_prompt {
                 facts["prompt_given"] = json!(said);
             }
-            if let Some(preview) = &preview {
-                facts["preview"] = json!(preview);
+            for (name, path) in &finished.beside {
+                facts[*name] = json!(path);
             }
             if let Some(rate) = choice.writing.fps_out {
                 facts["blended_to"] = json!([rate.num(), rate.den()]);
@@ -509,9 +510,7 @@ impl Runner {
                 facts["experiments"] = json!(labels);
             }
             if let Err(error) = write_atomically(&facts_path, format!("{facts:#}\n").as_bytes()) {
-                // No file is left without the others.
-                preview.iter().for_each(|preview| drop(std::fs::remove_file(preview)));
-                let _ = if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
+                finished.remove();
                 return Err(error.into());
             }
         }

@@ -160,6 +160,15 @@ pub enum MediaError {
         #[source]
         source: io::Error,
     },
+    /// An output that only `ffmpeg` writes.
+    #[error(
+        "`{}` is 10-bit HEVC, which only ffmpeg with libx265 writes; install it, or leave out `--hlg-master`",
+        path.display()
+    )]
+    NoEncoder {
+        /// The file.
+        path: PathBuf,
+    },
     /// The `ffmpeg` program ran and did not deliver.
     #[error("`{program}` failed while {doing} ({status}): {message}")]
     Ffmpeg {

@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use super::audio_input::Recording;
 use super::video_input::{ClipInfo, ClipRate, ROUNDING};
-use super::{MediaError, Rational, RgbImage};
+use super::{Audio, MediaError, Rational, RgbImage};
 
 /// Which rate pictures are read at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -193,6 +193,32 @@ impl Ffmpeg {
         Ok(Some(Recording { rate_hz, channels: (0..channels).map(channel).collect() }))
     }
 
+    /// Whether it was built with an encoder for HEVC.
+    pub fn has_x265(&self) -> bool {
+        let listed = self.run("listing its encoders", &["-encoders"], &[]);
+        listed.is_ok_and(|bytes| String::from_utf8_lossy(&bytes).contains(" libx265 "))
+    }
+
+    /// Waits for a program that was started, whose input is closed.
+    pub(super) fn wait(&self, doing: &'static str, child: &mut Child) -> Result<(), MediaError> {
+        let message = read_all(child.stderr.take()).map(|bytes| last_lines(&bytes)).unwrap_or_default();
+        let status = child.wait().map_err(|source| MediaError::NoFfmpeg { program: self.name(), source })?;
+        if status.success() { Ok(()) } else { Err(self.failure(doing, status.to_string(), message)) }
+    }
+
+    /// Joins the pictures of an MP4 file, as they are, with sound into another one.
+    pub(super) fn join_sound(&self, video: &Path, sound: &Audio, to: &Path) -> Result<(), MediaError> {
+        let mut args: Vec<OsString> = vec!["-y".into(), "-i".into(), video.into()];
+        let format =
+            format!("-f f32le -ar {} -ac 2 -i pipe:0 -map 0:v -map 1:a -c:v copy -tag:v hvc1", sound.rate_hz());
+        let output = "-c:a aac -b:a 192k -movflags +faststart -f mp4";
+        args.extend(format.split_whitespace().chain(output.split_whitespace()).map(OsString::from));
+        args.push(to.into());
+        let (left, right) = sound.channels();
+        let bytes: Vec<u8> = left.iter().zip(right).flat_map(|(l, r)| [*l, *r]).flat_map(f32::to_le_bytes).collect();
+        self.run_os("adding sound to the HLG master", &args, &bytes).map(drop)
+    }
+
     /// What `ffprobe` tells of a file.
     fn ffprobe(&self, path: &Path, ask: &[&str]) -> Result<Value, MediaError> {
         let beside = self.program.with_file_name(format!("ffprobe{}", std::env::consts::EXE_SUFFIX));
@@ -210,7 +236,8 @@ impl Ffmpeg {
         Ok(serde_json::from_slice(&output.stdout).unwrap_or_default())
     }
 
-    fn spawn(&self, program: &Path, args: &[OsString], stdin: Stdio) -> Result<Child, MediaError> {
+    /// Starts a program with pipes for its output.
+    pub(super) fn spawn(&self, program: &Path, args: &[OsString], stdin: Stdio) -> Result<Child, MediaError> {
         let quiet = ["-hide_banner", "-loglevel", "error"];
         let mut command = Command::new(program);
         command.args(quiet).args(args).stdin(stdin).stdout(Stdio::piped()).stderr(Stdio::piped());

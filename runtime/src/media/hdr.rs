@@ -71,12 +71,17 @@ impl ColourSpace {
 
     /// What a screen without a high dynamic range shows of a signal, see [`displayed`].
     pub fn displayed(self, signal: [f32; 3]) -> [f32; 3] {
+        displayed(self.light(signal))
+    }
+
+    /// Light with the primaries of BT.709 for a signal, whatever numbers files of this space have.
+    pub fn light(self, signal: [f32; 3]) -> [f32; 3] {
         let light = match self {
             ColourSpace::LogC3 => ColourSpace::LogC3,
             // All others have the signal of ACEScct.
             _ => ColourSpace::SrgbLinear,
         };
-        displayed(light.from_signal(signal))
+        light.from_signal(signal)
     }
 
     /// The primaries red, green and blue, and the white, as `(x, y)`.

@@ -44,6 +44,7 @@ pub mod ffmpeg;
 pub mod frames;
 pub mod h264;
 pub mod hdr;
+pub mod hlg;
 pub mod image_input;
 pub mod interpolate;
 pub mod mp4;

@@ -176,7 +176,8 @@ fn create_parents(path: &Path) -> Result<(), MediaError> {
     }
 }
 
-fn part_name(path: &Path) -> PathBuf {
+/// The name beside `path` under which it is written.
+pub(super) fn part_name(path: &Path) -> PathBuf {
     let mut name = path.file_name().unwrap_or_default().to_os_string();
     name.push(".part");
     path.with_file_name(name)

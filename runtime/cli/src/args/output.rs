@@ -19,6 +19,10 @@ pub struct OutputArgs {
     /// Write EXR frames without the preview beside their folder, `<OUTPUT>.mp4`.
     #[arg(long)]
     pub skip_mp4: bool,
+    /// Write beside the folder of EXR frames its HLG master, `<OUTPUT>.hlg.mp4`, for screens with a high dynamic range;
+    /// it is 10-bit HEVC and needs ffmpeg with libx265.
+    #[arg(long)]
+    pub hlg_master: bool,
     /// Write how the output was made into a file beside it, `<OUTPUT>.json`.
     #[arg(long)]
     pub save_json: bool,

@@ -3,11 +3,13 @@
 use std::path::Path;
 
 use ltxc_runtime::media::exr_frames::{self, frame_name};
+use ltxc_runtime::media::ffmpeg::Ffmpeg;
+use ltxc_runtime::media::hlg;
 use ltxc_runtime::media::{
     Clip, ClipRate, ColourSpace, MediaWriter, OutputOptions, Rational, VideoFormat, Window, displayed,
 };
 
-use crate::binary::{Place, fixtures, with};
+use crate::binary::{Place, fixtures, sentence, with};
 
 fn fixture(name: &str) -> String {
     fixtures().join(name).display().to_string()
@@ -135,6 +137,51 @@ fn a_preview_shows_the_frames() {
     place.ok(&run(&["--skip-mp4"]));
     values(&place, "a", 9, (100, 90));
     place.refused(&run(&["--skip-mp4"]), &["`a`"]);
+}
+
+/// Needs ffmpeg with libx265 for all but the refusal.
+#[test]
+fn an_hlg_master_shows_the_frames_in_ten_bits() {
+    let place = Place::new();
+    let (frames, lora) = (source(&place, 9), fixture("tiny-ltx2/ic-lora-tiny.safetensors"));
+    let flags = ["--input", &frames, "--frame-rate", "24", "--lora", &lora, "-p", "rain", "--skip-mp4", "--hlg-master"];
+    let args = with(command("run", &flags), &["-o", "a"]);
+    let listing =
+        || place.listing().into_keys().filter(|path| !path.starts_with(place.path("cache"))).collect::<Vec<_>>();
+    let before = listing();
+    let done = place.command(&args).env("PATH", "").output().unwrap().into();
+    sentence(&done, &["`a.hlg.mp4`", "ffmpeg with libx265", "`--hlg-master`"]);
+    assert_eq!(listing(), before);
+    let Some(ffmpeg) = Ffmpeg::find().filter(Ffmpeg::has_x265) else {
+        println!("absent: ffmpeg with libx265");
+        return;
+    };
+    place.ok(&args);
+    let light = values(&place, "a", 9, (100, 90));
+    let (raw, about) = decoded(&ffmpeg, &place.path("a.hlg.mp4"));
+    for part in ["hevc (Main 10) (hvc1", "yuv420p10le(tv, bt2020nc/bt2020/arib-std-b67", "100x90", "24 fps"] {
+        assert!(about.contains(part), "`{part}` is missing in {about}");
+    }
+    let words =
+        |bytes: &[u8]| -> Vec<u16> { bytes.as_chunks::<2>().0.iter().map(|b| u16::from_le_bytes(*b)).collect() };
+    let expected: Vec<u16> =
+        light.chunks_exact(100 * 90 * 3).flat_map(|frame| words(&hlg::planes(frame, (100, 90)))).collect();
+    let found = words(&raw);
+    assert_eq!(found.len(), expected.len());
+    let mean = found.iter().zip(&expected).map(|(a, b)| f64::from(a.abs_diff(*b))).sum::<f64>() / found.len() as f64;
+    let spread = expected.iter().map(|v| f64::from(v.abs_diff(expected[0]))).sum::<f64>() / expected.len() as f64;
+    // What the encoder loses is a fraction of what there is to see.
+    assert!(mean < spread / 10.0, "mean error {mean} of codes that differ by {spread}");
+    std::fs::remove_dir_all(place.path("a")).unwrap();
+    place.refused(&args, &["`a.hlg.mp4` is there", "`--hlg-master`"]);
+}
+
+/// The frames of a file as planes of 10 bits, and what `ffmpeg` says of it.
+pub fn decoded(ffmpeg: &Ffmpeg, path: &Path) -> (Vec<u8>, String) {
+    let mut program = std::process::Command::new(ffmpeg.program());
+    program.args(["-nostdin", "-i"]).arg(path).args(["-f", "rawvideo", "-pix_fmt", "yuv420p10le", "-"]);
+    let done = program.output().unwrap();
+    (done.stdout, String::from_utf8_lossy(&done.stderr).into_owned())
 }
 
 /// With high quality, 9 frames are 17 in between, of which every other one is written.

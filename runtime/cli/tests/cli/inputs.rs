@@ -2,9 +2,11 @@
 
 use std::path::Path;
 
+use ltxc_runtime::media::ffmpeg::Ffmpeg;
 use ltxc_runtime::media::{ColourSpace, exr_frames};
 
 use crate::binary::{Place, SHAPE, sentence, tiny, with};
+use crate::hdr::decoded;
 
 /// A folder of `n` grey images of 64x64, each a little brighter.
 pub fn folder(place: &Place, name: &str, n: u8) -> String {
@@ -162,6 +164,12 @@ fn frames_with_a_high_dynamic_range_come_and_go_as_exr() {
         let light = exr_frames::read(&name("light")).unwrap();
         assert!(light.rgb.iter().all(|v| v.is_finite() && *v < 223.0) && light.rgb != signal.rgb);
     }
+    if let Some(ffmpeg) = Ffmpeg::find().filter(Ffmpeg::has_x265) {
+        place.ok(&run(&["--video-path", &frames, "--hdr", "acescct", "--hlg-master", "-o", "shown"]));
+        let (_, about) = decoded(&ffmpeg, &place.path("shown.hlg.mp4"));
+        assert!(about.contains("Video: hevc (Main 10)") && about.contains("Audio: aac"), "{about}");
+    }
+    place.refused(&run(&["--video-path", &images, "--hlg-master", "-o", "b"]), &["`--hlg-master`", "EXR frames"]);
     place.refused(&run(&["--video-path", &frames, "-o", "b"]), &["holds EXR frames", "--hdr SRGB_LINEAR"]);
     place.refused(&run(&["--video-path", &images, "--hdr", "ACESCG", "-o", "b"]), &["no EXR frames"]);
     place.refused(&run(&["--video-path", &frames, "--hdr", "ACESCG", "-o", "b.mp4"]), &["b.mp4", "choose a folder"]);
