@@ -222,7 +222,7 @@ impl Audit {
             .collect();
         json!({
             "files": checkpoint.paths(), "generation": checkpoint.generation().name(), "model_version": checkpoint.model_version(),
-            "gemma_version": checkpoint.gemma_version(), "synthetic": checkpoint.is_synthetic(), "components": components,
+            "gemma_version": checkpoint.gemma_version(), "configuration": sections(checkpoint), "synthetic": checkpoint.is_synthetic(), "components": components,
             "bytes_by_dtype": self.dtypes, "problems": self.problems, "absent": self.absent, "unknown": self.unknown,
         })
     }
@@ -235,6 +235,10 @@ impl Audit {
         let mut out = format!("generation        {}, because {why}\n", checkpoint.generation().name());
         if let Some(version) = checkpoint.gemma_version() {
             out += &format!("text encoder      {version}\n");
+        }
+        let sections = sections(checkpoint);
+        if !sections.is_empty() {
+            out += &format!("configuration     {}\n", sections.join(", "));
         }
         for (name, (count, bytes)) in &self.components {
             out += &format!("{name:<17} {count:>6} tensors {:>14} bytes\n", bytes);
@@ -255,6 +259,11 @@ impl Audit {
         }
         out
     }
+}
+
+/// Names of the parts of a configuration.
+fn sections(checkpoint: &Checkpoint) -> Vec<&str> {
+    checkpoint.config().as_object().map(|parts| parts.keys().map(String::as_str).collect()).unwrap_or_default()
 }
 
 /// Values of a tensor, if its dtype has any.

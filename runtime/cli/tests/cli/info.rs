@@ -25,7 +25,11 @@ fn files_are_what_they_are() {
             "model",
             &["does not say", "LTX-2, because its metadata says", "vocoder"],
         ),
-        (fixture("tiny-ltx23/ltx-2.3-tiny.safetensors"), "model", &["LTX-2.3, because", "in bf16"]),
+        (
+            fixture("tiny-ltx23/ltx-2.3-tiny.safetensors"),
+            "model",
+            &["LTX-2.3, because", "in bf16", "configuration     audio_vae, "],
+        ),
         (fixture("tiny-ltx2/lora-rank4-tiny.safetensors"), "lora", &["a LoRA", "official", "rank      4"]),
         (
             fixture("tiny-ltx2/spatial-upscaler-x2-tiny.safetensors"),
