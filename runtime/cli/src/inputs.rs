@@ -402,7 +402,8 @@ fn note_cut(path: &Path, rate: Rational, taken: u32, report: &mut Report) -> Res
     let found = info(path)?.frames_at(rate);
     if found > taken as usize {
         let left = found - taken as usize;
-        report.note(&format!("`{}` has {found} frames, of which the last {left} are left out", path.display()));
+        let last = if left == 1 { "the last one is".into() } else { format!("the last {left} are") };
+        report.note(&format!("`{}` has {found} frames, of which {last} left out", path.display()));
     }
     Ok(())
 }

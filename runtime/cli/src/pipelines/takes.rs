@@ -10,6 +10,8 @@ use crate::args::{Cli, PipelineName, SamplerName, SamplingArgs};
 /// What a flag is about, which not every pipeline has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Subject {
+    /// Steps from noise to a latent.
+    Denoising,
     Guidance,
     VideoGuidance,
     AudioGuidance,
@@ -30,7 +32,12 @@ enum Subject {
 use Subject::*;
 
 /// Flags by their ids, and what each is about. Those of media are checked where media are.
-const FLAGS: [(&str, Subject); 43] = [
+const FLAGS: [(&str, Subject); 48] = [
+    ("num_inference_steps", Denoising),
+    ("sigmas", Denoising),
+    ("sampler", Denoising),
+    ("schedule", Denoising),
+    ("ge_gamma", Denoising),
     ("negative_prompt", Guidance),
     ("guidance_table", Guidance),
     ("cfg_rule", Guidance),
@@ -117,6 +124,7 @@ fn flag_of(id: &str) -> String {
 impl Subject {
     fn name(self) -> &'static str {
         match self {
+            Denoising => "steps of denoising",
             Guidance => "guidance",
             VideoGuidance => "guidance of the picture",
             AudioGuidance => "guidance of the sound",
@@ -139,6 +147,7 @@ impl Definition {
         let is_guided = || self.drafts(true).iter().any(|stage| stage.guidance.is_some());
         let hears_itself = self.has_sound && self.brings.sound != Some(SoundRole::Kept);
         match subject {
+            Denoising => self.denoises(),
             Guidance => is_guided(),
             VideoGuidance => self.has_video && is_guided(),
             AudioGuidance => hears_itself && is_guided(),

@@ -36,7 +36,7 @@ fn a_part_of_a_folder_of_images_is_made_anew() {
     let frames = folder(&place, "frames", 10);
     let flags = ["--video-path", &frames, "--frame-rate", "24", "--start-time", "0.2", "-o", "a.mp4"];
     let done = place.ok(&retake(&flags));
-    assert!(done.stderr.contains("`frames` has 10 frames, of which the last 1 are left out"), "{}", done.stderr);
+    assert!(done.stderr.contains("`frames` has 10 frames, of which the last one is left out"), "{}", done.stderr);
     let movie = ltxc_runtime::media::mp4::read(&place.read("a.mp4")).unwrap();
     let video = movie.video.unwrap();
     // Ten images are one group of eight behind the first.

@@ -182,6 +182,7 @@ fn what_does_not_fit_is_refused() {
     run(&["-p", "rain"], &["pipeline `upscale` reads no text", "leave `--prompt`"]);
     run(&["--image", &fixture("inputs/image0.png")], &["takes no images", "--image"]);
     run(&["--start-time", "0.1"], &["`--start-time` is about a clip of which a part", "takes a clip (`--video-path`)"]);
+    run(&["--steps", "5"], &["`--num-inference-steps` is about steps of denoising, and pipeline `upscale` has none"]);
     run(&["--lora", &fixture("tiny-ltx2/ic-lora-tiny.safetensors")], &["runs no transformer", "leave it out"]);
     run(&["--audio-path", "a.wav"], &["takes no recording", "--audio-path"]);
     refused(&command("run", &[&fits[..], &["-o", "a.mp4"]].concat()), &["needs a clip", "--video-path"]);
