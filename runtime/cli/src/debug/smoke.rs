@@ -247,7 +247,9 @@ fn smoke(args: &SmokeArgs, debug: &DebugFlags, definition: &Definition, material
     flag("--seed", args.seed.to_string());
     flag("--device", args.device.clone());
     flag("--output", path(&output));
-    args.steps.iter().for_each(|steps| flag("--num-inference-steps", steps.to_string()));
+    // Of all pipelines, those that have steps take their number; one named alone says why it has none.
+    let takes_steps = definition.denoises() || args.name != "all";
+    args.steps.iter().filter(|_| takes_steps).for_each(|steps| flag("--num-inference-steps", steps.to_string()));
     if takes_distilled(definition) {
         material.distilled_lora.iter().for_each(|lora| flag("--distilled-lora", path(lora)));
     }
