@@ -39,8 +39,8 @@ const PREPARED_HEADS: usize = 8;
 /// Floats of prepared queries: 4 MB.
 const PREPARED_FLOATS: usize = 1 << 20;
 
-/// Elements per task that prepares queries.
-const PREPARE_TASK: usize = 1 << 14;
+/// Elements per task that prepares queries: few, so that threads end together where there are few tokens.
+const PREPARE_TASK: usize = 1 << 13;
 
 /// Work per element that is prepared.
 const PREPARE_WEIGHT: usize = 4;
@@ -257,21 +257,30 @@ struct Inputs<'a> {
 /// `packed` has room for these heads, and nothing else uses it. `scratch` was made for [`need`].
 unsafe fn pack(inputs: &Inputs<'_>, batch: usize, heads: Range<usize>, packed: Shared<f32>, scratch: &Scratch<'_>) {
     let (plan, width) = (inputs.plan, width());
-    if let Some(keys) = &inputs.keys {
-        let work = (heads.len() * plan.s * plan.d).saturating_mul(PREPARE_WEIGHT);
-        for_each(plan.s.div_ceil(width), work, |panel| {
-            let panel = panel * width..plan.s.min((panel + 1) * width);
-            // SAFETY: every task packs its own panel of all heads, and is called once.
-            unsafe { prepare_panel(keys, plan, batch, heads.clone(), panel, packed.get(), scratch.slot()) };
-        });
-    }
     let matrix = |arg: &Arg<'_>, head: usize, dim: usize, transposed| {
         let all = Matrix { ptr: arg.ptr, dtype: arg.ty.dtype, stride: plan.m * dim, transposed };
         all.offset((batch * plan.s * plan.m + head) * dim)
     };
     let key_blocks = plan.s.div_ceil(KEYS);
-    for_each(heads.len() * key_blocks, heads.len() * plan.s * (plan.d + plan.e), |task| {
-        let (head, block) = (task / key_blocks, task % key_blocks);
+    let packs = heads.len() * key_blocks;
+    // Panels of keys that are prepared, some heads at a time, which stand side by side in memory.
+    let parts = heads.len().div_ceil(PREPARED_HEADS);
+    let panels = if inputs.keys.is_some() { plan.s.div_ceil(width) * parts } else { 0 };
+    let (keys_work, values_work) = (heads.len() * plan.s * plan.d, heads.len() * plan.s * plan.e);
+    let keys_weight = if inputs.keys.is_some() { PREPARE_WEIGHT } else { 1 };
+    for_each(panels + packs, keys_work.saturating_mul(keys_weight).saturating_add(values_work), |task| {
+        if let Some(keys) = inputs.keys.as_ref().filter(|_| task < panels) {
+            let (panel, first) = (task / parts * width, heads.start + task % parts * PREPARED_HEADS);
+            let part = first..heads.end.min(first + PREPARED_HEADS);
+            let panel = panel..plan.s.min(panel + width);
+            // SAFETY: every task packs its own panel of its own heads, and is called once.
+            unsafe {
+                let to = packed.get().add((first - heads.start) * plan.packed_head());
+                prepare_panel(keys, plan, batch, part, panel, to, scratch.slot());
+            }
+            return;
+        }
+        let (head, block) = ((task - panels) / key_blocks, (task - panels) % key_blocks);
         let keys = block * KEYS..plan.s.min((block + 1) * KEYS);
         let k = matrix(&inputs.args[1], heads.start + head, plan.d, true);
         let v = matrix(&inputs.args[2], heads.start + head, plan.e, false);
@@ -293,10 +302,11 @@ unsafe fn pack(inputs: &Inputs<'_>, batch: usize, heads: Range<usize>, packed: S
     });
 }
 
-/// Prepares a panel of keys of some heads, and packs it.
+/// Prepares a panel of keys of at most [`PREPARED_HEADS`] heads, and packs it.
 ///
 /// # Safety
-/// As for [`pack`]; nothing else uses this panel of the packed heads, and `slot` has the size that [`need`] says.
+/// `packed` are the packed heads from the first of these on, whose panel nothing else uses; `slot` has the size that
+/// [`need`] says.
 unsafe fn prepare_panel(
     keys: &Heads<'_>,
     plan: Plan,
@@ -307,21 +317,18 @@ unsafe fn prepare_panel(
     slot: &mut [f32],
 ) {
     let (rows, room) = slot.split_at_mut(panel_rows(plan));
-    for first in heads.clone().step_by(PREPARED_HEADS) {
-        let part = first..heads.end.min(first + PREPARED_HEADS);
-        let stride = part.len() * plan.d;
-        for (r, key) in panel.clone().enumerate() {
-            // SAFETY: the heads exist.
-            unsafe { keys.token([batch, key], part.clone(), &mut rows[r * stride..][..stride], room) };
-        }
-        for head in part.clone() {
-            let ptr = rows[(head - first) * plan.d..].as_ptr().cast();
-            let matrix = Matrix { ptr, dtype: DType::F32, stride, transposed: true };
-            // SAFETY: the panel is inside the packed head, its rows were prepared.
-            unsafe {
-                let to = packed.add((head - heads.start) * plan.packed_head() + panel.start * plan.d);
-                matrix.pack(0..plan.d, 0..panel.len(), width(), to);
-            }
+    let stride = heads.len() * plan.d;
+    for (r, key) in panel.clone().enumerate() {
+        // SAFETY: the heads exist.
+        unsafe { keys.token([batch, key], heads.clone(), &mut rows[r * stride..][..stride], room) };
+    }
+    for head in 0..heads.len() {
+        let ptr = rows[head * plan.d..].as_ptr().cast();
+        let matrix = Matrix { ptr, dtype: DType::F32, stride, transposed: true };
+        // SAFETY: the panel is inside the packed head, its rows were prepared.
+        unsafe {
+            let to = packed.add(head * plan.packed_head() + panel.start * plan.d);
+            matrix.pack(0..plan.d, 0..panel.len(), width(), to);
         }
     }
 }

@@ -15,8 +15,11 @@ use super::norm::{rms_factor, scale_all, scale_by, wide};
 use super::parallel::{Scratch, Shared, for_each};
 use super::rope::{Table, rotate_heads};
 
-/// Elements per task of the first pass.
-const TASK: usize = 1 << 14;
+/// Elements per task of the first pass: few, so that threads end together where there are few tokens.
+const TASK: usize = 1 << 13;
+
+/// Work per element of the first pass, which brings the operand from memory.
+const WEIGHT: usize = 2;
 
 /// What is done to queries or keys before they are used.
 pub(crate) struct Steps<'a> {
@@ -83,7 +86,7 @@ impl<'a> Heads<'a> {
             let rows = x.ty.elements() / norm.row;
             let (factors, from, dtype) = (Shared::new(kept), Shared::new(x.ptr.cast_mut()), x.ty.dtype);
             let per_task = (TASK / norm.row).max(1);
-            for_each(rows.div_ceil(per_task), x.ty.elements(), |task| {
+            for_each(rows.div_ceil(per_task), x.ty.elements() * WEIGHT, |task| {
                 // SAFETY: called once per task.
                 let slot = unsafe { scratch.slot() };
                 for row in task * per_task..rows.min((task + 1) * per_task) {
