@@ -58,6 +58,9 @@ pub struct Level {
     pub arena_bytes: u64,
     /// Seconds of a run, the median of the rounds.
     pub seconds: f64,
+    /// The least seconds of every call over the rounds, added up: what is left where other work on the machine, and clocks
+    /// that change, make single runs longer. `None` where calls cannot be timed without making them wait.
+    pub least_seconds: Option<f64>,
     /// Seconds of full fusion by seconds of this level, the median over rounds.
     pub full_by_this: f64,
     /// Seconds that full fusion gains over this level, by neighbouring runs; `None` with too few rounds.
@@ -178,6 +181,8 @@ struct Running<'a> {
     executor: Executor<'a>,
     first_seconds: f64,
     seconds: Vec<f64>,
+    /// The least seconds of every call so far, where a call is over when it returns.
+    least: Option<Vec<f64>>,
 }
 
 impl<'a> Running<'a> {
@@ -188,7 +193,8 @@ impl<'a> Running<'a> {
         device: &Device,
     ) -> Result<Running<'a>, RunError> {
         let executor = Executor::on(open(device)?, plan, weights, &NEVER)?;
-        let mut running = Running { name, plan, executor, first_seconds: 0.0, seconds: Vec::new() };
+        let least = (plan.target.backend == "cpu").then(Vec::new);
+        let mut running = Running { name, plan, executor, first_seconds: 0.0, seconds: Vec::new(), least };
         for program in &plan.programs {
             running.executor.load(&program.name)?;
         }
@@ -205,15 +211,22 @@ impl<'a> Running<'a> {
 
     /// Runs the programs of every step once.
     fn run(&mut self) -> Result<f64, RunError> {
-        let mut seconds = 0.0;
+        let (mut seconds, mut calls) = (0.0, Vec::new());
         let fastest = fastest(self.plan);
         for program in self.plan.programs.iter().filter(|p| fastest.contains(&p.rate)) {
             write_inputs(&mut self.executor, program)?;
             self.executor.synchronize()?;
             let start = Instant::now();
-            self.executor.run(&program.name)?;
+            match self.least {
+                Some(_) => calls.extend(self.executor.run_timed(&program.name)?.iter().map(Duration::as_secs_f64)),
+                None => self.executor.run(&program.name)?,
+            }
             self.executor.synchronize()?;
             seconds += start.elapsed().as_secs_f64();
+        }
+        if let Some(least) = &mut self.least {
+            least.resize(calls.len(), f64::INFINITY);
+            least.iter_mut().zip(calls).for_each(|(least, seconds)| *least = least.min(seconds));
         }
         Ok(seconds)
     }
@@ -252,6 +265,7 @@ impl<'a> Running<'a> {
             elementwise_bytes: sum(&elementwise_bytes),
             arena_bytes: programs().map(|p| p.arena_bytes.iter().sum::<u64>()).max().unwrap_or(0),
             seconds,
+            least_seconds: self.least.as_ref().map(|calls| calls.iter().sum()),
             full_by_this: ratio,
             gain: Interval::of_median(self.seconds.iter().zip(full).map(|(this, full)| this - full)),
             predicted_gain: 0.0,

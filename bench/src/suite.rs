@@ -260,9 +260,9 @@ impl Suite {
         );
         line(
             text,
-            "the level, in brackets where the true median lies with 95 % certainty; predicted is what the elementwise",
+            "the level, in brackets where the true median lies with 95 % certainty, and beside that by the least time of every",
         );
-        line(text, "bytes saved take at the rate of a large copy.\n");
+        line(text, "call over the rounds; predicted is what the elementwise bytes saved take at the rate of a large copy.\n");
         let columns = [
             "component",
             "fusion",
@@ -272,6 +272,7 @@ impl Suite {
             "ms",
             "full / this",
             "ms gained",
+            "by least times",
             "ms predicted",
             "of ceiling",
             "first run, ms",
@@ -290,6 +291,7 @@ impl Suite {
                     figure(level.seconds * 1e3),
                     if i == 0 { String::new() } else { figure(level.full_by_this) },
                     if i == 0 { String::new() } else { gain(level) },
+                    if i == 0 { String::new() } else { least_gain(level, &component.levels[0]) },
                     if i == 0 { String::new() } else { figure(level.predicted_gain * 1e3) },
                     percent(level.share),
                     figure(level.first_seconds * 1e3),
@@ -346,6 +348,12 @@ fn gain(level: &levels::Level) -> String {
         Some(gain) => format!("{} [{}, {}]", ms(gain.median), ms(gain.low), ms(gain.high)),
         None => ms(level.seconds * (1.0 - level.full_by_this)),
     }
+}
+
+/// Milliseconds gained by the least times of all calls, where these are known.
+fn least_gain(level: &levels::Level, full: &levels::Level) -> String {
+    let least = level.least_seconds.zip(full.least_seconds);
+    least.map(|(this, full)| figure((this - full) * 1e3)).unwrap_or_default()
 }
 
 fn kernel_cells(k: &KernelRow) -> Vec<String> {
