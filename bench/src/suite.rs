@@ -262,7 +262,10 @@ impl Suite {
             text,
             "the level, in brackets where the true median lies with 95 % certainty, and beside that by the least time of every",
         );
-        line(text, "call over the rounds; predicted is what the elementwise bytes saved take at the rate of a large copy.\n");
+        line(
+            text,
+            "call over the rounds; predicted is what the elementwise bytes saved take at the rate of a large copy.\n",
+        );
         let columns = [
             "component",
             "fusion",

@@ -18,7 +18,7 @@ use std::ops::Range;
 
 use super::element::load;
 use super::gemm::{K_BLOCK, LDA};
-use super::heads::{Heads, Steps};
+use super::heads::{Heads, Steps, find_factors};
 use super::matmul::{LANES, sum_lanes};
 use super::pack::{Matrix, Panels};
 use super::parallel::{Need, Scratch, Shared, for_each};
@@ -178,40 +178,48 @@ pub(crate) unsafe fn launch_into(
     let plan = Plan::new(&types);
     let prepared_queries = Shared::new(scratch.shared().get().wrapping_add(packed(plan)));
     let mut kept = prepared_queries.get().wrapping_add(prepared(plan, prepare));
-    let mut heads = [0, 1].map(|j| {
+    let [queries, keys] = [0, 1].map(|j| {
         let steps = prepare[j].as_ref()?;
         let at = kept;
         kept = kept.wrapping_add(steps.shared(types[j]));
-        // SAFETY: `need` counted what is kept, and the room of the slots.
-        Some(unsafe { Heads::new(args[j], steps, at, scratch) })
+        // SAFETY: `need` counted what is kept.
+        Some(unsafe { Heads::new(args[j], steps, at) })
     });
-    let [queries, keys] = [heads[0].take(), heads[1].take()];
+    // SAFETY: `need` counted the room of the slots.
+    unsafe { find_factors([queries.as_ref(), keys.as_ref()], scratch) };
     let inputs = Inputs { op, plan, args, keys, sink, slot: slot(plan) };
     let packed = scratch.shared();
     let queries_per_key = plan.queries_per_key();
     for (batch, first) in (0..plan.b).flat_map(|b| (0..plan.m).step_by(plan.heads).map(move |first| (b, first))) {
         let heads = first..plan.m.min(first + plan.heads);
-        // SAFETY: the packed heads are `packed(plan)` floats, which the tasks of the last round do not read any more.
-        unsafe { pack(&inputs, batch, heads.clone(), packed, scratch) };
         let query_heads = heads.start * queries_per_key..heads.end * queries_per_key;
         let row = query_heads.len() * plan.d;
+        let packing = Packing::new(&inputs, batch, heads, packed);
         let rows_at_once = if queries.is_some() { plan.prepared_rows() } else { plan.t.max(1) };
         for start in (0..plan.t).step_by(rows_at_once) {
             let rows = start..plan.t.min(start + rows_at_once);
-            if let Some(queries) = &queries {
-                let per_task = (PREPARE_TASK / row.max(1)).max(1);
-                for_each(rows.len().div_ceil(per_task), rows.len() * row * PREPARE_WEIGHT, |task| {
-                    // SAFETY: called once per task.
-                    let room = unsafe { scratch.slot() };
-                    for r in task * per_task..rows.len().min((task + 1) * per_task) {
-                        // SAFETY: the heads exist; this task owns the row, which is among the prepared ones.
-                        unsafe {
-                            let out = std::slice::from_raw_parts_mut(prepared_queries.get().add(r * row), row);
-                            queries.token([batch, rows.start + r], query_heads.clone(), out, room);
-                        }
+            // Keys and values are packed once, beside the first queries: waking threads takes as long as a few tokens.
+            let (packs, packs_work) = if start == 0 { (packing.tasks(), packing.work()) } else { (0, 0) };
+            let per_task = (PREPARE_TASK / row.max(1)).max(1);
+            let prepares = if queries.is_some() { rows.len().div_ceil(per_task) } else { 0 };
+            let prepares_work = prepares * per_task * row * PREPARE_WEIGHT;
+            for_each(packs + prepares, packs_work.saturating_add(prepares_work), |task| {
+                // SAFETY: called once per task.
+                let room = unsafe { scratch.slot() };
+                let Some(queries) = queries.as_ref().filter(|_| task >= packs) else {
+                    // SAFETY: the packed heads are `packed(plan)` floats, which tasks of the last round do not read any more;
+                    // the slot is what `need` says, and every task runs once.
+                    return unsafe { packing.run(task, room) };
+                };
+                let task = task - packs;
+                for r in task * per_task..rows.len().min((task + 1) * per_task) {
+                    // SAFETY: the heads exist; this task owns the row, which is among the prepared ones.
+                    unsafe {
+                        let out = std::slice::from_raw_parts_mut(prepared_queries.get().add(r * row), row);
+                        queries.token([batch, rows.start + r], query_heads.clone(), out, room);
                     }
-                });
-            }
+                }
+            });
             let row_blocks = rows.len().div_ceil(ROWS);
             let tasks = query_heads.len() * row_blocks;
             let work = (tasks * ROWS.min(plan.t)).saturating_mul(plan.s).saturating_mul(plan.d + plan.e);
@@ -252,43 +260,65 @@ struct Inputs<'a> {
 
 /// Packs some heads of keys and values of a batch, each into a packed head of its own: panels of keys, each `d` rows of
 /// `width`, and then panels of columns of the values, each `s` rows of `width`.
-///
-/// # Safety
-/// `packed` has room for these heads, and nothing else uses it. `scratch` was made for [`need`].
-unsafe fn pack(inputs: &Inputs<'_>, batch: usize, heads: Range<usize>, packed: Shared<f32>, scratch: &Scratch<'_>) {
-    let (plan, width) = (inputs.plan, width());
-    let matrix = |arg: &Arg<'_>, head: usize, dim: usize, transposed| {
-        let all = Matrix { ptr: arg.ptr, dtype: arg.ty.dtype, stride: plan.m * dim, transposed };
-        all.offset((batch * plan.s * plan.m + head) * dim)
-    };
-    let key_blocks = plan.s.div_ceil(KEYS);
-    let packs = heads.len() * key_blocks;
-    // Panels of keys that are prepared, some heads at a time, which stand side by side in memory.
-    let parts = heads.len().div_ceil(PREPARED_HEADS);
-    let panels = if inputs.keys.is_some() { plan.s.div_ceil(width) * parts } else { 0 };
-    let (keys_work, values_work) = (heads.len() * plan.s * plan.d, heads.len() * plan.s * plan.e);
-    let keys_weight = if inputs.keys.is_some() { PREPARE_WEIGHT } else { 1 };
-    for_each(panels + packs, keys_work.saturating_mul(keys_weight).saturating_add(values_work), |task| {
-        if let Some(keys) = inputs.keys.as_ref().filter(|_| task < panels) {
-            let (panel, first) = (task / parts * width, heads.start + task % parts * PREPARED_HEADS);
-            let part = first..heads.end.min(first + PREPARED_HEADS);
+struct Packing<'a> {
+    inputs: &'a Inputs<'a>,
+    batch: usize,
+    heads: Range<usize>,
+    packed: Shared<f32>,
+    /// Groups of heads whose keys are prepared together, because they stand side by side in memory.
+    groups: usize,
+    /// Tasks that prepare a panel of keys of a group; tasks that pack what is not prepared follow.
+    panels: usize,
+    /// Blocks of keys.
+    blocks: usize,
+}
+
+impl<'a> Packing<'a> {
+    fn new(inputs: &'a Inputs<'a>, batch: usize, heads: Range<usize>, packed: Shared<f32>) -> Packing<'a> {
+        let s = inputs.plan.s;
+        let groups = heads.len().div_ceil(PREPARED_HEADS);
+        let panels = if inputs.keys.is_some() { s.div_ceil(width()) * groups } else { 0 };
+        Packing { inputs, batch, heads, packed, groups, panels, blocks: s.div_ceil(KEYS) }
+    }
+
+    fn tasks(&self) -> usize {
+        self.panels + self.heads.len() * self.blocks
+    }
+
+    fn work(&self) -> usize {
+        let Plan { s, d, e, .. } = self.inputs.plan;
+        let weight = if self.inputs.keys.is_some() { PREPARE_WEIGHT } else { 1 };
+        (self.heads.len() * s).saturating_mul(d * weight + e)
+    }
+
+    /// # Safety
+    /// `packed` has room for these heads, and nothing else uses it; every task runs once, and `slot` has the size that
+    /// [`need`] says.
+    unsafe fn run(&self, task: usize, slot: &mut [f32]) {
+        let (plan, width, heads) = (self.inputs.plan, width(), &self.heads);
+        if let Some(keys) = self.inputs.keys.as_ref().filter(|_| task < self.panels) {
+            let (panel, first) = (task / self.groups * width, task % self.groups * PREPARED_HEADS);
+            let group = heads.start + first..heads.end.min(heads.start + first + PREPARED_HEADS);
             let panel = panel..plan.s.min(panel + width);
-            // SAFETY: every task packs its own panel of its own heads, and is called once.
-            unsafe {
-                let to = packed.get().add((first - heads.start) * plan.packed_head());
-                prepare_panel(keys, plan, batch, part, panel, to, scratch.slot());
-            }
-            return;
+            // SAFETY: the panel of these heads belongs to this task.
+            return unsafe {
+                let to = self.packed.get().add(first * plan.packed_head());
+                prepare_panel(keys, plan, self.batch, group, panel, to, slot);
+            };
         }
-        let (head, block) = ((task - panels) / key_blocks, (task - panels) % key_blocks);
+        let (head, block) = ((task - self.panels) / self.blocks, (task - self.panels) % self.blocks);
         let keys = block * KEYS..plan.s.min((block + 1) * KEYS);
-        let k = matrix(&inputs.args[1], heads.start + head, plan.d, true);
-        let v = matrix(&inputs.args[2], heads.start + head, plan.e, false);
+        let matrix = |arg: &Arg<'_>, dim: usize, transposed| {
+            let all = Matrix { ptr: arg.ptr, dtype: arg.ty.dtype, stride: plan.m * dim, transposed };
+            all.offset((self.batch * plan.s * plan.m + heads.start + head) * dim)
+        };
+        let k = matrix(&self.inputs.args[1], plan.d, true);
+        let v = matrix(&self.inputs.args[2], plan.e, false);
         // SAFETY: every task packs its own keys of the memory of its head; panels lie one after the other; keys and
         // columns are inside the operands.
         unsafe {
-            let to = packed.get().add(head * plan.packed_head());
-            if inputs.keys.is_none() {
+            let to = self.packed.get().add(head * plan.packed_head());
+            if self.inputs.keys.is_none() {
                 for key in keys.clone().step_by(width) {
                     k.pack(0..plan.d, key..keys.end.min(key + width), width, to.add(key * plan.d));
                 }
@@ -299,7 +329,7 @@ unsafe fn pack(inputs: &Inputs<'_>, batch: usize, heads: Range<usize>, packed: S
                 v.pack(keys.clone(), column..plan.e.min(column + width), width, at);
             }
         }
-    });
+    }
 }
 
 /// Prepares a panel of keys of at most [`PREPARED_HEADS`] heads, and packs it.

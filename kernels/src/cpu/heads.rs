@@ -67,42 +67,72 @@ pub(crate) struct Heads<'a> {
     rope: Option<(RopeLayout, [Table; 2])>,
 }
 
-/// A norm whose factors are known.
+/// A norm with the factors that it multiplies rows with.
 struct Factors<'a> {
-    /// Of each row.
-    factors: &'a [f32],
+    /// Of each row, once [`find_factors`] has run.
+    factors: Shared<f32>,
+    rows: usize,
     row: usize,
+    eps: f32,
     weight: Option<&'a [f32]>,
 }
 
+impl Factors<'_> {
+    /// Rows of a task that finds factors.
+    fn per_task(&self) -> usize {
+        (TASK / self.row).max(1)
+    }
+
+    fn tasks(&self) -> usize {
+        self.rows.div_ceil(self.per_task())
+    }
+
+    /// # Safety
+    /// The factor was found.
+    unsafe fn of(&self, row: usize) -> f32 {
+        // SAFETY: there is a factor for each row, and only [`find_factors`] writes them.
+        unsafe { *self.factors.get().add(row) }
+    }
+}
+
+/// Finds the factors of the norms of queries and keys, in one pass over each.
+///
+/// # Safety
+/// Slots of `scratch` have [`Steps::room`]; nothing else uses the factors meanwhile.
+pub(crate) unsafe fn find_factors(heads: [Option<&Heads<'_>>; 2], scratch: &Scratch<'_>) {
+    let norms: Vec<(&Arg<'_>, &Factors<'_>)> =
+        heads.into_iter().flatten().filter_map(|heads| Some((&heads.x, heads.norm.as_ref()?))).collect();
+    let first = norms.first().map_or(0, |(_, norm)| norm.tasks());
+    let tasks = norms.iter().map(|(_, norm)| norm.tasks()).sum();
+    let elements: usize = norms.iter().map(|(x, _)| x.ty.elements()).sum();
+    for_each(tasks, elements * WEIGHT, |task| {
+        let ((x, norm), task) = if task < first { (norms[0], task) } else { (norms[1], task - first) };
+        let (dtype, per_task) = (x.ty.dtype, norm.per_task());
+        // SAFETY: called once per task.
+        let slot = unsafe { scratch.slot() };
+        for row in task * per_task..norm.rows.min((task + 1) * per_task) {
+            // SAFETY: the row is inside the operand, and this task owns its factor.
+            unsafe {
+                let src = x.ptr.add(row * norm.row * dtype.bytes());
+                let elements = widen(dtype, src, &mut slot[..norm.row]);
+                *norm.factors.get().add(row) = rms_factor(elements, norm.eps);
+            }
+        }
+    });
+}
+
 impl<'a> Heads<'a> {
-    /// Makes the factors of the norm.
+    /// What [`find_factors`] has yet to find the factors of.
     ///
     /// # Safety
     /// `steps` are those of a call on `x`; `kept` has room for [`Steps::shared`], which nothing else uses while the result
-    /// lives, and slots have [`Steps::room`].
-    pub(crate) unsafe fn new(x: Arg<'a>, steps: &Steps<'a>, kept: *mut f32, scratch: &Scratch<'_>) -> Heads<'a> {
+    /// lives.
+    pub(crate) unsafe fn new(x: Arg<'a>, steps: &Steps<'a>, kept: *mut f32) -> Heads<'a> {
         let norm = steps.norm.as_ref().map(|norm| {
             let rows = x.ty.elements() / norm.row;
-            let (factors, from, dtype) = (Shared::new(kept), Shared::new(x.ptr.cast_mut()), x.ty.dtype);
-            let per_task = (TASK / norm.row).max(1);
-            for_each(rows.div_ceil(per_task), x.ty.elements() * WEIGHT, |task| {
-                // SAFETY: called once per task.
-                let slot = unsafe { scratch.slot() };
-                for row in task * per_task..rows.min((task + 1) * per_task) {
-                    // SAFETY: the row is inside the operand, and this task owns its factor.
-                    unsafe {
-                        let first = from.get().add(row * norm.row * dtype.bytes());
-                        let elements = widen(dtype, first, &mut slot[..norm.row]);
-                        *factors.get().add(row) = rms_factor(elements, norm.eps);
-                    }
-                }
-            });
-            // SAFETY: all factors were written; the weight has a row of elements and lies behind them.
-            unsafe {
-                let weight = norm.weight.as_ref().map(|w| wide(w, norm.row, kept.add(rows)));
-                Factors { factors: std::slice::from_raw_parts(kept, rows), row: norm.row, weight }
-            }
+            // SAFETY: the weight has a row of elements and lies behind the factors.
+            let weight = norm.weight.as_ref().map(|w| unsafe { wide(w, norm.row, kept.add(rows)) });
+            Factors { factors: Shared::new(kept), rows, row: norm.row, eps: norm.eps, weight }
         });
         let rope = steps.rope.as_ref().map(|r| (r.layout, [Table::new(&r.tables[0]), Table::new(&r.tables[1])]));
         Heads { x, norm, rope }
@@ -111,7 +141,7 @@ impl<'a> Heads<'a> {
     /// Writes some heads of a token of a batch, as f32, side by side. `room` has what [`Steps::room`] says.
     ///
     /// # Safety
-    /// There are such heads, and `out` has room for them.
+    /// There are such heads, their factors were found, and `out` has room for them.
     pub(crate) unsafe fn token(
         &self,
         [batch, token]: [usize; 2],
@@ -130,11 +160,14 @@ impl<'a> Heads<'a> {
         let out = &mut out[..count];
         let norm = |norm: &Factors<'_>, y: &mut [f32], narrow: &mut [f32]| {
             if norm.row == d {
-                for (h, factor) in norm.factors[row * all..][heads.clone()].iter().enumerate() {
-                    scale(&x[h * d..][..d], *factor, norm.weight, &mut y[h * d..][..d]);
+                for (h, head) in heads.clone().enumerate() {
+                    // SAFETY: the factor was found.
+                    let factor = unsafe { norm.of(row * all + head) };
+                    scale(&x[h * d..][..d], factor, norm.weight, &mut y[h * d..][..d]);
                 }
             } else {
-                scale(x, norm.factors[row], norm.weight.map(|w| &w[heads.start * d..][..count]), y);
+                // SAFETY: as above.
+                scale(x, unsafe { norm.of(row) }, norm.weight.map(|w| &w[heads.start * d..][..count]), y);
             }
             round(dtype, y, narrow);
         };
