@@ -11,7 +11,7 @@ use ltxc_runtime::pipeline::positions::ReferenceScale;
 use serde_json::{Value, json};
 
 use crate::adapters::Loras;
-use crate::args::{ContentArgs, DeviceChoice, PipelineName, Precision, ReferenceVersion, SamplingArgs, ShapeArgs};
+use crate::args::{ContentArgs, DeviceChoice, PipelineName, Precision, SamplingArgs, ShapeArgs};
 use crate::pipelines::{Definition, definition};
 
 /// What a plan is compiled for.
@@ -242,10 +242,7 @@ impl Shape {
             Some(seconds) => Some(frames_of(seconds, frame_rate)?),
             None => args.num_frames,
         };
-        let release = match args.reference_version {
-            Some(ReferenceVersion::V1_0_0) => Release::V1_0_0,
-            Some(ReferenceVersion::V1_2_0) | None => Release::V1_2_0,
-        };
+        let release = args.reference_version.map_or(Release::V1_2_0, Release::from);
         let pads = definition(pipeline).brings.pads_references;
         let tile = match (&args.vae_tile, args.spatial_tile, release) {
             (Some(text), ..) => VaeTile::parse(text)?,
