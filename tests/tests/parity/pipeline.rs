@@ -12,7 +12,7 @@ use ltxc::adapters::{self, Loras};
 use ltxc::args::{AdapterArgs, ModelArgs, PipelineName, Precision, ReferenceVersion, ShapeArgs};
 use ltxc::assemble::ModelFiles;
 use ltxc::compile::compile;
-use ltxc::job::Shape;
+use ltxc::job::{References, Shape};
 use ltxc_compiler::Options;
 use ltxc_ir::plan::{Plan, Release, SoundRole, container};
 use ltxc_runtime::RunError;
@@ -403,7 +403,8 @@ impl Files {
     /// The same for adapters.
     fn compile_for(&self, shape: &ShapeArgs, keyframes: usize, loras: &Loras) -> Plan {
         let shape = Shape::resolve(shape, keyframes).and_then(|s| s.with(loras)).unwrap_or_else(|e| panic!("{e:#}"));
-        let shape = Shape { target: self.device.target.clone(), ..shape };
+        let references = References { frames: Some(conditioned::reference_length()), ..shape.references };
+        let shape = Shape { target: self.device.target.clone(), references, ..shape };
         let files = ModelFiles::of_pipeline(&self.args, shape.pipeline, true).unwrap_or_else(|e| panic!("{e:#}"));
         let plan = compile(&files, &shape, Options::default(), &mut |_, _, _| {}).unwrap_or_else(|e| panic!("{e:#}"));
         let bytes = container::encode(&plan).unwrap_or_else(|e| panic!("{e}"));

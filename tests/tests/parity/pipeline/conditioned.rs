@@ -151,6 +151,11 @@ fn media() -> TensorFile {
     TensorFile::read(&root().join("inputs/media.safetensors"))
 }
 
+/// Frames of the recorded reference video.
+pub fn reference_length() -> usize {
+    media().tensor("video.frames_uint8").ty.shape[0]
+}
+
 /// The recorded reference video, of which a run reads as many frames as its own has.
 fn reference_frames(planned: &ReferenceInput) -> Vec<f32> {
     let (width, height) = (planned.width as usize, planned.height as usize);

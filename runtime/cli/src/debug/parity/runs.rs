@@ -98,7 +98,8 @@ pub fn check_run(files: &ModelFiles, on: &RunOn<'_>, path: &Path, rows: &mut Vec
     let keyframes = images.iter().filter(|i| i.frame > 0 || appends_first).count();
     let loras = run.loras(files)?;
     let shape = ShapeArgs { reference_version: on.release, ..run.shape(&check.meta)? };
-    let shape = Shape::resolve(&shape, keyframes)?.with(&loras)?;
+    let mut shape = Shape::resolve(&shape, keyframes)?.with(&loras)?;
+    shape.references.frames = run.shortest_reference()?;
     let plan = plan_for(files, &shape, on.device, on.options.clone())?;
     let ran = Pipeline {
         plan: &plan,
@@ -307,6 +308,14 @@ impl Recorded<'_> {
     fn clip_rate(&self) -> Result<Option<f64>> {
         let Some(text) = self.params["video"].as_str() else { return Ok(None) };
         Ok(self.file_of(text)?.0.meta()["fps"].as_f64())
+    }
+
+    /// Frames of the shortest reference video, if there is one.
+    fn shortest_reference(&self) -> Result<Option<usize>> {
+        let listed = self.params["video_conditioning"].as_array().into_iter().flatten();
+        let frames = listed.filter_map(|reference| Some(self.named(reference[0].as_str()?)));
+        let frames = frames.map(|clip| Ok(clip?.ty.shape.first().copied().unwrap_or(0)));
+        frames.collect::<Result<Vec<usize>>>().map(|frames| frames.into_iter().min())
     }
 
     fn media(&self, plan: &Plan) -> Result<Media> {
