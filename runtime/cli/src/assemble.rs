@@ -36,6 +36,7 @@ use crate::args::{ModelArgs, PipelineName, Variant};
 use crate::enhance;
 use crate::job::Shape;
 use crate::pipelines::{Basis, StageDraft, Training, definition, guidance, inputs, training_named};
+use crate::report::remark;
 use crate::tensors;
 use crate::upscale;
 
@@ -108,7 +109,7 @@ impl ModelFiles {
         };
         let gemma = GemmaFolder::open(&gemma)?;
         if let Some(note) = gemma.check_pairing(&files.model)? {
-            eprintln!("note: {note}");
+            remark(&format!("note: {note}"));
         }
         files.gemma = Some(gemma);
         Ok(files)
@@ -129,7 +130,7 @@ impl ModelFiles {
                             "`--spatial-upsampler-path` is missing: it names the spatial upscaler, and there is none beside the \
                              model",
                         )?;
-                        eprintln!("note: upscaler `{}`, found beside the model", beside.display());
+                        remark(&format!("note: upscaler `{}`, found beside the model", beside.display()));
                         beside
                     }
                 };

@@ -282,7 +282,7 @@ fn sketches(args: &BisectArgs, setting: &str, side: &str) -> Result<Side> {
         noise: Noise { seed: args.seed, spares_decoders, ..Noise::default() },
     };
     pipeline.run(Some(Box::new(tap)))?;
-    session.finish()?.iter().for_each(|note| eprintln!("{note}"));
+    session.close()?;
     let sketches = kept.take();
     Ok(Side { dtype: shape.dtype, plan, sketches })
 }

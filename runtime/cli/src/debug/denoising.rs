@@ -121,7 +121,7 @@ impl OpenRun<'_> {
             noise: Noise { seed: self.of.seed, given, spares_decoders: self.spares_decoders, ..Noise::default() },
         };
         let ran = pipeline.run_until(tap)?;
-        self.session.finish()?.iter().for_each(|note| eprintln!("{note}"));
+        self.session.close()?;
         Ok(ran)
     }
 }
@@ -130,7 +130,7 @@ impl OpenRun<'_> {
 #[derive(Debug, Args)]
 pub struct LoopArgs {
     /// Show how streams grow from block to block, and how much of them comes from the text. Compiles without fusion.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "compare")]
     pub blocks: bool,
     /// Compare with the tensors of this recording, from whose noise the run starts: `stage1.step0.video.latent` and so on.
     /// A recording of tests/tools or of the fixtures that is named for its pipeline says what to run; flags say it else.
@@ -257,7 +257,7 @@ pub fn run_loop(args: &LoopArgs, json_output: bool) -> Result<bool> {
         let mut rows = Vec::new();
         let on = RunOn { device: &device, options: compiler, session: &session };
         check_run(&files, &on, &recording.path, &mut rows)?;
-        session.finish()?.iter().for_each(|note| eprintln!("{note}"));
+        session.close()?;
         return print_rows(&rows, &recording.path.display().to_string(), json_output);
     }
     let given = recording.as_ref().map(recorded_noise).unwrap_or_default();
@@ -313,7 +313,9 @@ pub fn run_loop(args: &LoopArgs, json_output: bool) -> Result<bool> {
         let s = Stats::of(&[latent.len()], latent);
         let is_odd = !(0.7..=1.6).contains(&s.std);
         ok &= !is_odd && !s.is_bad();
-        if !json_output {
+        if json_output {
+            println!("{}", json!({"final_latent": {"mean": s.mean, "std": s.std, "ok": !is_odd && !s.is_bad()}}));
+        } else {
             let flag = if is_odd { "  RED FLAG: expected 0.7 to 1.6" } else { "" };
             println!("final latent: mean {:.4} std {:.4}{flag}", s.mean, s.std);
             if plan.pipeline.model.synthetic {

@@ -60,7 +60,7 @@ impl Side {
         let device = pick(&self.device, None)?;
         let session = Session::new(options, About { device: device.name.to_string(), seed, ..About::default() });
         let found = look(&device, &session)?;
-        session.finish()?.iter().for_each(|note| eprintln!("{note}"));
+        session.close()?;
         Ok(found)
     }
 }

@@ -33,6 +33,7 @@ use super::sums::{
     Collected, DETAIL, MODULE_TRACE_NAMES, MODULE_TRACE_STATS, StageSums, Sum, Values, detail_line, model_lines,
     module_line, trace_record, traced,
 };
+use crate::report::remark;
 
 /// Collects and writes what [`DebugOptions`] ask for; nothing, if they ask for nothing.
 #[derive(Clone, Default)]
@@ -146,6 +147,15 @@ impl Session {
         let mut state = state.borrow_mut();
         state.about.run = Some(name.into());
         Ok(state.logs.comment(&format!("run={name}"))?)
+    }
+
+    /// [`Session::finish`] of a command that has no report: tells the user at once.
+    ///
+    /// # Errors
+    /// Those of [`Session::finish`].
+    pub fn close(&self) -> Result<()> {
+        self.finish()?.iter().for_each(|note| remark(note));
+        Ok(())
     }
 
     /// Writes what is written in the end, and returns what to tell the user about it.
