@@ -17,7 +17,7 @@ use ltxc_runtime::pipeline::positions::ReferenceScale;
 use ltxc_runtime::weights::WeightFiles;
 
 use crate::args::{AdapterArgs, Hdr, LoraMode};
-use crate::assemble::{MODEL, local};
+use crate::model_files::{MODEL, local};
 use crate::pipelines::{Definition, takes_references};
 use crate::report::{Report, remark};
 

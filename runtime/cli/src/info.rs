@@ -17,11 +17,11 @@ use ltxc_runtime::memory::{MemoryNeed, readable};
 use serde_json::{Value, json};
 
 use crate::args::{ModelArgs, ShapeArgs};
-use crate::assemble::{MODEL, ModelFiles, local};
 use crate::compile::{self, compile, read_with_kernels};
 use crate::convert::is_lora;
 use crate::debug::weights::audit;
 use crate::job::Shape;
+use crate::model_files::{MODEL, ModelFiles, local};
 use crate::pipelines::is_distilled;
 use crate::{inspect, lora};
 

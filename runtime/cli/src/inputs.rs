@@ -12,10 +12,10 @@ use ltxc_runtime::media::{
 use ltxc_runtime::pipeline::{Attention, Media, Reference, SourceClip};
 
 use crate::args::{ContentArgs, Hdr, PipelineName, ShapeArgs};
+use crate::choice::Occurrences;
 use crate::job;
 use crate::pipelines::{Definition, definition};
 use crate::report::Report;
-use crate::run::Occurrences;
 
 /// A path with a strength, as given on the command line.
 #[derive(Clone, Debug, PartialEq)]
@@ -123,7 +123,9 @@ fn part(content: &ContentArgs, begin_of: &dyn Fn(u32) -> f64) -> Result<(f64, Op
     if let (Some(behind), None) = (content.end_latent, content.start_time) {
         let first = content.start_latent.unwrap_or(0);
         if behind <= first {
-            bail!("`--end-latent {behind}` is not behind latent frame {first}, where the part begins; give a larger one");
+            bail!(
+                "`--end-latent {behind}` is not behind latent frame {first}, where the part begins; give a larger one"
+            );
         }
     }
     let start = start.unwrap_or(0.0);

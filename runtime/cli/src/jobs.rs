@@ -18,13 +18,15 @@ use serde_json::{Map, Value};
 use crate::adapters::Loras;
 use crate::args::tables::{complaint, flags_of};
 use crate::args::{ContentArgs, OutputArgs, RunAdapterArgs, RunArgs, SamplingArgs, with_negative_numbers};
-use crate::assemble::local;
-use crate::debug::flags::DebugOptions;
+use crate::choice::{Choice, Occurrences};
+use crate::content::{negative_prompt, prompt};
+use crate::debug::options::DebugOptions;
 use crate::identity;
-use crate::job::{Shape, negative_prompt, prompt};
+use crate::job::Shape;
+use crate::model_files::local;
 use crate::pipelines::{definition, refuse_idle};
 use crate::report::Report;
-use crate::run::{Choice, Occurrences, Runner};
+use crate::run::Runner;
 
 /// What a job may choose.
 #[derive(Debug, Parser)]

@@ -5,9 +5,9 @@ use std::sync::atomic::Ordering;
 
 use clap::{ArgMatches, FromArgMatches};
 use ltxc::args::{self, Cli, Command, LoraCommand, in_our_words};
+use ltxc::choice::Occurrences;
 use ltxc::pipelines::{definition, refuse_idle};
 use ltxc::report::{QUIET, Report, Style};
-use ltxc::run::Occurrences;
 use ltxc::{bench, compile, convert, debug, demo, doctor, enhance, info, inspect, jobs, lora, run, synth, tune};
 use ltxc_runtime::RunError;
 

@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Result, bail};
 use ltxc_models::{ModelError, Weights};
 
-use crate::assemble::{GEMMA, ModelFiles};
+use crate::model_files::{GEMMA, ModelFiles};
 use crate::report::remark;
 
 /// Most tensors that are spelled out.

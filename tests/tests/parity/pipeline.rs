@@ -10,9 +10,9 @@ use std::sync::atomic::AtomicBool;
 
 use ltxc::adapters::{self, Loras};
 use ltxc::args::{AdapterArgs, ModelArgs, PipelineName, Precision, ReferenceVersion, ShapeArgs};
-use ltxc::assemble::ModelFiles;
 use ltxc::compile::compile;
 use ltxc::job::Shape;
+use ltxc::model_files::ModelFiles;
 use ltxc_compiler::Options;
 use ltxc_ir::plan::{Plan, SoundRole, container};
 use ltxc_runtime::RunError;

@@ -14,8 +14,8 @@ use clap::{Arg, Command, ValueEnum};
 use super::config::Refinement;
 use super::foreign::{Answer, Values, foreign, missing_pipeline};
 use super::{PipelineName, config};
-use crate::assemble::{local, upsampler_beside};
-use crate::job::LAST;
+use crate::content::LAST;
+use crate::model_files::{local, upsampler_beside};
 use crate::pipelines::{Training, definition, training_named};
 
 /// A command line in our words.
@@ -266,7 +266,6 @@ pub(super) fn known(name: &str, command: &Command) -> Result<Option<(String, Tak
     let values = translated.or(is_mode.then_some(Values::Switch)).or(foreign(short).map(|flag| flag.values));
     if let Some(values) = values {
         let (most, fits): (usize, fn(&str) -> bool) = match values {
-            Values::None => (0, |_| false),
             Values::Switch => (1, |text| ["true", "false"].contains(&text.to_lowercase().as_str())),
             Values::One => (1, |text| !is_flag(text)),
             Values::Pairs => (usize::MAX, |text| !is_flag(text) && text.contains('=')),

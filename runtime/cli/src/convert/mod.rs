@@ -24,7 +24,7 @@ use clap::{Args, ValueEnum};
 use ltxc_ir::DType;
 use ltxc_models::checkpoint::{FileKind, WeightFile};
 
-use crate::assemble::local;
+use crate::model_files::local;
 use crate::report::Report;
 use writer::Content;
 

@@ -27,8 +27,8 @@ use super::parity::transformer::{StreamCase, case_config, perturbation, stream_c
 use super::recording::TensorFile;
 use super::session::Session;
 use crate::args::ModelArgs;
-use crate::assemble::{MODEL, checkpoint_source, local};
 use crate::compile::unfused;
+use crate::model_files::{MODEL, checkpoint_source, local};
 
 /// What runs.
 pub const COMPONENT: &str = "transformer";

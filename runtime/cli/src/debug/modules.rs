@@ -23,7 +23,8 @@ use ltxc_runtime::tap::{Role, Tap, Value};
 use ltxc_runtime::tokenizer::CONTEXT_TOKENS;
 use ltxc_runtime::weights::WeightFiles;
 
-use super::flags::{DebugOptions, LogFlags};
+use super::flags::LogFlags;
+use super::options::DebugOptions;
 use super::session::{About, Session};
 use crate::args::{DeviceChoice, ModelArgs};
 use crate::compile::version;

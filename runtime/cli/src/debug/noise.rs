@@ -220,7 +220,11 @@ fn slots(args: &GenArgs) -> Result<Vec<(&'static str, SlotShape)>> {
     };
     let seconds = args.num_frames as f64 / args.frame_rate;
     if seconds > MOST_SECONDS {
-        bail!("`--frame-rate {}` makes {seconds:.0} s of {} frames, which is too long", args.frame_rate, args.num_frames);
+        bail!(
+            "`--frame-rate {}` makes {seconds:.0} s of {} frames, which is too long",
+            args.frame_rate,
+            args.num_frames
+        );
     }
     let tokens = (seconds * AUDIO_RATE_HZ).round_ties_even().max(1.0) as usize;
     let audio = SlotShape { spatial: vec![tokens], channels: args.audio_channels * MEL_BINS, inner: MEL_BINS };

@@ -19,7 +19,7 @@ use sha2::{Digest, Sha256};
 use super::against::{self, Other};
 use super::manifest;
 use crate::args::PipelineName;
-use crate::assemble::{MODEL, local};
+use crate::model_files::{MODEL, local};
 use crate::tensors::UNUSED;
 
 /// Components by the beginnings of keys, the longest match counts.

@@ -105,7 +105,10 @@ mod tests {
             ("[[level]]\ncfg = 3", &["level 1", "`up_to` is missing"]),
             ("[[level]]\nup_to = 1.5", &["level 1", "from 0 to 1"]),
             ("[[level]]\nup_to = 1.0\nspeed = 3", &["level 1", "`speed`"]),
-            ("[[level]]\nup_to = 1.0\ncfg = 'much'", &["level 1", "invalid value 'much' for '--video-cfg-guidance-scale"]),
+            (
+                "[[level]]\nup_to = 1.0\ncfg = 'much'",
+                &["level 1", "invalid value 'much' for '--video-cfg-guidance-scale"],
+            ),
             ("[[level]]\nup_to = 1.0\nsampler = 'euler'", &["level 1", "same at all levels"]),
             ("[[level]]\nup_to = 1.0\n[[level]]\nup_to = 1.0", &["two levels hold up to 1"]),
         ] {

@@ -104,7 +104,8 @@ fn a_part_can_be_given_in_latent_frames() {
     assert_eq!(middle.1, 4.0);
     // Frame 1 begins at 1/24 s, frame 9 at 9/24 s.
     assert!(middle == made(&["--start-time", "0.042", "--end-time", "0.374"]));
-    let counts = [&["--start-latent", "1"][..], &["--end-latent", "2"], &["--start-latent", "0"]].map(|part| made(part).1);
+    let counts =
+        [&["--start-latent", "1"][..], &["--end-latent", "2"], &["--start-latent", "0"]].map(|part| made(part).1);
     assert_eq!(counts, [8.0, 8.0, 12.0]);
     std::fs::remove_file(place.path("a.mp4")).unwrap();
     for (part, words) in [

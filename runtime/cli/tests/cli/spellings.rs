@@ -2,7 +2,7 @@
 
 use clap::FromArgMatches;
 use ltxc::args::{Cli, command, in_our_words};
-use ltxc::run::Occurrences;
+use ltxc::choice::Occurrences;
 
 use crate::bad_files::Parts;
 use crate::binary::{Place, SHAPE, fixtures, tiny, with};
@@ -336,10 +336,16 @@ fn folders_of_fastvideo_choose_the_pipeline() {
     let usual = format!("run --pipeline one-stage -p x --model {dev}");
     assert_eq!(meaning(&format!("run generate -p x --model {dev} --refine-enabled=false")).0, meaning(&usual).0);
     for (keys, words) in [
-        (r#", "fastvideo_refine_guidance_scale": 2.0, "fastvideo_refine_enabled": true"#, &["bad/model_index.json", "without guidance"][..]),
+        (
+            r#", "fastvideo_refine_guidance_scale": 2.0, "fastvideo_refine_enabled": true"#,
+            &["bad/model_index.json", "without guidance"][..],
+        ),
         (r#", "fastvideo_refine_transformer_path": "t", "fastvideo_refine_enabled": true"#, &["one transformer"]),
         (r#", "fastvideo_refine_speed": 2"#, &["`fastvideo_refine_speed` is not known", "model_index.json"]),
-        (r#", "fastvideo_refine_enabled": "no""#, &["model_index.json", "`fastvideo_refine_enabled` is \"no\"", "true or false"]),
+        (
+            r#", "fastvideo_refine_enabled": "no""#,
+            &["model_index.json", "`fastvideo_refine_enabled` is \"no\"", "true or false"],
+        ),
     ] {
         let said = resolved(&format!("run generate -p x --model {}", folder("bad", keys))).expect_err(keys);
         words.iter().for_each(|word| assert!(said.contains(word), "{keys}: `{word}` is missing in: {said}"));

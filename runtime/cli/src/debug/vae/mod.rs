@@ -34,8 +34,8 @@ use ltxc_runtime::random::NormalStream;
 use super::modules::{Bench, Ran, Side};
 use super::session::Session;
 use crate::args::ModelArgs;
-use crate::assemble::{MODEL, UPSAMPLER, checkpoint_source, local};
 use crate::compile::unfused;
+use crate::model_files::{MODEL, UPSAMPLER, checkpoint_source, local};
 
 /// `ltxc debug vae`.
 #[derive(Debug, Subcommand)]
