@@ -19,6 +19,9 @@ use super::{ClipInfo, ClipRate, MediaError};
 /// Largest side of a picture that is read.
 const MAX_SIDE: usize = 1 << 14;
 
+/// What no lossless compression reaches: a pixel has 6 bytes or more, of which deflate makes a thousandth at best.
+const MOST_PIXELS_PER_BYTE: u64 = 1 << 10;
+
 /// A picture in floats.
 #[derive(Debug, Clone, PartialEq)]
 pub struct FloatImage {
@@ -136,11 +139,14 @@ impl ExrSequence {
 /// # Errors
 /// [`MediaError::Io`] or [`MediaError::Input`] if it cannot be read, is damaged, too large, cropped, or has no colours.
 pub fn read(path: &Path) -> Result<FloatImage, MediaError> {
-    let file = std::fs::File::open(path).map_err(|error| MediaError::io("read", path, error))?;
+    let failed = |error| MediaError::io("read", path, error);
+    let file = std::fs::File::open(path).map_err(failed)?;
+    let most_pixels = file.metadata().map_err(failed)?.len().saturating_mul(MOST_PIXELS_PER_BYTE);
     let problem = |problem: String| MediaError::input(path, problem);
+    let has_room = |size: Vec2<usize>| size.area() as u64 <= most_pixels;
     // Only sizes that are allowed take memory; what is said of others follows below.
     let create = |size: Vec2<usize>, _: &_| {
-        let fits = size.width() <= MAX_SIDE && size.height() <= MAX_SIDE;
+        let fits = size.width() <= MAX_SIDE && size.height() <= MAX_SIDE && has_room(size);
         (size.width(), vec![0f32; if fits { size.area() * 3 } else { 0 }])
     };
     let set = |(width, rgb): &mut (usize, Vec<f32>), at: Vec2<usize>, (r, g, b): (f32, f32, f32)| {
@@ -156,6 +162,9 @@ pub fn read(path: &Path) -> Result<FloatImage, MediaError> {
     let (width, height) = (layer.size.width(), layer.size.height());
     if !(1..=MAX_SIDE).contains(&width) || !(1..=MAX_SIDE).contains(&height) {
         return Err(problem(format!("it is {width}x{height}, sides may have 1 to {MAX_SIDE} pixels")));
+    }
+    if !has_room(layer.size) {
+        return Err(problem(format!("it says that it is {width}x{height}, for which it is too short; write it again")));
     }
     if layer.attributes.layer_position != display.position || layer.size != display.size {
         let shown = format!("{}x{}", display.size.width(), display.size.height());
