@@ -123,12 +123,12 @@ impl<'a> Cut<'a> {
         if most < least {
             return if least == 1 { self.cut_again(target) } else { None };
         }
-        // Pieces begin where devices can bind them, if that is possible.
+        // Pieces begin where devices can bind them, if that is possible without too many of them.
         let begins_aligned = |piece: Piece| piece.operands().all(|o| o.offset.is_multiple_of(target.alignment));
         let are_aligned = |&n: &usize| self.each(n).all(|piece| piece.is_some_and(begins_aligned));
         let steps = (0..usize::BITS).map(|bit| 1 << bit).take_while(|&step| step <= most);
         let steps = steps.take_while(|&step| step as u64 <= target.alignment);
-        let n = steps.map(|step| most / step * step).find(are_aligned).unwrap_or(most);
+        let n = steps.map(|step| most / step * step).filter(|&n| n >= least).find(are_aligned).unwrap_or(most);
         self.each(n).collect()
     }
 

@@ -1,8 +1,8 @@
 //! Calls that are cut because a target binds smaller tensors compute the same.
 
 use ltxc_compiler::{Fuse, Options};
-use ltxc_ir::DType;
 use ltxc_ir::plan::{Plan, Step, Target};
+use ltxc_ir::{Builder, DType, Module, Rate, TensorType};
 
 use crate::support::cuttable::{self, Cuttable};
 use crate::support::{arguments, assert_close, evaluate, interpret, plan};
@@ -37,4 +37,15 @@ fn pieces_compute_the_same() {
             assert_close(&found, &expected, allowed, &what);
         }
     }
+}
+
+/// Pieces of 25 elements would be as many as a call may become, those of 31 are too large.
+#[test]
+fn a_call_becomes_thousands_of_pieces_if_it_must() {
+    let b = Builder::new("main");
+    let x = b.param("x", TensorType::f32([100_003]), Rate::Step);
+    b.result("y", b.silu(x));
+    let module = Module { functions: vec![b.finish().unwrap()], entries: vec!["main".into()] };
+    let cut = plan(&module, Options::default(), Target { max_tensor_bytes: 120, alignment: 4, ..Target::cpu() });
+    assert_eq!(largest(&cut), (120, 100_003usize.div_ceil(30)));
 }
