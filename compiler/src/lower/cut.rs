@@ -128,34 +128,38 @@ impl<'a> Cut<'a> {
 
     /// Pieces that the target holds, as few as possible; `None` if there are none.
     fn pieces(&self, target: &Target) -> Option<Vec<Piece>> {
-        let fits = |n: usize| {
-            self.count.div_ceil(n) <= MOST_PIECES && self.each(n).all(|piece| piece.is_some_and(|p| p.fits(target)))
-        };
+        let fits = |n: usize| self.each(n).all(|piece| piece.is_some_and(|p| p.fits(target)));
+        // With fewer there are too many pieces.
+        let least = self.count.div_ceil(MOST_PIECES);
         // All of a copy may fit, where what it copies from or to is larger.
         let is_smaller = matches!(self.along, Along::Rows(_));
-        let (mut most, mut too_many) = (0, self.count + usize::from(!is_smaller));
+        let (mut most, mut too_many) = (least - 1, self.count + usize::from(!is_smaller));
         while most + 1 < too_many {
             let middle = most + (too_many - most) / 2;
             if fits(middle) { most = middle } else { too_many = middle }
         }
-        if most == 0 {
-            // A single one is still too large.
-            let mut all = Vec::new();
-            for piece in self.each(1) {
-                all.extend(pieces(piece?, target).ok()?);
-                if all.len() > MOST_PIECES {
-                    return None;
-                }
-            }
-            return Some(all);
+        if most < least {
+            return if least == 1 { self.cut_again(target) } else { None };
         }
-        // Pieces begin where devices can bind them, if that is possible.
+        // Pieces begin where devices can bind them, if that is possible without too many of them.
         let begins_aligned = |piece: Piece| piece.operands().all(|o| o.offset.is_multiple_of(target.alignment));
         let are_aligned = |&n: &usize| self.each(n).all(|piece| piece.is_some_and(begins_aligned));
         let steps = (0..usize::BITS).map(|bit| 1 << bit).take_while(|&step| step <= most);
         let steps = steps.take_while(|&step| step as u64 <= target.alignment);
-        let n = steps.map(|step| most / step * step).find(are_aligned).unwrap_or(most);
+        let n = steps.map(|step| most / step * step).filter(|&n| n >= least).find(are_aligned).unwrap_or(most);
         self.each(n).collect()
+    }
+
+    /// The pieces of one row or place each, which are too large and are cut along another axis.
+    fn cut_again(&self, target: &Target) -> Option<Vec<Piece>> {
+        let mut all = Vec::new();
+        for piece in self.each(1) {
+            all.extend(pieces(piece?, target).ok()?);
+            if all.len() > MOST_PIECES {
+                return None;
+            }
+        }
+        all.iter().all(|piece| piece.fits(target)).then_some(all)
     }
 
     /// The pieces of `n` rows or places, and one of what is left.

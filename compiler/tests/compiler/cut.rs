@@ -76,3 +76,14 @@ fn long_calls_are_cut_where_systems_watch() {
     assert_eq!(sum(&whole), sum(&cut));
     assert!(cut.len() as u64 <= 2 * sum(&whole).div_ceil(limit), "{} pieces", cut.len());
 }
+
+/// Pieces of 25 elements would be as many as a call may become, those of 31 are too large.
+#[test]
+fn a_call_becomes_thousands_of_pieces_if_it_must() {
+    let b = Builder::new("main");
+    let x = b.param("x", TensorType::f32([100_003]), Rate::Step);
+    b.result("y", b.silu(x));
+    let module = Module { functions: vec![b.finish().unwrap()], entries: vec!["main".into()] };
+    let cut = plan(&module, Options::default(), Target { max_tensor_bytes: 120, alignment: 4, ..Target::cpu() });
+    assert_eq!(largest(&cut), (120, 100_003usize.div_ceil(30)));
+}

@@ -10,9 +10,9 @@ use cubecl::server::ServerUtilities;
 use cubecl::wgpu::{RuntimeOptions, WgpuDevice, WgpuRuntime, WgpuServer, init_setup};
 use cubecl_runtime::allocator::ContiguousMemoryLayoutPolicy;
 use cubecl_runtime::logging::ServerLogger;
-use ltxc_ir::plan::{KernelDevice, Kernels, Target};
+use ltxc_ir::plan::{KernelDevice, KernelForm, Kernels, PlanKernel, Target};
 use ltxc_kernels::cube::guard;
-use ltxc_kernels::cube::tracked::{self, Tracked, TrackedServer};
+use ltxc_kernels::cube::tracked::{self, LaunchedKernel, Tracked, TrackedServer};
 
 use super::Cube;
 use crate::backend::{Backend, Device, DeviceKind, DeviceName};
@@ -72,9 +72,29 @@ pub(crate) fn open<'a>(device: &Device, kernels: Option<&Kernels>) -> Result<Box
     let is_shared = found.device.kind != DeviceKind::Gpu || cfg!(target_os = "macos");
     // How much of a GPU's own memory others hold is not known here.
     let left = Box::new(move || if is_shared { memory_bytes.min(available()) } else { memory_bytes });
-    let mut cube = Cube::new(found.device, found.alignment, left, client, Box::new(super::sources));
+    let mut cube = Cube::new(found.device, found.alignment, left, client, Box::new(sources));
     cube.take_tuned(kernels);
     Ok(Box::new(cube))
+}
+
+/// The sources of kernels, for devices that take nothing else: CubeCL 0.10 gives wgpu text, and no way to give it more.
+fn sources(launched: &[LaunchedKernel]) -> Vec<PlanKernel> {
+    let kernels = launched.iter().filter(|kernel| !kernel.is_checked).map(|kernel| PlanKernel {
+        hash: kernel.hash,
+        name: kernel.name.clone(),
+        cube_dim: kernel.cube_dim,
+        form: KernelForm::Source(in_order(&kernel.source)),
+    });
+    kernels.collect()
+}
+
+/// A source with its variables in order: CubeCL declares them in another one every time, and the same kernels are to be
+/// the same bytes.
+fn in_order(source: &str) -> String {
+    let is_declaration = |line: &&str| line.contains("l_mut_") && !line.contains('=') && line.ends_with(';');
+    let mut lines: Vec<&str> = source.lines().collect();
+    lines.chunk_by_mut(|a, b| is_declaration(a) && is_declaration(b)).for_each(<[&str]>::sort_unstable);
+    lines.join("\n")
 }
 
 /// A client of a device that nobody has opened. CubeCL gives the servers that it makes to nobody, so the one that is
@@ -211,6 +231,15 @@ fn own_memory(_: &Adapter) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn variables_are_in_order() {
+        let sources = ["{\nvar l_mut_7: u32;\nvar l_mut_12: f32;\n", "{\nvar l_mut_12: f32;\nvar l_mut_7: u32;\n"];
+        let rest = "l_mut_7 = a;\nl_mut_12 = b;\n}";
+        let ordered = sources.map(|head| in_order(&format!("{head}{rest}")));
+        assert_eq!(ordered[0], ordered[1]);
+        assert!(ordered[0].starts_with("{\nvar ") && ordered[0].ends_with(rest));
+    }
 
     #[test]
     fn drivers_that_allow_too_little_are_told() {
