@@ -1,17 +1,20 @@
 //! What a plan is compiled for, from what was typed: sizes, rates, tiles and the device, checked before anything is loaded.
 
+use std::sync::OnceLock;
+
 use anyhow::{Context, Result, bail};
 use ltxc_ir::DType;
 use ltxc_ir::plan::{Modality, Plan, Release, SoundRole, Target};
 use ltxc_ir::tiling::{AxisTiling, Tiling};
 use ltxc_runtime::RunError;
-use ltxc_runtime::backend::{Device, DeviceName, find};
+use ltxc_runtime::backend::{Device, DeviceName, Found, find};
 use ltxc_runtime::media::Rational;
 use ltxc_runtime::pipeline::positions::ReferenceScale;
 
 use crate::adapters::Loras;
 use crate::args::{DeviceChoice, PipelineName, Precision, ReferenceVersion, SamplingArgs, ShapeArgs};
 use crate::pipelines::{Definition, definition};
+use crate::report::Report;
 
 /// What a plan is compiled for.
 #[derive(Clone, Debug, PartialEq)]
@@ -73,10 +76,30 @@ pub struct References {
 /// One that is not there, or a plan that no device runs.
 pub fn pick(choice: &DeviceChoice, plan: Option<&Plan>) -> Result<Device, RunError> {
     // Only drivers that can be meant are loaded.
-    match choice {
-        DeviceChoice::Auto => find(plan.map(|p| p.target.backend.as_str())).best(plan).cloned(),
-        DeviceChoice::Named(name) => find(Some(name.backend())).named(name).cloned(),
+    match (choice, plan) {
+        (DeviceChoice::Auto, None) => all().best(None).cloned(),
+        (DeviceChoice::Auto, Some(plan)) => find(Some(&plan.target.backend)).best(Some(plan)).cloned(),
+        (DeviceChoice::Named(name), _) => find(Some(name.backend())).named(name).cloned(),
     }
+}
+
+/// Says what `auto` would rather have taken for a new plan, and why it cannot be used.
+///
+/// # Errors
+/// As for [`pick`].
+pub fn say_passed_over(choice: &DeviceChoice, report: &mut Report) -> Result<(), RunError> {
+    if *choice == DeviceChoice::Auto {
+        let chosen = pick(choice, None)?;
+        let reasons = all().passed_over(&chosen);
+        reasons.iter().for_each(|reason| report.note(&format!("device: `{}`, because {reason}", chosen.name)));
+    }
+    Ok(())
+}
+
+/// The devices of this machine, looked for once.
+fn all() -> &'static Found {
+    static ALL: OnceLock<Found> = OnceLock::new();
+    ALL.get_or_init(|| find(None))
 }
 
 /// The device of this machine that is compiled for: one that is chosen, or named by its number.

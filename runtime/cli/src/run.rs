@@ -123,8 +123,9 @@ impl Runner {
     ) -> Result<Runner> {
         let (plan_path, folders) = plan_and_folders(args, shape, loras, mode)?;
         let (plan, kernels, hash) = read_with_kernels(&plan_path)?;
-        if args.plan.is_some() {
-            planned::check(&args.shape, &plan_path, &plan)?;
+        match args.plan {
+            Some(_) => planned::check(&args.shape, &plan_path, &plan)?,
+            None => job::say_passed_over(&args.shape.device, report)?,
         }
         let enhances_prompt = args.shape.enhance_prompt;
         let device = pick(&args.shape.device, Some(&plan))?;

@@ -9,7 +9,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Stdio};
 
-use super::ffmpeg::Ffmpeg;
+use super::ffmpeg::{Ffmpeg, file_arg};
 use super::partial::part_name;
 use super::{Audio, ColourSpace, MediaError, Rational};
 
@@ -90,8 +90,13 @@ impl HlgMaster {
     /// A master of frames of signals of this space and even size.
     ///
     /// # Errors
-    /// [`MediaError::NoEncoder`] without `ffmpeg` or its encoder.
+    /// [`MediaError::NoEncoder`] without `ffmpeg` or its encoder, [`MediaError::Limit`] if a side is odd.
     pub fn create(path: &Path, size: (usize, usize), rate: Rational, space: ColourSpace) -> Result<Self, MediaError> {
+        for (what, side) in [("frame width", size.0), ("frame height", size.1)] {
+            if !side.is_multiple_of(2) {
+                return Err(MediaError::limit(what, side, "an HLG master has even sides"));
+            }
+        }
         let found = Ffmpeg::find().filter(Ffmpeg::has_x265);
         let ffmpeg = found.ok_or_else(|| MediaError::NoEncoder { path: path.to_path_buf() })?;
         let part = part_name(path);
@@ -104,7 +109,7 @@ impl HlgMaster {
         .split_whitespace()
         .map(OsString::from)
         .collect();
-        args.push(part.clone().into());
+        args.push(file_arg(&part));
         let mut child = ffmpeg.spawn(ffmpeg.program(), &args, Stdio::piped())?;
         let frames = child.stdin.take();
         Ok(HlgMaster { ffmpeg, child, frames, sound: None, path: path.to_path_buf(), part, space, size })
@@ -185,6 +190,16 @@ mod tests {
         near(1e9, 1.0);
         let slope = |a: f32, b: f32| (signals(b)[0] - signals(a)[0]) / f64::from(b - a);
         assert!((slope(0.999, 1.0) / slope(1.0, 1.001) - 1.0).abs() < 5e-3);
+    }
+
+    #[test]
+    fn odd_sides_are_refused() {
+        let create =
+            |size| HlgMaster::create(Path::new("a.mp4"), size, Rational::new(24, 1).unwrap(), ColourSpace::LogC3);
+        for (size, side) in [((3, 2), "width"), ((2, 1), "height")] {
+            let problem = create(size).err().expect("no such master").to_string();
+            assert!(problem.contains(side) && problem.contains("even"), "{problem}");
+        }
     }
 
     #[test]
