@@ -134,7 +134,7 @@ impl WeightFiles {
             source.ok_or_else(|| RunError::Internal(format!("weight source {} does not exist", tensor.source)))?;
         let key = source.plan.file_key(key);
         let Some(located) = source.tensors.get(&key) else {
-            let path = self.maps.first().map(|m| m.path.as_path());
+            let path = self.maps.get(source.files.clone()).and_then(|files| Some(files.first()?.path.as_path()));
             return Err(missing(
                 format!("tensor `{key}` of `{}` is missing, the plan needs {}", source.plan.name, tensor.ty),
                 path,

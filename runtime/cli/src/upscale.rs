@@ -15,8 +15,9 @@ use ltxc_models::video_vae::{self, VideoVaeConfig};
 use ltxc_runtime::pipeline::decode::program_name;
 use ltxc_runtime::pipeline::encode;
 
-use crate::assemble::{Assembly, MODEL, ModelFiles, Programs, TEMPORAL, UPSAMPLER};
+use crate::assemble::{Assembly, Programs};
 use crate::job::Shape;
+use crate::model_files::{MODEL, ModelFiles, TEMPORAL, UPSAMPLER};
 use crate::pipelines::{definition, tiles};
 use crate::tensors;
 

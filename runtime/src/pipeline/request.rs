@@ -185,7 +185,8 @@ impl<'a> Request<'a> {
                     _ => false,
                 })
         };
-        let rows = |class: &&StageClass| class.video.map_or(0, |v| v.rows) + class.audio.map_or(0, |a| a.rows);
+        let rows_of = |stream: Option<StreamClass>| u64::from(stream.map_or(0, |s| s.rows));
+        let rows = |class: &&StageClass| rows_of(class.video) + rows_of(class.audio);
         stage.classes.iter().filter(fits).min_by_key(rows).ok_or_else(|| {
             let (most, given) = (pipeline.video.max_keyframes, self.keyframes(pipeline));
             let room = match pipeline.inputs.appends_first_image {

@@ -113,7 +113,8 @@ fn items(
 ) -> Result<Per<Vec<Item>>, RunError> {
     let [_, rows, columns] = stage.grid;
     let item = |conditioning: &Conditioning| {
-        let (latent, strength) = (encode_image(executor, stage, conditioning)?, conditioning.strength);
+        let values = rows as usize * columns as usize * pipeline.video.channels as usize;
+        let (latent, strength) = (encode_image(executor, stage, conditioning, values)?, conditioning.strength);
         Ok(match conditioning.frame {
             0 if !pipeline.inputs.appends_first_image => Item::Replace { first: 0, latent, strength },
             frame => {
@@ -127,13 +128,18 @@ fn items(
     Ok(Per { video: Some(video), audio: None })
 }
 
-/// Latent tokens `[h · w, c]` of an image at the size of a stage.
-fn encode_image(executor: &mut Executor<'_>, stage: &Stage, conditioning: &Conditioning) -> Result<Vec<f32>, RunError> {
+/// Latent tokens `[h · w, c]` of an image at the size of a stage, so many values.
+fn encode_image(
+    executor: &mut Executor<'_>,
+    stage: &Stage,
+    conditioning: &Conditioning,
+    values: usize,
+) -> Result<Vec<f32>, RunError> {
     let program = format!("encode_image.{}", stage.name);
     let pixels = resize_and_crop(&conditioning.image, stage.width as usize, stage.height as usize)?;
     executor.write(&program, "frames", &pixels)?;
     executor.run(&program)?;
-    Ok(executor.read(&program, "latent")?.into_owned())
+    Ok(executor.read_values(&program, "latent", values)?.into_owned())
 }
 
 /// Noise of target and appended tokens.

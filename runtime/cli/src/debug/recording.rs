@@ -166,9 +166,10 @@ pub fn statistics(values: &[f32]) -> [f64; 6] {
     ]
 }
 
-/// Relative L2 distance `‖a − b‖ / ‖b‖`, in f64. Infinite if lengths differ or a value is not finite.
+/// Relative L2 distance `‖a − b‖ / ‖b‖`, in f64. Infinite if lengths differ or a value of either is not finite: NaN would be
+/// within every limit.
 pub fn relative_l2(found: &[f32], expected: &[f32]) -> f64 {
-    if found.len() != expected.len() || found.iter().any(|v| !v.is_finite()) {
+    if found.len() != expected.len() || found.iter().chain(expected).any(|v| !v.is_finite()) {
         return f64::INFINITY;
     }
     let (mut diff, mut norm) = (0f64, 0f64);
@@ -308,5 +309,8 @@ mod tests {
         let opposite = Distance::of(&[1.0, -1.0], &[-1.0, 1.0]);
         assert!((opposite.cosine + 1.0).abs() < 1e-12);
         assert_eq!(Distance::of(&[1.0], &[1.0, 2.0]).relative_l2, f64::INFINITY);
+        for (found, expected) in [([f32::NAN], [1.0]), ([1.0], [f32::NAN]), ([1.0], [f32::INFINITY])] {
+            assert_eq!(relative_l2(&found, &expected), f64::INFINITY, "{found:?} {expected:?}");
+        }
     }
 }

@@ -29,8 +29,8 @@ use super::names;
 use super::recording::{Distance, Form, References, TensorFile, thinned};
 use super::session::Session;
 use crate::args::{ModelArgs, ReferenceVersion};
-use crate::assemble::{GEMMA, MODEL, ModelFiles, UPSAMPLER};
 use crate::compile::unfused;
+use crate::model_files::{GEMMA, MODEL, ModelFiles, UPSAMPLER};
 
 /// Relative L2 that two implementations in f32 may differ by, for components.
 const LIMIT: f64 = 1e-5;

@@ -23,11 +23,11 @@ use super::audio::untokens;
 use super::{Check, RUN_LIMIT, Row, Setup, channels_first};
 use crate::adapters::{Loras, Opened, mode};
 use crate::args::{AdapterArgs, PipelineName, ReferenceVersion, SamplingArgs, ShapeArgs};
-use crate::assemble::ModelFiles;
 use crate::debug::pipeline::{Pipeline, Tensors, plan_for};
 use crate::debug::recording::TensorFile;
 use crate::debug::session::Session;
 use crate::job::Shape;
+use crate::model_files::ModelFiles;
 use crate::pipelines::{definition, stage_choice};
 
 /// Relative L2 of what the driver computes before the model runs.
