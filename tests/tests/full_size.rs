@@ -3,9 +3,9 @@
 use std::collections::BTreeSet;
 
 use ltxc::args::{ModelArgs, Precision, ShapeArgs};
-use ltxc::assemble::ModelFiles;
 use ltxc::compile::compile;
 use ltxc::job::Shape;
+use ltxc::model_files::ModelFiles;
 use ltxc_compiler::{Fuse, Options};
 use ltxc_ir::plan::{KernelCall, Plan, PlanFunction, Step, Target, container};
 use ltxc_kernels::fusion::elementwise_bytes;

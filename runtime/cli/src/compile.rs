@@ -15,9 +15,10 @@ use serde_json::json;
 
 use crate::adapters::Loras;
 use crate::args::{CompileArgs, CompilerArgs, FuseLevel};
-use crate::assemble::{MODEL, ModelFiles, assemble};
+use crate::assemble::assemble;
 use crate::inspect;
 use crate::job::{self, Shape, present};
+use crate::model_files::{MODEL, ModelFiles};
 use crate::pipelines::definition;
 use crate::report::Report;
 use crate::tune::tune;

@@ -11,10 +11,11 @@ use ltxc_runtime::memory::{MemoryNeed, readable};
 use serde_json::{Value, json};
 
 use crate::args::InspectArgs;
-use crate::assemble::{ModelFiles, assemble};
+use crate::assemble::assemble;
 use crate::compile::read_with_kernels;
 use crate::inspect_html::{self, Limits};
 use crate::job::Shape;
+use crate::model_files::ModelFiles;
 use crate::pipelines::describe_output;
 use crate::{planned, tune};
 

@@ -11,6 +11,7 @@ mod model;
 mod output;
 mod sampling;
 mod shape;
+pub mod tables;
 mod words;
 
 use std::path::PathBuf;
