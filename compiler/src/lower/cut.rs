@@ -1,4 +1,5 @@
-//! Calls on tensors that are larger than a target can bind or count, cut into calls on parts of them.
+//! Calls on tensors that are larger than a target can bind or count, or that would keep it busy for too long, cut into
+//! calls on parts of them.
 //!
 //! Kernels of devices index with 32 bits. Where an extent needs more, the plan has several calls at different offsets, which
 //! are 64 bits wide on every device: so no kernel pays for wide arithmetic, and that indices fit is known when the plan is
@@ -24,6 +25,7 @@ use ltxc_ir::ops::PadMode;
 use ltxc_ir::plan::fused::{cut_rows, leading_axes};
 use ltxc_ir::plan::{Access, Copy, Fused, Kernel, Operand, Part, PartArg, Source, Target, Work};
 use ltxc_ir::{DType, TensorType};
+use ltxc_kernels::catalogue;
 
 /// Most calls that one becomes: with more, a plan is no longer small, and a smaller size is the better answer.
 const MOST_PIECES: usize = 1 << 12;
@@ -50,23 +52,39 @@ impl Piece {
         types.find(|ty| !target.holds(ty))
     }
 
+    /// Whether a target is busy with it for so long that a system may take it for dead.
+    fn is_long(&self, target: &Target) -> bool {
+        let args: Vec<&TensorType> = self.args.iter().map(|o| &o.ty).collect();
+        let results: Vec<&TensorType> = self.results.iter().map(|o| &o.ty).collect();
+        catalogue::flops(&self.work, &args, &results) > target.max_call_flops()
+    }
+
     /// Whether a target holds it, with what is bound in front of operands that do not begin where tensors can be bound.
     fn fits(&self, target: &Target) -> bool {
         let bound = |o: &Operand| o.ty.bytes() as u64 + o.offset % target.alignment;
         let count = self.args.len() + self.results.len();
         self.beyond(target).is_none()
+            && !self.is_long(target)
             && count <= target.max_bindings as usize
             && self.operands().all(|o| bound(o) <= target.max_tensor_bytes)
     }
 }
 
-/// A call as pieces that the target holds: one if it does so already.
+/// A call as pieces that the target holds, and does soon enough if they can be cut so: one if it does so already.
 ///
 /// # Errors
 /// A type that it does not hold, if the call cannot be cut.
 pub(super) fn pieces(whole: Piece, target: &Target) -> Result<Vec<Piece>, TensorType> {
-    let Some(problem) = whole.beyond(target).cloned() else { return Ok(vec![whole]) };
-    Cut::all(&whole).iter().find_map(|cut| cut.pieces(target)).ok_or(problem)
+    let problem = whole.beyond(target).cloned();
+    if problem.is_none() && !whole.is_long(target) {
+        return Ok(vec![whole]);
+    }
+    let cut = Cut::all(&whole).iter().find_map(|cut| cut.pieces(target));
+    match (cut, problem) {
+        (Some(pieces), _) => Ok(pieces),
+        (None, Some(problem)) => Err(problem),
+        (None, None) => Ok(vec![whole]),
+    }
 }
 
 /// A way to cut a call.

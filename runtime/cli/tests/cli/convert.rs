@@ -590,9 +590,11 @@ fn rules_that_go_wrong_are_told() {
     let rename = "[[rule]]\nregex = '^[ab]\\.'\nto = 'c.'\n";
     refused(rename, &[], &["`a.x` and `b.x` would both be `c.x`", "change the rules"]);
     let one = "[[rule]]\nexact = 'a.x'\nto = 'y'\n[[rule]]\nexact = 'z'\nto = 'w'\n";
-    refused(one, &["--strict"], &["1 rules match no key", "`z`", "leave `--strict` out"]);
-    refused("[[rule]]\nexact = 'a.x'\nto = 'y'\n", &["--strict"], &["1 keys match no rule", "`b.x`"]);
+    refused(one, &["--strict"], &["1 rule matches no key", "`z`", "leave `--strict` out"]);
+    refused("[[rule]]\nexact = 'a.x'\nto = 'y'\n", &["--strict"], &["1 key matches no rule", "`b.x`"]);
     refused("[[rule]]\nexact = 'b.x'\npermute = [1, 0]\n", &[], &["`b.x` has 1 axes, and a rule permutes 2"]);
+    let both = "[[rule]]\nexact = 'b.x'\npermute = [1, 0]\n[[rule]]\nexact = 'b.x'\npermute = [0]\n";
+    refused(both, &[], &["`b.x` has 1 axes, and a rule permutes 2"]);
     refused(
         "[[rule]]\nregex = '('\nto = 'x'\n",
         &[],
@@ -607,7 +609,7 @@ fn rules_that_go_wrong_are_told() {
     refused(rename, &["--dtype", "fp8"], &["needs to know the model"]);
     let done = place.ok(&map(one, &["--dtype", "bf16"]));
     assert!(
-        done.stderr.contains("1 rules match no key") && done.stderr.contains("1 keys match no rule"),
+        done.stderr.contains("1 rule matches no key") && done.stderr.contains("1 key matches no rule"),
         "{}",
         done.stderr
     );

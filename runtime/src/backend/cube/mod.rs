@@ -74,13 +74,35 @@ fn failure(device: DeviceName, problem: String) -> RunError {
         let problem = problem.to_lowercase();
         words.iter().any(|word| problem.contains(word))
     };
-    if says(&["out of memory", "out-of-memory", "outofmemory", "out_of_memory", "buffertoobig"]) {
+    if says(&[
+        "out of memory",
+        "out-of-memory",
+        "outofmemory",
+        "out_of_memory",
+        "buffertoobig",
+        "can't allocate buffer",
+    ]) {
         return RunError::DeviceMemory { device };
     }
     if says(&["device is lost", "device lost", "devicelost", "error_device_lost", "launch_timeout"]) {
         return RunError::DeviceLost { device };
     }
-    RunError::Device { device, problem }
+    RunError::Device { device, problem: first_words(&problem) }
+}
+
+/// Characters of a failure that are told.
+const MOST_WORDS: usize = 300;
+
+/// How a failure begins, on one line and without what is said of every one: behind that come more of them, and the whole
+/// source of a kernel.
+fn first_words(problem: &str) -> String {
+    let line = problem.replace("\\n", " ").split_whitespace().collect::<Vec<_>>().join(" ");
+    let line = line.replace("called `Result::unwrap()` on an `Err` value: ", "");
+    let line = line.replace(" Backtrace: No backtrace available", "").replace(" No backtrace available", "");
+    match line.char_indices().nth(MOST_WORDS) {
+        Some((end, _)) => format!("{}…", &line[..end]),
+        None => line,
+    }
 }
 
 /// A device behind the CubeCL runtime `R`.
@@ -462,16 +484,26 @@ mod tests {
     #[test]
     fn failures_of_drivers_have_ways_out() {
         let message = |problem: &str| failure(DeviceName::Metal, problem.into()).to_string();
-        for problem in
-            ["CUDA_ERROR_OUT_OF_MEMORY", "an out-of-memory error happened", "Out of memory", "BufferTooBig(9)"]
-        {
+        for problem in [
+            "CUDA_ERROR_OUT_OF_MEMORY",
+            "an out-of-memory error happened",
+            "Out of memory",
+            "can't allocate buffer of size: 9",
+        ] {
             let message = message(problem);
             assert!(message.contains("`metal`") && message.contains("smaller size"), "{message}");
         }
-        for problem in ["Parent device is lost", "VK_ERROR_DEVICE_LOST", "CUDA_ERROR_LAUNCH_TIMEOUT"] {
+        for problem in [
+            "the device failed: the device is lost (Destroyed): Device destroyed",
+            "Parent device is lost",
+            "VK_ERROR_DEVICE_LOST",
+            "CUDA_ERROR_LAUNCH_TIMEOUT",
+        ] {
             let message = message(problem);
             assert!(message.contains("lost") && message.contains("run again"), "{message}");
         }
         assert!(message("something else").contains("something else; run `ltxc doctor`"));
+        let long = message(&format!("a mistake,\n   {}", "of many words ".repeat(100)));
+        assert!(long.contains("a mistake, of many words of") && long.len() < 500, "{long}");
     }
 }

@@ -46,10 +46,11 @@ impl<'a, R: Known> Cube<'a, R> {
         }
         // What is carried is launched from here on.
         self.log.begin_round();
-        // Uploads are copies, of words and of the bytes that are left.
+        // Uploads are copies, of words and of the bytes that are left, of several and of one.
         let small = self.allocate(8)?;
-        self.write(Region { buffer: small, offset: 0 }, &[0; 8])?;
-        self.write(Region { buffer: small, offset: 0 }, &[0; 7])?;
+        for bytes in [8, 7, 4, 1] {
+            self.write(Region { buffer: small, offset: 0 }, &[0; 8][..bytes])?;
+        }
         for (i, &call) in calls.iter().enumerate() {
             // Recipes run on the processor.
             let bound = self.bind_anywhere(call)?;

@@ -36,13 +36,11 @@ struct Candidate {
     /// What it is, and the version of its driver.
     model: String,
     driver: String,
-    /// Whether the driver allows what kernels ask for.
-    usable: Result<(), String>,
 }
 
 /// Devices in the order of their numbers: GPUs, then integrated ones, then software.
-pub(crate) fn find() -> Result<Vec<Device>, String> {
-    Ok(candidates().into_iter().map(|c| c.device).collect())
+pub(crate) fn find() -> Vec<Device> {
+    candidates().into_iter().map(|c| c.device).collect()
 }
 
 /// Opens a device, which takes the tiles that a plan carries if they were measured on it.
@@ -51,14 +49,15 @@ pub(crate) fn open<'a>(device: &Device, kernels: Option<&Kernels>) -> Result<Box
     let problem = |problem: &str| RunError::Device { device: device.name.clone(), problem: problem.into() };
     let found = candidates().into_iter().find(|c| c.device.name == device.name);
     let found = found.ok_or_else(|| problem("it is not there any more"))?;
-    found.usable.as_ref().map_err(|shortcoming| problem(shortcoming))?;
+    found.device.problem.as_ref().map_or(Ok(()), |shortcoming| Err(problem(shortcoming)))?;
     let mut opened = OPENED.lock().unwrap_or_else(PoisonError::into_inner);
     let client = match opened.contains(&found.id) {
         true => Tracked::<WgpuRuntime>::client(&found.id),
         false => {
             // CubeCL panics where the driver refuses.
-            let started = std::panic::catch_unwind(|| start(&found.id));
-            let client = started.map_err(|_| problem("the driver does not open it"))?;
+            let started = guard::catch(|| start(&found.id));
+            let refusal = || guard::check_poisoned().err().unwrap_or("the driver does not open it".into());
+            let client = started.ok_or_else(|| super::failure(device.name.clone(), refusal()))?;
             client.info().log.describe(KernelDevice {
                 backend: "wgpu".into(),
                 architecture: found.model.clone(),
@@ -188,8 +187,10 @@ fn candidate(adapter: &Adapter, kind: DeviceKind, id: WgpuDevice) -> Candidate {
     };
     let memory_bytes = own_memory(adapter).filter(|_| kind == DeviceKind::Gpu).unwrap_or_else(available);
     // The number follows when all are known.
-    let device = Device { name: DeviceName::Metal, description, kind, memory_bytes, features: words, target };
-    Candidate { device, id, alignment, model, driver, usable: check_limits(&limits) }
+    let name = DeviceName::Metal;
+    let problem = check_limits(&limits).err();
+    let device = Device { name, description, kind, memory_bytes, features: words, target, problem };
+    Candidate { device, id, alignment, model, driver }
 }
 
 /// Whether a driver allows what kernels ask for; those of the last years do.
