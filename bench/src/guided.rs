@@ -5,10 +5,10 @@ use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, Result, ensure};
 use ltxc::args::{ModelArgs, PipelineName, ShapeArgs};
-use ltxc::assemble::ModelFiles;
 use ltxc::bench::inputs::write_inputs;
 use ltxc::compile::compile;
 use ltxc::job::Shape;
+use ltxc::model_files::ModelFiles;
 use ltxc_compiler::Options;
 use ltxc_ir::Rate;
 use ltxc_ir::plan::summary::function_costs;

@@ -20,12 +20,12 @@ use ltxc_runtime::RunError;
 use ltxc_runtime::backend::{Device, open};
 use ltxc_runtime::executor::Executor;
 use ltxc_runtime::weights::WeightFiles;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::measure::{median, relative_difference};
 
 /// What was measured of a kernel.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct KernelRow {
     /// Component that calls it.
     pub component: String,
@@ -54,7 +54,7 @@ pub struct KernelRow {
 }
 
 /// The parts of a fused call, one after the other.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Apart {
     /// Their number.
     pub kernels: usize,
@@ -69,7 +69,7 @@ pub struct Apart {
 }
 
 /// The same work by another library.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Other {
     /// What it is.
     pub name: String,

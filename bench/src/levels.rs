@@ -19,7 +19,7 @@ use ltxc_runtime::RunError;
 use ltxc_runtime::backend::{Device, open};
 use ltxc_runtime::executor::Executor;
 use ltxc_runtime::weights::WeightFiles;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::measure::{Interval, median, relative_difference};
 use crate::session;
@@ -27,7 +27,7 @@ use crate::subjects::Subject;
 use crate::synthetic;
 
 /// A component at every level.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ComponentRow {
     /// Name.
     pub name: String,
@@ -42,7 +42,7 @@ pub struct ComponentRow {
 }
 
 /// One level of fusion.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Level {
     /// Its name.
     pub level: String,

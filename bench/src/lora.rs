@@ -7,9 +7,9 @@ use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, Result, ensure};
 use ltxc::args::{ModelArgs, PipelineName, ShapeArgs};
-use ltxc::assemble::ModelFiles;
 use ltxc::compile::compile;
 use ltxc::job::Shape;
+use ltxc::model_files::ModelFiles;
 use ltxc_compiler::Options;
 use ltxc_ir::plan::{ADAPTER_SLOTS, Plan, summary};
 use ltxc_models::lora::{LoraFile, LoraTargets, Place};

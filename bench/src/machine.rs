@@ -1,9 +1,9 @@
 //! What the numbers were measured on.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// The machine and what was built for it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Machine {
     /// Name of the processor.
     pub cpu: String,

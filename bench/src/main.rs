@@ -124,6 +124,11 @@ enum Benchmark {
     },
     /// Draws the saved results of a date.
     Chart,
+    /// Draws the page of a saved suite anew, beside its numbers.
+    Page {
+        /// The JSON file of the suite.
+        numbers: PathBuf,
+    },
 }
 
 /// `ltxc-bench suite`.
@@ -191,6 +196,13 @@ fn main() -> Result<()> {
     if matches!(cli.benchmark, Benchmark::Chart) {
         let folder = cli.save.as_deref().context("`--save` names the folder of the results")?;
         return chart::draw(folder, &date);
+    }
+    if let Benchmark::Page { numbers } = &cli.benchmark {
+        let name = || format!("`{}`", numbers.display());
+        let text = std::fs::read_to_string(numbers).with_context(name)?;
+        let suite: Suite = serde_json::from_str(&text).with_context(name)?;
+        write_atomically(&numbers.with_extension("html"), page::html(&suite).as_bytes())?;
+        return Ok(());
     }
     let python = |interpreter| Python { interpreter, scripts: cli.scripts.clone(), threads };
     let python = cli.python.clone().map(python);
@@ -270,7 +282,9 @@ fn measure(
         Benchmark::Memory => ("memory".into(), "measured", memory::run(scratch, &process::ltxc_binary()?, threads)?),
         Benchmark::Text => ("text".into(), "1024 tokens", text::run(rounds, scratch)?),
         Benchmark::ImageCrf { images } => ("image-crf".into(), "libx264", image_crf::run(images, scratch)?),
-        Benchmark::Suite(_) | Benchmark::Chart => anyhow::bail!("this benchmark writes its own report"),
+        Benchmark::Suite(_) | Benchmark::Chart | Benchmark::Page { .. } => {
+            anyhow::bail!("this benchmark writes its own report")
+        }
     })
 }
 

@@ -3,6 +3,11 @@
 
 use std::fmt::Write;
 
+use ltxc::bench::drawing::{
+    ARITHMETIC, GREY, INK, MEMORY, WIDTH, bar, escape, foot, head, key, label, operations, quarters, section,
+    shortened, svg,
+};
+
 use crate::kernels::KernelRow;
 use crate::levels::ComponentRow;
 use crate::report::figure;
@@ -11,87 +16,65 @@ use crate::suite::{Suite, percent};
 /// Kernels whose bars are drawn.
 const MOST_BARS: usize = 28;
 
-/// Width of pictures in pixels.
-const WIDTH: f64 = 1040.0;
-
 /// Where bars begin.
 const LABEL: f64 = 400.0;
-
-/// Colours of what limits a kernel.
-const MEMORY: &str = "#0f9d8a";
-const ARITHMETIC: &str = "#5b5bd6";
 
 /// Colours of the levels of fusion, the most first.
 const LEVELS: [&str; 3] = ["#1f6feb", "#9aa4b2", "#d3d9e0"];
 
-const STYLE: &str = "\
-body{font:15px/1.5 system-ui,'DejaVu Sans',sans-serif;color:#1c2430;background:#f6f7f9;margin:0}\
-main{max-width:1104px;margin:0 auto;padding:28px 32px 64px}\
-h1{font-size:26px;margin:0 0 4px}h2{font-size:18px;margin:36px 0 4px}p{margin:4px 0 12px;color:#5a6472}\
-.card{background:#fff;border:1px solid #e3e7ec;border-radius:12px;padding:20px 16px;overflow-x:auto}\
-.tiles{display:flex;gap:14px;flex-wrap:wrap;margin:20px 0 0}\
-.tile{background:#fff;border:1px solid #e3e7ec;border-radius:12px;padding:12px 18px;flex:1;min-width:150px}\
-.tile b{display:block;font-size:22px;font-weight:600}.tile span{color:#5a6472;font-size:13px}\
-code{font-size:12.5px;color:#3b4452}\
-svg{display:block;font:12.5px system-ui,'DejaVu Sans',sans-serif}\
-.key{display:inline-block;width:11px;height:11px;border-radius:3px;margin:0 5px 0 14px;vertical-align:-1px}\
-.keys{white-space:nowrap}";
+/// Colour of other libraries.
+const OTHER: &str = "#e0a100";
 
 /// The page.
 pub fn html(suite: &Suite) -> String {
-    let mut out = format!(
-        "<!doctype html><html lang=\"en\"><head><meta charset=\"utf-8\"><title>ltxc on {0}</title>\
-         <meta name=\"viewport\" content=\"width=device-width\"><style>{STYLE}</style></head><body><main>\
-         <h1>ltxc on {0}</h1><p>{1}<br>{2} · {3}</p>",
-        escape(&suite.device.join(": ")),
-        escape(&suite.what),
-        escape(&suite.machine.to_string()),
-        suite.date,
-    );
-    tiles(&mut out, suite);
+    let lines = [suite.what.clone(), format!("{} · {}", suite.machine, suite.date)];
+    let mut out = head(&format!("ltxc on {}", suite.device.join(": ")), &lines, &tiles(suite));
     if !suite.components.is_empty() {
-        section(
+        let levels = ["full fusion", "one kernel per composite", "one kernel per primitive"];
+        let keys: String = LEVELS.iter().zip(levels).map(|(colour, text)| key(colour, text)).collect();
+        put(
             &mut out,
-            "Fused, one kernel per composite, and none",
-            &format!(
-                "Time of one run of each component; shorter is better. {}{}{}",
-                key(LEVELS[0], "full fusion"),
-                key(LEVELS[1], "one kernel per composite"),
-                key(LEVELS[2], "one kernel per primitive")
+            section(
+                "Fused, one kernel per composite, and none",
+                &format!("One run of each component; shorter is better. {keys}"),
+                &components(&suite.components),
             ),
-            &components(&suite.components),
         );
     }
     if !suite.kernels.is_empty() {
         let colours = format!("{}{}", key(MEMORY, "limited by memory"), key(ARITHMETIC, "limited by arithmetic"));
-        section(
+        put(
             &mut out,
-            "Roofline",
-            &format!(
-                "Each circle is a kernel, its area the time that a run of its component spends in it. The line is what this \
-                 device was measured to do at best. {colours}"
+            section(
+                "Roofline",
+                &format!(
+                    "Each circle is a kernel, its area the time that a run of its component spends in it. The line is what \
+                     this device was measured to do at best. {colours}"
+                ),
+                &roofline(suite),
             ),
-            &roofline(suite),
         );
-        section(
+        put(
             &mut out,
-            "Kernels",
-            &format!(
-                "Part of the device's measured ceiling, the kernels with the most time first; behind it how many times as fast \
-                 a fused call is as its parts. {colours}"
+            section(
+                "Kernels",
+                &format!(
+                    "Part of the device's measured ceiling, the kernels with the most time first; behind it how many times \
+                     as fast a fused call is as its parts. {colours}"
+                ),
+                &kernels(&suite.kernels),
             ),
-            &kernels(&suite.kernels),
         );
     }
     if !suite.notes.is_empty() {
         let notes: String = suite.notes.iter().map(|note| format!("<li>{}</li>", escape(note))).collect();
         put(&mut out, format!("<h2>Notes</h2><ul>{notes}</ul>"));
     }
-    put(&mut out, format!("<p><code>{}</code></p></main></body></html>\n", escape(&suite.command)));
+    put(&mut out, foot(&suite.command));
     out
 }
 
-fn tiles(out: &mut String, suite: &Suite) {
+fn tiles(suite: &Suite) -> Vec<(String, String)> {
     let c = &suite.ceilings;
     let mut tiles = vec![
         (format!("{} GB/s", figure(c.copy / 1e9)), "best copy".to_string()),
@@ -108,50 +91,48 @@ fn tiles(out: &mut String, suite: &Suite) {
         let saved = 1.0 - full.elementwise_bytes as f64 / composite.elementwise_bytes.max(1) as f64;
         tiles.push((format!("−{}", percent(saved)), "of its elementwise bytes".into()));
     }
-    let tiles: String = tiles
-        .iter()
-        .map(|(v, what)| format!("<div class=\"tile\"><b>{v}</b><span>{}</span></div>", escape(what)))
-        .collect();
-    put(out, format!("<div class=\"tiles\">{tiles}</div>"));
+    tiles
 }
 
-fn section(out: &mut String, title: &str, text: &str, picture: &str) {
-    put(out, format!("<h2>{title}</h2><p>{text}</p><div class=\"card\">{picture}</div>"));
-}
-
-fn key(colour: &str, text: &str) -> String {
-    format!("<span class=\"keys\"><span class=\"key\" style=\"background:{colour}\"></span>{text}</span> ")
-}
-
-/// Bars of all levels of each component, as long as their part of the slowest.
+/// Bars of all levels of each component, as long as their part of the largest: of time, and of elementwise bytes.
 fn components(components: &[ComponentRow]) -> String {
     const BAR: f64 = 20.0;
-    let room = WIDTH - LABEL - 190.0;
-    let (mut body, mut y) = (String::new(), 8.0);
+    const NAMES: f64 = 296.0;
+    let (time, bytes) = ((NAMES, 250.0), (700.0, 210.0));
+    let (mut body, mut y) = (String::new(), 28.0);
+    for ((x, _), text) in [(time, "time of a run"), (bytes, "bytes moved beside products and attention")] {
+        put(&mut body, label(x, 14.0, "start", "400", GREY, text));
+    }
     for component in components {
-        let others = component.others.iter().map(|o| (o.name.as_str(), o.seconds, "#e0a100"));
-        let levels = component.levels.iter().zip(LEVELS).map(|(l, colour)| (l.level.as_str(), l.seconds, colour));
-        let bars: Vec<(&str, f64, &str)> = levels.chain(others).collect();
-        let most = bars.iter().map(|b| b.1).fold(0.0, f64::max);
-        put(&mut body, label(LABEL - 14.0, y + 15.0, "end", "600", "#1c2430", &component.name));
-        for (i, part) in wrapped(&component.sizes, 56).iter().take(2).enumerate() {
-            put(&mut body, label(LABEL - 14.0, y + 33.0 + 16.0 * i as f64, "end", "400", "#5a6472", part));
+        put(&mut body, label(NAMES - 14.0, y + 13.0, "end", "600", INK, &component.name));
+        let sizes = wrapped(&component.sizes, 44);
+        for (i, part) in sizes.iter().enumerate() {
+            put(&mut body, label(NAMES - 14.0, y + 31.0 + 16.0 * i as f64, "end", "400", GREY, part));
         }
-        for (i, (name, seconds, colour)) in bars.iter().enumerate() {
-            let width = room * seconds / most;
-            put(&mut body, bar(LABEL, y, width, BAR - 4.0, colour));
-            let ratio = component
-                .levels
-                .get(i)
-                .filter(|_| i > 0)
-                .map(|l| format!(", full is {} ×", figure(1.0 / l.full_by_this)));
-            let text = format!("{} ms {name}{}", figure(seconds * 1e3), ratio.unwrap_or_default());
-            put(&mut body, label(LABEL + width + 8.0, y + 13.0, "start", "400", "#1c2430", &text));
+        let top = y;
+        let slowest = component.levels.iter().map(|l| l.seconds).chain(component.others.iter().map(|o| o.seconds));
+        let slowest = slowest.fold(0.0, f64::max);
+        let most = component.levels.iter().map(|l| l.elementwise_bytes).max().unwrap_or(0).max(1) as f64;
+        let mut row = |(x, room): (f64, f64), part: f64, colour: &str, y: f64, text: &str| {
+            put(&mut body, bar(x, y, room * part, BAR - 4.0, colour));
+            put(&mut body, label(x + room * part + 8.0, y + 13.0, "start", "400", INK, text));
+        };
+        for (i, (level, colour)) in component.levels.iter().zip(LEVELS).enumerate() {
+            let ms = format!("{} ms", figure(level.seconds * 1e3));
+            let than_full = format!(", {} × full", figure(1.0 / level.full_by_this));
+            row(time, level.seconds / slowest, colour, y, &if i == 0 { ms } else { ms + &than_full });
+            let mb = format!("{} MB", figure(level.elementwise_bytes as f64 / 1e6));
+            row(bytes, level.elementwise_bytes as f64 / most, colour, y, &mb);
             y += BAR;
         }
-        y += 16.0 + (3 - bars.len().min(3)) as f64 * BAR;
+        for other in &component.others {
+            let text = format!("{} ms, {}", figure(other.seconds * 1e3), other.name);
+            row(time, other.seconds / slowest, OTHER, y, &text);
+            y += BAR;
+        }
+        y = y.max(top + 22.0 + 16.0 * sizes.len() as f64) + 18.0;
     }
-    svg(y, &body)
+    svg(y - 8.0, &body)
 }
 
 /// Achieved rate over operations per byte, both logarithmic, under the ceilings.
@@ -181,7 +162,7 @@ fn roofline(suite: &Suite) -> String {
             &mut body,
             format!("<line x1=\"{at:.1}\" x2=\"{at:.1}\" y1=\"{top}\" y2=\"{bottom}\" stroke=\"#eceff3\"/>"),
         );
-        put(&mut body, label(at, bottom + 18.0, "middle", "400", "#5a6472", &text));
+        put(&mut body, label(at, bottom + 18.0, "middle", "400", GREY, &text));
     }
     for decade in y0 as i32..=y1 as i32 {
         let at = y(10f64.powi(decade));
@@ -189,15 +170,16 @@ fn roofline(suite: &Suite) -> String {
             &mut body,
             format!("<line x1=\"{left}\" x2=\"{right}\" y1=\"{at:.1}\" y2=\"{at:.1}\" stroke=\"#eceff3\"/>"),
         );
-        put(&mut body, label(left - 8.0, at + 4.0, "end", "400", "#5a6472", &decade_of(decade)));
+        put(&mut body, label(left - 8.0, at + 4.0, "end", "400", GREY, &decade_of(decade)));
     }
-    put(&mut body, label(left - 8.0, top - 10.0, "end", "400", "#5a6472", "FLOP/s"));
-    put(&mut body, label(right, bottom + 38.0, "end", "400", "#5a6472", "operations per byte"));
+    put(&mut body, label(left - 8.0, top - 10.0, "end", "400", GREY, "FLOP/s"));
+    put(&mut body, label(right, bottom + 38.0, "end", "400", GREY, "operations per byte"));
     let mut roofs = vec![(suite.ceilings.product_f32, "f32")];
     if suite.kernels.iter().any(|k| k.types.starts_with("bf16")) {
         roofs.push((suite.ceilings.product_bf16, "bf16"));
     }
-    for (roof, name) in roofs {
+    let mut names = String::new();
+    for (i, (roof, name)) in roofs.into_iter().enumerate() {
         let ridge = roof / suite.ceilings.copy;
         let low = 10f64.powf(x0).max(10f64.powf(y0) / suite.ceilings.copy);
         put(
@@ -211,11 +193,13 @@ fn roofline(suite: &Suite) -> String {
                 y(roof)
             ),
         );
-        put(
-            &mut body,
-            label(right - 4.0, y(roof) - 6.0, "end", "400", "#1c2430", &format!("{name}: {}/s", rate_of(roof))),
-        );
+        // Above the line, or below it if that is taken; where the line begins, because kernels crowd at its end.
+        let at = y(roof) + if i == 0 { -7.0 } else { 17.0 };
+        put(&mut names, label(x(ridge), at, "start", "600", INK, &format!("{name}: {}/s", operations(roof))));
     }
+    let slope = format!("copy: {} GB/s", figure(suite.ceilings.copy / 1e9));
+    let low = 10f64.powf(x0).max(10f64.powf(y0) / suite.ceilings.copy);
+    put(&mut names, label(x(low) + 8.0, y(low * suite.ceilings.copy) - 22.0, "start", "600", INK, &slope));
     let time = |k: &KernelRow| k.seconds * k.calls as f64;
     let most = shown.iter().map(|k| time(k)).fold(0.0, f64::max);
     let mut sorted = shown;
@@ -237,27 +221,25 @@ fn roofline(suite: &Suite) -> String {
             ),
         );
     }
+    // On top of the circles, with a rim that keeps them apart.
+    put(&mut body, format!("<g stroke=\"#fff\" stroke-width=\"4\" paint-order=\"stroke\">{names}</g>"));
     svg(HEIGHT, &body)
 }
 
 /// A bar of the ceiling's share for each kernel.
 fn kernels(kernels: &[KernelRow]) -> String {
     const ROW: f64 = 23.0;
-    let room = WIDTH - LABEL - 260.0;
+    let room = WIDTH - LABEL - 340.0;
     let mut sorted: Vec<&KernelRow> = kernels.iter().collect();
     let time = |k: &KernelRow| k.seconds * k.calls as f64;
     sorted.sort_by(|a, b| time(b).total_cmp(&time(a)));
     sorted.truncate(MOST_BARS);
     let bottom = 24.0 + ROW * sorted.len() as f64;
     let mut body = String::new();
-    for quarter in 0..=4 {
-        let at = LABEL + room * f64::from(quarter) / 4.0;
-        put(&mut body, format!("<line x1=\"{at:.1}\" x2=\"{at:.1}\" y1=\"18\" y2=\"{bottom}\" stroke=\"#eceff3\"/>"));
-        put(&mut body, label(at, 12.0, "middle", "400", "#5a6472", &format!("{} %", 25 * quarter)));
-    }
+    put(&mut body, quarters(LABEL, room, bottom));
     for (i, k) in sorted.iter().enumerate() {
         let y = 24.0 + ROW * i as f64;
-        put(&mut body, label(LABEL - 10.0, y + 13.0, "end", "400", "#1c2430", &shortened(&name_of(k), 58)));
+        put(&mut body, label(LABEL - 10.0, y + 13.0, "end", "400", INK, &shortened(&name_of(k), 58)));
         put(&mut body, bar(LABEL, y, room * k.share.clamp(0.0, 1.15), ROW - 7.0, colour(k)));
         let mut text = format!("{}  {} ms", percent(k.share), figure(k.seconds * 1e3));
         if let Some(apart) = &k.apart {
@@ -277,9 +259,18 @@ fn kernels(kernels: &[KernelRow]) -> String {
 /// What a kernel is called in a picture: its name, where it stands, and what it makes.
 fn name_of(k: &KernelRow) -> String {
     let made = k.types.rsplit("→ ").next().unwrap_or_default();
-    let place = k.example.rsplit('.').next().unwrap_or_default();
-    let place = if place.is_empty() { String::new() } else { format!(" {place}") };
-    format!("{}{place}  {made}", k.kernel)
+    format!("{} {}  {made}", k.kernel, place_of(&k.example))
+}
+
+/// The end of a name path, with a word and its number: `res_blocks.0`, `res_blocks.0.conv1`.
+fn place_of(path: &str) -> &str {
+    let is_number = |part: &str| part.bytes().all(|b| b.is_ascii_digit());
+    let mut starts = path.rmatch_indices('.').map(|(i, _)| i + 1).chain([0]);
+    let is_enough = |&start: &usize| {
+        let mut parts = path[start..].split('.');
+        parts.next().is_some_and(|first| !is_number(first)) && parts.next().is_some()
+    };
+    starts.find(is_enough).map_or(path, |start| &path[start..])
 }
 
 fn colour(k: &KernelRow) -> &'static str {
@@ -287,7 +278,7 @@ fn colour(k: &KernelRow) -> &'static str {
 }
 
 fn rate(flops: f64) -> String {
-    format!("{}/s", rate_of(flops))
+    format!("{}/s", operations(flops))
 }
 
 /// A power of ten as an axis names it: `100 G`.
@@ -298,32 +289,6 @@ fn decade_of(decade: i32) -> String {
         _ => (6, "M"),
     };
     format!("{} {letter}", 10f64.powi(decade - unit))
-}
-
-/// `1.5 TFLOP` and the like.
-fn rate_of(flops: f64) -> String {
-    let (value, unit) = match flops {
-        f if f >= 1e12 => (f / 1e12, "TFLOP"),
-        f if f >= 1e9 => (f / 1e9, "GFLOP"),
-        f => (f / 1e6, "MFLOP"),
-    };
-    format!("{} {unit}", figure(value))
-}
-
-fn svg(height: f64, body: &str) -> String {
-    format!("<svg viewBox=\"0 0 {WIDTH} {height:.0}\" width=\"{WIDTH}\" height=\"{height:.0}\">{body}</svg>")
-}
-
-fn bar(x: f64, y: f64, width: f64, height: f64, colour: &str) -> String {
-    let width = width.max(1.0);
-    format!("<rect x=\"{x:.1}\" y=\"{y:.1}\" width=\"{width:.1}\" height=\"{height:.1}\" rx=\"3\" fill=\"{colour}\"/>")
-}
-
-fn label(x: f64, y: f64, anchor: &str, weight: &str, colour: &str, text: &str) -> String {
-    format!(
-        "<text x=\"{x:.1}\" y=\"{y:.1}\" text-anchor=\"{anchor}\" font-weight=\"{weight}\" fill=\"{colour}\">{}</text>",
-        escape(text)
-    )
 }
 
 /// Lines of at most `width` characters, cut between words.
@@ -341,14 +306,131 @@ fn wrapped(text: &str, width: usize) -> Vec<String> {
     lines
 }
 
-fn shortened(text: &str, most: usize) -> String {
-    if text.chars().count() <= most { text.into() } else { text.chars().take(most - 1).chain(['…']).collect() }
-}
-
 fn put(out: &mut String, text: String) {
     out.push_str(&text);
 }
 
-fn escape(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
+#[cfg(test)]
+mod tests {
+    use ltxc::bench::ceilings::Ceilings;
+    use ltxc::bench::drawing::outside;
+
+    use super::*;
+    use crate::kernels::{Apart, Other};
+    use crate::levels::Level;
+    use crate::machine::Machine;
+
+    fn level(name: &str, seconds: f64, elementwise_bytes: u64) -> Level {
+        Level {
+            level: name.into(),
+            calls: 68,
+            flops: 1 << 40,
+            bytes: 1 << 30,
+            elementwise_bytes,
+            arena_bytes: 1 << 20,
+            seconds,
+            full_by_this: 1210.0 / 1259.0,
+            gain: None,
+            predicted_gain: 0.0,
+            first_seconds: seconds,
+            share: 0.9,
+            difference: 0.0,
+        }
+    }
+
+    fn kernel(name: &str, example: &str, seconds: f64, share: f64) -> KernelRow {
+        KernelRow {
+            component: "transformer block".into(),
+            example: example.into(),
+            kernel: name.into(),
+            types: "f32[1,6144,4096] bf16[16384,4096] bf16[16384] → f32[1,6144,16384]".into(),
+            calls: 2,
+            flops: 1 << 36,
+            bytes: 1 << 28,
+            seconds,
+            share,
+            is_arithmetic: name != "adaln",
+            apart: Some(Apart { kernels: 3, bytes: 1 << 29, seconds, predicted_gain: 0.1, difference: Some(0.0) }),
+            other: Some(Other { name: "PyTorch".into(), seconds }),
+        }
+    }
+
+    fn suite() -> Suite {
+        let others = vec![Other { name: "PyTorch, torch.compile".into(), seconds: 1.3 }];
+        let levels = vec![
+            level("full", 1.21, 99_100_000),
+            level("composite", 1.259, 669_000_000),
+            level("none", 1.347, 2_568_000_000),
+        ];
+        let block = ComponentRow {
+            name: "transformer block".into(),
+            sizes: "32640 video tokens of 4096, 126 audio tokens of 2048, 1024 text tokens".into(),
+            levels,
+            missing: Vec::new(),
+            others,
+        };
+        Suite {
+            date: "2026-01-01".into(),
+            machine: Machine { cpu: "a <processor> & more".into(), cores: 2, memory_mib: 1024, system: "linux".into() },
+            device: ["cpu".into(), "2 threads".into()],
+            command: "ltxc-bench suite".into(),
+            what: "ltx-2-19b".into(),
+            ceilings: Ceilings { copy: 41.3e9, product_f32: 200e9, product_bf16: 198e9 },
+            references: Vec::new(),
+            components: vec![block],
+            kernels: vec![
+                kernel("gemm", "blocks.0.ff.net.0", 0.345, 1.2),
+                kernel("adaln", "blocks.0.audio_to_video_attn.norm_of_all_tokens.0", 0.0123, 0.43),
+            ],
+            notes: vec!["one & only".into()],
+        }
+    }
+
+    #[test]
+    fn kernels_are_named_by_the_end_of_their_path() {
+        assert_eq!(place_of("vae.decoder.up_blocks.6.res_blocks.0"), "res_blocks.0");
+        assert_eq!(place_of("upsampler.res_blocks.0.conv1"), "res_blocks.0.conv1");
+        assert_eq!(place_of("prep.video.context"), "video.context");
+        assert_eq!((place_of("features"), place_of("")), ("features", ""));
+    }
+
+    #[test]
+    fn words_stay_inside_pictures() {
+        let page = html(&suite());
+        assert!(page.matches("<text ").count() > 30, "{page}");
+        assert_eq!(outside(&page), [""; 0]);
+    }
+
+    #[test]
+    fn everything_is_on_the_page() {
+        let page = html(&suite());
+        for word in [
+            "a &lt;processor&gt; &amp; more",
+            "one &amp; only",
+            "1210 ms",
+            "1259 ms, 1.04 × full",
+            "669 MB",
+            "2568 MB",
+            "1300 ms, PyTorch, torch.compile",
+            "copy: 41.3 GB/s",
+            "f32: 200 GFLOP/s",
+            "gemm net.0",
+            "fused 1.00 ×",
+        ] {
+            assert!(page.contains(word), "`{word}` is not in:\n{page}");
+        }
+        let tags =
+            |name: &str| (page.matches(&format!("<{name}")).count(), page.matches(&format!("</{name}>")).count());
+        for name in ["svg", "text", "section", "div", "circle"] {
+            let (begun, ended) = tags(name);
+            assert_eq!(begun, ended, "{name}");
+        }
+    }
+
+    #[test]
+    fn numbers_are_read_back() {
+        let text = serde_json::to_string(&suite()).unwrap();
+        let read: Suite = serde_json::from_str(&text).unwrap();
+        assert_eq!(html(&read), html(&suite()));
+    }
 }

@@ -11,7 +11,7 @@ use ltxc::bench::ceilings::Ceilings;
 use ltxc_compiler::Fuse;
 use ltxc_ir::plan::{KernelCall, Plan};
 use ltxc_runtime::backend::Device;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::kernels::{self, Distinct, KernelRow};
 use crate::levels::{self, ComponentRow};
@@ -37,7 +37,7 @@ pub struct Settings {
 }
 
 /// What was measured.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Suite {
     /// When, `YYYY-MM-DD`.
     pub date: String,

@@ -10,9 +10,31 @@ use ltxc_ir::plan::{Fused, Kernel, KernelCall, Operand, Part, PartArg, Plan, Sou
 
 use crate::catalogue;
 
-/// Calls of one pattern in a program.
+/// Kernels that run as one.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Group {
+    /// Name of the pattern that joined them.
+    pub pattern: String,
+    /// The kernels in order: `rms_norm, map 2`.
+    pub kernels: String,
+}
+
+impl Group {
+    fn of(fused: &Fused) -> Group {
+        let names: Vec<&str> = fused.parts.iter().map(|part| part.kernel.name()).collect();
+        let runs = names.chunk_by(|a, b| a == b).map(|run| match run.len() {
+            1 => run[0].to_string(),
+            n => format!("{} {n}", run[0]),
+        });
+        Group { pattern: fused.pattern.clone(), kernels: runs.collect::<Vec<_>>().join(", ") }
+    }
+}
+
+/// Calls of one group in a program.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Saving {
+    /// What the first of them computes.
+    pub example: String,
     /// Number of calls.
     pub calls: u64,
     /// Kernels that they replace.
@@ -35,16 +57,20 @@ pub struct Apart {
 /// What fusion did in one run of a program.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Summary {
-    /// By pattern.
-    pub fused: BTreeMap<String, Saving>,
+    /// By what was joined.
+    pub fused: BTreeMap<Group, Saving>,
     /// By first call, second call and reason.
     pub apart: BTreeMap<(String, String, String), Apart>,
 }
 
 impl Summary {
-    fn add(&mut self, other: &Summary) {
-        for (pattern, s) in &other.fused {
-            let sum = self.fused.entry(pattern.clone()).or_default();
+    /// Counts another summary too.
+    pub fn add(&mut self, other: &Summary) {
+        for (group, s) in &other.fused {
+            let sum = self.fused.entry(group.clone()).or_default();
+            if sum.calls == 0 {
+                sum.example.clone_from(&s.example);
+            }
             sum.calls = sum.calls.saturating_add(s.calls);
             sum.kernels = sum.kernels.saturating_add(s.kernels);
             sum.bytes = sum.bytes.saturating_add(s.bytes);
@@ -57,7 +83,7 @@ impl Summary {
         }
     }
 
-    /// Bytes saved by all patterns.
+    /// Bytes saved by all groups.
     pub fn saved_bytes(&self) -> u64 {
         self.fused.values().fold(0, |n, s| n.saturating_add(s.saved_bytes))
     }
@@ -110,7 +136,10 @@ fn count_fused(call: &KernelCall, summary: &mut Summary) {
         catalogue::bytes(&Work::Kernel(part.kernel.clone()), &args, &[&part.result])
     });
     let apart = apart.fold(0, u64::saturating_add);
-    let saving = summary.fused.entry(fused.pattern.clone()).or_default();
+    let saving = summary.fused.entry(Group::of(fused)).or_default();
+    if saving.calls == 0 {
+        saving.example.clone_from(&call.name);
+    }
     saving.calls += 1;
     saving.kernels += fused.parts.len() as u64;
     saving.bytes = saving.bytes.saturating_add(call.bytes);
@@ -250,12 +279,17 @@ mod tests {
             ],
             stored: vec![1],
         };
-        let step = Step::Kernel(call(fused.into(), vec![operand(0, &ty), operand(128, &ty)], operand(256, &ty)));
-        let summary = summary_of(vec![step]);
+        let call = call(fused.into(), vec![operand(0, &ty), operand(128, &ty)], operand(256, &ty));
+        let named = |name: &str| Step::Kernel(KernelCall { name: name.into(), ..call.clone() });
+        let mut summary = summary_of(vec![named("norm1"), named("norm2")]);
         // The normed tensor is neither written nor read.
-        let want = Saving { calls: 1, kernels: 2, bytes: 3 * 128, saved_bytes: 2 * 128 };
-        assert_eq!(summary.fused, BTreeMap::from([("adaln".to_string(), want)]));
-        assert_eq!(summary.saved_bytes(), 256);
+        let mut want = Saving { example: "norm1".into(), calls: 2, kernels: 4, bytes: 6 * 128, saved_bytes: 4 * 128 };
+        let group = Group { pattern: "adaln".into(), kernels: "rms_norm, map".into() };
+        assert_eq!(summary.fused, BTreeMap::from([(group.clone(), want.clone())]));
+        assert_eq!(summary.saved_bytes(), 512);
+        summary.add(&summary_of(vec![named("norm3")]));
+        (want.calls, want.kernels, want.bytes, want.saved_bytes) = (3, 6, 9 * 128, 6 * 128);
+        assert_eq!(summary.fused, BTreeMap::from([(group, want)]));
     }
 
     #[test]

@@ -56,6 +56,7 @@ fn provoke(scenario: &str, words: &[&str]) {
     if stderr.contains("skipped: no Vulkan device") {
         return println!("skipped: no Vulkan device");
     }
+    assert!(!stderr.contains("panicked"), "what becomes an error is printed too: {stderr}");
     let found = stdout.split(FOUND).nth(1).unwrap_or_else(|| panic!("nothing was found: {stdout}{stderr}"));
     words.iter().for_each(|word| assert!(found.contains(word), "`{word}` is not in: {found}"));
 }

@@ -268,13 +268,13 @@ impl AdapterSet {
         keys.dedup();
         for key in keys {
             let slot = all.get(&(slots, format!("{}{SLOT_DOWN}", layer_of(key))));
+            let rank = slot.map(|slot| slot.shape.first().copied().unwrap_or(0));
             let needed: usize = self.terms(key).map(|t| t.factor.rank).sum();
-            match slot {
-                Some(slot) if slot.shape[0] < needed => {
+            match rank {
+                Some(rank) if rank < needed => {
                     return Err(RunError::Input(format!(
-                        "the adapters of `{key}` have ranks that add up to {needed}, the plan has slots of {}; compile it \
-                         with `--lora-rank {needed}`, or run with `--lora-mode merged`",
-                        slot.shape[0]
+                        "the adapters of `{key}` have ranks that add up to {needed}, the plan has slots of {rank}; compile \
+                         it with `--lora-rank {needed}`, or run with `--lora-mode merged`"
                     )));
                 }
                 None if all.contains_key(&(model, key.clone())) => without.push(format!("`{key}`")),

@@ -29,9 +29,9 @@ pub enum RunError {
     Target { plan: String, device: DeviceName },
     #[error(
         "the plan was compiled for `{plan}` and no fast device of this machine runs it{}; see `ltxc doctor`, or compile it with `--device cpu`",
-        or_named(named)
+        or_why(named, why)
     )]
-    NoDevice { plan: String, named: Option<DeviceName> },
+    NoDevice { plan: String, named: Option<DeviceName>, why: Vec<String> },
     #[error("`{device}`: {what}; compile the plan with `--device {device}` on this machine, or for a smaller size")]
     DeviceLimit { device: DeviceName, what: String },
     #[error("`{device}`: {problem}; run `ltxc doctor` to see the devices, or compile and run with `--device cpu`")]
@@ -83,6 +83,11 @@ fn frozen(device: &DeviceName, kernel: Option<&str>) -> String {
     format!("`{device}` would have to compile {kernel}, which `--frozen` forbids; {way_out}")
 }
 
-fn or_named(named: &Option<DeviceName>) -> String {
-    named.as_ref().map(|name| format!(" (a slow one would: `--device {name}`)")).unwrap_or_default()
+/// The device that would run a plan slowly, or why none does.
+fn or_why(named: &Option<DeviceName>, why: &[String]) -> String {
+    match (named, why) {
+        (Some(name), _) => format!(" (a slow one would: `--device {name}`)"),
+        (None, []) => String::new(),
+        (None, why) => format!(" ({})", why.join("; ")),
+    }
 }

@@ -388,6 +388,18 @@ impl<'a> Executor<'a> {
         })
     }
 
+    /// [`Executor::read`] of so many values.
+    ///
+    /// # Errors
+    /// Those of [`Executor::read`], and an output of another size: a plan whose settings do not fit its programs.
+    pub fn read_values(&self, program: &str, output: &str, expected: usize) -> Result<Cow<'_, [f32]>, RunError> {
+        let values = self.read(program, output)?;
+        match values.len() {
+            found if found == expected => Ok(values),
+            found => Err(RunError::Internal(format!("`{program}.{output}` has {found} values, expected {expected}"))),
+        }
+    }
+
     /// Reads an output of a program as the bytes of its elements, in place on the CPU.
     ///
     /// # Errors

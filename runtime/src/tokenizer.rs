@@ -11,6 +11,7 @@
 use std::path::{Path, PathBuf};
 
 use ltxc_ir::plan::ImageTokens;
+use serde::Deserialize;
 use serde_json::Value;
 
 /// Tokens of a context, and the most a prompt may have.
@@ -74,6 +75,8 @@ impl Tokenizer {
 
     fn parse(path: &Path, tokenizer: &[u8], config: Option<(&Path, &[u8])>) -> Result<Tokenizer, TokenizerError> {
         let format = |path: &Path, problem: String| TokenizerError::Format { path: path.into(), problem };
+        // The library panics where the decoder is no JSON.
+        serde_json::from_slice::<Decoder>(tokenizer).map_err(|e| format(path, e.to_string()))?;
         let mut inner = tokenizers::Tokenizer::from_bytes(tokenizer).map_err(|e| format(path, e.to_string()))?;
         // Length and padding are ours, whatever was in force when the file was saved.
         inner.with_padding(None);
@@ -161,6 +164,13 @@ impl Tokenizer {
         let ids: Vec<u32> = ids.iter().filter_map(|&id| u32::try_from(id).ok()).collect();
         self.inner.decode(&ids, skips_special).map_err(|e| TokenizerError::Encode { problem: e.to_string() })
     }
+}
+
+/// The part of a `tokenizer.json` that turns ids into text; read to see that it is JSON.
+#[derive(Deserialize)]
+struct Decoder {
+    #[serde(rename = "decoder")]
+    _settings: Option<Value>,
 }
 
 /// A turn of a user, encoded.
@@ -355,6 +365,8 @@ mod tests {
         assert!(message(absent).contains("cannot be read"));
         assert!(message(Tokenizer::from_bytes(b"{}", None)).contains("is not a Hugging Face tokenizer"));
         assert!(message(Tokenizer::from_bytes(&[0xff, 0, 1], None)).contains("is not a Hugging Face tokenizer"));
+        let cut = br#"{"version": "1.0", "decoder": {"type": "Fuse", "rest": ["#;
+        assert!(message(Tokenizer::from_bytes(cut, None)).contains("is not a Hugging Face tokenizer"));
         assert!(message(Tokenizer::from_bytes(&toy(false, &["<pad>"]), None)).contains("no token `<bos>`"));
         let config = message(Tokenizer::from_bytes(&toy(false, &SPECIAL), Some(b"nonsense")));
         assert!(config.contains("tokenizer_config.json"));

@@ -10,9 +10,10 @@ use ltxc_models::checkpoint::{Header, Metadata};
 use ltxc_runtime::media::audio_input::decode_embedded;
 use ltxc_runtime::media::h264::Sps;
 use ltxc_runtime::media::mp4::{self, AudioTrack, Movie, SampleSizes, VideoSample, VideoTrack};
-use ltxc_runtime::media::{Clip, ClipRate, Rational, Window};
+use ltxc_runtime::media::{Clip, ClipRate, Rational, Window, exr_frames};
 use ltxc_runtime::memory::MemoryNeed;
 use ltxc_runtime::noise_files::{Container, pt_around};
+use ltxc_runtime::tokenizer::Tokenizer;
 
 /// A plan file as it is, and as the content of a container whose hashes are right: hashes would keep every change from
 /// the decoder, but not from someone who makes a file on purpose.
@@ -184,6 +185,26 @@ pub fn noise_file(bytes: &[u8]) {
             }
         }
     }
+}
+
+/// An OpenEXR frame.
+pub fn exr_frame(bytes: &[u8]) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("input.exr");
+    std::fs::write(&path, bytes).expect("written");
+    if let Ok(image) = exr_frames::read(&path) {
+        assert_eq!(image.rgb.len(), image.width * image.height * 3);
+    }
+}
+
+/// A `tokenizer.json`, with which texts are encoded.
+pub fn tokenizer(bytes: &[u8]) {
+    let Ok(tokenizer) = Tokenizer::from_bytes(bytes, None) else { return };
+    for text in ["", "a red fox; <bos> é 12"] {
+        let _ = tokenizer.encode(text);
+        let _ = tokenizer.encode_turn(text);
+    }
+    let _ = tokenizer.decode(&[-1, 0, 5, i32::MAX]);
 }
 
 /// A clip or recording of any origin: its tables, then its first pictures and its sound.

@@ -8,9 +8,9 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use ltxc::args::{ModelArgs, PipelineName, ShapeArgs};
-use ltxc::assemble::ModelFiles;
 use ltxc::compile::compile;
 use ltxc::job::Shape;
+use ltxc::model_files::ModelFiles;
 use ltxc_compiler::Options;
 use ltxc_ir::plan::{Plan, container};
 use ltxc_ir::{DType, Rate};

@@ -10,6 +10,7 @@ use ltxc_ir::plan::{
 };
 use ltxc_ir::text::parse;
 use ltxc_ir::tiling::{TilePlan, Tiling};
+use ltxc_runtime::media::{ColourSpace, exr_frames};
 use ltxc_runtime::noise_files::{Container, Stored, pt_around};
 use ltxc_tests::fuzz;
 
@@ -313,6 +314,23 @@ fn noise_files() {
     seeds.push(file[start..end].to_vec());
     assert!(Container::Pt.decode(&pt_around(&seeds[4], &[0; 16]).unwrap()).is_ok());
     smoke("noise_file", &seeds, fuzz::noise_file);
+}
+
+#[test]
+fn frames_of_light() {
+    let frame = |width: usize, height: usize| {
+        let rgb: Vec<f32> = (0..width * height * 3).map(|i| i as f32 * 0.1).collect();
+        let mut file = std::io::Cursor::new(Vec::new());
+        exr_frames::write((width, height), &rgb, ColourSpace::AcesCg, &mut file).expect("written");
+        file.into_inner()
+    };
+    smoke("exr_frame", &[frame(1, 1), frame(5, 3), frame(16, 9)], fuzz::exr_frame);
+}
+
+#[test]
+fn tokenizers() {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/tiny-gemma3/tokenizer.json");
+    smoke("tokenizer", &[std::fs::read(path).expect("a tokenizer")], fuzz::tokenizer);
 }
 
 #[test]

@@ -2,7 +2,8 @@
 //!
 //! A value that a faster part needs is worth keeping if computing it takes at least [`WORK_PER_BYTE`] for each byte that
 //! keeping it takes. If its last op adds little work and many bytes (a broadcast, a widening cast), its operands are
-//! looked at instead. A value that was given its name by a reshape is kept in that shape, under that name. What is not worth keeping is computed by every part that needs it.
+//! looked at instead. A value that was given its name by a reshape is kept in that shape, under that name. What is not
+//! worth keeping is computed by every part that needs it.
 
 use std::collections::{BTreeMap, BTreeSet};
 

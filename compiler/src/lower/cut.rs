@@ -1,4 +1,5 @@
-//! Calls on tensors that are larger than a target can bind or count, cut into calls on parts of them.
+//! Calls on tensors that are larger than a target can bind or count, or that would keep it busy for too long, cut into
+//! calls on parts of them.
 //!
 //! Kernels of devices index with 32 bits. Where an extent needs more, the plan has several calls at different offsets, which
 //! are 64 bits wide on every device: so no kernel pays for wide arithmetic, and that indices fit is known when the plan is
@@ -24,6 +25,7 @@ use ltxc_ir::ops::PadMode;
 use ltxc_ir::plan::fused::{cut_rows, leading_axes};
 use ltxc_ir::plan::{Access, Copy, Fused, Kernel, Operand, Part, PartArg, Source, Target, Work};
 use ltxc_ir::{DType, TensorType};
+use ltxc_kernels::catalogue;
 
 /// Most calls that one becomes: with more, a plan is no longer small, and a smaller size is the better answer.
 const MOST_PIECES: usize = 1 << 12;
@@ -50,23 +52,39 @@ impl Piece {
         types.find(|ty| !target.holds(ty))
     }
 
+    /// Whether a target is busy with it for so long that a system may take it for dead.
+    fn is_long(&self, target: &Target) -> bool {
+        let args: Vec<&TensorType> = self.args.iter().map(|o| &o.ty).collect();
+        let results: Vec<&TensorType> = self.results.iter().map(|o| &o.ty).collect();
+        catalogue::flops(&self.work, &args, &results) > target.max_call_flops()
+    }
+
     /// Whether a target holds it, with what is bound in front of operands that do not begin where tensors can be bound.
     fn fits(&self, target: &Target) -> bool {
         let bound = |o: &Operand| o.ty.bytes() as u64 + o.offset % target.alignment;
         let count = self.args.len() + self.results.len();
         self.beyond(target).is_none()
+            && !self.is_long(target)
             && count <= target.max_bindings as usize
             && self.operands().all(|o| bound(o) <= target.max_tensor_bytes)
     }
 }
 
-/// A call as pieces that the target holds: one if it does so already.
+/// A call as pieces that the target holds, and does soon enough if they can be cut so: one if it does so already.
 ///
 /// # Errors
 /// A type that it does not hold, if the call cannot be cut.
 pub(super) fn pieces(whole: Piece, target: &Target) -> Result<Vec<Piece>, TensorType> {
-    let Some(problem) = whole.beyond(target).cloned() else { return Ok(vec![whole]) };
-    Cut::all(&whole).iter().find_map(|cut| cut.pieces(target)).ok_or(problem)
+    let problem = whole.beyond(target).cloned();
+    if problem.is_none() && !whole.is_long(target) {
+        return Ok(vec![whole]);
+    }
+    let cut = Cut::all(&whole).iter().find_map(|cut| cut.pieces(target));
+    match (cut, problem) {
+        (Some(pieces), _) => Ok(pieces),
+        (None, Some(problem)) => Err(problem),
+        (None, None) => Ok(vec![whole]),
+    }
 }
 
 /// A way to cut a call.
@@ -110,34 +128,38 @@ impl<'a> Cut<'a> {
 
     /// Pieces that the target holds, as few as possible; `None` if there are none.
     fn pieces(&self, target: &Target) -> Option<Vec<Piece>> {
-        let fits = |n: usize| {
-            self.count.div_ceil(n) <= MOST_PIECES && self.each(n).all(|piece| piece.is_some_and(|p| p.fits(target)))
-        };
+        let fits = |n: usize| self.each(n).all(|piece| piece.is_some_and(|p| p.fits(target)));
+        // With fewer there are too many pieces.
+        let least = self.count.div_ceil(MOST_PIECES);
         // All of a copy may fit, where what it copies from or to is larger.
         let is_smaller = matches!(self.along, Along::Rows(_));
-        let (mut most, mut too_many) = (0, self.count + usize::from(!is_smaller));
+        let (mut most, mut too_many) = (least - 1, self.count + usize::from(!is_smaller));
         while most + 1 < too_many {
             let middle = most + (too_many - most) / 2;
             if fits(middle) { most = middle } else { too_many = middle }
         }
-        if most == 0 {
-            // A single one is still too large.
-            let mut all = Vec::new();
-            for piece in self.each(1) {
-                all.extend(pieces(piece?, target).ok()?);
-                if all.len() > MOST_PIECES {
-                    return None;
-                }
-            }
-            return Some(all);
+        if most < least {
+            return if least == 1 { self.cut_again(target) } else { None };
         }
-        // Pieces begin where devices can bind them, if that is possible.
+        // Pieces begin where devices can bind them, if that is possible without too many of them.
         let begins_aligned = |piece: Piece| piece.operands().all(|o| o.offset.is_multiple_of(target.alignment));
         let are_aligned = |&n: &usize| self.each(n).all(|piece| piece.is_some_and(begins_aligned));
         let steps = (0..usize::BITS).map(|bit| 1 << bit).take_while(|&step| step <= most);
         let steps = steps.take_while(|&step| step as u64 <= target.alignment);
-        let n = steps.map(|step| most / step * step).find(are_aligned).unwrap_or(most);
+        let n = steps.map(|step| most / step * step).filter(|&n| n >= least).find(are_aligned).unwrap_or(most);
         self.each(n).collect()
+    }
+
+    /// The pieces of one row or place each, which are too large and are cut along another axis.
+    fn cut_again(&self, target: &Target) -> Option<Vec<Piece>> {
+        let mut all = Vec::new();
+        for piece in self.each(1) {
+            all.extend(pieces(piece?, target).ok()?);
+            if all.len() > MOST_PIECES {
+                return None;
+            }
+        }
+        all.iter().all(|piece| piece.fits(target)).then_some(all)
     }
 
     /// The pieces of `n` rows or places, and one of what is left.

@@ -222,6 +222,15 @@ mod tests {
     }
 
     #[test]
+    fn alignments_are_those_of_every_element() {
+        for (alignment, is_refused) in [(0, true), (1, true), (2, true), (4, false), (48, true), (512, false)] {
+            let target = Target { alignment, ..Target::cpu() };
+            let read = decode(&encode(&Plan { target, ..plan() }).unwrap());
+            assert_eq!(read.is_err_and(|e| e.to_string().contains("alignment")), is_refused, "{alignment}");
+        }
+    }
+
+    #[test]
     fn every_changed_byte_of_both_sections_is_noticed() {
         let file = encode_with(&plan(), Some(&kernels())).unwrap();
         let mut damaged = file.clone();

@@ -119,6 +119,12 @@ impl Target {
         if self.backend == "cpu" { 1 << 46 } else { (1 << 32) - (1 << 16) }
     }
 
+    /// Most floating point operations of a kernel call that can be cut: what a slow GPU (1 TFLOP/s) does in a second.
+    /// Systems reset a GPU behind Vulkan or Metal that does not come back for some seconds.
+    pub fn max_call_flops(&self) -> u64 {
+        if self.backend == "wgpu" { 1_000_000_000_000 } else { u64::MAX }
+    }
+
     /// Whether a tensor may be an operand or a result of a kernel call.
     pub fn holds(&self, ty: &TensorType) -> bool {
         ty.bytes() as u64 <= self.max_tensor_bytes && ty.elements() as u64 <= self.max_tensor_elements()

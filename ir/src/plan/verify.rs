@@ -51,6 +51,9 @@ struct Extent {
     depth: u32,
 }
 
+/// Bytes of the largest element: frames and slots begin where any can lie.
+const LARGEST_ELEMENT: u64 = 4;
+
 /// Most kinds of matrix units of a target; devices have two or three.
 const MAX_UNITS: usize = 16;
 
@@ -63,8 +66,8 @@ pub fn verify(plan: &Plan) -> Result<(), PlanError> {
         plan.functions.iter().map(|f| f.frame_bytes.len()).chain(plan.programs.iter().map(|p| p.arena_bytes.len()));
     let arenas = arenas.max().unwrap_or(0);
     let align = plan.target.alignment;
-    if align == 0 || !align.is_power_of_two() {
-        return Err(PlanError::Malformed(format!("alignment {align} is not a power of two")));
+    if align < LARGEST_ELEMENT || !align.is_power_of_two() {
+        return Err(PlanError::Malformed(format!("alignment {align} is not a power of two from {LARGEST_ELEMENT} on")));
     }
     let units = &plan.target.matrix_units;
     if units.len() > MAX_UNITS || units.iter().any(|unit| !unit.element.is_float() || unit.edge == 0) {

@@ -5,6 +5,8 @@
 //! [`install`] notes such panics, [`sync`] waits for a device and turns everything noted into an error. Whoever reads
 //! results syncs first.
 
+use std::cell::Cell;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, Once, PoisonError};
 
@@ -17,18 +19,37 @@ static IS_POISONED: AtomicBool = AtomicBool::new(false);
 static ERRORS: Mutex<Vec<String>> = Mutex::new(Vec::new());
 static INSTALL: Once = Once::new();
 
-/// Starts to note panics of device threads. Later calls do nothing; [`super::launch`] makes one.
+thread_local! {
+    /// Whether this thread is inside of [`catch`].
+    static IS_CAUGHT: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Starts to note panics of device threads, which become errors and are not printed. Later calls do nothing;
+/// [`super::launch`] makes one.
 pub fn install() {
     INSTALL.call_once(|| {
         let previous = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |info| {
             let thread = std::thread::current();
             if thread.name().is_some_and(|name| name.starts_with(DEVICE_THREAD)) {
-                report(info.to_string());
+                let words = info.payload_as_str().unwrap_or("a panic without words");
+                let file = |path: &str| path.rsplit(['/', '\\']).next().unwrap_or_default().to_string();
+                let place = info.location().map(|l| format!(" ({}:{})", file(l.file()), l.line()));
+                report(format!("{words}{}", place.unwrap_or_default()));
+            } else if !IS_CAUGHT.get() {
+                previous(info);
             }
-            previous(info);
         }));
     });
+}
+
+/// What `work` gives, `None` if it panics: CubeCL does where a driver refuses, or the thread of a device is gone.
+pub fn catch<T>(work: impl FnOnce() -> T) -> Option<T> {
+    install();
+    let before = IS_CAUGHT.replace(true);
+    let result = catch_unwind(AssertUnwindSafe(work));
+    IS_CAUGHT.set(before);
+    result.ok()
 }
 
 /// Notes an error that a driver reported outside of any call, for example to the error callback of a wgpu device.
@@ -63,11 +84,11 @@ pub fn check_poisoned() -> Result<(), String> {
 /// # Errors
 /// What the launches since the last call, or the device, complain about so far.
 pub fn submit<R: Runtime>(client: &ComputeClient<R>) -> Result<(), String> {
-    let submitted = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| client.flush()));
+    let submitted = catch(|| client.flush());
     check_poisoned()?;
     match submitted {
-        Ok(result) => result.map_err(|error| format!("the device failed: {error:?}")),
-        Err(_) => Err("the device stopped answering".into()),
+        Some(result) => result.map_err(|error| format!("the device failed: {error:?}")),
+        None => Err("the device stopped answering".into()),
     }
 }
 
@@ -77,10 +98,10 @@ pub fn submit<R: Runtime>(client: &ComputeClient<R>) -> Result<(), String> {
 /// What the launches since the last call, or the device, complain about.
 pub fn sync<R: Runtime>(client: &ComputeClient<R>) -> Result<(), String> {
     // A client whose device thread is gone panics here; the noted panic says why.
-    let synced = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| cubecl::future::block_on(client.sync())));
+    let synced = catch(|| cubecl::future::block_on(client.sync()));
     check_poisoned()?;
     match synced {
-        Ok(result) => result.map_err(|error| format!("the device failed: {error:?}")),
-        Err(_) => Err("the device stopped answering".into()),
+        Some(result) => result.map_err(|error| format!("the device failed: {error:?}")),
+        None => Err("the device stopped answering".into()),
     }
 }

@@ -16,21 +16,12 @@ fn cover<R: Runtime>(call: &Call<'_, R>) -> Result<(CubeCount, CubeDim, u32), St
 }
 
 pub(crate) fn launch_pad<R: Runtime>(op: &Pad, call: &Call<'_, R>) -> Result<(), String> {
-    let (from, to) = (&call.args[0].ty.shape, &call.out.ty.shape);
-    let mut axes: Vec<[usize; 3]> = Vec::new();
-    for a in 0..to.len() {
-        let grows = from[a] != to[a];
-        match axes.last_mut() {
-            // Axes that stay as they are move together.
-            Some([outer, 0, own]) if !grows && outer == own => (*outer, *own) = (*outer * to[a], *own * to[a]),
-            _ => axes.push([from[a], op.lo[a], to[a]]),
-        }
-    }
-    let column = |i: usize| numbers(axes.iter().map(move |axis| axis[i]));
-    // Indices are signed in front of the operand.
-    if to.iter().any(|&extent| extent > i32::MAX as usize / 2) {
+    let to = &call.out.ty.shape;
+    let axes = merged_axes(&call.args[0].ty.shape, &op.lo, to);
+    if axes.iter().any(|axis| axis[2] > MOST_OF_AXIS) {
         return Err(format!("padding to {to:?} is more than kernels count"));
     }
+    let column = |i: usize| numbers(axes.iter().map(move |axis| axis[i]));
     let (count, dim, n) = cover(call)?;
     // SAFETY: units beyond the result do nothing; the type rule keeps indices inside the operand.
     unsafe {
@@ -49,6 +40,25 @@ pub(crate) fn launch_pad<R: Runtime>(op: &Pad, call: &Call<'_, R>) -> Result<(),
         );
     }
     Ok(())
+}
+
+/// Longest axis of a padded tensor: indices are signed, because they begin in front of the operand.
+const MOST_OF_AXIS: usize = i32::MAX as usize / 2;
+
+/// Extent in the operand, elements in front, and extent in the result of each axis; axes that stay as they are move
+/// together, as far as indices reach.
+fn merged_axes(from: &[usize], lo: &[usize], to: &[usize]) -> Vec<[usize; 3]> {
+    let mut axes: Vec<[usize; 3]> = Vec::new();
+    for a in 0..to.len() {
+        let stays = from[a] == to[a];
+        match axes.last_mut() {
+            Some([outer, 0, own]) if stays && outer == own && own.saturating_mul(to[a]) <= MOST_OF_AXIS => {
+                (*outer, *own) = (*outer * to[a], *own * to[a]);
+            }
+            _ => axes.push([from[a], lo[a], to[a]]),
+        }
+    }
+    axes
 }
 
 #[cube(launch_unchecked)]
@@ -212,5 +222,23 @@ fn update(
             }
         }
         to[unit as usize] = word;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn axes_that_stay_merge_as_far_as_signed_indices_reach() {
+        assert_eq!(merged_axes(&[3, 5, 7, 2], &[0, 1, 0, 0], &[3, 8, 7, 2]), [[3, 0, 3], [5, 1, 8], [14, 0, 14]]);
+        // An axis that grows at its end only is not merged either.
+        assert_eq!(merged_axes(&[3, 5, 7], &[0, 0, 0], &[3, 8, 7]), [[3, 0, 3], [5, 0, 8], [7, 0, 7]]);
+        // 2^31 elements of a frame.
+        let [rows, columns] = [1 << 15, 1 << 16];
+        assert_eq!(
+            merged_axes(&[1, rows, columns], &[1, 0, 0], &[2, rows, columns]),
+            [[1, 1, 2], [rows, 0, rows], [columns, 0, columns]]
+        );
     }
 }

@@ -5,6 +5,7 @@
 //! and names every kernel by the hash of all of that. So compiled code is found again exactly where the same source would
 //! be compiled for the same device, whatever a cache or a plan file says.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::marker::PhantomData;
@@ -270,8 +271,9 @@ pub(crate) fn name_of<C: Compiler>(hash: [u8; 32], cube_dim: CubeDim) -> KernelI
 
 /// Hash of everything that compiled code depends on.
 fn hash(id: &KernelId, source: &str, device: &KernelDevice) -> [u8; 32] {
-    // CubeCL declares types in any order, so sources of the same lines are the same for the same kernel.
-    let mut lines: Vec<&str> = source.lines().collect();
+    // CubeCL declares types in any order, and gives each array a place of its own in shared memory, in any order too. So
+    // sources of the same lines but for those places are the same for the same kernel.
+    let mut lines: Vec<Cow<'_, str>> = source.lines().map(without_place).collect();
     lines.sort_unstable();
     let KernelDevice { backend, architecture, driver, generator } = device;
     let mut hasher = blake3::Hasher::new();
@@ -281,6 +283,18 @@ fn hash(id: &KernelId, source: &str, device: &KernelDevice) -> [u8; 32] {
         hasher.update(field.as_bytes());
     }
     *hasher.finalize().as_bytes()
+}
+
+/// A line of a source without the place in shared memory that it gives to an array.
+fn without_place(line: &str) -> Cow<'_, str> {
+    const SHARED: &str = "dynamic_shared_mem[";
+    let placed = line.split_once(SHARED).and_then(|(before, rest)| Some((before, rest.split_once(']')?)));
+    match placed {
+        Some((before, (place, behind))) if !place.is_empty() && place.bytes().all(|b| b.is_ascii_digit()) => {
+            Cow::Owned(format!("{before}{SHARED}]{behind}"))
+        }
+        _ => Cow::Borrowed(line),
+    }
 }
 
 /// A kernel under its own name.
@@ -498,6 +512,13 @@ mod tests {
         let id = KernelId::new::<u8>().info(1u32);
         let base = hash(&id, "a;\nb;\n", &device());
         assert_eq!(hash(&id, "b;\na;\n", &device()), base, "declarations come in any order");
+        let shared = |a: u32, b: u32| {
+            let array =
+                |n: u32, at: u32| format!("float *shared_{n} = reinterpret_cast<float*>(&dynamic_shared_mem[{at}]);");
+            hash(&id, &format!("{}\n// 64 bytes\n{}\n", array(1, a), array(2, b)), &device())
+        };
+        assert_eq!(shared(0, 256), shared(1024, 0), "arrays lie anywhere in shared memory");
+        assert_ne!(hash(&id, "a[1];", &device()), hash(&id, "a[2];", &device()));
         let mut others = vec![
             hash(&id, "a;\nc;\n", &device()),
             hash(&KernelId::new::<u8>().info(2u32), "a;\nb;\n", &device()),

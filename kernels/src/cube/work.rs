@@ -172,6 +172,7 @@ impl Layout {
                 Step::Rows(rows) => {
                     let outs = rows.outs.iter().map(|&(part, _)| of(Source::Part(part as u32)));
                     let outs = outs.collect::<Result<Vec<CubeTensor<'_>>, String>>()?;
+                    outs.iter().try_for_each(check_tensor)?;
                     guard::install();
                     fused_rows::launch(client, rows, &bound(&rows.composed)?, &outs)?;
                 }

@@ -17,9 +17,9 @@ use ltxc_runtime::pipeline::positions::ReferenceScale;
 use ltxc_runtime::weights::WeightFiles;
 
 use crate::args::{AdapterArgs, Hdr, LoraMode};
-use crate::assemble::{MODEL, local};
+use crate::model_files::{MODEL, local};
 use crate::pipelines::{Definition, takes_references};
-use crate::report::Report;
+use crate::report::{Report, remark};
 
 /// Strengths beyond this are possible, but hardly ever meant.
 const USUAL_STRENGTH: f64 = 2.0;
@@ -411,7 +411,7 @@ fn strength_of(named: &str, text: &str) -> Result<f64> {
     let strength: Option<f64> = text.parse().ok().filter(|s: &f64| s.is_finite());
     let strength = strength.with_context(|| format!("{named}: strength `{text}` is not a number"))?;
     if strength.abs() > USUAL_STRENGTH {
-        eprintln!("note: {named} has the strength {strength}, beyond {USUAL_STRENGTH}");
+        remark(&format!("note: {named} has the strength {strength}, beyond {USUAL_STRENGTH}"));
     }
     Ok(strength)
 }

@@ -7,7 +7,7 @@ use ltxc_compiler::{Fuse, Options, PlanBuilder};
 use ltxc_ir::Module;
 use ltxc_ir::plan::summary::function_costs;
 use ltxc_ir::plan::{ADAPTER_SLOTS, Kernels, Plan, WeightSource, container};
-use ltxc_kernels::fusion::summaries;
+use ltxc_kernels::fusion::{Summary, summaries};
 use ltxc_runtime::backend::DeviceKind;
 use ltxc_runtime::files::write_atomically;
 use ltxc_runtime::memory::{MemoryNeed, readable};
@@ -15,8 +15,10 @@ use serde_json::json;
 
 use crate::adapters::Loras;
 use crate::args::{CompileArgs, CompilerArgs, FuseLevel};
-use crate::assemble::{MODEL, ModelFiles, assemble};
+use crate::assemble::assemble;
+use crate::inspect;
 use crate::job::{self, Shape, present};
+use crate::model_files::{MODEL, ModelFiles};
 use crate::pipelines::definition;
 use crate::report::Report;
 use crate::tune::tune;
@@ -85,6 +87,7 @@ pub fn run(args: &CompileArgs, lora_occurrences: &[usize], report: &mut Report) 
             println!("; program {program} after {pass}\n{module}");
         }
     };
+    job::say_passed_over(&args.shape.device, report)?;
     let plan = compile(&files, &shape, options(&args.compiler), &mut { print })?;
     let device = present(&args.shape.device)?.filter(|device| device.kind != DeviceKind::Cpu && !args.no_kernels);
     let kernels = device.map(|device| tune(&plan, &device, false, report)).transpose()?;
@@ -97,17 +100,27 @@ pub fn run(args: &CompileArgs, lora_occurrences: &[usize], report: &mut Report) 
     let of_programs = |f: &dyn Fn(usize) -> u64| plan.programs.iter().map(|p| f(p.function as usize)).sum::<u64>();
     report.note(&format!("{} programs, {} kernel calls", plan.programs.len(), of_programs(&|f| costs[f].calls)));
     report.note(&memory(&need));
+    let mut all = Summary::default();
+    plan.programs.iter().for_each(|program| all.add(&fusion[program.function as usize]));
+    let fusion = json!({"fused": inspect::fused(&all), "apart": inspect::apart(&all)});
     report.note(&format!(
-        "fused: {} calls that move {} less than {} kernels would; `ltxc inspect` shows which",
-        of_programs(&|f| fusion[f].fused.values().map(|s| s.calls).sum()),
-        readable(of_programs(&|f| fusion[f].saved_bytes())),
-        of_programs(&|f| fusion[f].fused.values().map(|s| s.kernels).sum()),
+        "fused: {} calls that move {} less than {} kernels would, in one run of each program; `ltxc inspect` shows all",
+        all.fused.values().map(|s| s.calls).fold(0, u64::saturating_add),
+        readable(all.saved_bytes()),
+        all.fused.values().map(|s| s.kernels).fold(0, u64::saturating_add),
     ));
-    let kernels = kernels.as_ref().map(crate::tune::facts);
-    let facts = json!({"kernels": kernels, "bytes": bytes.len(), "programs": plan.programs.len(), "peak_bytes": need.peak(), "host_peak_bytes": need.host_peak()});
+    inspect::fusion_lines(&fusion, MOST_GROUPS, MOST_PAIRS).iter().for_each(|line| report.note(&format!("  {line}")));
+    let facts = json!({
+        "kernels": kernels.as_ref().map(crate::tune::facts), "bytes": bytes.len(), "programs": plan.programs.len(),
+        "peak_bytes": need.peak(), "host_peak_bytes": need.host_peak(), "fusion": fusion,
+    });
     report.finish(&args.output, facts);
     Ok(())
 }
+
+/// Fused groups and neighbours that stayed apart that are shown, those with most bytes; JSON has all.
+const MOST_GROUPS: usize = 8;
+const MOST_PAIRS: usize = 3;
 
 /// What a plan needs, in words.
 pub fn memory(need: &MemoryNeed) -> String {

@@ -4,8 +4,8 @@ use anyhow::{Context, Result};
 use ltxc_models::synth::{Preset, synth};
 
 use crate::args::{ContentArgs, DemoArgs, ModelArgs, OutputArgs, RunAdapterArgs, RunArgs, ShapeArgs};
+use crate::choice::Occurrences;
 use crate::report::Report;
-use crate::run::Occurrences;
 use crate::synth::SEED;
 
 const PROMPT: &str = "Slow waves of colour roll over a calm sea at dusk, wind and distant bells.";

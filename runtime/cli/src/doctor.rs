@@ -22,7 +22,7 @@ pub fn run(as_json: bool) -> Result<()> {
     if as_json {
         let facts = json!({
             "version": version(), "devices": found.devices.iter().map(facts_of).collect::<Vec<_>>(),
-            "missing_devices": found.missing,
+            "missing_devices": found.missing.iter().map(ToString::to_string).collect::<Vec<_>>(),
             "available_bytes": available(), "cache": cache, "cached_plans": plans, "hub_cache": hub, "ffmpeg": ffmpeg,
         });
         println!("{facts}");
@@ -63,6 +63,7 @@ fn facts_of(device: &Device) -> Value {
     let mut facts = json!({
         "name": device.name.to_string(), "backend": device.name.backend(), "description": device.description,
         "kind": kind(device), "memory_bytes": device.memory_bytes, "features": device.features, "target": device.target,
+        "problem": device.problem,
     });
     if device.kind == DeviceKind::Cpu {
         facts["threads"] = json!(rayon::current_num_threads());
@@ -71,6 +72,9 @@ fn facts_of(device: &Device) -> Value {
 }
 
 fn words(device: &Device) -> String {
+    if let Some(problem) = &device.problem {
+        return format!("cannot be used: {problem}");
+    }
     let memory = match device.kind {
         DeviceKind::Cpu => return device.features.join(", "),
         DeviceKind::Gpu => format!("{} of its own", readable(device.memory_bytes)),

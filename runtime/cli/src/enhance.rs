@@ -19,9 +19,11 @@ use ltxc_runtime::weights::WeightFiles;
 use serde_json::json;
 
 use crate::args::{ContentArgs, EnhanceArgs};
-use crate::assemble::{GEMMA, ProgramSource, gemma_source, local};
+use crate::assemble::ProgramSource;
 use crate::compile::version;
-use crate::job::{self, pick};
+use crate::content;
+use crate::job::pick;
+use crate::model_files::{GEMMA, gemma_source, local};
 use crate::report::Report;
 use crate::run::INTERRUPT;
 
@@ -155,7 +157,7 @@ pub fn enhanced(
 /// # Errors
 /// A text encoder that cannot write, an image that cannot be read, or a device that cannot run it.
 pub fn run(args: &EnhanceArgs, json: bool, report: &mut Report) -> Result<()> {
-    let said = job::text(&args.prompt)?;
+    let said = content::text(&args.prompt)?;
     let beginning = match &args.image {
         Some(path) => Beginning::Image(path),
         None if args.image_to_video => Beginning::Unseen,
@@ -175,7 +177,7 @@ pub fn run(args: &EnhanceArgs, json: bool, report: &mut Report) -> Result<()> {
     let folder = tokenizer.as_ref().and_then(|path| path.parent());
     let tokenizer = Tokenizer::from_folder(folder.context("the text encoder has no tokenizer beside it")?)?;
     let mut executor = Executor::on(open(&device)?, &plan, &weights, &INTERRUPT)?;
-    let seed = job::seed(&args.seed)?;
+    let seed = content::seed(&args.seed)?;
     let (written, has_seen) = enhanced(&mut executor, &tokenizer, &said, beginning, seed, report)?;
     report.end();
     match json {

@@ -17,11 +17,11 @@ use ltxc_runtime::memory::{MemoryNeed, readable};
 use serde_json::{Value, json};
 
 use crate::args::{ModelArgs, ShapeArgs};
-use crate::assemble::{MODEL, ModelFiles, local};
 use crate::compile::{self, compile, read_with_kernels};
 use crate::convert::is_lora;
 use crate::debug::weights::audit;
 use crate::job::Shape;
+use crate::model_files::{MODEL, ModelFiles, local};
 use crate::pipelines::is_distilled;
 use crate::{inspect, lora};
 
@@ -46,13 +46,19 @@ pub struct InfoArgs {
     pub shape: ShapeArgs,
 }
 
-/// `ltxc info`.
+/// `ltxc info`; `given` are the ids of the flags that are given.
 ///
 /// # Errors
-/// A file that is none of these or damaged; with `--gemma-root` files that do not fit.
-pub fn run(args: &InfoArgs, json_output: bool) -> Result<()> {
+/// A file that is none of these or damaged; with `--gemma-root` files that do not fit, without it flags of a run.
+pub fn run(args: &InfoArgs, given: &[String], json_output: bool) -> Result<()> {
     let path = local(&args.path)?;
     let (text, facts) = look(args, &path)?;
+    let is_about_a_run = given.iter().any(|id| !["path", "json", "quiet"].contains(&id.as_str()));
+    match (is_about_a_run, facts["kind"] == "model", facts["memory"].is_null()) {
+        (true, false, _) => bail!("`{}` is no model, and flags of a run are for one; leave them out", path.display()),
+        (true, true, true) => bail!("an estimate of memory needs the text encoder, too; name it with `--gemma-root`"),
+        _ => {}
+    }
     if json_output {
         println!("{facts}")
     } else {
@@ -147,9 +153,10 @@ fn gemma(path: &Path) -> Result<(String, Value)> {
     let (layers, hidden) = (number("num_hidden_layers"), number("hidden_size"));
     let bytes: u64 = gemma.tensors().map(|(_, at)| at.stored.bytes).sum();
     let text = format!(
-        "a text encoder, {family}, for {of}: {layers} layers, {hidden} wide, {} in {} files\n",
+        "a text encoder, {family}, for {of}: {layers} layers, {hidden} wide, {} in {} file{}\n",
         readable(bytes),
-        gemma.files().len()
+        gemma.files().len(),
+        if gemma.files().len() == 1 { "" } else { "s" }
     );
     Ok((
         text,
@@ -193,8 +200,6 @@ fn model(args: &InfoArgs, path: &Path) -> Result<(String, Value)> {
             plan.target.backend,
             compile::memory(&need)
         );
-    } else if args.spatial_upsampler_path.is_some() {
-        bail!("an estimate of memory needs the text encoder, too; name it with `--gemma-root`");
     }
     Ok((text, facts))
 }

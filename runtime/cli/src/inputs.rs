@@ -12,10 +12,10 @@ use ltxc_runtime::media::{
 use ltxc_runtime::pipeline::{Attention, Media, Reference, SourceClip};
 
 use crate::args::{ContentArgs, Hdr, PipelineName, ShapeArgs};
+use crate::choice::Occurrences;
 use crate::job;
 use crate::pipelines::{Definition, definition};
 use crate::report::Report;
-use crate::run::Occurrences;
 
 /// A path with a strength, as given on the command line.
 #[derive(Clone, Debug, PartialEq)]
@@ -115,9 +115,17 @@ fn part(content: &ContentArgs, begin_of: &dyn Fn(u32) -> f64) -> Result<(f64, Op
             "which part of the clip is made anew? give `--start-time`, `--end-time` or both; `--start-time 0` is all of it"
         );
     }
-    for (flag, time) in [("--start-time", start), ("--end-time", end)] {
+    for (flag, time) in [("--start-time", content.start_time), ("--end-time", content.end_time)] {
         if let Some(time) = time.filter(|time| !(time.is_finite() && *time >= 0.0)) {
             bail!("`{flag} {time}` is no time of the clip; give seconds from its beginning on");
+        }
+    }
+    if let (Some(behind), None) = (content.end_latent, content.start_time) {
+        let first = content.start_latent.unwrap_or(0);
+        if behind <= first {
+            bail!(
+                "`--end-latent {behind}` is not behind latent frame {first}, where the part begins; give a larger one"
+            );
         }
     }
     let start = start.unwrap_or(0.0);
@@ -432,8 +440,12 @@ fn clip(content: &ContentArgs, path: &Path, plan: &Plan, window: Window) -> Resu
     let (start, end) = if plan.pipeline.upscale.is_some() { (0.0, None) } else { part(content, &begin_of)? };
     let length = window.frames as f64 / window.rate.to_f64();
     if start >= length {
+        let given = match content.start_latent {
+            Some(latent) => format!("--start-latent {latent}"),
+            None => format!("--start-time {start}"),
+        };
         bail!(
-            "`--start-time {start}` is at or behind the end of `{}`, of which {length:.3} s are used",
+            "`{given}` is at or behind the end of `{}`, of which {length:.3} s are used; give an earlier start",
             path.display()
         );
     }

@@ -11,10 +11,11 @@ use ltxc_runtime::memory::{MemoryNeed, readable};
 use serde_json::{Value, json};
 
 use crate::args::InspectArgs;
-use crate::assemble::{ModelFiles, assemble};
+use crate::assemble::assemble;
 use crate::compile::read_with_kernels;
 use crate::inspect_html::{self, Limits};
 use crate::job::Shape;
+use crate::model_files::ModelFiles;
 use crate::pipelines::describe_output;
 use crate::{planned, tune};
 
@@ -113,14 +114,21 @@ pub(crate) fn facts(plan: &Plan, hash: &[u8; 32], bytes: u64) -> Value {
     })
 }
 
-fn fused(summary: &Summary) -> Value {
-    let rows = summary.fused.iter().map(|(pattern, s)| {
-        json!({"pattern": pattern, "calls": s.calls, "kernels": s.kernels, "bytes": s.bytes, "saved_bytes": s.saved_bytes})
+/// The groups of a summary, those that save most first.
+pub(crate) fn fused(summary: &Summary) -> Value {
+    let mut groups: Vec<_> = summary.fused.iter().collect();
+    groups.sort_by_key(|(_, s)| std::cmp::Reverse(s.saved_bytes));
+    let rows = groups.into_iter().map(|(group, s)| {
+        json!({
+            "pattern": group.pattern, "parts": group.kernels, "example": s.example, "calls": s.calls, "kernels": s.kernels,
+            "bytes": s.bytes, "saved_bytes": s.saved_bytes,
+        })
     });
     rows.collect()
 }
 
-fn apart(summary: &Summary) -> Value {
+/// The neighbours of a summary that stayed apart, those with most between them first.
+pub(crate) fn apart(summary: &Summary) -> Value {
     let mut pairs: Vec<_> = summary.apart.iter().collect();
     pairs.sort_by_key(|(_, a)| std::cmp::Reverse(a.bytes));
     let rows = pairs.into_iter().map(|((first, second, reason), a)| {
@@ -129,42 +137,47 @@ fn apart(summary: &Summary) -> Value {
     rows.collect()
 }
 
-/// Pairs of neighbours that are shown for a program; JSON has all.
+/// Neighbours that are shown for a program, those with most between them; JSON has all.
 const MOST_PAIRS: usize = 5;
 
 /// Fused groups and what stayed apart in one run of each program.
 fn fusion_text(facts: &Value) -> String {
     let mut out = String::new();
     for program in facts["programs"].as_array().into_iter().flatten() {
-        let rows = |key: &str| program[key].as_array().cloned().unwrap_or_default();
-        let number = |row: &Value, key: &str| row[key].as_u64().unwrap_or(0);
-        let word = |row: &Value, key: &str| row[key].as_str().unwrap_or_default().to_string();
-        if rows("fused").is_empty() && rows("apart").is_empty() {
-            continue;
-        }
-        out += &format!("{}\n", word(program, "name"));
-        for row in rows("fused") {
-            out += &format!(
-                "  {:<12} {:>6} calls for {:>6} kernels, {:>9} moved, {:>9} saved\n",
-                word(&row, "pattern"),
-                number(&row, "calls"),
-                number(&row, "kernels"),
-                readable(number(&row, "bytes")),
-                readable(number(&row, "saved_bytes")),
-            );
-        }
-        for row in rows("apart").into_iter().take(MOST_PAIRS) {
-            out += &format!(
-                "  apart        {:>6} times {} → {}, {} between: {}\n",
-                number(&row, "times"),
-                word(&row, "first"),
-                word(&row, "second"),
-                readable(number(&row, "bytes")),
-                word(&row, "reason"),
-            );
+        let lines = fusion_lines(program, usize::MAX, MOST_PAIRS);
+        if !lines.is_empty() {
+            out += &format!("{}\n", program["name"].as_str().unwrap_or_default());
+            lines.iter().for_each(|line| out += &format!("  {line}\n"));
         }
     }
     out
+}
+
+/// A line for each of the first fused groups and of the first pairs that stayed apart.
+pub(crate) fn fusion_lines(facts: &Value, most_groups: usize, most_pairs: usize) -> Vec<String> {
+    let rows = |key: &str, most: usize| facts[key].as_array().into_iter().flatten().take(most);
+    let number = |row: &Value, key: &str| row[key].as_u64().unwrap_or(0);
+    let size = |row: &Value, key: &str| readable(number(row, key));
+    let word = |row: &Value, key: &str| row[key].as_str().unwrap_or_default().to_string();
+    let groups = rows("fused", most_groups).map(|row| {
+        let example = Some(word(row, "example")).filter(|name| !name.is_empty());
+        format!(
+            "{:<10} {:>6} calls for {:>6} kernels, {:>9} moved, {:>9} saved: {}{}",
+            word(row, "pattern"),
+            number(row, "calls"),
+            number(row, "kernels"),
+            size(row, "bytes"),
+            size(row, "saved_bytes"),
+            word(row, "parts"),
+            example.map(|name| format!(" ({name})")).unwrap_or_default(),
+        )
+    });
+    let pairs = rows("apart", most_pairs).map(|row| {
+        let [first, second, reason] = ["first", "second", "reason"].map(|key| word(row, key));
+        let times = number(row, "times");
+        format!("apart      {times:>6} times {first} → {second}, {} between: {reason}", size(row, "bytes"))
+    });
+    groups.chain(pairs).collect()
 }
 
 fn hex(hash: &[u8; 32]) -> String {

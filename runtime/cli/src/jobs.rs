@@ -11,19 +11,22 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use clap::{Arg, ArgAction, ArgMatches, Command, CommandFactory, FromArgMatches, Id, Parser, parser::ValueSource};
+use clap::{Arg, ArgAction, ArgMatches, CommandFactory, FromArgMatches, Parser, parser::ValueSource};
 use ltxc_runtime::RunError;
 use serde_json::{Map, Value};
 
 use crate::adapters::Loras;
+use crate::args::tables::{complaint, flags_of};
 use crate::args::{ContentArgs, OutputArgs, RunAdapterArgs, RunArgs, SamplingArgs, with_negative_numbers};
-use crate::assemble::local;
-use crate::debug::flags::DebugOptions;
+use crate::choice::{Choice, Occurrences};
+use crate::content::{negative_prompt, prompt};
+use crate::debug::options::DebugOptions;
 use crate::identity;
-use crate::job::{Shape, negative_prompt, prompt};
+use crate::job::Shape;
+use crate::model_files::local;
 use crate::pipelines::{definition, refuse_idle};
 use crate::report::Report;
-use crate::run::{Choice, Occurrences, Runner};
+use crate::run::Runner;
 
 /// What a job may choose.
 #[derive(Debug, Parser)]
@@ -365,68 +368,6 @@ fn made_of(line: &[String], matches: &ArgMatches, args: &JobArgs, enhances_promp
     Ok(hash.finalize())
 }
 
-/// The flags of `command` whose names are keys of a table, as a command line, and their ids.
-///
-/// # Errors
-/// A key that is no flag, or a value that is none.
-pub fn flags_of(table: &Map<String, Value>, command: &Command) -> Result<(Vec<String>, Vec<Id>)> {
-    let (mut line, mut given) = (Vec::new(), Vec::new());
-    for (key, value) in table {
-        let flag = key.replace('_', "-");
-        let found = command.get_arguments().find(|arg| names(arg).contains(&flag));
-        let Some(arg) = found.filter(|arg| arg.get_id() != "jobs") else {
-            bail!("`{key}` is not a flag that can be given here");
-        };
-        given.push(arg.get_id().clone());
-        push(&mut line, arg, value).with_context(|| format!("`{key}`"))?;
-    }
-    Ok((line, given))
-}
-
-/// The long names of a flag.
-fn names(arg: &Arg) -> Vec<String> {
-    let aliases = arg.get_all_aliases().unwrap_or_default();
-    arg.get_long().into_iter().chain(aliases).map(str::to_owned).collect()
-}
-
-/// Adds a flag with the values of a job or of a file of flags.
-///
-/// # Errors
-/// A value that is none for this flag.
-pub fn push(line: &mut Vec<String>, arg: &Arg, value: &Value) -> Result<()> {
-    let flag = format!("--{}", arg.get_long().unwrap_or_default());
-    let scalar = |value: &Value| match value {
-        Value::String(text) => Ok(text.clone()),
-        Value::Number(number) => Ok(number.to_string()),
-        other => bail!("{other} is not a text or number"),
-    };
-    if matches!(arg.get_action(), ArgAction::SetTrue) {
-        return match value {
-            Value::Bool(is_on) => {
-                line.extend(is_on.then_some(flag));
-                Ok(())
-            }
-            other => bail!("{other} is not true or false"),
-        };
-    }
-    let takes_many = arg.get_num_args().is_some_and(|n| n.max_values() > 1);
-    match value {
-        Value::Array(lists) if takes_many && lists.iter().any(Value::is_array) => {
-            return lists.iter().try_for_each(|list| push(line, arg, list));
-        }
-        Value::Array(values) if takes_many => {
-            line.push(flag);
-            line.extend(values.iter().map(scalar).collect::<Result<Vec<_>>>()?);
-        }
-        Value::Array(values) if arg.get_value_delimiter().is_some() => {
-            let values = values.iter().map(scalar).collect::<Result<Vec<_>>>()?;
-            line.push(format!("{flag}={}", values.join(",")));
-        }
-        value => line.push(format!("{flag}={}", scalar(value)?)),
-    }
-    Ok(())
-}
-
 /// Adds a flag as it was given on the command line.
 fn push_given(line: &mut Vec<String>, arg: &Arg, command_line: &ArgMatches) {
     let flag = format!("--{}", arg.get_long().unwrap_or_default());
@@ -442,13 +383,6 @@ fn push_given(line: &mut Vec<String>, arg: &Arg, command_line: &ArgMatches) {
             (many, None) => line.extend(std::iter::once(flag.clone()).chain(many.iter().cloned())),
         }
     }
-}
-
-/// What the parser of the command line complains about, without its advice on usage.
-fn complaint(error: clap::Error) -> anyhow::Error {
-    let text = error.to_string();
-    let lines: Vec<&str> = text.lines().map(str::trim).take_while(|line| !line.is_empty()).collect();
-    anyhow::Error::msg(lines.join(" ").trim_start_matches("error: ").to_owned())
 }
 
 /// The first words of a prompt, as a file name.

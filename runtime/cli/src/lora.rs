@@ -12,8 +12,8 @@ use rayon::prelude::*;
 use serde_json::{Value, json};
 
 use crate::args::LoraInspectArgs;
-use crate::assemble::local;
 use crate::debug::lora::files::added_norm;
+use crate::model_files::local;
 
 /// `ltxc lora inspect`.
 ///

@@ -5,9 +5,9 @@ use std::sync::atomic::Ordering;
 
 use clap::{ArgMatches, FromArgMatches};
 use ltxc::args::{self, Cli, Command, LoraCommand, in_our_words};
+use ltxc::choice::Occurrences;
 use ltxc::pipelines::{definition, refuse_idle};
-use ltxc::report::{Report, Style};
-use ltxc::run::Occurrences;
+use ltxc::report::{QUIET, Report, Style};
 use ltxc::{bench, compile, convert, debug, demo, doctor, enhance, info, inspect, jobs, lora, run, synth, tune};
 use ltxc_runtime::RunError;
 
@@ -39,6 +39,7 @@ fn main() -> ExitCode {
         (_, true) => Style::Quiet,
         _ => Style::Text,
     };
+    QUIET.store(cli.quiet, Ordering::Relaxed);
     let mut report = Report::new(style);
     line.notes.iter().for_each(|note| report.note(note));
     if let Err(e) = ctrlc::set_handler(|| run::INTERRUPT.store(true, Ordering::Relaxed)) {
@@ -80,7 +81,10 @@ fn execute(cli: &Cli, matches: &ArgMatches, report: &mut Report) -> anyhow::Resu
             convert::run(args, &line.map(Occurrences::of).unwrap_or_default().lora, report)
         }
         Command::Tune(args) => tune::run(args, report),
-        Command::Info(args) => info::run(args, cli.json),
+        Command::Info(args) => {
+            let line = matches.subcommand_matches("info").map(Occurrences::of).unwrap_or_default();
+            info::run(args, &line.given, cli.json)
+        }
         Command::EncodeText(args) => return debug::text::export(args, cli.json),
         Command::Inspect(args) => inspect::run(args, cli.json),
         Command::Lora(LoraCommand::Inspect(args)) => lora::inspect(args, cli.json),

@@ -49,7 +49,7 @@ pub struct Finished {
 impl Finished {
     /// Removes everything.
     pub fn remove(&self) {
-        self.beside.iter().for_each(|(_, path)| drop(std::fs::remove_file(path)));
+        remove_files(&self.beside);
         let path = &self.written.path;
         let _ = if path.is_dir() { std::fs::remove_dir_all(path) } else { std::fs::remove_file(path) };
     }
@@ -87,6 +87,9 @@ impl FileOutput {
             bail!(
                 "`--fps-out {to}` blends frames of a video with an ordinary range, of which none is written; leave it out"
             );
+        }
+        if writing.skip_mp4 && hdr.is_none() {
+            bail!("`--skip-mp4` leaves out what stands beside EXR frames, of which none are written; leave it out");
         }
         let interpolator = interpolated.map(|to| Interpolator::new(rate, to));
         let written_rate = interpolated.unwrap_or(rate);
@@ -127,27 +130,37 @@ impl FileOutput {
         self.writer.tag(name, value);
     }
 
-    /// Completes everything. After an error nothing is left.
+    /// Completes everything, the output itself last: where that is, all of it is. After an error nothing is left.
     ///
     /// # Errors
     /// A file that cannot be written.
-    pub fn finish(mut self) -> Result<Finished> {
+    pub fn finish(self) -> Result<Finished> {
+        let mut beside = Vec::new();
+        match self.finish_in_order(&mut beside) {
+            Ok(written) => Ok(Finished { written, beside }),
+            Err(error) => {
+                remove_files(&beside);
+                Err(error)
+            }
+        }
+    }
+
+    fn finish_in_order(mut self, beside: &mut Vec<(&'static str, PathBuf)>) -> Result<Written> {
         if let Some(interpolator) = self.interpolator.take() {
             interpolator.finish(&mut |frame| self.writer.write_frames(frame))?;
         }
-        let written = self.writer.finish()?;
-        let mut finished = Finished { written, beside: Vec::new() };
-        let preview = self.preview.map(|preview| Ok(preview.writer.finish()?.path));
-        for (name, path) in [("preview", preview), ("hlg_master", self.master.map(|master| Ok(master.finish()?)))] {
-            match path {
-                // No file is left without the others.
-                Some(Err(error)) => return Err(error).inspect_err(|_: &anyhow::Error| finished.remove()),
-                Some(Ok(path)) => finished.beside.push((name, path)),
-                None => {}
-            }
+        if let Some(preview) = self.preview {
+            beside.push(("preview", preview.writer.finish()?.path));
         }
-        Ok(finished)
+        if let Some(master) = self.master {
+            beside.push(("hlg_master", master.finish()?));
+        }
+        Ok(self.writer.finish()?)
     }
+}
+
+fn remove_files(beside: &[(&'static str, PathBuf)]) {
+    beside.iter().for_each(|(_, path)| drop(std::fs::remove_file(path)));
 }
 
 impl Preview {
@@ -232,26 +245,24 @@ impl Output for FileOutput {
     }
 
     fn sound(&mut self, samples: &[f32], rate_hz: u32) -> Result<(), RunError> {
+        let channels = [0, 1].map(|c| samples.iter().skip(c).step_by(2).copied().collect::<Vec<f32>>());
         if let Some(preview) = &mut self.preview {
-            write_sound(&mut preview.writer, samples, rate_hz)?;
+            write_sound(&mut preview.writer, &channels, rate_hz)?;
         }
         if let Some(master) = &mut self.master {
-            let channel = |c: usize| samples.iter().skip(c).step_by(2).copied().collect::<Vec<f32>>();
-            master.write_sound(Audio::new(rate_hz, [channel(0), channel(1)].concat())?);
+            master.write_sound(Audio::new(rate_hz, channels.concat())?);
         }
-        write_sound(&mut self.writer, samples, rate_hz)
+        write_sound(&mut self.writer, &channels, rate_hz)
     }
 }
 
-/// Writes sound, `[samples, 2]`, at its rate or at another one that the format has.
-fn write_sound(writer: &mut MediaWriter, samples: &[f32], rate_hz: u32) -> Result<(), RunError> {
-    let channel = |c: usize| samples.iter().skip(c).step_by(2).copied().collect::<Vec<f32>>();
-    let (left, right) = (channel(0), channel(1));
+/// Writes the sound of both channels at its rate, or at another one that the format has.
+fn write_sound(writer: &mut MediaWriter, channels: &[Vec<f32>; 2], rate_hz: u32) -> Result<(), RunError> {
     let audio = match writer.takes_rate(rate_hz) {
-        true => Audio::new(rate_hz, [left, right].concat())?,
+        true => Audio::new(rate_hz, channels.concat())?,
         false => {
-            let to = |x: &[f32]| resample(x, rate_hz as usize, COMMON_RATE_HZ);
-            Audio::new(COMMON_RATE_HZ as u32, [to(&left)?, to(&right)?].concat())?
+            let [left, right] = channels.each_ref().map(|x| resample(x, rate_hz as usize, COMMON_RATE_HZ));
+            Audio::new(COMMON_RATE_HZ as u32, [left?, right?].concat())?
         }
     };
     Ok(writer.write_audio(audio)?)

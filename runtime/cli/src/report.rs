@@ -1,5 +1,6 @@
 //! What the user sees while a command runs: progress bars on a terminal, lines elsewhere, JSON objects on request.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use indicatif::{ProgressBar, ProgressStyle};
@@ -17,6 +18,16 @@ pub enum Style {
     Quiet,
     /// Nothing: the command is part of another one.
     Silent,
+}
+
+/// Whether nothing but results and errors is printed (`--quiet`), also by code that has no [`Report`].
+pub static QUIET: AtomicBool = AtomicBool::new(false);
+
+/// A remark of code that has no [`Report`], to standard error.
+pub fn remark(text: &str) {
+    if !QUIET.load(Ordering::Relaxed) {
+        eprintln!("{text}");
+    }
 }
 
 /// Reports the events of a run.

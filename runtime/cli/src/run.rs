@@ -1,12 +1,10 @@
 //! `ltxc run`: a prompt to a video with sound.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, Result, bail};
-use clap::ArgMatches;
-use clap::parser::ValueSource;
 use ltxc_ir::plan::{Kernels, Modality, Plan, Release, Sampler, Stage, Upscale, VideoSettings};
 use ltxc_runtime::adapters::StageAdapters;
 use ltxc_runtime::backend::{Device, KernelCounts, missing_units, open_with};
@@ -16,26 +14,30 @@ use ltxc_runtime::files::write_atomically;
 use ltxc_runtime::media::{RoundTrip, Written, image_round_trip, load_image};
 use ltxc_runtime::memory::{MemoryNeed, available};
 use ltxc_runtime::noise_files;
-use ltxc_runtime::pipeline::{Conditioning, Noise, Request, StageChoice, run as run_pipeline, tile_name};
+use ltxc_runtime::pipeline::{Conditioning, Noise, Request, run as run_pipeline};
 use ltxc_runtime::stats::Stats;
 use ltxc_runtime::tokenizer::Tokenizer;
 use ltxc_runtime::weights::{WeightFiles, find_tokenizer};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::adapters::{self, Loras, Opened};
-use crate::args::{ContentArgs, ImageCodec, OutputArgs, RunAdapterArgs, RunArgs, SamplingArgs, ShapeArgs};
-use crate::assemble::{GEMMA, ModelFiles};
+use crate::args::{ContentArgs, ImageCodec, RunArgs};
+use crate::choice::{Choice, Occurrences};
 use crate::compile::{cached, memory, read_with_kernels};
-use crate::debug::flags::{DebugMode, DebugOptions};
+use crate::content::{self, ImageArg};
+use crate::debug::flags::DebugMode;
 use crate::debug::names::components;
 use crate::debug::noise::summary as noise_summary;
+use crate::debug::options::DebugOptions;
 use crate::debug::session::{About, Session};
 use crate::debug::text::contexts::embeddings;
 use crate::enhance::{self, Beginning};
+use crate::facts;
 use crate::inputs;
-use crate::job::{self, ImageArg, Shape, pick};
+use crate::job::{self, Shape, pick};
+use crate::model_files::{GEMMA, ModelFiles};
 use crate::output::FileOutput;
-use crate::pipelines::{definition, definition_named, describe, describe_output, levels, refuse_idle, stage_choice};
+use crate::pipelines::{definition, definition_named, describe, describe_output, refuse_idle};
 use crate::planned;
 use crate::report::Report;
 
@@ -71,102 +73,6 @@ pub fn run(args: &RunArgs, occurrences: &Occurrences, report: &mut Report) -> Re
     }
     report.finish(&made.path, facts);
     Ok(())
-}
-
-/// Which flags were given, and how many values each occurrence had of those that take several and can be repeated.
-#[derive(Clone, Debug, Default)]
-pub struct Occurrences {
-    /// Of `--image`.
-    pub image: Vec<usize>,
-    /// Of `--video-conditioning`.
-    pub reference: Vec<usize>,
-    /// Of `--lora`.
-    pub lora: Vec<usize>,
-    /// Ids of all flags that are given.
-    pub given: Vec<String>,
-}
-
-impl Occurrences {
-    /// Those of a parsed command.
-    pub fn of(matches: &ArgMatches) -> Occurrences {
-        // Not every command has all of them.
-        let count = |flag: &str| {
-            let found = matches.try_get_occurrences::<String>(flag).ok().flatten();
-            found.map(|occurrences| occurrences.map(Iterator::count).collect()).unwrap_or_default()
-        };
-        let ids = matches.ids().map(|id| id.as_str());
-        let given = ids.filter(|id| matches.value_source(id) == Some(ValueSource::CommandLine)).map(String::from);
-        Occurrences {
-            image: count("image"),
-            reference: count("video_conditioning"),
-            lora: count("lora"),
-            given: given.collect(),
-        }
-    }
-}
-
-/// What one run chooses.
-#[derive(Clone, Copy)]
-pub struct Choice<'a> {
-    /// Prompt, images and so on.
-    pub content: &'a ContentArgs,
-    /// Sampling and guidance.
-    pub sampling: &'a SamplingArgs,
-    /// LoRAs.
-    pub adapters: &'a RunAdapterArgs,
-    /// Of the flags in `content` and `adapters`.
-    pub occurrences: &'a Occurrences,
-    /// How to write.
-    pub writing: &'a OutputArgs,
-}
-
-impl Choice<'_> {
-    /// Opens its LoRAs.
-    ///
-    /// # Errors
-    /// Values that are no strength or stage, or a file that is no LoRA.
-    pub fn loras(&self) -> Result<Loras> {
-        Loras::open(&self.adapters.adapters, &self.occurrences.lora)
-    }
-
-    /// The shape of a plan for it, of a command that has none.
-    ///
-    /// # Errors
-    /// Values of flags that no plan could have, media that the pipeline does not take or that cannot be read, or LoRAs that
-    /// are missing.
-    pub fn shape(&self, args: &RunArgs, loras: &Loras) -> Result<Option<Shape>> {
-        let (content, occurrences) = (self.content, self.occurrences);
-        let images = job::images(content, &occurrences.image)?;
-        let has_attention =
-            inputs::attention_strength(content)?.is_some() || !content.conditioning_attention_mask.is_empty();
-        if args.plan.is_some() {
-            return Ok(None);
-        }
-        let pipeline = args.shape.pipeline.unwrap_or_default();
-        inputs::check_given(pipeline, content)?;
-        refuse_idle(definition(pipeline), &occurrences.given, self.sampling)?;
-        if !args.model.names_model() {
-            bail!(
-                "there is nothing to run; name a plan made by `ltxc compile`, or model files from `--checkpoint-path` on"
-            );
-        }
-        let named = definition(pipeline);
-        loras.check_complete(named)?;
-        loras.check_range(named.name, named.brings.pads_references, content.hdr)?;
-        let references = u32::try_from(occurrences.reference.len()).ok().filter(|&n| n > 0);
-        let given = ShapeArgs {
-            reference_count: args.shape.reference_count.or(references),
-            reference_attention: args.shape.reference_attention || has_attention,
-            ..args.shape.clone()
-        };
-        let (given, reference_seconds) = inputs::shape_of_media(&given, content, loras.reference_scale()?.space)?;
-        let appended = images.iter().filter(|image| named.brings.appends_first_image || image.frame != Some(0)).count();
-        let mut shape = Shape::resolve(&given, appended)?.with(loras)?;
-        shape.target = pick(&args.shape.device, None)?.target;
-        shape.reference_seconds = reference_seconds;
-        shape.references.frames = inputs::shortest(content, occurrences, shape.frame_rate)?;
-        Ok(Some(shape))
-    }
 }
 
 /// A plan with its weights and device, to run as often as there are prompts.
@@ -217,8 +123,9 @@ impl Runner {
     ) -> Result<Runner> {
         let (plan_path, folders) = plan_and_folders(args, shape, loras, mode)?;
         let (plan, kernels, hash) = read_with_kernels(&plan_path)?;
-        if args.plan.is_some() {
-            planned::check(&args.shape, &plan_path, &plan)?;
+        match args.plan {
+            Some(_) => planned::check(&args.shape, &plan_path, &plan)?,
+            None => job::say_passed_over(&args.shape.device, report)?,
         }
         let enhances_prompt = args.shape.enhance_prompt;
         let device = pick(&args.shape.device, Some(&plan))?;
@@ -349,8 +256,8 @@ impl Runner {
         if self.enhances_prompt {
             enhance::check(plan, content)?;
         }
-        let seed = job::seed(&content.seed)?;
-        let (said, negative) = (job::prompt(content)?, job::negative_prompt(content)?);
+        let seed = content::seed(&content.seed)?;
+        let (said, negative) = (content::prompt(content)?, content::negative_prompt(content)?);
         let embeddings = content.embeddings.as_deref().map(|path| embeddings(path, plan)).transpose()?;
         let experiments = Experiments::new(content.experiment.clone(), plan)?;
         for label in experiments.labels() {
@@ -361,7 +268,7 @@ impl Runner {
             Release::V1_2_0 => "",
         };
         report.note(&format!("seed {seed}, {} ({}){release}", plan.pipeline.name, plan.pipeline.model.generation));
-        let images = job::images(content, &choice.occurrences.image)?;
+        let images = content::images(content, &choice.occurrences.image)?;
         if plan.pipeline.inputs.appends_first_image && images.is_empty() {
             bail!("pipeline `{}` passes through images; give `--image PATH FRAME` for each", plan.pipeline.name);
         }
@@ -370,7 +277,7 @@ impl Runner {
         let conditioning = images.iter().map(|i| load(i, plan, content.image_codec)).collect::<Result<Vec<_>>>()?;
         let references = inputs::references(content, choice.occurrences, plan)?;
         let size = inputs::size_of_references(&references, plan)?;
-        let stages = stage_choices(choice, plan)?;
+        let stages = choice.stages(plan)?;
         for stage in &plan.pipeline.stages {
             report.note(&describe(stage, stages.get(&stage.name), &plan.pipeline.modalities()));
         }
@@ -389,12 +296,7 @@ impl Runner {
         }
         let media = inputs::load(content, &references, plan, report)?;
         let hdr = inputs::colour_space(content, plan)?;
-        let facts_path = choice.writing.save_json.then(|| sidecar(to));
-        if let Some(path) = facts_path.as_ref().filter(|path| path.is_dir()) {
-            bail!("`--save-json` writes `{}`, which is a folder; move it, or name another output", path.display());
-        }
-        let mut facts = sampling_facts(plan, &stages, adapters);
-        facts["images"] = images.iter().map(|image| image.facts(plan)).collect();
+        let facts_path = choice.writing.save_json.then(|| facts::beside(to)).transpose()?;
         let mut output = FileOutput::create(to, plan, size, hdr, choice.writing)?;
         let tokenizer = match &self.tokenizer {
             Some(folder) => Some(Tokenizer::from_folder(folder)?),
@@ -423,7 +325,7 @@ impl Runner {
             noise: Noise {
                 seed,
                 fixes_res2s: content.compat.is_some(),
-                files: noise_files(content, plan)?,
+                files: choice.noise_files(plan)?,
                 folder: content.noise_bundle.clone(),
                 spares_decoders: content.no_decode_noise || debug.spares_decoders,
                 ..Noise::default()
@@ -441,10 +343,36 @@ impl Runner {
             output.tag("prompt_given", given);
             output.tag("prompt_image", seen.as_deref().map(String::from));
             output.tag("seed", Some(seed.to_string()));
-            output.tag("plan_hash", Some(hex(&self.hash)));
+            output.tag("plan_hash", Some(facts::hex(&self.hash)));
             output.tag("embeddings", embeddings.map(String::from));
         }
         output.tag("experiments", (!labels.is_empty()).then(|| labels.join(", ")));
+        let (width, height) = output.shown();
+        let rate = plan.pipeline.video.frame_rate;
+        let reads_negative = plan.pipeline.upscale.is_none() && request.needs_negative(&plan.pipeline)?;
+        let mut facts = facts::sampling(plan, &request.stages, adapters);
+        for (key, value) in [
+            ("images", Some(images.iter().map(|image| image.facts(plan)).collect())),
+            ("prompt", Some(json!(&prompt))),
+            ("prompt_given", self.enhances_prompt.then(|| json!(&said))),
+            ("prompt_image", seen.as_ref().map(|name| json!(name))),
+            ("negative_prompt", reads_negative.then(|| json!(&negative))),
+            ("embeddings", content.embeddings.as_ref().map(|path| json!(path))),
+            ("seed", Some(json!(seed))),
+            ("plan_hash", Some(json!(facts::hex(&self.hash)))),
+            ("compiler", Some(json!(&plan.compiler))),
+            ("pipeline", Some(json!(&plan.pipeline.name))),
+            ("model", Some(json!(&plan.pipeline.model.generation))),
+            ("experiments", (!labels.is_empty()).then(|| json!(&labels))),
+            ("height", Some(json!(height))),
+            ("width", Some(json!(width))),
+            ("frame_rate", Some(json!([rate.0, rate.1]))),
+            ("blended_to", choice.writing.fps_out.map(|rate| json!([rate.num(), rate.den()]))),
+        ] {
+            if let Some(value) = value {
+                facts[key] = value;
+            }
+        }
         let about = About {
             hash: Some(self.hash),
             device: self.device.name.to_string(),
@@ -465,49 +393,16 @@ impl Runner {
             let stats = Stats::of(&noise.shape, &noise.values);
             report.note(&format!("noise {slot} `{}`: {}", path.display(), noise_summary(&stats)));
         }
-        let shown = output.shown();
         let finished = output.finish()?;
         let Written { path, frames, bytes, .. } = finished.written.clone();
         for (name, path) in &finished.beside {
             report.note(&format!("{} in `{}`", name.replace('_', " "), path.display()));
         }
         if let Some(facts_path) = facts_path {
-            let rate = plan.pipeline.video.frame_rate;
-            for (key, value) in [
-                ("output", json!(&path)),
-                ("prompt", json!(&prompt)),
-                ("seed", json!(seed)),
-                ("plan_hash", json!(hex(&self.hash))),
-                ("compiler", json!(&plan.compiler)),
-                ("pipeline", json!(&plan.pipeline.name)),
-                ("model", json!(&plan.pipeline.model.generation)),
-                ("height", json!(shown.1)),
-                ("width", json!(shown.0)),
-                ("frames", json!(frames)),
-                ("frame_rate", json!([rate.0, rate.1])),
-            ] {
-                facts[key] = value;
-            }
-            if plan.pipeline.upscale.is_none() && request.needs_negative(&plan.pipeline)? {
-                facts["negative_prompt"] = json!(negative);
-            }
-            if self.enhances_prompt {
-                facts["prompt_given"] = json!(said);
-            }
+            facts["output"] = json!(&path);
+            facts["frames"] = json!(frames);
             for (name, path) in &finished.beside {
                 facts[*name] = json!(path);
-            }
-            if let Some(rate) = choice.writing.fps_out {
-                facts["blended_to"] = json!([rate.num(), rate.den()]);
-            }
-            if let Some(name) = &seen {
-                facts["prompt_image"] = json!(name);
-            }
-            if let Some(path) = &content.embeddings {
-                facts["embeddings"] = json!(path);
-            }
-            if !labels.is_empty() {
-                facts["experiments"] = json!(labels);
             }
             if let Err(error) = write_atomically(&facts_path, format!("{facts:#}\n").as_bytes()) {
                 finished.remove();
@@ -585,99 +480,4 @@ fn load(arg: &ImageArg, plan: &Plan, codec: ImageCodec) -> Result<Conditioning> 
     };
     let image = image_round_trip(&load_image(&arg.path)?, crf, codec)?;
     Ok(Conditioning { image, frame: arg.frame_in(plan), strength: arg.strength })
-}
-
-/// What the flags change in the stages of a plan.
-fn stage_choices(choice: &Choice<'_>, plan: &Plan) -> Result<BTreeMap<String, StageChoice>> {
-    let content = choice.content;
-    let Some(first) = plan.pipeline.stages.first() else { return Ok(BTreeMap::new()) };
-    let modalities = plan.pipeline.modalities();
-    let steps = content.num_inference_steps;
-    let mut first_choice = stage_choice(first, &modalities, choice.sampling, steps, content.sigmas.as_deref())?;
-    if let Some(table) = &content.guidance_table {
-        let planned = first_choice.guidance.as_ref().or(first.guidance.as_ref());
-        first_choice.levels = levels(table, planned, &modalities)?;
-    }
-    let mut out = BTreeMap::from([(first.name.clone(), first_choice)]);
-    if let Some(list) = &content.sigmas_stage2 {
-        out.insert("stage2".into(), StageChoice { sigmas: Some(list.clone()), ..StageChoice::default() });
-    }
-    if let Some(steps) = content.steps_stage2 {
-        let second = plan.pipeline.stages.get(1).context("`--steps-stage2`: the plan has one stage; leave it out")?;
-        let own = SamplingArgs::default();
-        let choice = stage_choice(second, &modalities, &own, Some(steps), None).context("`--steps-stage2`")?;
-        out.insert(second.name.clone(), choice);
-    }
-    Ok(out)
-}
-
-/// Noise levels, sampler, guidance and LoRAs of every stage, for machines.
-fn sampling_facts(plan: &Plan, stages: &BTreeMap<String, StageChoice>, adapters: &StageAdapters) -> Value {
-    let of_stage = |stage: &Stage| {
-        let choice = stages.get(&stage.name);
-        let sigmas = choice.and_then(|c| c.sigmas.as_ref()).unwrap_or(&stage.sigmas);
-        let guidance = choice.and_then(|c| c.guidance.as_ref()).or(stage.guidance.as_ref());
-        let set = adapters.of(&stage.name);
-        // As short as it was typed, not with the digits that f32 adds.
-        let loras = set
-            .members()
-            .map(|(path, strength)| json!({"path": path, "strength": strength.to_string().parse::<f64>().ok()}));
-        let mut facts = json!({
-            "name": &stage.name, "steps": sigmas.len().saturating_sub(1), "sigmas": sigmas,
-            "sampler": choice.and_then(|c| c.sampler).unwrap_or(stage.sampler), "guidance": guidance,
-            "loras": loras.collect::<Vec<_>>(),
-        });
-        let levels = choice.map_or(&[][..], |c| &c.levels);
-        if !levels.is_empty() {
-            facts["guidance"] = levels.iter().map(|(up_to, g)| json!({"up_to": up_to, "guidance": g})).collect();
-        }
-        facts
-    };
-    json!({"stages": plan.pipeline.stages.iter().map(of_stage).collect::<Vec<_>>()})
-}
-
-/// Files of noise by slot: those that are named, or those of the bundle for all that the plan makes.
-fn noise_files(content: &ContentArgs, plan: &Plan) -> Result<BTreeMap<String, PathBuf>> {
-    if let Some(folder) = &content.noise_bundle {
-        let stages = plan.pipeline.stages.iter();
-        let made = plan.pipeline.modalities();
-        let names = |stage: &Stage| -> Vec<String> {
-            match &stage.tiles {
-                Some(tiles) => (0..tiles.len()).map(|i| tile_name(&stage.name, i)).collect(),
-                None => vec![stage.name.clone()],
-            }
-        };
-        let slots = stages.flat_map(names).flat_map(|s| made.iter().map(move |m| format!("{s}.{}", m.name())));
-        std::fs::create_dir_all(folder).with_context(|| format!("`{}`", folder.display()))?;
-        return Ok(slots.map(|slot| (slot.clone(), noise_files::in_folder(folder, &slot))).collect());
-    }
-    let slots = [
-        ("stage1.video", &content.ltx2_initial_latent_path),
-        ("stage1.audio", &content.ltx2_audio_latent_path),
-        ("stage2.video", &content.ltx2_refine_noise_path),
-        ("stage2.audio", &content.ltx2_refine_audio_noise_path),
-    ];
-    let slots: BTreeMap<String, PathBuf> =
-        slots.into_iter().filter_map(|(slot, path)| Some((slot.to_string(), path.clone()?))).collect();
-    for stage in plan.pipeline.stages.iter().filter(|stage| stage.tiles.is_some()) {
-        if let Some(path) = slots.iter().find_map(|(slot, path)| slot.starts_with(&stage.name).then_some(path)) {
-            bail!(
-                "{} runs in tiles, each with noise of its own; give `--noise-bundle` instead of `{}`",
-                stage.name,
-                path.display()
-            );
-        }
-    }
-    Ok(slots)
-}
-
-/// The file that says how `output` was made.
-fn sidecar(output: &Path) -> PathBuf {
-    let mut name = output.as_os_str().to_os_string();
-    name.push(".json");
-    name.into()
-}
-
-fn hex(hash: &[u8; 32]) -> String {
-    hash.iter().map(|b| format!("{b:02x}")).collect()
 }

@@ -6,7 +6,8 @@ use std::path::Path;
 use anyhow::{Result, bail};
 use ltxc_models::{ModelError, Weights};
 
-use crate::assemble::{GEMMA, ModelFiles};
+use crate::model_files::{GEMMA, ModelFiles};
+use crate::report::remark;
 
 /// Most tensors that are spelled out.
 const MOST: usize = 20;
@@ -49,7 +50,7 @@ pub fn check(
     if lines.is_empty() {
         if is_whole && !unknown.is_empty() {
             let count = unknown.len();
-            eprintln!("note: {count} tensors are not part of this model and are left alone{}", listed(&unknown));
+            remark(&format!("note: {count} tensors are not part of this model and are left alone{}", listed(&unknown)));
         }
         return failure.map_or(Ok(()), |e| Err(e.into()));
     }

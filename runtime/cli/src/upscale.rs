@@ -15,8 +15,9 @@ use ltxc_models::video_vae::{self, VideoVaeConfig};
 use ltxc_runtime::pipeline::decode::program_name;
 use ltxc_runtime::pipeline::encode;
 
-use crate::assemble::{Assembly, MODEL, ModelFiles, Programs, TEMPORAL, UPSAMPLER};
+use crate::assemble::{Assembly, Programs};
 use crate::job::Shape;
+use crate::model_files::{MODEL, ModelFiles, TEMPORAL, UPSAMPLER};
 use crate::pipelines::{definition, tiles};
 use crate::tensors;
 
@@ -128,7 +129,8 @@ pub(crate) fn check_upsampler(
     channels: usize,
 ) -> Result<()> {
     let (name, generation) = (upsampler.name(), model.generation());
-    if !config.can_be_of(generation) {
+    // Models without a version count as LTX-2, but need not be.
+    if model.model_version().is_some() && !config.can_be_of(generation) {
         let other = if generation == Generation::Ltx2 { "LTX-2.3 or newer" } else { "LTX-2" };
         bail!(
             "the upscaler `{name}` is one of {other}, the model is {generation}; name the spatial x2 upscaler of {generation}"

@@ -111,6 +111,8 @@ pub struct Device {
     pub features: Vec<String>,
     /// What plans for it are compiled for.
     pub target: Target,
+    /// Why it cannot be used, if it cannot: a driver that is too old.
+    pub problem: Option<String>,
 }
 
 impl Device {
@@ -123,6 +125,7 @@ impl Device {
             memory_bytes: available(),
             features: vec!["every dtype".into()],
             target: Target::cpu(),
+            problem: None,
         }
     }
 }
@@ -130,10 +133,34 @@ impl Device {
 /// The devices of this machine.
 #[derive(Clone, Debug, Default)]
 pub struct Found {
-    /// Those that can be used, the processor last.
+    /// Its devices, the processor last.
     pub devices: Vec<Device>,
-    /// Why there are none of a kind.
-    pub missing: Vec<String>,
+    /// Kinds of which there are none.
+    pub missing: Vec<Missing>,
+}
+
+/// A kind of device that is not there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Missing {
+    /// How devices of the kind are called.
+    pub kind: String,
+    /// Why there is none.
+    pub why: String,
+    /// Whether something is installed for it that cannot be used as it is.
+    pub is_broken: bool,
+}
+
+impl Missing {
+    /// Nothing is installed for `kind`.
+    pub(crate) fn absent(kind: &str, why: &str) -> Missing {
+        Missing { kind: kind.into(), why: why.into(), is_broken: false }
+    }
+}
+
+impl fmt::Display for Missing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.kind, self.why)
+    }
 }
 
 /// Looks for devices: all of them, or those of one backend and the processor. Nothing is opened, and nothing that is not
@@ -145,13 +172,13 @@ pub fn find(backend: Option<&str>) -> Found {
         #[cfg(feature = "cuda")]
         found.add("cuda", super::cube::cuda::find());
         #[cfg(not(feature = "cuda"))]
-        found.missing.push("cuda: this program was built without it".into());
+        found.missing.push(Missing::absent("cuda", "this program was built without it"));
     }
     if is_wanted("wgpu") {
         #[cfg(feature = "wgpu")]
-        found.add(super::cube::wgpu::API, super::cube::wgpu::find());
+        found.add(super::cube::wgpu::API, Ok(super::cube::wgpu::find()));
         #[cfg(not(feature = "wgpu"))]
-        found.missing.push("vulkan, metal: this program was built without them".into());
+        found.missing.push(Missing::absent("vulkan, metal", "this program was built without them"));
     }
     found.devices.push(Device::cpu());
     found
@@ -159,25 +186,29 @@ pub fn find(backend: Option<&str>) -> Found {
 
 impl Found {
     #[cfg(any(feature = "wgpu", feature = "cuda"))]
-    fn add(&mut self, kind: &str, devices: Result<Vec<Device>, String>) {
+    fn add(&mut self, kind: &str, devices: Result<Vec<Device>, Missing>) {
         match devices {
             Ok(devices) if !devices.is_empty() => self.devices.extend(devices),
-            Ok(_) => self.missing.push(format!("{kind}: no device found")),
-            Err(problem) => self.missing.push(format!("{kind}: {problem}")),
+            Ok(_) => self.missing.push(Missing::absent(kind, "no device found")),
+            Err(missing) => self.missing.push(missing),
         }
     }
 
     /// The device called `name`.
     ///
     /// # Errors
-    /// If there is none.
+    /// If there is none, or it cannot be used.
     pub fn named(&self, name: &DeviceName) -> Result<&Device, RunError> {
-        self.devices.iter().find(|d| name.means(&d.name)).ok_or_else(|| {
+        let device = self.devices.iter().find(|d| name.means(&d.name)).ok_or_else(|| {
             let there: Vec<String> = self.devices.iter().map(|d| format!("`{}`", d.name)).collect();
             let why = self.missing.first().map(|m| format!(" ({m})"));
             let (why, there) = (why.unwrap_or_default(), there.join(", "));
             RunError::Input(format!("there is no device `{name}` on this machine{why}; there is {there}"))
-        })
+        })?;
+        match &device.problem {
+            None => Ok(device),
+            Some(problem) => Err(RunError::Device { device: device.name.clone(), problem: problem.clone() }),
+        }
     }
 
     /// The device to use when none is named, for a new plan or for `plan`: CUDA, then other GPUs, then the processor.
@@ -186,7 +217,7 @@ impl Found {
     /// # Errors
     /// If no device runs the plan.
     pub fn best(&self, plan: Option<&Plan>) -> Result<&Device, RunError> {
-        let is_fast = |d: &&Device| matches!(d.kind, DeviceKind::Gpu | DeviceKind::Cpu);
+        let is_fast = |d: &&Device| matches!(d.kind, DeviceKind::Gpu | DeviceKind::Cpu) && d.problem.is_none();
         match plan {
             None => self.devices.iter().find(is_fast).ok_or_else(|| RunError::Internal("there is no processor".into())),
             Some(plan) => {
@@ -196,11 +227,25 @@ impl Found {
                     named: self
                         .devices
                         .iter()
-                        .find(|d| d.name.backend() == plan.target.backend)
+                        .find(|d| d.name.backend() == plan.target.backend && d.problem.is_none())
                         .map(|d| d.name.clone()),
+                    why: self.reasons(|_| true, |d| d.name.backend() == plan.target.backend),
                 })
             }
         }
+    }
+
+    /// What [`Found::best`] would have taken instead of `chosen` if it could be used, and why it cannot.
+    pub fn passed_over(&self, chosen: &Device) -> Vec<String> {
+        let place = |name: &DeviceName| self.devices.iter().position(|d| d.name == *name);
+        self.reasons(|m| m.is_broken, |d| d.kind == DeviceKind::Gpu && place(&d.name) < place(&chosen.name))
+    }
+
+    /// What is wrong with kinds of devices and with single ones.
+    fn reasons(&self, kinds: impl Fn(&Missing) -> bool, devices: impl Fn(&Device) -> bool) -> Vec<String> {
+        let kinds = self.missing.iter().filter(|m| kinds(m)).map(Missing::to_string);
+        let devices = self.devices.iter().filter(|d| devices(d));
+        kinds.chain(devices.filter_map(|d| Some(format!("{}: {}", d.name, d.problem.as_ref()?)))).collect()
     }
 }
 
@@ -239,7 +284,7 @@ mod tests {
     fn device(name: &str, kind: DeviceKind) -> Device {
         let name: DeviceName = name.parse().unwrap();
         let target = name.target();
-        Device { name, description: String::new(), kind, memory_bytes: 1, features: vec![], target }
+        Device { name, description: String::new(), kind, memory_bytes: 1, features: vec![], target, problem: None }
     }
 
     fn machine() -> Found {
@@ -249,7 +294,7 @@ mod tests {
             device("vulkan:1", DeviceKind::Software),
             Device::cpu(),
         ];
-        Found { devices, missing: vec!["metal: no device found".into()] }
+        Found { devices, missing: vec![Missing::absent("metal", "no device found")] }
     }
 
     fn plan(backend: &str) -> Plan {
@@ -288,6 +333,28 @@ mod tests {
         assert!(refused.contains("`--device vulkan:1`"), "{refused}");
         let refused = best(&found, Some(&plan("cuda"))).unwrap_err().to_string();
         assert!(refused.contains("`cuda`") && refused.contains("ltxc doctor"), "{refused}");
+    }
+
+    #[test]
+    fn what_cannot_be_used_is_passed_over_aloud() {
+        let mut found = machine();
+        let chosen = |found: &Found| {
+            let best = found.best(None).unwrap();
+            (best.name.to_string(), found.passed_over(best))
+        };
+        // What is slower, or not there at all, is not missed.
+        found.devices[1].problem = Some("an old driver".into());
+        assert_eq!(chosen(&found), ("cuda:0".into(), vec![]));
+        found.devices[0].problem = Some("no compiler".into());
+        let reasons = ["cuda:0: no compiler", "vulkan:0: an old driver"].map(String::from).to_vec();
+        assert_eq!(chosen(&found), ("cpu".into(), reasons));
+        let refused = found.named(&"cuda".parse().unwrap()).unwrap_err().to_string();
+        assert!(refused.contains("`cuda:0`: no compiler") && refused.contains("ltxc doctor"), "{refused}");
+        found.devices.remove(0);
+        found.missing.push(Missing { kind: "cuda".into(), why: "an old driver".into(), is_broken: true });
+        assert_eq!(chosen(&found).1, ["cuda: an old driver", "vulkan:0: an old driver"]);
+        let refused = found.best(Some(&plan("cuda"))).unwrap_err().to_string();
+        assert!(refused.contains("cuda: an old driver"), "{refused}");
     }
 
     #[test]

@@ -88,7 +88,8 @@ mod tests {
 
     fn device(target: Target) -> Device {
         let name = DeviceName::Vulkan(Some(1));
-        Device { name, description: String::new(), kind: DeviceKind::Gpu, memory_bytes: 0, features: vec![], target }
+        let (description, kind) = (String::new(), DeviceKind::Gpu);
+        Device { name, description, kind, memory_bytes: 0, features: vec![], target, problem: None }
     }
 
     #[track_caller]

@@ -36,7 +36,7 @@ use ltxc_ir::TensorType;
 use ltxc_ir::plan::{KernelDevice, Kernels, Plan, Work};
 
 pub use cpu::Cpu;
-pub use devices::{Device, DeviceKind, DeviceName, Found, find, open, open_with};
+pub use devices::{Device, DeviceKind, DeviceName, Found, Missing, find, open, open_with};
 pub use limits::missing_units;
 
 pub(crate) use binding::{Binding, Frame, callee_frame};

@@ -59,8 +59,9 @@ impl Recording {
 /// The result is shorter where the recording ends earlier.
 ///
 /// # Errors
-/// [`MediaError::NoSound`] if the file has no sound track or is a folder of images, [`MediaError::Input`] if it is damaged or ends before the start,
-/// [`MediaError::NeedsFfmpeg`] if only the absent ffmpeg could read it, [`MediaError::Limit`] for an impossible window.
+/// [`MediaError::NoSound`] if the file has no sound track or is a folder of images, [`MediaError::Input`] if it is damaged
+/// or ends before the start, [`MediaError::NeedsFfmpeg`] if only the absent ffmpeg could read it, [`MediaError::Limit`] for
+/// an impossible window.
 pub fn load_audio(path: &Path, start_seconds: f64, seconds: f64) -> Result<Recording, MediaError> {
     window(1, start_seconds, seconds)?;
     if path.is_dir() {
@@ -168,10 +169,10 @@ pub fn decode_embedded(path: &Path, start_seconds: f64, seconds: f64) -> Result<
     if recording.rate_hz == 0 {
         return Err(MediaError::input(path, "its sound track is empty".to_owned()));
     }
-    if let Some(edit) = edit {
-        apply(edit, &mut recording);
-    }
     let (first, count) = window(recording.rate_hz, start_seconds, seconds)?;
+    if let Some(edit) = edit {
+        apply(edit, &mut recording, first.saturating_add(count));
+    }
     recording.cut(first, count);
     Ok(Ok(recording))
 }
@@ -187,13 +188,26 @@ fn samples(seconds: f64, rate_hz: u32) -> usize {
     (seconds * f64::from(rate_hz)).round() as usize
 }
 
-/// Leaves what an edit list lets be heard, behind its silence.
-fn apply(edit: &SoundEdit, recording: &mut Recording) {
+/// Leaves what an edit list lets be heard, behind its silence, of which at most `most` samples are asked for.
+fn apply(edit: &SoundEdit, recording: &mut Recording, most: usize) {
     let rate_hz = recording.rate_hz;
     let count = edit.length_seconds.map_or(usize::MAX, |seconds| samples(seconds, rate_hz));
     recording.cut(samples(edit.skip_seconds, rate_hz), count);
-    let delay = samples(edit.delay_seconds.min(MOST_SECONDS), rate_hz);
+    let delay = samples(edit.delay_seconds, rate_hz).min(most);
     for channel in &mut recording.channels {
         channel.splice(..0, std::iter::repeat_n(0.0, delay));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn silence_in_front_is_no_longer_than_what_is_asked_for() {
+        let edit = SoundEdit { track: 1, skip_seconds: 0.0, length_seconds: None, delay_seconds: 1e12 };
+        let mut recording = Recording { rate_hz: 48_000, channels: vec![vec![0.5; 2]] };
+        apply(&edit, &mut recording, 3);
+        assert_eq!(recording.channels, [[0.0, 0.0, 0.0, 0.5, 0.5]]);
     }
 }

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use exr::meta::attribute::Chromaticities;
 use exr::prelude::traits::{ReadChannels, ReadLayers, ReadSpecificChannel, WritableImage};
-use exr::prelude::{Encoding, Image, Layer, LayerAttributes, SpecificChannels, Text, Vec2, f16};
+use exr::prelude::{Encoding, Image, Layer, LayerAttributes, MetaData, SpecificChannels, Text, Vec2, f16};
 
 use super::hdr::ColourSpace;
 use super::image_input::{padded, resampled};
@@ -18,6 +18,9 @@ use super::{ClipInfo, ClipRate, MediaError};
 
 /// Largest side of a picture that is read.
 const MAX_SIDE: usize = 1 << 14;
+
+/// What no lossless compression reaches: a pixel has 6 bytes or more, of which deflate makes a thousandth at best.
+const MOST_PIXELS_PER_BYTE: u64 = 1 << 10;
 
 /// A picture in floats.
 #[derive(Debug, Clone, PartialEq)]
@@ -136,13 +139,25 @@ impl ExrSequence {
 /// # Errors
 /// [`MediaError::Io`] or [`MediaError::Input`] if it cannot be read, is damaged, too large, cropped, or has no colours.
 pub fn read(path: &Path) -> Result<FloatImage, MediaError> {
-    let file = std::fs::File::open(path).map_err(|error| MediaError::io("read", path, error))?;
+    let failed = |error| MediaError::io("read", path, error);
     let problem = |problem: String| MediaError::input(path, problem);
-    // Only sizes that are allowed take memory; what is said of others follows below.
-    let create = |size: Vec2<usize>, _: &_| {
-        let fits = size.width() <= MAX_SIDE && size.height() <= MAX_SIDE;
-        (size.width(), vec![0f32; if fits { size.area() * 3 } else { 0 }])
-    };
+    let unreadable =
+        |error: exr::error::Error| problem(format!("{error}; EXR files with the channels R, G and B are read"));
+    let file = std::fs::File::open(path).map_err(failed)?;
+    let most_pixels = file.metadata().map_err(failed)?.len().saturating_mul(MOST_PIXELS_PER_BYTE);
+    // Before anything is read that takes memory.
+    let meta = MetaData::read_from_unbuffered(&file, false).map_err(unreadable)?;
+    for size in meta.headers.iter().map(|header| header.layer_size) {
+        let (width, height) = (size.width(), size.height());
+        if !(1..=MAX_SIDE).contains(&width) || !(1..=MAX_SIDE).contains(&height) {
+            return Err(problem(format!("it is {width}x{height}, sides may have 1 to {MAX_SIDE} pixels")));
+        }
+        if size.area() as u64 > most_pixels {
+            return Err(problem(format!("it says that it is {width}x{height}, but is too short; write it again")));
+        }
+    }
+    (&file).rewind().map_err(failed)?;
+    let create = |size: Vec2<usize>, _: &_| (size.width(), vec![0f32; size.area() * 3]);
     let set = |(width, rgb): &mut (usize, Vec<f32>), at: Vec2<usize>, (r, g, b): (f32, f32, f32)| {
         if let Some(pixel) = rgb.get_mut((at.y() * *width + at.x()) * 3..).and_then(|rest| rest.get_mut(..3)) {
             pixel.copy_from_slice(&[r, g, b]);
@@ -150,13 +165,9 @@ pub fn read(path: &Path) -> Result<FloatImage, MediaError> {
     };
     let image = exr::prelude::read().no_deep_data().largest_resolution_level().specific_channels();
     let image = image.required("R").required("G").required("B").collect_pixels(create, set);
-    let image = image.first_valid_layer().all_attributes().from_unbuffered(file);
-    let image = image.map_err(|error| problem(format!("{error}; EXR files with the channels R, G and B are read")))?;
+    let image = image.first_valid_layer().all_attributes().from_unbuffered(file).map_err(unreadable)?;
     let (layer, display) = (&image.layer_data, image.attributes.display_window);
     let (width, height) = (layer.size.width(), layer.size.height());
-    if !(1..=MAX_SIDE).contains(&width) || !(1..=MAX_SIDE).contains(&height) {
-        return Err(problem(format!("it is {width}x{height}, sides may have 1 to {MAX_SIDE} pixels")));
-    }
     if layer.attributes.layer_position != display.position || layer.size != display.size {
         let shown = format!("{}x{}", display.size.width(), display.size.height());
         return Err(problem(format!("it holds {width}x{height} of {shown} pixels; write it without cropping")));

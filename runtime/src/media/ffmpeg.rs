@@ -12,6 +12,7 @@ use std::thread;
 use serde_json::Value;
 
 use super::audio_input::Recording;
+use super::image_input::MAX_SIDE;
 use super::video_input::{ClipInfo, ClipRate, ROUNDING};
 use super::{Audio, MediaError, Rational, RgbImage};
 
@@ -96,8 +97,9 @@ impl Ffmpeg {
         let facts = self.ffprobe(path, &["-select_streams", "v:0", "-show_entries", show])?;
         let bad = |what: &str| MediaError::input(path, format!("ffmpeg reads it and finds {what}"));
         let stream = facts["streams"].get(0).ok_or_else(|| bad("no pictures"))?;
-        let number = |name: &str| stream[name].as_u64().and_then(|n| usize::try_from(n).ok()).filter(|n| *n > 0);
-        let (width, height) = number("width").zip(number("height")).ok_or_else(|| bad("pictures without a size"))?;
+        let side = |name: &str| stream[name].as_u64().and_then(|n| usize::try_from(n).ok());
+        let side = |name: &str| side(name).filter(|side| (1..=MAX_SIDE).contains(side));
+        let (width, height) = side("width").zip(side("height")).ok_or_else(|| bad("pictures of no possible size"))?;
         let rate = |name: &str| stream[name].as_str().and_then(|text| text.parse::<Rational>().ok());
         let times = PictureTimes::of(&facts["packets"]);
         // The first is a guess from the times, or a claim of the header; the second their mean, which may be off by the
@@ -208,12 +210,13 @@ impl Ffmpeg {
 
     /// Joins the pictures of an MP4 file, as they are, with sound into another one.
     pub(super) fn join_sound(&self, video: &Path, sound: &Audio, to: &Path) -> Result<(), MediaError> {
-        let mut args: Vec<OsString> = vec!["-y".into(), "-i".into(), video.into()];
+        let mut args: Vec<OsString> = vec!["-y".into()];
+        args.extend(input_args(video));
         let format =
             format!("-f f32le -ar {} -ac 2 -i pipe:0 -map 0:v -map 1:a -c:v copy -tag:v hvc1", sound.rate_hz());
         let output = "-c:a aac -b:a 192k -movflags +faststart -f mp4";
         args.extend(format.split_whitespace().chain(output.split_whitespace()).map(OsString::from));
-        args.push(to.into());
+        args.push(file_arg(to));
         let (left, right) = sound.channels();
         let bytes: Vec<u8> = left.iter().zip(right).flat_map(|(l, r)| [*l, *r]).flat_map(f32::to_le_bytes).collect();
         self.run_os("adding sound to the HLG master", &args, &bytes).map(drop)
@@ -335,11 +338,16 @@ impl Drop for Running {
     }
 }
 
-/// The arguments that name an input; a name that looks like an option or a protocol is still a file.
+/// The arguments that name an input.
 fn input_args(path: &Path) -> Vec<OsString> {
+    vec![OsStr::new("-i").to_os_string(), file_arg(path)]
+}
+
+/// The argument that names a file; a name that looks like an option or a protocol is still a file.
+pub(super) fn file_arg(path: &Path) -> OsString {
     let mut file = OsString::from("file:");
     file.push(path);
-    vec![OsStr::new("-i").to_os_string(), file]
+    file
 }
 
 /// Reads until `buffer` is full or the input ends.

@@ -9,7 +9,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Stdio};
 
-use super::ffmpeg::Ffmpeg;
+use super::ffmpeg::{Ffmpeg, file_arg};
 use super::partial::part_name;
 use super::{Audio, ColourSpace, MediaError, Rational};
 
@@ -32,10 +32,14 @@ const WHITE: f64 = 0.75;
 const KR: f64 = 0.2627;
 const KB: f64 = 0.0593;
 
+/// Diffuse white as a share of the brightest light: the inverse of the curve at its signal.
+fn white_light() -> f64 {
+    (((WHITE - C) / A).exp() + B) / 12.0
+}
+
 /// The HLG signals in `[0, 1]` of light with the primaries of BT.709, where 1 is diffuse white. What is brighter than that
-/// is rolled off.
-fn signals(light: [f32; 3]) -> [f64; 3] {
-    let white = (((WHITE - C) / A).exp() + B) / 12.0;
+/// is rolled off. `white` is [`white_light`], which is the same for all pixels.
+fn signals(light: [f32; 3], white: f64) -> [f64; 3] {
     let k = white / (1.0 - white);
     BT709_TO_BT2020.map(|row| {
         let l: f64 = row.iter().zip(light).map(|(c, v)| c * f64::from(v)).sum();
@@ -53,7 +57,8 @@ fn luma_chroma([r, g, b]: [f64; 3]) -> [f64; 3] {
 
 /// A frame of light, `[h, w, 3]` with even sides, as planes of 10 bits in limited range; colours have half the resolution.
 pub fn planes(light: &[f32], (width, height): (usize, usize)) -> Vec<u8> {
-    let pixels: Vec<[f64; 3]> = light.as_chunks::<3>().0.iter().map(|&rgb| luma_chroma(signals(rgb))).collect();
+    let white = white_light();
+    let pixels: Vec<[f64; 3]> = light.as_chunks::<3>().0.iter().map(|&rgb| luma_chroma(signals(rgb, white))).collect();
     let code = |value: f64, (from, range): (f64, f64)| (from + range * value).round() as u16;
     let mut bytes: Vec<u8> = Vec::with_capacity(pixels.len() * 3);
     bytes.extend(pixels.iter().flat_map(|p| code(p[0], (64.0, 876.0)).to_le_bytes()));
@@ -85,8 +90,13 @@ impl HlgMaster {
     /// A master of frames of signals of this space and even size.
     ///
     /// # Errors
-    /// [`MediaError::NoEncoder`] without `ffmpeg` or its encoder.
+    /// [`MediaError::NoEncoder`] without `ffmpeg` or its encoder, [`MediaError::Limit`] if a side is odd.
     pub fn create(path: &Path, size: (usize, usize), rate: Rational, space: ColourSpace) -> Result<Self, MediaError> {
+        for (what, side) in [("frame width", size.0), ("frame height", size.1)] {
+            if !side.is_multiple_of(2) {
+                return Err(MediaError::limit(what, side, "an HLG master has even sides"));
+            }
+        }
         let found = Ffmpeg::find().filter(Ffmpeg::has_x265);
         let ffmpeg = found.ok_or_else(|| MediaError::NoEncoder { path: path.to_path_buf() })?;
         let part = part_name(path);
@@ -99,7 +109,7 @@ impl HlgMaster {
         .split_whitespace()
         .map(OsString::from)
         .collect();
-        args.push(part.clone().into());
+        args.push(file_arg(&part));
         let mut child = ffmpeg.spawn(ffmpeg.program(), &args, Stdio::piped())?;
         let frames = child.stdin.take();
         Ok(HlgMaster { ffmpeg, child, frames, sound: None, path: path.to_path_buf(), part, space, size })
@@ -165,8 +175,9 @@ mod tests {
     /// Numbers of BT.2100 and of the curve's own definition.
     #[test]
     fn white_grey_and_light_beyond_white_have_their_signals() {
+        let signals = |light: f32| signals([light; 3], white_light());
         let near = |light: f32, signal: f64| {
-            let found = signals([light; 3]);
+            let found = signals(light);
             assert!(found.iter().all(|s| (s - signal).abs() < 2e-6), "{light}: {found:?}, expected {signal}");
         };
         near(1.0, 0.75);
@@ -177,8 +188,18 @@ mod tests {
         near(0.1, 0.281_939);
         // The roll-off continues the slope at white and ends at the whole range.
         near(1e9, 1.0);
-        let slope = |a: f32, b: f32| (signals([b; 3])[0] - signals([a; 3])[0]) / f64::from(b - a);
+        let slope = |a: f32, b: f32| (signals(b)[0] - signals(a)[0]) / f64::from(b - a);
         assert!((slope(0.999, 1.0) / slope(1.0, 1.001) - 1.0).abs() < 5e-3);
+    }
+
+    #[test]
+    fn odd_sides_are_refused() {
+        let create =
+            |size| HlgMaster::create(Path::new("a.mp4"), size, Rational::new(24, 1).unwrap(), ColourSpace::LogC3);
+        for (size, side) in [((3, 2), "width"), ((2, 1), "height")] {
+            let problem = create(size).err().expect("no such master").to_string();
+            assert!(problem.contains(side) && problem.contains("even"), "{problem}");
+        }
     }
 
     #[test]

@@ -17,7 +17,7 @@ use image::{DynamicImage, ImageDecoder, ImageReader};
 use super::{MediaError, RoundTrip, image_round_trip};
 
 /// Largest side of an image that is read.
-const MAX_SIDE: usize = 1 << 15;
+pub(super) const MAX_SIDE: usize = 1 << 15;
 
 /// An 8-bit picture, `[h, w, 3]`, sRGB.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -38,6 +38,12 @@ pub fn decode_video(
     let (video, plan) = (&pipeline.video, &pipeline.decode);
     let (height, width) = (video.height as usize, video.width as usize);
     let grid = [height / plan.factors[1], width / plan.factors[2]];
+    let frames = plan.axes[0].last().map_or(0, |tile| tile.end);
+    let expected = frames * grid[0] * grid[1] * video.channels as usize;
+    if latent.len() != expected {
+        let found = latent.len();
+        return Err(RunError::Internal(format!("{found} values are no latent of the video, which has {expected}")));
+    }
     observer.event(Event::Stage { name: "decode", steps: plan.len() });
 
     let mut sum = Sum::new([height, width], 3, plan.decode_weights());

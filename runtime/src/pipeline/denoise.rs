@@ -132,7 +132,7 @@ impl<'d, 'p> Denoiser<'d, 'p> {
         for (modality, state) in states.iter().filter(|(m, _)| updates.contains(m)) {
             let of = predictions.slot(modality).insert(Predictions::default());
             for &pass in step.passes.iter().filter(|p| self.passes.contains(p)) {
-                let velocity = self.executor.read(&step.name, &pass.velocity(modality))?;
+                let velocity = self.executor.read_values(&step.name, &pass.velocity(modality), state.latent.len())?;
                 of.insert(pass, state.prediction(&velocity, state.sigma(sigma)));
             }
         }

@@ -153,6 +153,9 @@ pub(super) fn decode(
 
 /// What a stage starts from, given the latents of the one before. A stage that starts from a latent mixes noise into
 /// it, up to its first noise level.
+///
+/// # Errors
+/// An upsampler that cannot run, or a latent of another size than the stage has.
 fn starts(
     executor: &mut Executor<'_>,
     pipeline: &Pipeline,
@@ -164,6 +167,19 @@ fn starts(
         && let Some(latent) = latents.video.take()
     {
         latents.video = Some(upsample(executor, "upsample", &latent)?);
+    }
+    for (modality, latent) in latents.iter() {
+        let (tokens, channels) = match modality {
+            Modality::Video => (stage.grid.iter().map(|&n| n as usize).product(), pipeline.video.channels),
+            Modality::Audio => (pipeline.audio.tokens as usize, pipeline.audio.channels),
+        };
+        let (found, expected): (usize, usize) = (latent.len(), tokens * channels as usize);
+        if found != expected {
+            let (name, stage) = (modality.name(), &stage.name);
+            return Err(RunError::Internal(format!(
+                "the {name} latent of `{stage}` has {found} values, not {expected}"
+            )));
+        }
     }
     let made = pipeline.modalities();
     Ok(Per::new(|modality| {

@@ -4,7 +4,7 @@
 
 use ltxc_ir::plan::{Modality, Pipeline, Release, Stage};
 
-use super::conditioning::Item;
+use super::conditioning::{Item, apply};
 use super::denoise::{Contexts, Denoiser, Settings};
 use super::noise::{Noise, SlotShape};
 use super::observe::{Event, Observer};
@@ -56,12 +56,8 @@ pub(super) fn run_stage(
     let mut items = items(executor, pipeline, stage, request.images)?;
     let mut states = starts.try_map(|modality, start| {
         let mut state = initial_state(pipeline, stage, modality, start.latent);
-        items.slot(modality).take().unwrap_or_default().iter().for_each(|item| item.apply(&mut state));
-        start.items.iter().for_each(|item| item.apply(&mut state));
-        if pipeline.release == Release::V1_0_0 {
-            // Items that write the clean latent wrote this one, too.
-            state.latent.clone_from(&state.clean);
-        }
+        let of_images = items.slot(modality).take().unwrap_or_default();
+        apply(of_images.iter().chain(&start.items), &mut state, pipeline.release);
         if start.frozen {
             state.freeze();
         }
@@ -117,7 +113,8 @@ fn items(
 ) -> Result<Per<Vec<Item>>, RunError> {
     let [_, rows, columns] = stage.grid;
     let item = |conditioning: &Conditioning| {
-        let (latent, strength) = (encode_image(executor, stage, conditioning)?, conditioning.strength);
+        let values = rows as usize * columns as usize * pipeline.video.channels as usize;
+        let (latent, strength) = (encode_image(executor, stage, conditioning, values)?, conditioning.strength);
         Ok(match conditioning.frame {
             0 if !pipeline.inputs.appends_first_image => Item::Replace { first: 0, latent, strength },
             frame => {
@@ -131,13 +128,18 @@ fn items(
     Ok(Per { video: Some(video), audio: None })
 }
 
-/// Latent tokens `[h · w, c]` of an image at the size of a stage.
-fn encode_image(executor: &mut Executor<'_>, stage: &Stage, conditioning: &Conditioning) -> Result<Vec<f32>, RunError> {
+/// Latent tokens `[h · w, c]` of an image at the size of a stage, so many values.
+fn encode_image(
+    executor: &mut Executor<'_>,
+    stage: &Stage,
+    conditioning: &Conditioning,
+    values: usize,
+) -> Result<Vec<f32>, RunError> {
     let program = format!("encode_image.{}", stage.name);
     let pixels = resize_and_crop(&conditioning.image, stage.width as usize, stage.height as usize)?;
     executor.write(&program, "frames", &pixels)?;
     executor.run(&program)?;
-    Ok(executor.read(&program, "latent")?.into_owned())
+    Ok(executor.read_values(&program, "latent", values)?.into_owned())
 }
 
 /// Noise of target and appended tokens.

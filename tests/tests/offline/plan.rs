@@ -5,10 +5,10 @@ use std::sync::Arc;
 
 use cubecl::Runtime;
 use cubecl::client::ComputeClient;
-use ltxc::args::{ModelArgs, Precision, ShapeArgs};
-use ltxc::assemble::ModelFiles;
+use ltxc::args::{ModelArgs, PipelineName, Precision, ShapeArgs};
 use ltxc::compile::compile;
 use ltxc::job::Shape;
+use ltxc::model_files::ModelFiles;
 use ltxc_compiler::Options;
 use ltxc_ir::plan::{KernelCall, Plan, Step, Target};
 use ltxc_ir::{DType, TensorType};
@@ -18,7 +18,8 @@ use ltxc_models::synth::{Preset, synth};
 use crate::recorder::{Generation, Launch, Recorder, Source};
 use crate::targets::Gpu;
 
-/// Plans of the full-size models for the two-stage pipeline at 512×768, 121 frames, with activations in f32 and in bf16.
+/// Plans of the full-size models for the two-stage pipeline at 512×768, 121 frames, with activations in f32 and in bf16. Those
+/// of LTX-2 in bf16 also write prompts anew after a look at an image, and encode a clip with its sound.
 ///
 /// # Panics
 /// If a model cannot be written or compiled.
@@ -26,7 +27,7 @@ pub fn plans(target: &Target) -> Vec<Plan> {
     [Preset::Ltx2, Preset::Ltx23].into_iter().flat_map(|preset| plans_of(preset, target)).collect()
 }
 
-fn plans_of(preset: Preset, target: &Target) -> [Plan; 2] {
+fn plans_of(preset: Preset, target: &Target) -> Vec<Plan> {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let model = synth(preset, folder.path(), 0).expect("a sparse model takes no space");
     let args = ModelArgs {
@@ -36,18 +37,23 @@ fn plans_of(preset: Preset, target: &Target) -> [Plan; 2] {
         ..ModelArgs::default()
     };
     let files = ModelFiles::open(&args, true).expect("the model opens");
-    let plan = |dtype| {
+    let has_all = preset == Preset::Ltx2;
+    let plan = |pipeline, dtype| {
         let shape = ShapeArgs {
             height: Some(512),
             width: Some(768),
             num_frames: Some(121),
             dtype: Some(dtype),
+            pipeline: Some(pipeline),
+            enhance_prompt: has_all && dtype == Precision::Bf16,
             ..Default::default()
         };
         let shape = Shape { target: target.clone(), ..Shape::resolve(&shape, 0).expect("a shape that runs") };
         compile(&files, &shape, Options::default(), &mut |_, _, _| {}).expect("the model compiles")
     };
-    [Precision::F32, Precision::Bf16].map(plan)
+    let mut plans = [Precision::F32, Precision::Bf16].map(|dtype| plan(PipelineName::Distilled, dtype)).to_vec();
+    plans.extend(has_all.then(|| plan(PipelineName::Retake, Precision::Bf16)));
+    plans
 }
 
 /// The calls of plans that differ in what they compute or in types.

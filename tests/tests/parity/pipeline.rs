@@ -4,17 +4,17 @@ mod conditioned;
 mod guided;
 mod upscale;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 
 use ltxc::adapters::{self, Loras};
 use ltxc::args::{AdapterArgs, ModelArgs, PipelineName, Precision, ReferenceVersion, ShapeArgs};
-use ltxc::assemble::ModelFiles;
 use ltxc::compile::compile;
-use ltxc::job::Shape;
-use ltxc_compiler::Options;
-use ltxc_ir::plan::{Plan, SoundRole, container};
+use ltxc::job::{References, Shape};
+use ltxc::model_files::ModelFiles;
+use ltxc_compiler::{Fuse, Options, passes};
+use ltxc_ir::plan::{Plan, Release, SoundRole, container};
 use ltxc_runtime::RunError;
 use ltxc_runtime::adapters::StageAdapters;
 use ltxc_runtime::backend::{Device, DeviceName, find, open};
@@ -32,8 +32,13 @@ use serde_json::Value;
 const DRIVER_LIMIT: f64 = 1e-6;
 /// Relative L2 limit of whole runs: final latents, frames and sound.
 const RUN_LIMIT: f64 = 1e-3;
+/// Relative L2 limit of one call of the model at another level of fusion.
+const FUSION_LIMIT: f64 = 1e-5;
 /// Frames as bytes: largest difference, and share of values that differ.
 const BYTE_LIMIT: ByteLimit = (1, 0.02);
+
+/// Runs that both releases make alike: from text, in a way that no modality is treated apart.
+const ALIKE: [&str; 2] = ["distilled", "one_stage"];
 
 /// A recorded run, and the release of the reference that it was recorded with.
 #[derive(Clone, Copy)]
@@ -44,14 +49,16 @@ struct Case {
 }
 
 impl Case {
-    /// The run as the newer release made it.
+    /// The run as the newest release made it that this set has it of.
     fn new(family: &'static str, name: &'static str) -> Case {
-        Case { family, name, release: ReferenceVersion::V1_2_0 }
+        let is_first = fixtures::release() == Release::V1_0_0 && !ALIKE.contains(&name);
+        Case { family, name, release: if is_first { ReferenceVersion::V1_0_0 } else { ReferenceVersion::V1_2_0 } }
     }
 
-    /// The same run of the older release.
-    fn of_first_release(self) -> Case {
-        Case { release: ReferenceVersion::V1_0_0, ..self }
+    /// The same run of the older release; `None` if `self` is that one already.
+    fn of_first_release(self) -> Option<Case> {
+        let first = Case { release: ReferenceVersion::V1_0_0, ..self };
+        (self.release != first.release).then_some(first)
     }
 
     fn recorded(self) -> Recorded {
@@ -86,7 +93,31 @@ fn distilled_run_of_ltx23() {
 #[test]
 fn distilled_runs_of_the_first_release() {
     for (family, name) in [("ltx2", "distilled"), ("ltx2", "distilled_i2v_tiled"), ("ltx23", "distilled")] {
-        check_run(Case::new(family, name).of_first_release());
+        Case::new(family, name).of_first_release().into_iter().for_each(check_run);
+    }
+}
+
+/// Whatever is fused, and whichever pass is left out: runs meet the bounds, and a call of the model stays what it is.
+#[test]
+fn distilled_runs_at_every_level_of_fusion() {
+    let names: BTreeSet<&str> = passes().iter().map(|pass| pass.name).collect();
+    let levels = [Fuse::None, Fuse::Composite].map(|fuse| Options { fuse, ..Options::default() });
+    let without = names.into_iter().map(|pass| Options { disabled: vec![pass.into()], ..Options::default() });
+    let all: Vec<Options> = levels.into_iter().chain(without).collect();
+    for family in ["ltx2", "ltx23"] {
+        let run = |options: &Options| {
+            println!("{family}: {:?} without {:?}", options.fuse, options.disabled);
+            let files = Files { options: options.clone(), ..Files::of(family) };
+            check_run_on(&files, Case::new(family, "distilled"))
+        };
+        let full = run(&Options::default());
+        for options in &all {
+            let found = run(options);
+            for name in ["video", "audio"].map(|modality| format!("stage1.call0.{modality}.denoised")) {
+                let error = relative_l2(&found.tensors[&name], &full.tensors[&name]);
+                assert!(error <= FUSION_LIMIT, "{name} differs by {error:.1e}");
+            }
+        }
     }
 }
 
@@ -110,8 +141,8 @@ pub fn gpu() -> Option<Device> {
     let device = found.named(&DeviceName::Vulkan(None)).ok().cloned();
     if device.is_none() {
         let is_required = std::env::var("LTXC_REQUIRE_VULKAN").is_ok_and(|v| v == "1");
-        assert!(!is_required, "LTXC_REQUIRE_VULKAN is set: {}", found.missing.join("; "));
-        println!("absent: {}", found.missing.join("; "));
+        assert!(!is_required, "LTXC_REQUIRE_VULKAN is set: {:?}", found.missing);
+        println!("absent: {:?}", found.missing);
     }
     device
 }
@@ -186,7 +217,7 @@ fn check_run(case: Case) {
 }
 
 #[track_caller]
-fn check_run_on(model: &Files, case: Case) {
+fn check_run_on(model: &Files, case: Case) -> Outcome {
     let mut recorded = case.recorded();
     let params = recorded.meta()["params"].clone();
     let images = images(&params);
@@ -213,6 +244,7 @@ fn check_run_on(model: &Files, case: Case) {
     }
     check_outputs(&mut recorded, &result, &plan);
     recorded.finish();
+    result
 }
 
 /// The size of a recorded run.
@@ -369,6 +401,7 @@ struct Files {
     args: ModelArgs,
     folders: Vec<PathBuf>,
     device: Device,
+    options: Options,
 }
 
 impl Files {
@@ -387,7 +420,7 @@ impl Files {
             ..ModelArgs::default()
         };
         let device = find(Some("cpu")).named(&DeviceName::Cpu).expect("there is a processor").clone();
-        Files { args, folders: vec![root().join(folder), gemma], device }
+        Files { args, folders: vec![root().join(folder), gemma], device, options: Options::default() }
     }
 
     /// Compiles, and passes the plan through its file format.
@@ -398,9 +431,11 @@ impl Files {
     /// The same for adapters.
     fn compile_for(&self, shape: &ShapeArgs, keyframes: usize, loras: &Loras) -> Plan {
         let shape = Shape::resolve(shape, keyframes).and_then(|s| s.with(loras)).unwrap_or_else(|e| panic!("{e:#}"));
-        let shape = Shape { target: self.device.target.clone(), ..shape };
+        let references = References { frames: Some(conditioned::reference_length()), ..shape.references };
+        let shape = Shape { target: self.device.target.clone(), references, ..shape };
         let files = ModelFiles::of_pipeline(&self.args, shape.pipeline, true).unwrap_or_else(|e| panic!("{e:#}"));
-        let plan = compile(&files, &shape, Options::default(), &mut |_, _, _| {}).unwrap_or_else(|e| panic!("{e:#}"));
+        let options = self.options.clone();
+        let plan = compile(&files, &shape, options, &mut |_, _, _| {}).unwrap_or_else(|e| panic!("{e:#}"));
         let bytes = container::encode(&plan).unwrap_or_else(|e| panic!("{e}"));
         container::decode(&bytes).unwrap_or_else(|e| panic!("{e}"))
     }

@@ -12,7 +12,6 @@ pub struct AdapterArgs {
         num_args = 1..=3,
         value_names = ["PATH", "STRENGTH", "STAGE"],
         action = clap::ArgAction::Append,
-        allow_negative_numbers = true,
         aliases = ["lora-path", "hdr-lora", "ic-lora-weights"]
     )]
     pub lora: Vec<String>,
@@ -24,7 +23,6 @@ pub struct AdapterArgs {
         long,
         num_args = 1..=2,
         value_names = ["PATH", "STRENGTH"],
-        allow_negative_numbers = true,
         aliases = ["ltx2-refine-lora-path", "refine-lora-path"]
     )]
     pub distilled_lora: Vec<String>,
@@ -38,10 +36,10 @@ pub struct AdapterArgs {
     )]
     pub distilled_lora_strength: Option<f64>,
     /// Strength of the distilled LoRA in stage 1, where that stage has it.
-    #[arg(long, value_name = "STRENGTH", allow_negative_numbers = true, requires = "distilled_lora")]
+    #[arg(long, value_name = "STRENGTH", requires = "distilled_lora")]
     pub distilled_lora_strength_stage_1: Option<f64>,
     /// Strength of the distilled LoRA in stage 2, where that stage has it.
-    #[arg(long, value_name = "STRENGTH", allow_negative_numbers = true, requires = "distilled_lora")]
+    #[arg(long, value_name = "STRENGTH", requires = "distilled_lora")]
     pub distilled_lora_strength_stage_2: Option<f64>,
     /// Go on with LoRAs that have keys which the model has nothing for.
     #[arg(long)]

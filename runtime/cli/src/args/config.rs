@@ -11,8 +11,8 @@ use anyhow::{Context, Result, bail};
 use clap::Command;
 use serde_json::{Map, Value};
 
-use super::words::{Given, argument, flags, known, nearest};
-use crate::jobs::push;
+use super::tables::push;
+use super::words::{Given, argument, chooses_pipeline, flags, known, nearest};
 
 /// The flag that names a file of flags.
 const CONFIG: &str = "config";
@@ -35,13 +35,16 @@ pub(super) fn with_files(given: Vec<Given>, command: &Command) -> Result<Vec<Giv
 }
 
 /// Whether a flag is given already, or says the same in another way.
-fn excludes(typed: &Given, flag: &Given, command: &Command) -> bool {
+pub(super) fn excludes(typed: &Given, flag: &Given, command: &Command) -> bool {
     let conflicts = |a: &Given, b: &Given| {
         argument(&a.name, command).is_some_and(|arg| {
             command.get_arg_conflicts_with(arg).iter().any(|other| other.get_long() == Some(&b.name))
         })
     };
-    typed.name == flag.name || conflicts(typed, flag) || conflicts(flag, typed)
+    typed.name == flag.name
+        || (chooses_pipeline(&typed.name) && chooses_pipeline(&flag.name))
+        || conflicts(typed, flag)
+        || conflicts(flag, typed)
 }
 
 fn file_flags(path: &Path, command: &Command) -> Result<Vec<Given>> {
@@ -109,6 +112,8 @@ fn argument_of(name: &str, value: &Value, command: &Command) -> Result<Vec<OsStr
 
 /// What a folder of FastVideo says about its second stage.
 pub(super) struct Refinement {
+    /// The file that says it.
+    pub path: PathBuf,
     /// Whether there is to be one.
     pub is_enabled: Option<bool>,
     /// Whether it has a LoRA of its own.
@@ -139,7 +144,8 @@ pub(super) fn refinement(folder: &Path) -> Result<Option<Refinement>> {
     if !path.is_file() {
         return Ok(None);
     }
-    let of = || format!("`{}`", path.display());
+    let name = format!("`{}`", path.display());
+    let of = || name.clone();
     let text = std::fs::read_to_string(&path).with_context(of)?;
     let index: Map<String, Value> = serde_json::from_str(&text).with_context(of)?;
     let keys = index.iter().filter_map(|(key, value)| Some((key.strip_prefix(REFINE)?, value)));
@@ -165,6 +171,9 @@ pub(super) fn refinement(folder: &Path) -> Result<Option<Refinement>> {
         };
         flags.push(Given::new(flag, value));
     }
-    let is_enabled = given.get("enabled").and_then(|value| value.as_bool());
-    Ok(Some(Refinement { is_enabled, has_adapter: given.contains_key("lora_path"), flags }))
+    let is_enabled = given.get("enabled").map(|value| {
+        value.as_bool().with_context(|| format!("{}: `{REFINE}enabled` is {value}, expected true or false", of()))
+    });
+    let (is_enabled, has_adapter) = (is_enabled.transpose()?, given.contains_key("lora_path"));
+    Ok(Some(Refinement { path, is_enabled, has_adapter, flags }))
 }

@@ -3,8 +3,6 @@
 /// What follows a flag.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Values {
-    /// Nothing.
-    None,
     /// Nothing, or `true` or `false`.
     Switch,
     /// One value.

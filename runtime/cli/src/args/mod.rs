@@ -11,6 +11,7 @@ mod model;
 mod output;
 mod sampling;
 mod shape;
+pub mod tables;
 mod words;
 
 use std::path::PathBuf;
@@ -297,6 +298,9 @@ pub struct BenchArgs {
     /// Measure one part only, for example stage1 or decode.
     #[arg(long, value_name = "PART")]
     pub only: Option<String>,
+    /// Also draw what was measured, as a page that needs nothing else.
+    #[arg(long, value_name = "FILE")]
+    pub html: Option<PathBuf>,
 }
 
 /// `ltxc demo`.

@@ -7,14 +7,15 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use clap::error::ContextKind;
 use clap::{Arg, Command, ValueEnum};
 
+use super::config::Refinement;
 use super::foreign::{Answer, Values, foreign, missing_pipeline};
 use super::{PipelineName, config};
-use crate::assemble::{local, upsampler_beside};
-use crate::job::LAST;
+use crate::content::LAST;
+use crate::model_files::{local, upsampler_beside};
 use crate::pipelines::{Training, definition, training_named};
 
 /// A command line in our words.
@@ -100,6 +101,10 @@ const TRANSLATED: [(&str, Values); 7] = [
 /// The word for a pipeline that fits the model.
 const GENERATE: &str = "generate";
 
+/// Flags that words without a flag may stand for.
+const PIPELINE: &str = "pipeline";
+const PROMPT: &str = "prompt";
+
 /// The command line in our words.
 ///
 /// # Errors
@@ -116,14 +121,15 @@ pub fn in_our_words(args: impl IntoIterator<Item = OsString>) -> Result<Line> {
     };
     let (front, rest) = args.split_at(at + 1);
     let (tokens, tail) = tokens(rest, command)?;
-    let mut words = Words::default();
     let (mut flags, mut loose) = (Vec::new(), Vec::new());
     for token in tokens {
         match token {
             Token::Flag(flag) => flags.push(flag),
+            Token::Word { word, .. } if names_pipeline(&word) => flags.push(Given::new(PIPELINE, word)),
             Token::Word { word, behind } => loose.push((word, behind)),
         }
     }
+    let mut words = Words { has_prompt: has(&flags, PROMPT), ..Words::default() };
     let flags = config::with_files(flags, command)?;
     let mut kept = Vec::new();
     for flag in flags {
@@ -132,7 +138,7 @@ pub fn in_our_words(args: impl IntoIterator<Item = OsString>) -> Result<Line> {
     for (word, behind) in loose {
         words.place(word, behind, command.get_name() == "run", &mut kept)?;
     }
-    words.finish(&mut kept)?;
+    words.finish(command, &mut kept)?;
     let front = front.iter().cloned().map(dashed);
     let kept = kept.into_iter().flat_map(Given::args);
     // Words come first: behind flags of several values they would be one of these.
@@ -257,10 +263,9 @@ pub(super) fn known(name: &str, command: &Command) -> Result<Option<(String, Tak
     let short = name.strip_prefix("ltx2-").filter(|rest| rest.starts_with("refine-")).unwrap_or(&name);
     let translated = TRANSLATED.iter().find(|(flag, _)| *flag == short).map(|(_, values)| *values);
     let is_mode = MODES.iter().any(|(mode, _)| *mode == short) || SWITCHES.iter().any(|(flag, ..)| *flag == short);
-    let values = translated.or(is_mode.then_some(Values::None)).or(foreign(short).map(|flag| flag.values));
+    let values = translated.or(is_mode.then_some(Values::Switch)).or(foreign(short).map(|flag| flag.values));
     if let Some(values) = values {
         let (most, fits): (usize, fn(&str) -> bool) = match values {
-            Values::None => (0, |_| false),
             Values::Switch => (1, |text| ["true", "false"].contains(&text.to_lowercase().as_str())),
             Values::One => (1, |text| !is_flag(text)),
             Values::Pairs => (usize::MAX, |text| !is_flag(text) && text.contains('=')),
@@ -315,6 +320,8 @@ struct Words {
     /// Pipelines as they were named.
     pipelines: Vec<String>,
     plan: Option<OsString>,
+    /// Whether the line says what to show; a file of flags may have said something else.
+    has_prompt: bool,
     /// Words that mean nothing, for the parser to complain about.
     others: Vec<OsString>,
     /// Whether a second stage is asked for, or none.
@@ -328,16 +335,17 @@ impl Words {
     /// Adds what a flag means to `kept`.
     fn translate(&mut self, flag: Given, kept: &mut Vec<Given>) -> Result<()> {
         let (name, value) = (flag.name.as_str(), flag.text().unwrap_or_default());
+        let is_on = !value.eq_ignore_ascii_case("false");
         if let Some((_, pipeline)) = MODES.iter().find(|(mode, _)| *mode == name) {
-            self.pipelines.push((*pipeline).into());
+            self.pipelines.extend(is_on.then(|| (*pipeline).into()));
             return Ok(());
         }
         if let Some((_, other, value)) = SWITCHES.iter().find(|(switch, ..)| *switch == name) {
-            kept.push(Given::new(other, *value));
+            kept.extend(is_on.then(|| Given::new(other, *value)));
             return Ok(());
         }
         match name {
-            "pipeline" => {
+            PIPELINE => {
                 if let Some(why) = missing_pipeline(value) {
                     bail!("{why}");
                 }
@@ -360,21 +368,22 @@ impl Words {
                 kept.push(Given { name: "image".into(), values });
             }
             "output-video-name" => self.video_name = flag.values.into_iter().next(),
-            "refine-enabled" => self.refines = Some(!value.eq_ignore_ascii_case("false")),
+            "refine-enabled" => self.refines = Some(is_on),
             "refine-guidance-scale" if value.parse() == Ok(1.0) => {}
             "refine-guidance-scale" => {
                 bail!("`--{name} {value}`: the second stage runs without guidance, as at scale 1; leave it out")
             }
-            "refine-add-noise" if !value.eq_ignore_ascii_case("false") => {}
+            "refine-add-noise" if is_on => {}
             "refine-add-noise" => {
                 bail!("`--{name} false`: the second stage begins with noise at its first level; leave it out")
             }
             "refine-transformer-path" => bail!(
                 "`--{name}`: both stages run one transformer; name the distilled LoRA of the model with `--distilled-lora`"
             ),
+            "generate-audio" if !is_on => kept.push(Given { name: "no-audio".into(), values: Vec::new() }),
             _ => match foreign(name).map(|foreign| foreign.answer) {
                 Some(Answer::Note(note)) => {
-                    self.needs_embeddings |= name == "no-gemma";
+                    self.needs_embeddings |= name == "no-gemma" && is_on;
                     self.notes.push(format!("note: `--{name}` changes nothing: {note}"));
                 }
                 Some(Answer::Refused(but, why)) if !but.contains(&value) => bail!("`--{name}`: {why}"),
@@ -385,16 +394,12 @@ impl Words {
         Ok(())
     }
 
-    /// Says what a word without a flag is: a pipeline, a plan, or in a run the prompt.
+    /// Says what a word without a flag is that names no pipeline: a plan, or in a run the prompt.
     fn place(&mut self, word: OsString, behind: Option<String>, is_run: bool, kept: &mut Vec<Given>) -> Result<()> {
         let text = word.to_string_lossy().into_owned();
         let is_path = Path::new(&word).exists();
         if let (Some(flag), Ok(_)) = (behind, text.parse::<f64>()) {
             bail!("`{text}` is one value too many for `--{flag}`");
-        }
-        if !is_path && (text == GENERATE || PipelineName::from_str(&text, false).is_ok()) {
-            self.pipelines.push(text);
-            return Ok(());
         }
         if let (Some(why), false) = (missing_pipeline(&text), is_path) {
             bail!("{why}");
@@ -404,16 +409,20 @@ impl Words {
             || text.contains(char::is_whitespace)
             || text.starts_with('@')
             || MODELS.iter().any(|flag| has(kept, flag));
-        match (is_plan && self.plan.is_none(), is_run && is_prompt && !has(kept, "prompt")) {
+        match (is_plan && self.plan.is_none(), is_run && is_prompt && !self.has_prompt) {
             (true, _) => self.plan = Some(word),
-            (false, true) => kept.push(Given::new("prompt", word)),
+            (false, true) => {
+                self.has_prompt = true;
+                kept.retain(|flag| flag.name != PROMPT);
+                kept.push(Given::new(PROMPT, word));
+            }
             (false, false) => self.others.push(word),
         }
         Ok(())
     }
 
     /// Adds what follows from all of the line.
-    fn finish(&mut self, kept: &mut Vec<Given>) -> Result<()> {
+    fn finish(&mut self, command: &Command, kept: &mut Vec<Given>) -> Result<()> {
         if self.needs_embeddings && !has(kept, "embeddings") {
             bail!("`--no-gemma` needs text contexts that were made elsewhere; give `--embeddings FILE`");
         }
@@ -433,14 +442,14 @@ impl Words {
             weights.into_iter().for_each(|flag| flag.name = MODELS[0].into());
         }
         // A plan has its pipeline, and without a model there is none to choose.
-        if let Some(pipeline) = self.pipeline(kept)?.filter(|pipeline| pipeline != GENERATE) {
-            kept.insert(0, Given::new("pipeline", pipeline));
+        if let Some(pipeline) = self.pipeline(command, kept)?.filter(|pipeline| pipeline != GENERATE) {
+            kept.insert(0, Given::new(PIPELINE, pipeline));
         }
         Ok(())
     }
 
     /// The pipeline that is named, or that fits the model; and what the folder of the model says about its second stage.
-    fn pipeline(&mut self, kept: &mut Vec<Given>) -> Result<Option<String>> {
+    fn pipeline(&mut self, command: &Command, kept: &mut Vec<Given>) -> Result<Option<String>> {
         let mut names: Vec<String> = self.pipelines.iter().map(|name| usual_name(name)).collect();
         names.dedup();
         let named = match &names[..] {
@@ -480,13 +489,26 @@ impl Words {
             }
             _ => {}
         }
-        for flag in index.map(|index| index.flags).into_iter().flatten().filter(|_| refines) {
-            if !has(kept, &flag.name) {
-                self.translate(flag, kept)?;
+        if let Some(Refinement { path, flags, .. }) = index.filter(|_| refines) {
+            for flag in flags {
+                if !kept.iter().any(|typed| config::excludes(typed, &flag, command)) {
+                    self.translate(flag, kept).with_context(|| format!("`{}`", path.display()))?;
+                }
             }
         }
         Ok(Some(pipeline))
     }
+}
+
+/// Whether a word is the name of a pipeline, and of no file.
+fn names_pipeline(word: &OsString) -> bool {
+    let is_name = |text: &str| text == GENERATE || PipelineName::from_str(text, false).is_ok();
+    word.to_str().is_some_and(is_name) && !Path::new(word).exists()
+}
+
+/// Whether a flag chooses the pipeline.
+pub(super) fn chooses_pipeline(name: &str) -> bool {
+    name == PIPELINE || MODES.iter().any(|(mode, _)| *mode == name)
 }
 
 /// Flags that name a model.

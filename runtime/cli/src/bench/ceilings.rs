@@ -7,7 +7,7 @@ use ltxc_runtime::RunError;
 use ltxc_runtime::backend::{Device, open};
 use ltxc_runtime::executor::Executor;
 use ltxc_runtime::weights::WeightFiles;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::calls::{BareCall, CallPlan};
 use super::inputs::write_noise;
@@ -15,7 +15,7 @@ use super::seconds_of;
 use crate::run::INTERRUPT;
 
 /// The best rates that were measured on a device.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Ceilings {
     /// Bytes per second of a copy, read and written.
     pub copy: f64,

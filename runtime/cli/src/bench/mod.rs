@@ -7,14 +7,17 @@
 //! | `calls` | kernel calls outside of a model |
 //! | `inputs` | what programs are given |
 //! | `profile` | time by kernel |
-//! | `table` | the report for people |
+//! | `table`, `page` | the report for people, as text and as HTML |
+//! | `drawing` | what such pages are drawn with |
 //!
 //! Kernels are timed with a wait for the device after each. Such waits cost time that a run does not spend, which is taken
 //! off all calls alike, so that the kernels of a program add up to a run of it without waits.
 
 pub mod calls;
 pub mod ceilings;
+pub mod drawing;
 pub mod inputs;
+mod page;
 pub mod profile;
 mod table;
 
@@ -28,6 +31,7 @@ use ltxc_ir::tiling::AxisTile;
 use ltxc_runtime::RunError;
 use ltxc_runtime::backend::open;
 use ltxc_runtime::executor::Executor;
+use ltxc_runtime::files::write_atomically;
 use ltxc_runtime::pipeline::decode::program_name;
 use ltxc_runtime::pipeline::enhance;
 use ltxc_runtime::pipeline::needed_passes;
@@ -138,6 +142,11 @@ pub fn run(args: &BenchArgs, json: bool, report: &mut Report) -> Result<()> {
     }
     findings.kernels = profile.sorted();
     findings.resident_bytes = resident_bytes();
+    if let Some(path) = &args.html {
+        let only = args.only.as_ref().map(|only| format!(" --only {only}")).unwrap_or_default();
+        let command = format!("ltxc bench {} --device {}{only}", args.plan.display(), device.name);
+        write_atomically(path, page::html(&findings, &command).as_bytes())?;
+    }
     if json {
         println!("{}", serde_json::to_string(&findings)?);
     } else {

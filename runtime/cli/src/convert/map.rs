@@ -62,7 +62,8 @@ struct Rule {
 /// What became of a key.
 struct Mapped {
     key: String,
-    permute: Option<Vec<usize>>,
+    /// Permutations of its axes, one after the other.
+    permutes: Vec<Vec<usize>>,
 }
 
 /// Converts `input` by the rules in the file `rules`.
@@ -97,14 +98,24 @@ pub fn run(args: &ConvertArgs, input: &Path, rules: &Path, report: &mut Report) 
         tensors.push(out_tensor(args, file, stored, mapped)?);
     }
     let idle: Vec<String> = rules_of.iter().filter(|rule| rule.matched == 0).map(Rule::name).collect();
-    for (what, list) in [("rules match no key", idle), ("keys match no rule and stay as they are", untouched)] {
-        match (list.len(), args.strict) {
-            (0, _) => {}
-            (count, true) => {
-                bail!("{count} {what}; change the rules, or leave `--strict` out:{}", Listed(quoted(list)))
-            }
-            (count, false) => report.note(&format!("note: {count} {what}:{}", Listed(quoted(list)))),
+    for (one, many, list) in [
+        ("rule matches no key", "rules match no key", idle),
+        ("key matches no rule and stays as it is", "keys match no rule and stay as they are", untouched),
+    ] {
+        let what = format!("{} {}", list.len(), if list.len() == 1 { one } else { many });
+        match (list.is_empty(), args.strict) {
+            (true, _) => {}
+            (false, true) => bail!("{what}; change the rules, or leave `--strict` out:{}", Listed(quoted(list))),
+            (false, false) => report.note(&format!("note: {what}:{}", Listed(quoted(list)))),
         }
+    }
+    let is_fp8 = |tensor: &&OutTensor<'_>| tensor.dtype.starts_with("F8_");
+    match tensors.iter().filter(is_fp8).count() {
+        count if count > 0 && args.dtype.is_some() => report.note(&format!(
+            "note: tensors in fp8 stay so ({count} of them), because their scales have no known names before the rules act; \
+             `--dtype` without `--map` changes those of the result"
+        )),
+        _ => {}
     }
     let mut metadata = files.first().map(|file| file.header().metadata.clone()).unwrap_or_default();
     metadata.extend(added.into_iter().map(|(key, value)| match value {
@@ -190,7 +201,7 @@ impl Rule {
 
 /// What the rules make of `key`, `None` if it is dropped; and whether any of them matched.
 fn apply(rules: &mut [Rule], key: &str) -> (Option<Mapped>, bool) {
-    let (mut mapped, mut is_touched) = (Mapped { key: key.into(), permute: None }, false);
+    let (mut mapped, mut is_touched) = (Mapped { key: key.into(), permutes: Vec::new() }, false);
     for rule in rules {
         if !rule.is_match(&mapped.key) {
             continue;
@@ -206,13 +217,7 @@ fn apply(rules: &mut [Rule], key: &str) -> (Option<Mapped>, bool) {
                 Pattern::Exact(_) => to.clone(),
             };
         }
-        if let Some(axes) = &rule.permute {
-            mapped.permute = Some(match mapped.permute {
-                // Axes of axes, as two permutations in a row.
-                Some(before) if before.len() == axes.len() => axes.iter().map(|&axis| before[axis]).collect(),
-                _ => axes.clone(),
-            });
-        }
+        mapped.permutes.extend(rule.permute.clone());
     }
     (Some(mapped), is_touched)
 }
@@ -229,15 +234,15 @@ fn out_tensor<'f>(
         StoredType::Known(dtype) => (format_name(dtype), dtype.bytes()),
         StoredType::Other(name) => (name, stored.bytes.checked_div(elements).unwrap_or(1).max(1) as usize),
     };
-    let is_permuted = mapped.permute.is_some();
-    let (shape, content): (Vec<usize>, Content<'f>) = match mapped.permute {
+    if let Some(axes) = mapped.permutes.iter().find(|axes| axes.len() != stored.shape.len()) {
+        let (key, found) = (&stored.key, stored.shape.len());
+        bail!("`{key}` has {found} axes, and a rule permutes {}; change the rule", axes.len());
+    }
+    // Axes of axes, as permutations in a row.
+    let axes = mapped.permutes.into_iter().reduce(|before, axes| axes.iter().map(|&axis| before[axis]).collect());
+    let is_permuted = axes.is_some();
+    let (shape, content): (Vec<usize>, Content<'f>) = match axes {
         None => (stored.shape.clone(), copied(data)),
-        Some(axes) if axes.len() != stored.shape.len() => bail!(
-            "`{}` has {} axes, and a rule permutes {}; change the rule",
-            stored.key,
-            stored.shape.len(),
-            axes.len()
-        ),
         Some(_) if element as u64 * elements != stored.bytes => {
             bail!(
                 "`{}` is {name}, whose elements are no whole bytes, and a rule permutes it; change the rule",
@@ -329,12 +334,12 @@ mod tests {
         );
         let mut of = |key: &str| {
             let (mapped, is_touched) = apply(&mut rules, key);
-            (mapped.map(|m| (m.key, m.permute)), is_touched)
+            (mapped.map(|m| (m.key, m.permutes)), is_touched)
         };
-        assert_eq!(of("blocks.0.w"), (Some(("first".into(), Some(vec![1, 0]))), true));
-        assert_eq!(of("blocks.12.w"), (Some(("layers.12.w".into(), None)), true));
+        assert_eq!(of("blocks.0.w"), (Some(("first".into(), vec![vec![1, 0]])), true));
+        assert_eq!(of("blocks.12.w"), (Some(("layers.12.w".into(), vec![])), true));
         assert_eq!(of("blocks.1.counter"), (None, true));
-        assert_eq!(of("other"), (Some(("other".into(), None)), false));
+        assert_eq!(of("other"), (Some(("other".into(), vec![])), false));
         assert_eq!(rules.iter().map(|r| r.matched).collect::<Vec<_>>(), [3, 1, 1, 0]);
     }
 

@@ -24,7 +24,7 @@ use clap::{Args, ValueEnum};
 use ltxc_ir::DType;
 use ltxc_models::checkpoint::{FileKind, WeightFile};
 
-use crate::assemble::local;
+use crate::model_files::local;
 use crate::report::Report;
 use writer::Content;
 
@@ -65,8 +65,7 @@ pub struct ConvertArgs {
         long,
         num_args = 1..=2,
         value_names = ["PATH", "STRENGTH"],
-        action = clap::ArgAction::Append,
-        allow_negative_numbers = true
+        action = clap::ArgAction::Append
     )]
     pub lora: Vec<String>,
     /// Go on with LoRAs that have keys which the model has nothing for.

@@ -19,7 +19,7 @@ use super::writer::{Content, OutFile, OutTensor, write_file, write_folder};
 use super::{ConvertArgs, StoredAs, Target};
 use crate::adapters::Loras;
 use crate::args::AdapterArgs;
-use crate::assemble::MODEL;
+use crate::model_files::MODEL;
 use crate::pipelines::is_distilled;
 use crate::report::Report;
 

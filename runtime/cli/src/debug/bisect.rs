@@ -22,8 +22,9 @@ use ltxc_runtime::tap::{Role, Tap, Value};
 use serde_json::json;
 
 use super::compare::likely_causes;
-use super::flags::{DebugFlags, DebugMode, DebugOptions};
+use super::flags::{DebugFlags, DebugMode};
 use super::names::{component, components, full_name};
+use super::options::DebugOptions;
 use super::pipeline::{Pipeline, plan_for};
 use super::recording::Distance;
 use super::reference::run_against;
@@ -31,9 +32,9 @@ use super::session::{About, Session};
 use super::smoke::{SmokePreset, tiny};
 use crate::adapters::{Loras, Opened};
 use crate::args::{AdapterArgs, CompilerArgs, FuseLevel, ModelArgs, PipelineName, Precision, ShapeArgs};
-use crate::assemble::ModelFiles;
 use crate::compile::{options, unfused};
 use crate::job::{Shape, pick};
+use crate::model_files::ModelFiles;
 use crate::pipelines::definition;
 
 /// Folder of a reference that is run, if no other is named.
@@ -45,13 +46,13 @@ const SKETCH: usize = 2048;
 /// Relative L2 that rounding explains in f32. Errors grow along a run by less than the steps before the end amplify them.
 const TOLERANCE_F32: f64 = 1e-3;
 
-/// The same where one side computes in bf16.
-const TOLERANCE_BF16: f64 = 0.1;
+/// The same where one side computes in 16 bits.
+const TOLERANCE_16: f64 = 0.1;
 
 /// `ltxc debug bisect`.
 #[derive(Debug, Clone, Args)]
 #[command(
-    after_help = "A setting is a list of: fuse=none|composite|full|exact, device=NAME, dtype=f32|bf16, disable=PASS,\n\
+    after_help = "A setting is a list of: fuse=none|composite|full|exact, device=NAME, dtype=f32|bf16|f16, disable=PASS,\n\
     checkpoint=FILE, gemma=DIR, upsampler=FILE.\n\
     Logs of the settings are two files: `sums.log` becomes `sums.a.log` and `sums.b.log`. With --ref all logs there are\n\
     lie in its folder.\n\n\
@@ -78,7 +79,7 @@ pub struct BisectArgs {
     /// Seed of all noise.
     #[arg(long, default_value_t = 10)]
     pub seed: u64,
-    /// Relative L2 above which values differ [default: 1e-3, with bf16 0.1]
+    /// Relative L2 above which values differ [default: 1e-3, with bf16 or f16 0.1]
     #[arg(long, value_name = "LIMIT")]
     pub tolerance: Option<f64>,
     /// Compare with a reference instead, whose logs are in this folder, or are written there. [with --ref-cmd: bisect]
@@ -155,8 +156,8 @@ pub fn run(args: &BisectArgs, json_output: bool) -> Result<bool> {
     }
     let a = sketches(args, &args.a, "a").context("setting a")?;
     let b = sketches(args, &args.b, "b").context("setting b")?;
-    let is_narrow = [&a.dtype, &b.dtype].contains(&&DType::BF16);
-    let tolerance = args.tolerance.unwrap_or(if is_narrow { TOLERANCE_BF16 } else { TOLERANCE_F32 });
+    let is_narrow = [a.dtype, b.dtype].iter().any(|dtype| *dtype != DType::F32);
+    let tolerance = args.tolerance.unwrap_or(if is_narrow { TOLERANCE_16 } else { TOLERANCE_F32 });
     let matched = matched(&a.sketches, &b.sketches);
     if matched.is_empty() {
         bail!("the two settings have no named value in common");
@@ -232,6 +233,7 @@ fn sketches(args: &BisectArgs, setting: &str, side: &str) -> Result<Side> {
             ("fuse", "exact") => exact = true,
             ("dtype", "f32") => shape.dtype = Some(Precision::F32),
             ("dtype", "bf16") => shape.dtype = Some(Precision::Bf16),
+            ("dtype", "f16") => shape.dtype = Some(Precision::F16),
             ("device", device) => shape.device = device.parse().map_err(anyhow::Error::msg)?,
             ("disable", pass) => compiler.disable.push(pass.into()),
             ("checkpoint", path) => model.checkpoint_path = Some(PathBuf::from(path)),
@@ -261,10 +263,10 @@ fn sketches(args: &BisectArgs, setting: &str, side: &str) -> Result<Side> {
         device: device.name.to_string(),
         seed: Some(args.seed),
         run: Some(setting.to_string()),
+        spares_decoders: logs.spares_decoders,
         ..About::default()
     };
     let spares_decoders = logs.spares_decoders;
-    let about = About { spares_decoders, ..about };
     let session = Session::new(logs.only(&components(&plan))?, about);
     let kept = Rc::new(RefCell::new(Vec::new()));
     let tap = Sketcher { plan: &plan, kept: kept.clone(), runs: BTreeMap::new(), seen: BTreeMap::new() };
@@ -282,7 +284,7 @@ fn sketches(args: &BisectArgs, setting: &str, side: &str) -> Result<Side> {
         noise: Noise { seed: args.seed, spares_decoders, ..Noise::default() },
     };
     pipeline.run(Some(Box::new(tap)))?;
-    session.finish()?.iter().for_each(|note| eprintln!("{note}"));
+    session.close()?;
     let sketches = kept.take();
     Ok(Side { dtype: shape.dtype, plan, sketches })
 }

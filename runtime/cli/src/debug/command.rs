@@ -5,9 +5,10 @@ use clap::Subcommand;
 
 use super::bisect::{self, BisectArgs};
 use super::compare::{self, CompareArgs};
-use super::denoising::{self, LoopArgs, NanArgs};
+use super::denoising::{self, LoopArgs};
 use super::latents::{self, LatentsArgs};
 use super::lora::{self, LoraDebugCommand};
+use super::nan::{self, NanArgs};
 use super::noise::{self, NoiseCommand};
 use super::parity::{self, ParityArgs};
 use super::positions::{self, PositionsArgs};
@@ -126,12 +127,12 @@ pub fn run(command: &DebugCommand, json: bool) -> Result<bool> {
         DebugCommand::Lora(command) => lora::run(command, json),
         DebugCommand::Text(command) => text::run(command, json),
         DebugCommand::Vae(command) => vae::run(command, json),
-        DebugCommand::Loop(args) => denoising::run_loop(args, json),
+        DebugCommand::Loop(args) => denoising::run(args, json),
         DebugCommand::Step(args) => step::run(args, json),
         DebugCommand::Block(args) => step::run_block(args, json),
         DebugCommand::Export(args) => step::run_export(args, json),
         DebugCommand::Pipeline(args) => smoke::run(args, json),
-        DebugCommand::Nan(args) => denoising::run_nan(args, json),
+        DebugCommand::Nan(args) => nan::run(args, json),
         DebugCommand::Latents(args) => latents::run(args, json),
         DebugCommand::Schedule(args) => schedule::run(args, json),
         DebugCommand::Positions(args) => positions::run(args, json),

@@ -8,8 +8,9 @@ use clap::{ArgMatches, FromArgMatches, Parser};
 
 use super::command;
 use crate::args::{self, Cli, Command, RunArgs, in_our_words};
+use crate::choice::Occurrences;
 use crate::report::{Report, Style};
-use crate::run::{self, Occurrences};
+use crate::run;
 
 fn parsed(words: &[String]) -> Result<(Command, ArgMatches)> {
     let line = std::iter::once("ltxc").chain(words.iter().map(String::as_str)).map(OsString::from);

@@ -196,8 +196,10 @@ fn pair(ours: &Entry, theirs: &Entry, at: String, tol_rel: f64, tol_abs: f64) ->
         (Some(x), Some(y)) if x != y => Some((x.clone(), y.clone())),
         _ => None,
     };
-    let is_equal = |a: f64, b: f64, abs: f64, rel: f64| {
-        (a - b).abs() <= abs + rel * a.abs().max(b.abs()) || (a.is_nan() && b.is_nan())
+    // Infinities and NaN have no distance.
+    let is_equal = |a: f64, b: f64, abs: f64, rel: f64| match a.is_finite() && b.is_finite() {
+        true => (a - b).abs() <= abs + rel * a.abs().max(b.abs()),
+        false => a == b || (a.is_nan() && b.is_nan()),
     };
     let diverges = match (ours.abs_mean, theirs.abs_mean) {
         (Some(x), Some(y)) => !is_equal(x, y, 0.0, ABS_MEAN_LIMIT),
@@ -413,6 +415,15 @@ mod tests {
             |sum: f64, mean: f64| format!(r#"{{"module":"a","tensor":"out","step":0,"abs_mean":{mean},"sum":{sum}}}"#);
         assert!(check(&line(0.001, 1.0), &line(3.0, 1.001)).first().is_none());
         assert!(check(&line(3.0, 1.0), &line(3.0, 1.1)).first().is_some());
+    }
+
+    #[test]
+    fn what_is_not_finite_equals_itself_alone() {
+        let differs = |a: &str, b: &str| check(&format!("x:a:s={a}"), &format!("x:a:s={b}")).first().is_some();
+        assert!(!differs("inf", "inf") && !differs("nan", "nan"));
+        for (a, b) in [("inf", "1"), ("1", "inf"), ("inf", "-inf"), ("nan", "1"), ("inf", "nan")] {
+            assert!(differs(a, b), "{a} and {b}");
+        }
     }
 
     #[test]

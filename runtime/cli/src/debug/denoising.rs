@@ -1,4 +1,4 @@
-//! Looking at denoising: the steps of a run, and the first value that is not finite.
+//! `ltxc debug loop`: the steps of a run, and whether latents, predictions and velocities agree.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -9,128 +9,28 @@ use anyhow::Result;
 use clap::Args;
 use ltxc_ir::plan::{Plan, Program};
 use ltxc_runtime::RunError;
-use ltxc_runtime::adapters::StageAdapters;
-use ltxc_runtime::backend::Device;
-use ltxc_runtime::pipeline::{Media, Noise};
 use ltxc_runtime::stats::{Stats, decoded};
 use ltxc_runtime::tap::{Role, Tap, Value};
 use serde_json::json;
 
-use super::flags::{DebugFlags, DebugMode, DebugOptions};
-use super::names::{COMPONENTS, component, components, full_name, pass_of};
+use super::flags::DebugMode;
+use super::names::{COMPONENTS, component};
+use super::options::DebugOptions;
 use super::parity::Check;
 use super::parity::runs::{RunOn, check_run};
-use super::pipeline::{Pipeline, Tensors, plan_for};
+use super::pipeline::{RunOf, Tensors};
 use super::recording::{Distance, TensorFile};
 use super::session::{About, Session};
 use super::step::print_rows;
 use super::video_stats::{Collector, structure};
-use crate::args::{ModelArgs, ShapeArgs};
-use crate::assemble::ModelFiles;
-use crate::job::{Shape, pick};
-
-/// A model and a run of it.
-#[derive(Debug, Args)]
-pub struct RunOf {
-    /// Prompt.
-    #[arg(long, short, default_value = "a red fox in deep snow")]
-    pub prompt: String,
-    /// Seed of all noise.
-    #[arg(long, default_value_t = 10)]
-    pub seed: u64,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub model: ModelArgs,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub shape: ShapeArgs,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub debug: DebugFlags,
-}
-
-impl RunOf {
-    /// Compiles the pipeline; without fusion if every value is to be seen, which is `usual` where nobody says otherwise.
-    ///
-    /// # Errors
-    /// Model files that are missing or do not fit, or a log that the pipeline cannot give.
-    pub fn open(&self, usual: DebugMode) -> Result<OpenRun<'_>> {
-        let mut options = DebugOptions::of(&self.debug)?;
-        let mode = options.mode.unwrap_or(usual);
-        options.mode = Some(mode);
-        let device = pick(&self.shape.device, None)?;
-        let shape = Shape::resolve(&self.shape, 0)?;
-        let files = ModelFiles::open(&self.model, shape.has_two_stages())?;
-        let plan = plan_for(&files, &shape, &device, mode.compiler())?;
-        let spares_decoders = options.spares_decoders;
-        let device_name = device.name.to_string();
-        let about = About { device: device_name, seed: Some(self.seed), spares_decoders, ..About::default() };
-        let session = Session::new(options.only(&components(&plan))?, about);
-        Ok(OpenRun { of: self, session, spares_decoders, plan, paths: files.paths(), device })
-    }
-
-    /// Compiles and runs; `tap` looks at values of the plan that it is given. Noise that is not in `given` is drawn.
-    pub(super) fn run(
-        &self,
-        usual: DebugMode,
-        given: BTreeMap<String, Vec<f32>>,
-        tap: impl FnOnce(&Plan) -> Option<Box<dyn Tap>>,
-    ) -> Result<(Plan, Tensors)> {
-        let open = self.open(usual)?;
-        let tap = tap(&open.plan);
-        let tensors = match open.run(given, tap)? {
-            (tensors, Ok(())) => tensors,
-            (_, Err(e)) => return Err(e.into()),
-        };
-        Ok((open.plan, tensors))
-    }
-}
-
-/// A pipeline that was compiled.
-pub struct OpenRun<'a> {
-    of: &'a RunOf,
-    session: Session,
-    spares_decoders: bool,
-    /// Its plan.
-    pub plan: Plan,
-    paths: Vec<PathBuf>,
-    device: Device,
-}
-
-impl OpenRun<'_> {
-    /// Runs it, with the logs that were asked for. Gives what came before `tap` ended it, if it did, and why it ended.
-    ///
-    /// # Errors
-    /// What keeps the run from beginning, or logs that cannot be written.
-    pub fn run(
-        &self,
-        given: BTreeMap<String, Vec<f32>>,
-        tap: Option<Box<dyn Tap>>,
-    ) -> Result<(Tensors, Result<(), RunError>)> {
-        let pipeline = Pipeline {
-            plan: &self.plan,
-            paths: self.paths.clone(),
-            device: &self.device,
-            session: &self.session,
-            prompt: &self.of.prompt,
-            negative_prompt: "",
-            images: &[],
-            media: Media::default(),
-            stages: BTreeMap::new(),
-            adapters: StageAdapters::default(),
-            noise: Noise { seed: self.of.seed, given, spares_decoders: self.spares_decoders, ..Noise::default() },
-        };
-        let ran = pipeline.run_until(tap)?;
-        self.session.finish()?.iter().for_each(|note| eprintln!("{note}"));
-        Ok(ran)
-    }
-}
+use crate::job::pick;
+use crate::model_files::ModelFiles;
 
 /// `ltxc debug loop`.
 #[derive(Debug, Args)]
 pub struct LoopArgs {
     /// Show how streams grow from block to block, and how much of them comes from the text. Compiles without fusion.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "compare")]
     pub blocks: bool,
     /// Compare with the tensors of this recording, from whose noise the run starts: `stage1.step0.video.latent` and so on.
     /// A recording of tests/tools or of the fixtures that is named for its pipeline says what to run; flags say it else.
@@ -245,7 +145,7 @@ impl StepFacts {
 ///
 /// # Errors
 /// A run that fails.
-pub fn run_loop(args: &LoopArgs, json_output: bool) -> Result<bool> {
+pub fn run(args: &LoopArgs, json_output: bool) -> Result<bool> {
     let velocities = Rc::new(RefCell::new(Velocities::default()));
     let recording = args.compare.as_deref().map(TensorFile::open).transpose()?;
     if let Some(recording) = recording.as_ref().filter(|r| r.meta()["params"].is_object()) {
@@ -255,9 +155,10 @@ pub fn run_loop(args: &LoopArgs, json_output: bool) -> Result<bool> {
         let compiler = options.mode.unwrap_or_default().compiler();
         let session = Session::new(options, About { device: device.name.to_string(), ..About::default() });
         let mut rows = Vec::new();
-        let on = RunOn { device: &device, options: compiler, session: &session };
+        let release = args.run.shape.reference_version;
+        let on = RunOn { device: &device, options: compiler, session: &session, release };
         check_run(&files, &on, &recording.path, &mut rows)?;
-        session.finish()?.iter().for_each(|note| eprintln!("{note}"));
+        session.close()?;
         return print_rows(&rows, &recording.path.display().to_string(), json_output);
     }
     let given = recording.as_ref().map(recorded_noise).unwrap_or_default();
@@ -313,7 +214,9 @@ pub fn run_loop(args: &LoopArgs, json_output: bool) -> Result<bool> {
         let s = Stats::of(&[latent.len()], latent);
         let is_odd = !(0.7..=1.6).contains(&s.std);
         ok &= !is_odd && !s.is_bad();
-        if !json_output {
+        if json_output {
+            println!("{}", json!({"final_latent": {"mean": s.mean, "std": s.std, "ok": !is_odd && !s.is_bad()}}));
+        } else {
             let flag = if is_odd { "  RED FLAG: expected 0.7 to 1.6" } else { "" };
             println!("final latent: mean {:.4} std {:.4}{flag}", s.mean, s.std);
             if plan.pipeline.model.synthetic {
@@ -489,156 +392,6 @@ fn block_part(name: &str) -> Option<(usize, &'static str, bool)> {
         _ => return None,
     };
     Some((block.parse().ok()?, stream, is_text))
-}
-
-/// `ltxc debug nan`.
-#[derive(Debug, Args)]
-pub struct NanArgs {
-    /// Go on after the first bad value, and list the first of every program.
-    #[arg(long)]
-    pub full: bool,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub run: RunOf,
-}
-
-/// The first bad value of a program.
-#[derive(Clone, Debug)]
-struct Finding {
-    program: String,
-    run: usize,
-    name: String,
-    /// Pass of the transformer that it belongs to.
-    pass: Option<&'static str>,
-    stats: Stats,
-    /// Number of the first value of those, and the values themselves: the first bad one and those beside it.
-    around: (usize, Vec<f32>),
-    reads: Vec<(String, Stats)>,
-}
-
-#[derive(Default)]
-struct Found {
-    findings: Vec<Finding>,
-    checked: usize,
-}
-
-struct NanTap {
-    plan: Plan,
-    full: bool,
-    runs: BTreeMap<String, usize>,
-    seen: BTreeMap<String, Stats>,
-    found: Rc<RefCell<Found>>,
-}
-
-impl Tap for NanTap {
-    fn wants(&mut self, _: &Program, _: &Value) -> bool {
-        true
-    }
-
-    fn begin(&mut self, _: &Program) {
-        self.seen.clear();
-    }
-
-    fn value(&mut self, program: &Program, value: &Value, bytes: &[u8]) -> Result<(), RunError> {
-        let stats = Stats::of_bytes(&value.ty, bytes);
-        let mut found = self.found.borrow_mut();
-        found.checked += 1;
-        if stats.is_bad() && !found.findings.iter().any(|f| f.program == program.name) {
-            let reads = value.reads.iter().filter_map(|n| Some((n.clone(), self.seen.get(n)?.clone()))).collect();
-            let component = component(&self.plan, program);
-            let name = full_name(component, &value.name);
-            let pass = (component == "transformer").then(|| pass_of(&value.name).0);
-            let run = self.runs.get(&program.name).copied().unwrap_or(0);
-            found.findings.push(Finding {
-                program: program.name.clone(),
-                run,
-                name: name.clone(),
-                pass,
-                around: around(&decoded(&value.ty, bytes), stats.first_bad.unwrap_or(0)),
-                stats: stats.clone(),
-                reads,
-            });
-            if !self.full {
-                // Ends the run; what was found is reported by whoever began it.
-                return Err(RunError::Input(format!("`{name}` is not finite")));
-            }
-        }
-        self.seen.insert(value.name.clone(), stats);
-        Ok(())
-    }
-
-    fn skips_finite(&self, _: &Program, _: &Value) -> bool {
-        true
-    }
-
-    fn finite(&mut self, _: &Program, _: &Value) {
-        self.found.borrow_mut().checked += 1;
-    }
-
-    fn end(&mut self, program: &Program) -> Result<(), RunError> {
-        *self.runs.entry(program.name.clone()).or_default() += 1;
-        Ok(())
-    }
-}
-
-/// Values in a line.
-pub fn listed(values: &[f32]) -> String {
-    values.iter().map(|v| format!("{v:.4}")).collect::<Vec<_>>().join(" ")
-}
-
-/// The value at an index and those beside it, with the number of the first of them.
-pub fn around(values: &[f32], index: usize) -> (usize, Vec<f32>) {
-    const BESIDE: usize = 3;
-    let first = index.saturating_sub(BESIDE);
-    (first, values.iter().skip(first).take(index - first + 1 + BESIDE).copied().collect())
-}
-
-/// `ltxc debug nan`. Returns whether every value is finite.
-///
-/// # Errors
-/// A run that fails for another reason.
-pub fn run_nan(args: &NanArgs, json_output: bool) -> Result<bool> {
-    let found = Rc::new(RefCell::new(Found::default()));
-    let result = args.run.run(DebugMode::Exact, BTreeMap::new(), |plan| {
-        let (runs, seen) = (BTreeMap::new(), BTreeMap::new());
-        Some(Box::new(NanTap { plan: plan.clone(), full: args.full, runs, seen, found: found.clone() }))
-    });
-    let found = found.take();
-    if found.findings.is_empty() {
-        result?;
-    }
-    for f in &found.findings {
-        let s = &f.stats;
-        if json_output {
-            println!(
-                "{}",
-                json!({"value": f.name, "program": f.program, "run": f.run, "pass": f.pass, "nan": s.nan, "infinite": s.infinite,
-                "of": s.ty.elements(), "first": s.first_bad, "around_from": f.around.0,
-                "around": f.around.1.iter().map(ToString::to_string).collect::<Vec<_>>(), "reads": f.reads.iter().map(|(n, s)| json!({"value": n, "mean": s.mean,
-                "std": s.std, "min": s.min, "max": s.max})).collect::<Vec<_>>()})
-            );
-            continue;
-        }
-        println!(
-            "{}: NaN in {}, infinite in {} of {} values, first at {} (program {}, step {}{})",
-            f.name,
-            s.nan,
-            s.infinite,
-            s.ty.elements(),
-            s.first_bad.unwrap_or(0),
-            f.program,
-            f.run,
-            f.pass.map(|pass| format!(", pass {pass}")).unwrap_or_default()
-        );
-        println!("  values from {} on: {}", f.around.0, listed(&f.around.1));
-        for (name, s) in &f.reads {
-            println!("  computed from {name}: mean {:.4} std {:.4} [{:.4}, {:.4}]", s.mean, s.std, s.min, s.max);
-        }
-    }
-    if found.findings.is_empty() && !json_output {
-        println!("all {} values are finite", found.checked);
-    }
-    Ok(found.findings.is_empty())
 }
 
 #[cfg(test)]

@@ -27,8 +27,8 @@ use super::parity::transformer::{StreamCase, case_config, perturbation, stream_c
 use super::recording::TensorFile;
 use super::session::Session;
 use crate::args::ModelArgs;
-use crate::assemble::{MODEL, checkpoint_source, local};
 use crate::compile::unfused;
+use crate::model_files::{MODEL, checkpoint_source, local};
 
 /// What runs.
 pub const COMPONENT: &str = "transformer";
@@ -41,6 +41,9 @@ const SCALE: [u32; 3] = [8, 32, 32];
 
 /// Latent mel bins, and audio latents of a second: those of every audio VAE of the family.
 const AUDIO_RATE_HZ: f64 = 25.0;
+
+/// Most video tokens that are drawn; a clip of 10 s in 1080p has fewer.
+const MOST_TOKENS: u32 = 1 << 16;
 
 /// A transformer, opened for single evaluations without fusion.
 pub struct Model<'a> {
@@ -155,6 +158,9 @@ impl Inputs {
         let &[f, h, w] = &args.grid[..] else { bail!("`--grid` takes frames, rows and columns") };
         if [f, h, w].iter().any(|n| !(1..=256).contains(n)) || !(1..=4096).contains(&args.text_tokens) {
             bail!("`--grid` must be 1 to 256 each, `--text-tokens` 1 to 4096");
+        }
+        if f * h * w > MOST_TOKENS {
+            bail!("`--grid {f},{h},{w}` has {} tokens, expected at most {MOST_TOKENS}", f * h * w);
         }
         if !(0.0..=1.0).contains(&args.sigma) {
             bail!("`--sigma {}` is out of range, expected 0 to 1", args.sigma);

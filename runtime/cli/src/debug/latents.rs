@@ -12,8 +12,8 @@ use ltxc_runtime::pipeline::SlotShape;
 use ltxc_runtime::stats::Stats;
 use serde_json::json;
 
-use super::denoising::RunOf;
 use super::flags::{DebugFlags, DebugMode};
+use super::pipeline::RunOf;
 use super::video_stats::structure;
 
 /// `ltxc debug latents`.

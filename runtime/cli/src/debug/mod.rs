@@ -2,7 +2,7 @@
 //!
 //! | file | what |
 //! | --- | --- |
-//! | `flags`, `session` | what a run can log, and the one place where logs hook into a run |
+//! | `flags`, `options`, `session` | what a run can log, and the one place where logs hook into a run |
 //! | `names` | names of values as people and other tools know them |
 //! | `sums`, `log` | lines of sums, and where they go |
 //! | `profile` | times of programs and kernels |
@@ -14,7 +14,7 @@
 //! | `lora` | a LoRA here and in the reference |
 //! | `bisect`, `reference` | the first op that differs between two settings, and from a reference |
 //! | `commands`, `smoke` | commands that run others; a short run of every pipeline |
-//! | `noise`, `weights`, `against`, `manifest`, `text`, `vae`, `denoising`, `latents`, `positions`, `schedule`, `video_stats` | one part of a model or run each |
+//! | `noise`, `weights`, `against`, `manifest`, `text`, `vae`, `denoising`, `nan`, `latents`, `positions`, `schedule`, `video_stats` | one part of a model or run each |
 
 mod against;
 pub mod bisect;
@@ -32,7 +32,9 @@ pub mod lora;
 mod manifest;
 pub mod modules;
 pub mod names;
+pub mod nan;
 pub mod noise;
+pub mod options;
 pub mod parity;
 pub mod pipeline;
 mod positions;

@@ -23,7 +23,8 @@ use ltxc_runtime::tap::{Role, Tap, Value};
 use ltxc_runtime::tokenizer::CONTEXT_TOKENS;
 use ltxc_runtime::weights::WeightFiles;
 
-use super::flags::{DebugOptions, LogFlags};
+use super::flags::LogFlags;
+use super::options::DebugOptions;
 use super::session::{About, Session};
 use crate::args::{DeviceChoice, ModelArgs};
 use crate::compile::version;
@@ -60,7 +61,7 @@ impl Side {
         let device = pick(&self.device, None)?;
         let session = Session::new(options, About { device: device.name.to_string(), seed, ..About::default() });
         let found = look(&device, &session)?;
-        session.finish()?.iter().for_each(|note| eprintln!("{note}"));
+        session.close()?;
         Ok(found)
     }
 }

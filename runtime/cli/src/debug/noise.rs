@@ -10,11 +10,17 @@ use ltxc_runtime::pipeline::{Noise, SlotShape};
 use ltxc_runtime::stats::Stats;
 use serde_json::json;
 
+use crate::report::remark;
+
 /// Mel bins of an audio latent, fastest in a token.
 const MEL_BINS: usize = 16;
 
 /// Audio latents in a second.
 const AUDIO_RATE_HZ: f64 = 25.0;
+
+/// Longest sound, and most values of a file that is made: far beyond every run.
+const MOST_SECONDS: f64 = 36_000.0;
+const MOST_VALUES: usize = 1 << 30;
 
 /// `ltxc debug noise`.
 #[derive(Debug, Subcommand)]
@@ -212,17 +218,30 @@ fn slots(args: &GenArgs) -> Result<Vec<(&'static str, SlotShape)>> {
         channels: args.channels,
         inner: 1,
     };
-    let tokens = (args.num_frames as f64 / args.frame_rate * AUDIO_RATE_HZ).round_ties_even().max(1.0) as usize;
-    let audio = SlotShape { spatial: vec![tokens], channels: args.audio_channels * MEL_BINS, inner: MEL_BINS };
-    if args.one_stage {
-        return Ok(vec![("stage1.video", video(1)), ("stage1.audio", audio)]);
+    let seconds = args.num_frames as f64 / args.frame_rate;
+    if seconds > MOST_SECONDS {
+        bail!(
+            "`--frame-rate {}` makes {seconds:.0} s of {} frames, which is too long",
+            args.frame_rate,
+            args.num_frames
+        );
     }
-    Ok(vec![
-        ("stage1.video", video(2)),
-        ("stage1.audio", audio.clone()),
-        ("stage2.video", video(1)),
-        ("stage2.audio", audio),
-    ])
+    let tokens = (seconds * AUDIO_RATE_HZ).round_ties_even().max(1.0) as usize;
+    let audio = SlotShape { spatial: vec![tokens], channels: args.audio_channels * MEL_BINS, inner: MEL_BINS };
+    let slots = match args.one_stage {
+        true => vec![("stage1.video", video(1)), ("stage1.audio", audio)],
+        false => vec![
+            ("stage1.video", video(2)),
+            ("stage1.audio", audio.clone()),
+            ("stage2.video", video(1)),
+            ("stage2.audio", audio),
+        ],
+    };
+    // Extents are at most 2^16, so this does not overflow.
+    if let Some((slot, shape)) = slots.iter().find(|(_, shape)| shape.len() > MOST_VALUES) {
+        bail!("`{slot}` would have {} values, expected at most {MOST_VALUES}; give smaller sizes", shape.len());
+    }
+    Ok(slots)
 }
 
 /// Whether values are as standard normal ones would be, four standard errors allowed.
@@ -315,7 +334,7 @@ fn convert(args: &ConvertArgs, json: bool) -> Result<()> {
         let rounded = container.decode(&container.encode(&tensor)?).map_err(anyhow::Error::msg)?;
         let changed = rounded.first().is_some_and(|r| r.values != before);
         if changed {
-            eprintln!("warning: {} does not hold these values exactly; they were rounded", tensor.dtype);
+            remark(&format!("warning: {} does not hold these values exactly; they were rounded", tensor.dtype));
         }
     }
     let container = Container::of(&args.output)?;

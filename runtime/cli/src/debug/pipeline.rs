@@ -1,9 +1,13 @@
 //! Running a whole pipeline for its tensors instead of its picture.
+//!
+//! The arguments of commands that do so are a [`RunOf`], as those of commands that run single graphs are a
+//! [`Side`](super::modules::Side).
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
+use clap::Args;
 use ltxc_compiler::Options;
 use ltxc_ir::plan::Plan;
 use ltxc_runtime::RunError;
@@ -15,11 +19,112 @@ use ltxc_runtime::tap::Tap;
 use ltxc_runtime::tokenizer::Tokenizer;
 use ltxc_runtime::weights::{WeightFiles, find_tokenizer};
 
-use super::session::Session;
-use crate::assemble::ModelFiles;
+use super::flags::{DebugFlags, DebugMode};
+use super::names::components;
+use super::options::DebugOptions;
+use super::session::{About, Session};
+use crate::args::{ModelArgs, ShapeArgs};
 use crate::compile::compile;
-use crate::job::Shape;
+use crate::job::{Shape, pick};
+use crate::model_files::ModelFiles;
 use crate::run::INTERRUPT;
+
+/// A model and a run of it.
+#[derive(Debug, Args)]
+pub struct RunOf {
+    /// Prompt.
+    #[arg(long, short, default_value = "a red fox in deep snow")]
+    pub prompt: String,
+    /// Seed of all noise.
+    #[arg(long, default_value_t = 10)]
+    pub seed: u64,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub shape: ShapeArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub debug: DebugFlags,
+}
+
+impl RunOf {
+    /// Compiles the pipeline; without fusion if every value is to be seen, which is `usual` where nobody says otherwise.
+    ///
+    /// # Errors
+    /// Model files that are missing or do not fit, or a log that the pipeline cannot give.
+    pub fn open(&self, usual: DebugMode) -> Result<OpenRun<'_>> {
+        let mut options = DebugOptions::of(&self.debug)?;
+        let mode = options.mode.unwrap_or(usual);
+        options.mode = Some(mode);
+        let device = pick(&self.shape.device, None)?;
+        let shape = Shape::resolve(&self.shape, 0)?;
+        let files = ModelFiles::open(&self.model, shape.has_two_stages())?;
+        let plan = plan_for(&files, &shape, &device, mode.compiler())?;
+        let spares_decoders = options.spares_decoders;
+        let device_name = device.name.to_string();
+        let about = About { device: device_name, seed: Some(self.seed), spares_decoders, ..About::default() };
+        let session = Session::new(options.only(&components(&plan))?, about);
+        Ok(OpenRun { of: self, session, spares_decoders, plan, paths: files.paths(), device })
+    }
+
+    /// Compiles and runs; `tap` looks at values of the plan that it is given. Noise that is not in `given` is drawn.
+    pub(super) fn run(
+        &self,
+        usual: DebugMode,
+        given: BTreeMap<String, Vec<f32>>,
+        tap: impl FnOnce(&Plan) -> Option<Box<dyn Tap>>,
+    ) -> Result<(Plan, Tensors)> {
+        let open = self.open(usual)?;
+        let tap = tap(&open.plan);
+        let tensors = match open.run(given, tap)? {
+            (tensors, Ok(())) => tensors,
+            (_, Err(e)) => return Err(e.into()),
+        };
+        Ok((open.plan, tensors))
+    }
+}
+
+/// A pipeline that was compiled.
+pub struct OpenRun<'a> {
+    of: &'a RunOf,
+    session: Session,
+    spares_decoders: bool,
+    /// Its plan.
+    pub plan: Plan,
+    paths: Vec<PathBuf>,
+    device: Device,
+}
+
+impl OpenRun<'_> {
+    /// Runs it, with the logs that were asked for. Gives what came before `tap` ended it, if it did, and why it ended.
+    ///
+    /// # Errors
+    /// What keeps the run from beginning, or logs that cannot be written.
+    pub fn run(
+        &self,
+        given: BTreeMap<String, Vec<f32>>,
+        tap: Option<Box<dyn Tap>>,
+    ) -> Result<(Tensors, Result<(), RunError>)> {
+        let pipeline = Pipeline {
+            plan: &self.plan,
+            paths: self.paths.clone(),
+            device: &self.device,
+            session: &self.session,
+            prompt: &self.of.prompt,
+            negative_prompt: "",
+            images: &[],
+            media: Media::default(),
+            stages: BTreeMap::new(),
+            adapters: StageAdapters::default(),
+            noise: Noise { seed: self.of.seed, given, spares_decoders: self.spares_decoders, ..Noise::default() },
+        };
+        let ran = pipeline.run_until(tap)?;
+        self.session.close()?;
+        Ok(ran)
+    }
+}
 
 /// What is run.
 pub struct Pipeline<'a> {

@@ -17,7 +17,7 @@ use serde_json::json;
 
 use super::parity::transformer::heads_first;
 use super::recording::{Distance, TensorFile};
-use crate::assemble::local;
+use crate::model_files::local;
 
 /// Largest difference of cosines and sines.
 const ROPE_LIMIT: f64 = 1e-5;

@@ -16,6 +16,8 @@ use ltxc_runtime::weights::dtype_of;
 use safetensors::SafeTensors;
 use serde_json::Value;
 
+use crate::args::ReferenceVersion;
+
 /// All tensors of a file, decoded.
 #[derive(Clone)]
 pub struct TensorFile {
@@ -164,9 +166,10 @@ pub fn statistics(values: &[f32]) -> [f64; 6] {
     ]
 }
 
-/// Relative L2 distance `‖a − b‖ / ‖b‖`, in f64. Infinite if lengths differ or a value is not finite.
+/// Relative L2 distance `‖a − b‖ / ‖b‖`, in f64. Infinite if lengths differ or a value of either is not finite: NaN would be
+/// within every limit.
 pub fn relative_l2(found: &[f32], expected: &[f32]) -> f64 {
-    if found.len() != expected.len() || found.iter().any(|v| !v.is_finite()) {
+    if found.len() != expected.len() || found.iter().chain(expected).any(|v| !v.is_finite()) {
         return f64::INFINITY;
     }
     let (mut diff, mut norm) = (0f64, 0f64);
@@ -264,6 +267,12 @@ impl References {
         Ok(References { folders })
     }
 
+    /// The release of the reference that recordings are of: 1.0.0 in a layout that has nothing of 1.2.0.
+    pub fn release(&self) -> ReferenceVersion {
+        let has = |name: &str| self.folders.iter().any(|folder| folder.ends_with(name));
+        if has("expected") && !has("expected-1.2.0") { ReferenceVersion::V1_0_0 } else { ReferenceVersion::V1_2_0 }
+    }
+
     /// The recording `name` of a family of models: `<family>/<name>`, or `<name>` in a folder for one model.
     pub fn find(&self, family: &str, name: &str) -> Option<PathBuf> {
         let places = [format!("{family}/{name}.safetensors"), format!("{name}.safetensors")];
@@ -300,5 +309,8 @@ mod tests {
         let opposite = Distance::of(&[1.0, -1.0], &[-1.0, 1.0]);
         assert!((opposite.cosine + 1.0).abs() < 1e-12);
         assert_eq!(Distance::of(&[1.0], &[1.0, 2.0]).relative_l2, f64::INFINITY);
+        for (found, expected) in [([f32::NAN], [1.0]), ([1.0], [f32::NAN]), ([1.0], [f32::INFINITY])] {
+            assert_eq!(relative_l2(&found, &expected), f64::INFINITY, "{found:?} {expected:?}");
+        }
     }
 }

@@ -25,9 +25,10 @@ use super::entries::parse;
 use super::flags::{DebugFlags, DebugMode, LogFlags};
 use super::recording::{Distance, TensorFile};
 use crate::args::ContentArgs;
+use crate::choice::Occurrences;
 use crate::pipelines::definition;
 use crate::report::{Report, Style};
-use crate::run::{self, Occurrences};
+use crate::run;
 
 /// Logs, with other names under which tools write them.
 const STAGE_SUMS: [&str; 1] = ["stage_sums.log"];

@@ -20,7 +20,7 @@ use super::commands::run_line;
 use super::flags::{DebugFlags, LogFlags};
 use super::video_stats::{ClipStats, LightStats, SILENT, of_clip, rms};
 use crate::args::{ModelArgs, PipelineName};
-use crate::assemble::local;
+use crate::model_files::local;
 use crate::pipelines::{Basis, Definition, definition};
 
 /// Frames of every run.
@@ -296,7 +296,7 @@ fn smoke(args: &SmokeArgs, debug: &DebugFlags, definition: &Definition, material
     let log = std::fs::read_to_string(&sums).with_context(|| format!("`{}`", sums.display()))?;
     let log = log.get(before as usize..).unwrap_or_default();
     outcome.sums = log.lines().filter(|l| !l.starts_with('#')).map(String::from).collect();
-    let is_bad = |line: &&String| ["NaN", "nan", "inf"].iter().any(|word| line.contains(&format!("={word}")));
+    let is_bad = |line: &&String| ["NaN", "inf", "-inf"].iter().any(|word| line.contains(&format!("={word}")));
     outcome.flags.extend(outcome.sums.iter().filter(is_bad).map(|line| format!("a sum is not finite: {line}")));
     if definition.has_video {
         let stats = of_clip(&output)?;

@@ -22,14 +22,14 @@ use ltxc_runtime::tap::{Role, Tap, Value};
 use serde_json::json;
 
 use super::compare::likely_causes;
-use super::denoising::{RunOf, StepFacts, step_facts};
+use super::denoising::{StepFacts, step_facts};
 use super::evaluation::{COMPONENT, DrawnArgs, Inputs, Model, UNIFORM};
 use super::flags::DebugMode;
 use super::modules::{Kept, Ran, Side};
 use super::names::component;
 use super::parity::transformer::{StreamCase, check_call, check_preparation, heads_first, prediction, recorded_name};
 use super::parity::{Check, Row, hint};
-use super::pipeline::Tensors;
+use super::pipeline::{RunOf, Tensors};
 use super::recording::TensorFile;
 
 /// Relative L2 that two implementations in f32 may differ by.

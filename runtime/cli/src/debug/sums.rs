@@ -7,9 +7,10 @@ use std::collections::BTreeMap;
 use ltxc_runtime::stats::Stats;
 use serde_json::{Value, json};
 
-use super::flags::{Trace, TraceNames};
+use super::flags::TraceNames;
 use super::log::{Field, Line};
 use super::names::{full_name, pass_of, trace_name};
+use super::options::Trace;
 
 /// Layers of a block whose results are listed in detail.
 pub const DETAIL: [&str; 8] =

@@ -19,7 +19,7 @@ use sha2::{Digest, Sha256};
 use super::against::{self, Other};
 use super::manifest;
 use crate::args::PipelineName;
-use crate::assemble::{MODEL, local};
+use crate::model_files::{MODEL, local};
 use crate::tensors::UNUSED;
 
 /// Components by the beginnings of keys, the longest match counts.
@@ -279,7 +279,11 @@ fn print_stats(checkpoint: &Checkpoint, key: &str, at: &Location<'_>, json_outpu
     let bytes = checkpoint.data(key).unwrap_or_default();
     let hash: String = Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect();
     let Some((ty, values)) = values(checkpoint, key) else {
-        println!("{key} {} {:?} sha256={hash}", at.stored.dtype, at.stored.shape);
+        let (dtype, shape) = (at.stored.dtype.to_string(), &at.stored.shape);
+        match json_output {
+            true => println!("{}", json!({"key": key, "shape": shape, "dtype": dtype, "sha256": hash})),
+            false => println!("{key} {dtype} {shape:?} sha256={hash}"),
+        }
         return true;
     };
     let s = Stats::of_typed(ty, &values);

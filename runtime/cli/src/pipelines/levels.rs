@@ -20,7 +20,7 @@ use serde_json::{Map, Value};
 
 use super::guidance;
 use crate::args::SamplingArgs;
-use crate::jobs::flags_of;
+use crate::args::tables::{complaint, flags_of};
 
 /// Key of a table that is no flag.
 const UP_TO: &str = "up_to";
@@ -67,8 +67,8 @@ fn level(table: &Value, planned: &Guidance, modalities: &[Modality]) -> Result<(
     let bound = bound.with_context(|| format!("`{UP_TO}` is missing or no noise level from 0 to 1"))?;
     let command = LevelArgs::command();
     let line = flags_of(&table, &command)?.0;
-    let matches = command.try_get_matches_from(line)?;
-    let args = LevelArgs::from_arg_matches(&matches)?.sampling;
+    let matches = command.try_get_matches_from(line).map_err(complaint)?;
+    let args = LevelArgs::from_arg_matches(&matches).map_err(complaint)?.sampling;
     if args.sampler.is_some() || args.schedule.is_some() || args.ge_gamma.is_some() {
         bail!("sampler and schedule are the same at all levels; give them as flags");
     }
@@ -105,11 +105,16 @@ mod tests {
             ("[[level]]\ncfg = 3", &["level 1", "`up_to` is missing"]),
             ("[[level]]\nup_to = 1.5", &["level 1", "from 0 to 1"]),
             ("[[level]]\nup_to = 1.0\nspeed = 3", &["level 1", "`speed`"]),
+            (
+                "[[level]]\nup_to = 1.0\ncfg = 'much'",
+                &["level 1", "invalid value 'much' for '--video-cfg-guidance-scale"],
+            ),
             ("[[level]]\nup_to = 1.0\nsampler = 'euler'", &["level 1", "same at all levels"]),
             ("[[level]]\nup_to = 1.0\n[[level]]\nup_to = 1.0", &["two levels hold up to 1"]),
         ] {
             let error = format!("{:#}", read(text).expect_err("a bad table"));
             words.iter().for_each(|word| assert!(error.contains(word), "`{word}` is missing in: {error}"));
+            assert!(!error.contains('\n'), "more than a sentence: {error}");
         }
     }
 }

@@ -277,7 +277,7 @@ fn no_panic(bytes: &[u8], what: &str) {
     let shape = ShapeArgs { height: Some(64), width: Some(64), num_frames: Some(9), ..ShapeArgs::default() };
     let shape = ltxc::job::Shape::resolve(&shape, 0).unwrap();
     let result = std::panic::catch_unwind(|| {
-        ltxc::assemble::ModelFiles::open(&args, true)
+        ltxc::model_files::ModelFiles::open(&args, true)
             .and_then(|files| ltxc::assemble::assemble(&files, &shape))
             .map(drop)
     });

@@ -59,7 +59,13 @@ fn every_program_of_a_generation_is_measured() {
 #[test]
 fn one_part_can_be_measured_alone() {
     let place = Place::new();
-    let done = place.ok(&bench(&["--only", "stage2"]));
+    let done = place.ok(&bench(&["--only", "stage2", "--html", "a.html"]));
+    let page = String::from_utf8(place.read("a.html")).unwrap();
+    for word in ["best copy", "stage2.generation", "of the limit", "limited by arithmetic", "ltxc bench "] {
+        assert!(page.contains(word), "{word}: {page}");
+    }
+    assert!(page.matches("<text ").count() > 10 && page.ends_with("</html>\n"));
+    assert_eq!(ltxc::bench::drawing::outside(&page), [""; 0]);
     for word in ["device", "ceilings", "stage2", "operands → result", "resident"] {
         assert!(done.stdout.contains(word), "{word}: {}", done.stdout);
     }

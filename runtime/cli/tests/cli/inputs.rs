@@ -85,6 +85,39 @@ fn clips_that_do_not_fit_are_refused() {
     run(&["--video-path", &cut], &["cut.mp4", "the file is cut"]);
 }
 
+#[test]
+fn a_part_can_be_given_in_latent_frames() {
+    let place = Place::new();
+    let frames = folder(&place, "frames", 17);
+    let flags = ["--video-path", &frames, "--frame-rate", "24", "--no-audio", "--no-metadata", "-o", "a.mp4"];
+    let run = |part: &[&str]| retake(&[&flags[..], part].concat());
+    // The bytes of the video, and how many of its tokens are made anew.
+    let made = |part: &[&str]| {
+        place.ok(&run(&[part, &["--debug-stage-sums-path", "s.log"]].concat()));
+        let log = String::from_utf8(place.read("s.log")).unwrap();
+        let (_, mask) = log.split_once("ltx2_video_denoise_mask=").unwrap();
+        let sum: f64 = mask.split_whitespace().next().unwrap().parse().unwrap();
+        (place.read("a.mp4"), sum)
+    };
+    // 17 frames are three latents of 2x2 places: frame 0, frames 1 to 8, frames 9 to 16.
+    let middle = made(&["--start-latent", "1", "--end-latent", "2"]);
+    assert_eq!(middle.1, 4.0);
+    // Frame 1 begins at 1/24 s, frame 9 at 9/24 s.
+    assert!(middle == made(&["--start-time", "0.042", "--end-time", "0.374"]));
+    let counts =
+        [&["--start-latent", "1"][..], &["--end-latent", "2"], &["--start-latent", "0"]].map(|part| made(part).1);
+    assert_eq!(counts, [8.0, 8.0, 12.0]);
+    std::fs::remove_file(place.path("a.mp4")).unwrap();
+    for (part, words) in [
+        (&["--end-latent", "0"][..], &["`--end-latent 0` is not behind latent frame 0"][..]),
+        (&["--start-latent", "2", "--end-latent", "2"], &["`--end-latent 2` is not behind latent frame 2"]),
+        (&["--start-latent", "3"], &["`--start-latent 3` is at or behind the end of `frames`", "0.708 s"]),
+        (&["--start-latent", "1", "--start-time", "0.1"], &["--start-latent", "cannot be used with"]),
+    ] {
+        place.refused(&run(part), words);
+    }
+}
+
 /// Nobody gave the size of the clip as a flag.
 #[test]
 fn a_clip_of_odd_size_is_named() {

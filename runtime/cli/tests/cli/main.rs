@@ -7,10 +7,13 @@ mod bench;
 mod binary;
 mod conditioned;
 mod convert;
+#[cfg(target_os = "linux")]
+mod cuda;
 mod cut;
 mod devices;
 mod enhance;
 mod everyday;
+mod fusion;
 mod hdr;
 mod info;
 mod inputs;

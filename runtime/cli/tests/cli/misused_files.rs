@@ -61,9 +61,15 @@ fn an_upscaler_of_another_generation_is_refused() {
     mixed("ltx2", "ltx23").refused(&[], &words);
     let words = ["is one of LTX-2, the model is LTX-2.3", "name the spatial x2 upscaler of LTX-2.3"];
     mixed("ltx23", "ltx2").refused(&[], &words);
-    // Another number of channels: the synthetic model has 8, the recorded one 4.
+    // A model that does not say what it is may be of either.
+    let (place, newer) = (Place::new(), Files::of("ltx23"));
+    let mut parts = Parts::read(&newer.checkpoint);
+    parts.header["__metadata__"].as_object_mut().unwrap().remove("model_version");
+    let unnamed = Files { checkpoint: place.write("unnamed.safetensors", &parts.bytes()), ..newer };
+    place.ok(&unnamed.args("compile", &["-o", "a.ltxplan"]));
+    // Another number of channels: the synthetic model has 8.
     let other = Files { upsampler: tiny().upsampler.clone(), ..Files::of("ltx2") };
-    other.refused(&[], &["takes latents of 8 channels, the video VAE makes 4", "name the upscaler of this model"]);
+    other.refused(&[], &["takes latents of 8 channels, the video VAE makes", "name the upscaler of this model"]);
 }
 
 #[test]
@@ -100,20 +106,34 @@ fn changed(place: &Place, family: &str, change: impl FnOnce(&mut Parts)) -> File
 #[test]
 fn a_vae_of_another_latent_is_refused() {
     let place = Place::new();
-    let channels = changed(&place, "ltx2", |parts| parts.configure(|c| c["vae"]["latent_channels"] = 8.into()));
-    let words = ["the video VAE has 8 latent channels, the transformer takes 4; they are not of one model"];
-    channels.refused(&[], &words);
+    let mut own = 0;
+    let channels = changed(&place, "ltx2", |parts| {
+        parts.configure(|c| {
+            own = c["vae"]["latent_channels"].as_u64().unwrap();
+            c["vae"]["latent_channels"] = (2 * own).into();
+        });
+    });
+    let problem = format!(
+        "the video VAE has {} latent channels, the transformer takes {own}; they are not of one model",
+        2 * own
+    );
+    channels.refused(&[], &[&problem]);
     let statistics = changed(&place, "ltx2", |parts| {
         for key in ["mean-of-means", "std-of-means"] {
-            parts.header[&format!("vae.per_channel_statistics.{key}")]["shape"] = json!([2, 2]);
+            parts.header[&format!("vae.per_channel_statistics.{key}")]["shape"] = json!([2, own / 2]);
         }
     });
-    let words = ["vae.per_channel_statistics.mean-of-means` is bf16[2,2], expected [4]", "use the files as published"];
-    statistics.refused(&[], &words);
+    let problem = format!("vae.per_channel_statistics.mean-of-means` is bf16[2,{}], expected [{own}]", own / 2);
+    statistics.refused(&[], &[&problem, "use the files as published"]);
     let audio = changed(&place, "ltx2", |parts| {
-        parts.configure(|c| c["audio_vae"]["model"]["params"]["ddconfig"]["z_channels"] = 4.into());
+        parts.configure(|c| {
+            let z = &mut c["audio_vae"]["model"]["params"]["ddconfig"]["z_channels"];
+            own = z.as_u64().unwrap();
+            *z = (2 * own).into();
+        });
     });
-    audio.refused(&[], &["changed.safetensors", "the audio VAE has tokens of 64 values, the transformer takes 32"]);
+    let problem = format!("the audio VAE has tokens of {} values, the transformer takes {}", 32 * own, 16 * own);
+    audio.refused(&[], &["changed.safetensors", &problem]);
 }
 
 /// Linear layers of the blocks in fp8 with a scale each, as published fp8 files have them; the same numbers in bf16.

@@ -2,7 +2,7 @@
 
 use clap::FromArgMatches;
 use ltxc::args::{Cli, command, in_our_words};
-use ltxc::run::Occurrences;
+use ltxc::choice::Occurrences;
 
 use crate::bad_files::Parts;
 use crate::binary::{Place, SHAPE, fixtures, tiny, with};
@@ -33,7 +33,7 @@ fn meaning(line: &str) -> (String, Vec<String>) {
 }
 
 /// Spellings, and the same in the words of the help. `…` is a run that may be.
-const SAME: [(&str, &str); 105] = [
+const SAME: [(&str, &str); 108] = [
     // Pipelines, plans and prompts.
     ("run two-stage -p x", "run --pipeline two-stage -p x"),
     ("-q run two-stage -p x", "run --pipeline two-stage -p x -q"),
@@ -63,6 +63,7 @@ const SAME: [(&str, &str); 105] = [
     ("… text-to-video", "… --pipeline distilled-one-stage"),
     ("… --two-stages-hq", "… --pipeline hq"),
     ("… --two-stage two-stage", "… --pipeline two-stage"),
+    ("… --two-stage=false --distilled true", "… --pipeline distilled"),
     // Models.
     ("… -m m", "… --checkpoint-path m"),
     ("… --model_path m", "… --checkpoint-path m"),
@@ -82,6 +83,7 @@ const SAME: [(&str, &str); 105] = [
     ("… --model-variant dev", "… --variant dev"),
     ("… --fp8", "… --quantization fp8-cast"),
     ("… --fp16", "… --dtype f16"),
+    ("… --fp16=false --fp8 false", "…"),
     // Content.
     ("run --prompt-path p.txt", "run --prompt-txt p.txt"),
     ("… --output-path o.mp4", "… -o o.mp4"),
@@ -144,6 +146,7 @@ const SAME: [(&str, &str); 105] = [
     ("… --attention-backend FLASH_ATTN --num-gpus 1", "…"),
     ("… --offload disk --low-ram --dit-cpu-offload true", "…"),
     ("… --tiled-vae --generate-audio", "…"),
+    ("… --generate-audio=false", "… --no-audio"),
     ("… --lora l --lora-nickname n --lora-target-modules to_q", "… --lora l"),
     ("run --embeddings e.npz --no-gemma", "run --embeddings e.npz"),
     // The rows of other tools, whole.
@@ -240,7 +243,7 @@ fn files_of_flags_say_the_same_in_three_languages() {
     place.write(
         "a.toml",
         b"pipeline = 'two-stage'\nprompt = 'rain'\nheight = 64\nnum_frames = 9\nsigmas = [1, 0.5, 0]\nno_audio = true\n\
-          save-json = false\nimage = [['a.png', 0, 0.5], ['b.png']]\nseed = 3\n",
+          save-json = false\none-stage = false\nimage = [['a.png', 0, 0.5], ['b.png']]\nseed = 3\n",
     );
     place.write(
         "a.json",
@@ -261,6 +264,13 @@ fn files_of_flags_say_the_same_in_three_languages() {
         let usual =
             "run --pipeline two-stage -p rain --sigmas 1,0.5,0 --no-audio --image c.png -s 4 --size 96x64 --seconds 1";
         assert_eq!(meaning(&typed).0, meaning(usual).0, "{name}");
+        // Words say it, too.
+        for words in ["hq \"a cat\" --model m", "--two-stages-hq -p \"a cat\" --model m"] {
+            let typed = format!("run {words} --config {file} --image c.png --seed 4");
+            let usual = "run --pipeline hq -p \"a cat\" --model m --height 64 --num-frames 9 --sigmas 1,0.5,0 --no-audio \
+                         --image c.png --seed 4";
+            assert_eq!(meaning(&typed).0, meaning(usual).0, "{name}");
+        }
     }
 }
 
@@ -308,6 +318,12 @@ fn folders_of_fastvideo_choose_the_pipeline() {
     let own = meaning(&format!("run generate -p x --model {two} --ltx2-refine-upsampler-path u --stage2-steps 3")).0;
     let usual = format!("run --pipeline distilled -p x --model {two} --spatial-upsampler-path u --steps-stage2 3");
     assert_eq!(own, meaning(&usual).0);
+    // Also where it says it in another way.
+    let own = meaning(&format!("run generate -p x --model {two} --sigmas-stage2 0.9,0")).0;
+    let usual = format!(
+        "run --pipeline distilled -p x --model {two} --spatial-upsampler-path {two}/spatial_upsampler --sigmas-stage2 0.9,0"
+    );
+    assert_eq!(own, meaning(&usual).0);
     let one = format!("run --pipeline distilled-one-stage -p x --model {two}");
     assert_eq!(meaning(&format!("run generate -p x --model {two} --ltx2-refine-enabled false")).0, meaning(&one).0);
     let off = folder("off", r#", "fastvideo_refine_enabled": false"#);
@@ -320,9 +336,16 @@ fn folders_of_fastvideo_choose_the_pipeline() {
     let usual = format!("run --pipeline one-stage -p x --model {dev}");
     assert_eq!(meaning(&format!("run generate -p x --model {dev} --refine-enabled=false")).0, meaning(&usual).0);
     for (keys, words) in [
-        (r#", "fastvideo_refine_guidance_scale": 2.0, "fastvideo_refine_enabled": true"#, &["without guidance"][..]),
+        (
+            r#", "fastvideo_refine_guidance_scale": 2.0, "fastvideo_refine_enabled": true"#,
+            &["bad/model_index.json", "without guidance"][..],
+        ),
         (r#", "fastvideo_refine_transformer_path": "t", "fastvideo_refine_enabled": true"#, &["one transformer"]),
         (r#", "fastvideo_refine_speed": 2"#, &["`fastvideo_refine_speed` is not known", "model_index.json"]),
+        (
+            r#", "fastvideo_refine_enabled": "no""#,
+            &["model_index.json", "`fastvideo_refine_enabled` is \"no\"", "true or false"],
+        ),
     ] {
         let said = resolved(&format!("run generate -p x --model {}", folder("bad", keys))).expect_err(keys);
         words.iter().for_each(|word| assert!(said.contains(word), "{keys}: `{word}` is missing in: {said}"));

@@ -48,6 +48,14 @@ fn noise_is_made_shown_converted_and_compared_without_a_model() {
     assert_eq!(facts["standard_normal"], true);
     place.refused(&[&["debug", "noise", "gen", "n"], &size[..]].concat(), &["never overwritten"]);
     place.refused(&["debug", "noise", "gen", "m", "-H", "100"], &["multiples of 64"]);
+    place.refused(
+        &["debug", "noise", "gen", "m", "--frame-rate", "1e-12"],
+        &["`--frame-rate 0.000000000001`", "too long"],
+    );
+    place.refused(
+        &["debug", "noise", "gen", "m", "--channels", "65536"],
+        &["`stage2.video` would have", "smaller sizes"],
+    );
 
     let convert =
         |args: &[&str]| place.ok(&[&["debug", "noise", "convert", "n/stage2.video.safetensors"], args].concat());

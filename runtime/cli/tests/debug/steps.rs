@@ -293,4 +293,7 @@ fn a_whole_loop_tells_of_latents_and_frames() {
     let lines: Vec<Value> = done.stdout.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
     assert_eq!(lines.iter().filter(|l| l["coherence"].is_number()).count(), 8, "{}", done.stderr);
     assert!(lines.iter().any(|l| l["frames"] == 9 && l["noise_ratio"].is_number()), "{}", done.stdout);
+    // What decides about the exit code is told.
+    let last = &lines.last().unwrap()["final_latent"];
+    assert!(last["std"].is_number() && (last["ok"] == true || done.code == Some(1)), "{last}");
 }

@@ -7,23 +7,32 @@ use cudarc::driver::sys::CUdevice_attribute as Attribute;
 use cudarc::driver::{result, sys};
 use ltxc_ir::DType;
 use ltxc_ir::plan::{KernelDevice, Kernels, Target};
-use ltxc_kernels::cube::ptx;
 use ltxc_kernels::cube::tracked::{LaunchedKernel, Tracked};
+use ltxc_kernels::cube::{guard, ptx};
 
 use super::Cube;
-use crate::backend::{Backend, Device, DeviceKind, DeviceName};
+use crate::backend::{Backend, Device, DeviceKind, DeviceName, Missing};
 use crate::error::RunError;
 
 /// Widest load of a kernel: operands start at its multiples.
 const LOAD_BYTES: u64 = 16;
 
 /// The devices, or what is missing to use them.
-pub(crate) fn find() -> Result<Vec<Device>, String> {
+pub(crate) fn find() -> Result<Vec<Device>, Missing> {
     // SAFETY: only looks whether the library can be loaded.
     if !unsafe { sys::is_culib_present() } {
-        return Err("no NVIDIA driver (libcuda)".into());
+        return Err(Missing::absent("cuda", "no NVIDIA driver (libcuda)"));
     }
-    result::init().map_err(|e| format!("the driver does not start: {e:?}"))?;
+    installed().map_err(|why| Missing { kind: "cuda".into(), why, is_broken: true })
+}
+
+/// The devices of the driver that is installed.
+fn installed() -> Result<Vec<Device>, String> {
+    match result::init() {
+        // A driver may be installed where no device is.
+        Err(result::DriverError(sys::CUresult::CUDA_ERROR_NO_DEVICE)) => return Ok(Vec::new()),
+        started => started.map_err(|e| format!("the driver does not start: {e:?}"))?,
+    }
     let count = result::device::get_count().map_err(|e| format!("{e:?}"))?;
     if count == 0 {
         return Ok(Vec::new());
@@ -107,6 +116,7 @@ fn describe(index: i32) -> Result<Device, result::DriverError> {
         memory_bytes: unsafe { result::device::total_mem(device)? } as u64,
         features,
         target,
+        problem: None,
     })
 }
 
@@ -126,8 +136,9 @@ pub(crate) fn open<'a>(device: &Device, kernels: Option<&Kernels>) -> Result<Box
         ptx::seed(folder.path(), fitting.map_or(&[], |kernels| &kernels.kernels));
     }
     // CubeCL panics where the driver refuses.
-    let client = std::panic::catch_unwind(|| Tracked::<CudaRuntime>::client(&CudaDevice { index }));
-    let client = client.map_err(|_| problem("the driver does not open it".into()))?;
+    let client = guard::catch(|| Tracked::<CudaRuntime>::client(&CudaDevice { index }));
+    let refusal = || guard::check_poisoned().err().unwrap_or("the driver does not open it".into());
+    let client = client.ok_or_else(|| super::failure(device.name.clone(), refusal()))?;
     client.info().log.describe(identity);
     let total = device.memory_bytes;
     let left = Box::new(move || free_memory(index).unwrap_or(total));

@@ -8,6 +8,7 @@
 
 #[cfg(feature = "cuda")]
 pub(super) mod cuda;
+mod tune;
 #[cfg(feature = "wgpu")]
 pub(super) mod wgpu;
 
@@ -16,14 +17,12 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use cubecl::client::ComputeClient;
 use cubecl::server::Handle;
 use ltxc_ir::ops::{Reduce, ReduceKind};
 use ltxc_ir::plan::{
-    Copy, Kernel, KernelCall, KernelDevice, KernelForm, Kernels, MatrixUnit, Operand, Plan, PlanKernel, Step, Target,
-    TunedCall, Work,
+    Copy, Kernel, KernelCall, KernelDevice, Kernels, MatrixUnit, Operand, Plan, PlanKernel, Target, Work,
 };
 use ltxc_ir::{DType, TensorType};
 use ltxc_kernels::cube::tracked::{KernelLog, Known, LaunchedKernel, Tracked};
@@ -43,9 +42,6 @@ const STAGING_BYTES: usize = 16 << 20;
 
 /// Values from which on a sum on the device is cheaper than a download.
 const LEAST_SUMMED: usize = 1 << 10;
-
-/// How often a call is measured with each tile.
-const MEASUREMENTS: usize = 3;
 
 /// Most bytes of uploads on their way: staging memory is given back when the device has copied from it.
 const MOST_STAGED_BYTES: u64 = 64 << 20;
@@ -67,28 +63,6 @@ pub(crate) fn gpu_scratch(call: &KernelCall, alignment: u64) -> u64 {
 /// What a plan can carry of kernels that were launched.
 type Carry = Box<dyn Fn(&[LaunchedKernel]) -> Vec<PlanKernel>>;
 
-/// The sources of kernels, for devices that take nothing else: CubeCL 0.10 gives wgpu text, and no way to give it more.
-#[cfg(feature = "wgpu")]
-fn sources(launched: &[LaunchedKernel]) -> Vec<PlanKernel> {
-    let kernels = launched.iter().filter(|kernel| !kernel.is_checked).map(|kernel| PlanKernel {
-        hash: kernel.hash,
-        name: kernel.name.clone(),
-        cube_dim: kernel.cube_dim,
-        form: KernelForm::Source(in_order(&kernel.source)),
-    });
-    kernels.collect()
-}
-
-/// A source with its variables in order: CubeCL declares them in another one every time, and the same kernels are to be
-/// the same bytes.
-#[cfg(feature = "wgpu")]
-fn in_order(source: &str) -> String {
-    let is_declaration = |line: &&str| line.contains("l_mut_") && !line.contains('=') && line.ends_with(';');
-    let mut lines: Vec<&str> = source.lines().collect();
-    lines.chunk_by_mut(|a, b| is_declaration(a) && is_declaration(b)).for_each(<[&str]>::sort_unstable);
-    lines.join("\n")
-}
-
 /// What printed the sources of kernels. Kernels are this program's, and their words are CubeCL's.
 fn generator() -> String {
     format!("ltxc {} with CubeCL 0.10.0", env!("CARGO_PKG_VERSION"))
@@ -100,13 +74,35 @@ fn failure(device: DeviceName, problem: String) -> RunError {
         let problem = problem.to_lowercase();
         words.iter().any(|word| problem.contains(word))
     };
-    if says(&["out of memory", "out-of-memory", "outofmemory", "out_of_memory", "buffertoobig"]) {
+    if says(&[
+        "out of memory",
+        "out-of-memory",
+        "outofmemory",
+        "out_of_memory",
+        "buffertoobig",
+        "can't allocate buffer",
+    ]) {
         return RunError::DeviceMemory { device };
     }
     if says(&["device is lost", "device lost", "devicelost", "error_device_lost", "launch_timeout"]) {
         return RunError::DeviceLost { device };
     }
-    RunError::Device { device, problem }
+    RunError::Device { device, problem: first_words(&problem) }
+}
+
+/// Characters of a failure that are told.
+const MOST_WORDS: usize = 300;
+
+/// How a failure begins, on one line and without what is said of every one: behind that come more of them, and the whole
+/// source of a kernel.
+fn first_words(problem: &str) -> String {
+    let line = problem.replace("\\n", " ").split_whitespace().collect::<Vec<_>>().join(" ");
+    let line = line.replace("called `Result::unwrap()` on an `Err` value: ", "");
+    let line = line.replace(" Backtrace: No backtrace available", "").replace(" No backtrace available", "");
+    match line.char_indices().nth(MOST_WORDS) {
+        Some((end, _)) => format!("{}…", &line[..end]),
+        None => line,
+    }
 }
 
 /// A device behind the CubeCL runtime `R`.
@@ -199,12 +195,6 @@ impl<'a, R: Known> Cube<'a, R> {
         }
     }
 
-    /// Takes over what was measured, if it was measured on such a device.
-    fn take_tuned(&mut self, kernels: Option<&Kernels>) {
-        let fitting = kernels.filter(|kernels| kernels.device == self.log.device());
-        self.tiles = fitting.iter().flat_map(|kernels| &kernels.tuned).map(|tuned| (tuned.call, tuned.tile)).collect();
-    }
-
     /// What went wrong, in the words of CubeCL or a driver, as an error.
     fn problem(&self, problem: String) -> RunError {
         let device = self.device.name.clone();
@@ -220,56 +210,6 @@ impl<'a, R: Known> Cube<'a, R> {
         limits::check_sizes(plan, &self.device)?;
         self.units = plan.target.matrix_units.clone();
         Ok(())
-    }
-
-    /// Measures a call with every tile that it can be cut into, and keeps the fastest.
-    fn tune_call(&mut self, call: &'a KernelCall) -> Result<(), RunError> {
-        let types = |operands: &'a [Operand]| operands.iter().map(|o| &o.ty).collect::<Vec<_>>();
-        let schedule = Schedule::new(&call.work, &types(&call.args), &types(&call.results));
-        let schedule = schedule.map_err(|e| self.problem(e))?.with_units(&self.units);
-        let (hash, tiles) = (schedule.hash(), schedule.tiles(&self.client));
-        if tiles.len() < 2 || self.tiles.contains_key(&hash) {
-            return Ok(());
-        }
-        let mut fastest: Option<(Duration, u32)> = None;
-        for tile in tiles {
-            self.tiles.insert(hash, tile);
-            let time = self.time(call)?;
-            if fastest.is_none_or(|(least, _)| time < least) {
-                fastest = Some((time, tile));
-            }
-        }
-        self.tiles.extend(fastest.map(|(_, tile)| (hash, tile)));
-        Ok(())
-    }
-
-    /// The least time that a call takes once its kernels are compiled.
-    fn time(&mut self, call: &'a KernelCall) -> Result<Duration, RunError> {
-        let bound = self.bind_anywhere(call)?;
-        self.launch(bound)?;
-        self.synchronize()?;
-        let mut least = Duration::MAX;
-        for _ in 0..MEASUREMENTS {
-            let started = Instant::now();
-            self.launch(bound)?;
-            self.synchronize()?;
-            least = least.min(started.elapsed());
-        }
-        self.clear();
-        Ok(least)
-    }
-
-    /// Binds a call to memory of its own.
-    fn bind_anywhere(&mut self, call: &'a KernelCall) -> Result<CallId, RunError> {
-        let mut place = |operand: &'a Operand| {
-            // At the offset that it has in its buffer, as far as that matters.
-            let offset = operand.offset % Target::DEVICE_ALIGNMENT;
-            let buffer = self.allocate((operand.ty.bytes() as u64).saturating_add(offset))?;
-            Ok((&operand.ty, Region { buffer, offset }))
-        };
-        let args = call.args.iter().map(&mut place).collect::<Result<_, RunError>>()?;
-        let results = call.results.iter().map(&mut place).collect::<Result<_, RunError>>()?;
-        self.bind(Call { work: &call.work, args, results, flops: call.flops, bytes: call.bytes })
     }
 
     /// The steps of a call, and the scratch that they need.
@@ -519,40 +459,7 @@ impl<'a, R: Known> Backend<'a> for Cube<'a, R> {
     }
 
     fn tune(&mut self, plan: &'a Plan, measures: bool, done: &mut Progress<'_>) -> Result<Option<Kernels>, RunError> {
-        self.accept(plan)?;
-        let steps = plan.functions.iter().flat_map(|function| &function.steps);
-        let calls: Vec<&KernelCall> = steps
-            .filter_map(|step| match step {
-                Step::Kernel(call) => Some(call),
-                Step::Call(_) => None,
-            })
-            .collect();
-        if measures {
-            self.tiles.clear();
-        }
-        let (all, mut begun) = (calls.len() * (1 + usize::from(measures)), 0);
-        for &call in calls.iter().filter(|_| measures) {
-            self.tune_call(call)?;
-            begun += 1;
-            done(begun, all)?;
-        }
-        // What is carried is launched from here on.
-        self.log.begin_round();
-        // Uploads are copies, of words and of the bytes that are left.
-        let small = self.allocate(8)?;
-        self.write(Region { buffer: small, offset: 0 }, &[0; 8])?;
-        self.write(Region { buffer: small, offset: 0 }, &[0; 7])?;
-        for (i, &call) in calls.iter().enumerate() {
-            // Recipes run on the processor.
-            let bound = self.bind_anywhere(call)?;
-            self.launch(bound)?;
-            self.synchronize()?;
-            self.clear();
-            done(begun + i + 1, all)?;
-        }
-        let kernels = (self.carry)(&self.log.launched_in_round());
-        let tuned = self.tiles.iter().map(|(&call, &tile)| TunedCall { call, tile }).collect();
-        Ok(Some(Kernels { device: self.log.device(), kernels, tuned }))
+        self.tune_plan(plan, measures, done).map(Some)
     }
 
     fn kernel_device(&self) -> Option<KernelDevice> {
@@ -574,29 +481,29 @@ impl<R: Known> Drop for Cube<'_, R> {
 mod tests {
     use super::*;
 
-    #[cfg(feature = "wgpu")]
-    #[test]
-    fn variables_are_in_order() {
-        let sources = ["{\nvar l_mut_7: u32;\nvar l_mut_12: f32;\n", "{\nvar l_mut_12: f32;\nvar l_mut_7: u32;\n"];
-        let rest = "l_mut_7 = a;\nl_mut_12 = b;\n}";
-        let ordered = sources.map(|head| in_order(&format!("{head}{rest}")));
-        assert_eq!(ordered[0], ordered[1]);
-        assert!(ordered[0].starts_with("{\nvar ") && ordered[0].ends_with(rest));
-    }
-
     #[test]
     fn failures_of_drivers_have_ways_out() {
         let message = |problem: &str| failure(DeviceName::Metal, problem.into()).to_string();
-        for problem in
-            ["CUDA_ERROR_OUT_OF_MEMORY", "an out-of-memory error happened", "Out of memory", "BufferTooBig(9)"]
-        {
+        for problem in [
+            "CUDA_ERROR_OUT_OF_MEMORY",
+            "an out-of-memory error happened",
+            "Out of memory",
+            "can't allocate buffer of size: 9",
+        ] {
             let message = message(problem);
             assert!(message.contains("`metal`") && message.contains("smaller size"), "{message}");
         }
-        for problem in ["Parent device is lost", "VK_ERROR_DEVICE_LOST", "CUDA_ERROR_LAUNCH_TIMEOUT"] {
+        for problem in [
+            "the device failed: the device is lost (Destroyed): Device destroyed",
+            "Parent device is lost",
+            "VK_ERROR_DEVICE_LOST",
+            "CUDA_ERROR_LAUNCH_TIMEOUT",
+        ] {
             let message = message(problem);
             assert!(message.contains("lost") && message.contains("run again"), "{message}");
         }
         assert!(message("something else").contains("something else; run `ltxc doctor`"));
+        let long = message(&format!("a mistake,\n   {}", "of many words ".repeat(100)));
+        assert!(long.contains("a mistake, of many words of") && long.len() < 500, "{long}");
     }
 }

@@ -10,9 +10,9 @@ use cubecl::server::ServerUtilities;
 use cubecl::wgpu::{RuntimeOptions, WgpuDevice, WgpuRuntime, WgpuServer, init_setup};
 use cubecl_runtime::allocator::ContiguousMemoryLayoutPolicy;
 use cubecl_runtime::logging::ServerLogger;
-use ltxc_ir::plan::{KernelDevice, Kernels, Target};
+use ltxc_ir::plan::{KernelDevice, KernelForm, Kernels, PlanKernel, Target};
 use ltxc_kernels::cube::guard;
-use ltxc_kernels::cube::tracked::{self, Tracked, TrackedServer};
+use ltxc_kernels::cube::tracked::{self, LaunchedKernel, Tracked, TrackedServer};
 
 use super::Cube;
 use crate::backend::{Backend, Device, DeviceKind, DeviceName};
@@ -36,13 +36,11 @@ struct Candidate {
     /// What it is, and the version of its driver.
     model: String,
     driver: String,
-    /// Whether the driver allows what kernels ask for.
-    usable: Result<(), String>,
 }
 
 /// Devices in the order of their numbers: GPUs, then integrated ones, then software.
-pub(crate) fn find() -> Result<Vec<Device>, String> {
-    Ok(candidates().into_iter().map(|c| c.device).collect())
+pub(crate) fn find() -> Vec<Device> {
+    candidates().into_iter().map(|c| c.device).collect()
 }
 
 /// Opens a device, which takes the tiles that a plan carries if they were measured on it.
@@ -51,14 +49,15 @@ pub(crate) fn open<'a>(device: &Device, kernels: Option<&Kernels>) -> Result<Box
     let problem = |problem: &str| RunError::Device { device: device.name.clone(), problem: problem.into() };
     let found = candidates().into_iter().find(|c| c.device.name == device.name);
     let found = found.ok_or_else(|| problem("it is not there any more"))?;
-    found.usable.as_ref().map_err(|shortcoming| problem(shortcoming))?;
+    found.device.problem.as_ref().map_or(Ok(()), |shortcoming| Err(problem(shortcoming)))?;
     let mut opened = OPENED.lock().unwrap_or_else(PoisonError::into_inner);
     let client = match opened.contains(&found.id) {
         true => Tracked::<WgpuRuntime>::client(&found.id),
         false => {
             // CubeCL panics where the driver refuses.
-            let started = std::panic::catch_unwind(|| start(&found.id));
-            let client = started.map_err(|_| problem("the driver does not open it"))?;
+            let started = guard::catch(|| start(&found.id));
+            let refusal = || guard::check_poisoned().err().unwrap_or("the driver does not open it".into());
+            let client = started.ok_or_else(|| super::failure(device.name.clone(), refusal()))?;
             client.info().log.describe(KernelDevice {
                 backend: "wgpu".into(),
                 architecture: found.model.clone(),
@@ -73,9 +72,29 @@ pub(crate) fn open<'a>(device: &Device, kernels: Option<&Kernels>) -> Result<Box
     let is_shared = found.device.kind != DeviceKind::Gpu || cfg!(target_os = "macos");
     // How much of a GPU's own memory others hold is not known here.
     let left = Box::new(move || if is_shared { memory_bytes.min(available()) } else { memory_bytes });
-    let mut cube = Cube::new(found.device, found.alignment, left, client, Box::new(super::sources));
+    let mut cube = Cube::new(found.device, found.alignment, left, client, Box::new(sources));
     cube.take_tuned(kernels);
     Ok(Box::new(cube))
+}
+
+/// The sources of kernels, for devices that take nothing else: CubeCL 0.10 gives wgpu text, and no way to give it more.
+fn sources(launched: &[LaunchedKernel]) -> Vec<PlanKernel> {
+    let kernels = launched.iter().filter(|kernel| !kernel.is_checked).map(|kernel| PlanKernel {
+        hash: kernel.hash,
+        name: kernel.name.clone(),
+        cube_dim: kernel.cube_dim,
+        form: KernelForm::Source(in_order(&kernel.source)),
+    });
+    kernels.collect()
+}
+
+/// A source with its variables in order: CubeCL declares them in another one every time, and the same kernels are to be
+/// the same bytes.
+fn in_order(source: &str) -> String {
+    let is_declaration = |line: &&str| line.contains("l_mut_") && !line.contains('=') && line.ends_with(';');
+    let mut lines: Vec<&str> = source.lines().collect();
+    lines.chunk_by_mut(|a, b| is_declaration(a) && is_declaration(b)).for_each(<[&str]>::sort_unstable);
+    lines.join("\n")
 }
 
 /// A client of a device that nobody has opened. CubeCL gives the servers that it makes to nobody, so the one that is
@@ -168,8 +187,10 @@ fn candidate(adapter: &Adapter, kind: DeviceKind, id: WgpuDevice) -> Candidate {
     };
     let memory_bytes = own_memory(adapter).filter(|_| kind == DeviceKind::Gpu).unwrap_or_else(available);
     // The number follows when all are known.
-    let device = Device { name: DeviceName::Metal, description, kind, memory_bytes, features: words, target };
-    Candidate { device, id, alignment, model, driver, usable: check_limits(&limits) }
+    let name = DeviceName::Metal;
+    let problem = check_limits(&limits).err();
+    let device = Device { name, description, kind, memory_bytes, features: words, target, problem };
+    Candidate { device, id, alignment, model, driver }
 }
 
 /// Whether a driver allows what kernels ask for; those of the last years do.
@@ -210,6 +231,15 @@ fn own_memory(_: &Adapter) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn variables_are_in_order() {
+        let sources = ["{\nvar l_mut_7: u32;\nvar l_mut_12: f32;\n", "{\nvar l_mut_12: f32;\nvar l_mut_7: u32;\n"];
+        let rest = "l_mut_7 = a;\nl_mut_12 = b;\n}";
+        let ordered = sources.map(|head| in_order(&format!("{head}{rest}")));
+        assert_eq!(ordered[0], ordered[1]);
+        assert!(ordered[0].starts_with("{\nvar ") && ordered[0].ends_with(rest));
+    }
 
     #[test]
     fn drivers_that_allow_too_little_are_told() {

@@ -16,8 +16,8 @@ use serde_json::{Value, json};
 
 use super::with_strength;
 use crate::adapters::opened_adapter;
-use crate::assemble::{MODEL, local};
 use crate::lora::models;
+use crate::model_files::{MODEL, local};
 
 /// `ltxc debug lora diff`.
 #[derive(Debug, Args)]

@@ -17,12 +17,12 @@ use super::layers::{self, FINAL, captured};
 use super::verdict::{Distances, LIMIT, Sides, Verdict, is_near};
 use super::with_strength;
 use crate::adapters::opened_adapter;
-use crate::assemble::local;
 use crate::debug::commands::shell;
 use crate::debug::evaluation::{COMPONENT, DrawnArgs, Inputs, Model, UNIFORM};
 use crate::debug::modules::Side;
 use crate::debug::recording::{Distance, TensorFile};
 use crate::debug::session::Session;
+use crate::model_files::local;
 
 /// Name of the file with the inputs, without its extension.
 pub const INPUTS: &str = "test_inputs";

@@ -22,7 +22,7 @@ use self::files::{DiffArgs, MergeCheckArgs};
 use self::four_way::FourWayArgs;
 use super::evaluation::{DrawnArgs, Inputs};
 use crate::args::LoraInspectArgs;
-use crate::assemble::local;
+use crate::model_files::local;
 use ltxc_models::checkpoint::Checkpoint;
 
 /// `ltxc debug lora`.

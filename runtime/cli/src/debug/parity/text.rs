@@ -28,7 +28,11 @@ impl<'a> TextSide<'a> {
     ///
     /// # Errors
     /// A model that has no text side of a known form.
-    pub fn new(files: &'a crate::assemble::ModelFiles, bench: Bench<'a>, model: Weights<'a>) -> Result<TextSide<'a>> {
+    pub fn new(
+        files: &'a crate::model_files::ModelFiles,
+        bench: Bench<'a>,
+        model: Weights<'a>,
+    ) -> Result<TextSide<'a>> {
         let folder = files.gemma()?;
         let config = TextConfig::from_json(folder.config(), files.model.section("transformer")?)?;
         let gemma = Weights::new(GEMMA, folder);

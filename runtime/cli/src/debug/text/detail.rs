@@ -7,9 +7,9 @@ use anyhow::Result;
 use ltxc_models::text::{FeatureExtractor, Modality};
 use ltxc_runtime::stats::{decoded, sum_f32};
 
-use crate::assemble::ModelFiles;
 use crate::debug::modules::{Kept, Ran};
 use crate::debug::parity::text::{TextSide, last_rows};
+use crate::model_files::ModelFiles;
 
 /// Where the connectors stand in model files.
 const CONNECTORS: &str = "model.diffusion_model.";

@@ -9,10 +9,10 @@ use ltxc_models::transformer::{KEY_PREFIX, TransformerConfig};
 use ltxc_models::{Functions, Weights};
 use serde_json::{Value, json};
 
-use crate::assemble::{MODEL, ModelFiles};
 use crate::debug::modules::{Kept, Ran, Side};
 use crate::debug::parity::text::{TextSide, last_rows};
 use crate::debug::recording::Distance;
+use crate::model_files::{MODEL, ModelFiles};
 
 /// `ltxc debug text diff`.
 #[derive(Debug, Args)]

@@ -22,8 +22,8 @@ use clap::Subcommand;
 
 use super::modules::{Bench, Side};
 use super::parity::text::TextSide;
-use crate::assemble::{MODEL, ModelFiles};
 use crate::compile::unfused;
+use crate::model_files::{MODEL, ModelFiles};
 
 /// `ltxc debug text`.
 #[derive(Debug, Subcommand)]

@@ -13,11 +13,11 @@ use ltxc_runtime::stats::Stats;
 use ltxc_runtime::tokenizer::CONTEXT_TOKENS;
 use serde_json::json;
 
-use crate::assemble::{MODEL, ModelFiles};
 use crate::debug::evaluation::{DrawnArgs, Inputs};
 use crate::debug::modules::{Ran, Side};
 use crate::debug::parity::text::TextSide;
 use crate::debug::recording::Distance;
+use crate::model_files::{MODEL, ModelFiles};
 
 /// Correlation of streams above which a block has heard nothing of the text.
 const DEAF: f64 = 1.0 - 1e-9;

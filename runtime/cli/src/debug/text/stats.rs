@@ -10,10 +10,10 @@ use ltxc_runtime::tokenizer::CONTEXT_TOKENS;
 use serde_json::{Value, json};
 
 use super::{detail, mask, write_lines};
-use crate::assemble::ModelFiles;
 use crate::debug::modules::{Kept, Ran, Side};
 use crate::debug::parity::text::{TextSide, last_rows};
 use crate::debug::recording::Distance;
+use crate::model_files::ModelFiles;
 
 /// `ltxc debug text stats`.
 #[derive(Debug, Args)]

@@ -14,8 +14,8 @@ use serde_json::{Value, json};
 
 use super::reference::{ReferenceArgs, facts};
 use super::{LatentArgs, Model, channels_last};
-use crate::debug::flags::DebugOptions;
 use crate::debug::modules::{Kept, Ran, Side};
+use crate::debug::options::DebugOptions;
 use crate::debug::parity::channels_first;
 use crate::debug::recording::Distance;
 

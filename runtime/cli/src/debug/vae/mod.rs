@@ -34,8 +34,8 @@ use ltxc_runtime::random::NormalStream;
 use super::modules::{Bench, Ran, Side};
 use super::session::Session;
 use crate::args::ModelArgs;
-use crate::assemble::{MODEL, UPSAMPLER, checkpoint_source, local};
 use crate::compile::unfused;
+use crate::model_files::{MODEL, UPSAMPLER, checkpoint_source, local};
 
 /// `ltxc debug vae`.
 #[derive(Debug, Subcommand)]
@@ -73,6 +73,9 @@ pub struct LatentArgs {
     #[arg(long, value_name = "F,H,W", value_delimiter = ',', default_value = "2,4,4")]
     pub grid: Vec<usize>,
 }
+
+/// Most values of a latent that is drawn: 1 GB.
+const MOST_VALUES: usize = 1 << 28;
 
 /// Runs a command. Returns whether it found nothing wrong.
 ///
@@ -184,7 +187,10 @@ impl LatentArgs {
                 if [f, h, w].iter().any(|n| !(1..=1024).contains(n)) {
                     bail!("`--grid {f},{h},{w}` is out of range, expected 1 to 1024");
                 }
-                let count = f * h * w * c;
+                let count = [h, w, c].iter().try_fold(f, |n, &extent| n.checked_mul(extent));
+                let Some(count) = count.filter(|&count| count <= MOST_VALUES) else {
+                    bail!("`--grid {f},{h},{w}` of {c} channels is too large, expected at most {MOST_VALUES} values");
+                };
                 let values = if kind == "zero" { vec![0.0; count] } else { NormalStream::new(0, "latent").draw(count) };
                 return Ok(Tensor::f32(&[1, f, h, w, c], &values));
             }

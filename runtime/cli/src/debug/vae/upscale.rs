@@ -18,11 +18,11 @@ use serde_json::{Value, json};
 
 use super::reference::{ReferenceArgs, facts};
 use super::{LatentArgs, Model, statistics};
-use crate::assemble::UPSAMPLER;
 use crate::debug::modules::Side;
 use crate::debug::parity::channels_first;
 use crate::debug::recording::Distance;
 use crate::debug::video_stats::structure;
+use crate::model_files::UPSAMPLER;
 
 /// Relative L2 below which the wrapper does nothing.
 const NO_EFFECT: f64 = 1e-6;

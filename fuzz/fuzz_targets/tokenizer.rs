@@ -1,0 +1,4 @@
+//! Tokenizers.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| ltxc_tests::fuzz::tokenizer(bytes));
