@@ -37,6 +37,20 @@ struct Source {
     files: Range<usize>,
 }
 
+impl Source {
+    /// The scale of the fp8 tensor `key`: that of its own file, or of another one that has no such tensor.
+    fn scale_of(&self, key: &str, located: &Located) -> Option<&Located> {
+        let of_file = |file: usize, key: &str| self.tensors.get(&WeightSource::in_file(file - self.files.start, key));
+        let plain = key.strip_prefix(&WeightSource::in_file(located.file - self.files.start, "")).unwrap_or(key);
+        let scale = format!("{plain}_scale");
+        let first = self.tensors.get(&scale);
+        match of_file(located.file, &scale) {
+            Some(own) => Some(own),
+            None => first.filter(|at| at.file == located.file || of_file(at.file, plain).is_none() && plain == key),
+        }
+    }
+}
+
 struct MappedFile {
     path: PathBuf,
     map: Arc<Mmap>,
@@ -143,7 +157,7 @@ impl WeightFiles {
         let file = &self.maps[located.file];
         let bytes = &file.map[located.start..located.end];
         if located.becomes(&tensor.ty) {
-            let scale = source.tensors.get(&format!("{key}_scale"));
+            let scale = source.scale_of(&key, located);
             let scale = scale.and_then(|at| <[u8; 4]>::try_from(&self.maps[at.file].map[at.start..at.end]).ok());
             return Ok(Weight::Made(widened(bytes, located.ty.dtype, scale.map_or(1.0, f32::from_le_bytes))?));
         }
@@ -319,4 +333,48 @@ pub fn dtype_of(dtype: safetensors::Dtype) -> Option<DType> {
         safetensors::Dtype::BOOL => DType::Bool,
         _ => return None,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use ltxc_ir::plan::Target;
+    use safetensors::tensor::TensorView;
+
+    use super::*;
+
+    /// Writes a file of tensors of one element.
+    fn file(path: PathBuf, tensors: &[(&str, safetensors::Dtype, &[u8])]) -> PathBuf {
+        let views = tensors.iter().map(|(key, dtype, bytes)| (*key, TensorView::new(*dtype, vec![1], bytes).unwrap()));
+        std::fs::write(&path, safetensors::serialize(views, None).unwrap()).unwrap();
+        path
+    }
+
+    #[test]
+    fn an_fp8_tensor_has_the_scale_of_its_own_file() {
+        use safetensors::Dtype::{F8_E4M3, F32};
+        let folder = tempfile::tempdir().unwrap();
+        // 1 in fp8, with and without a scale, the last one in another file.
+        let one: &[u8] = &[0x38];
+        let scales = [2f32, 4.0, 8.0].map(f32::to_le_bytes);
+        let contents: [&[(&str, safetensors::Dtype, &[u8])]; 4] = [
+            &[("a", F8_E4M3, one), ("b", F8_E4M3, one), ("b_scale", F32, &scales[0])],
+            &[("a", F8_E4M3, one), ("a_scale", F32, &scales[1])],
+            &[("b", F8_E4M3, one), ("b_scale", F32, &scales[1]), ("c", F8_E4M3, one)],
+            &[("c_scale", F32, &scales[2])],
+        ];
+        let paths: Vec<PathBuf> = (contents.iter().enumerate())
+            .map(|(i, tensors)| file(folder.path().join(format!("{i}.safetensors")), tensors))
+            .collect();
+        let identity = |path: &PathBuf| identity_of(path, &map_file(path).unwrap()).unwrap();
+        let mut plan = crate::test_plan::copies(Target::cpu(), &[]);
+        let files = paths.iter().map(identity).collect();
+        plan.sources = vec![WeightSource { name: "model".into(), files, renames: Vec::new() }];
+        let weights = WeightFiles::open(&plan, &[folder.path().into()], false).unwrap();
+        let value = |key: &str| {
+            let tensor = FileTensor { source: 0, key: key.into(), ty: TensorType::new(DType::BF16, [1]) };
+            let weight = weights.tensor(&tensor, key).unwrap();
+            bf16::from_le_bytes(weight.bytes().try_into().unwrap()).to_f32()
+        };
+        assert_eq!(["a", "1:a", "b", "2:b", "c"].map(value), [1.0, 4.0, 2.0, 4.0, 8.0]);
+    }
 }

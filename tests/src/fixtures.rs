@@ -8,7 +8,11 @@ use std::path::{Path, PathBuf};
 use ltxc::debug::recording;
 use ltxc_ir::TensorType;
 use ltxc_ir::eval::Tensor;
+use ltxc_ir::plan::Release;
 use ltxc_models::TensorDirectory;
+
+/// Folder, below that of the fixtures, of what release 1.2.0 computes otherwise than 1.0.0.
+const SECOND_RELEASE: &str = "expected-1.2.0";
 
 /// Folder of the fixtures.
 pub fn root() -> PathBuf {
@@ -17,9 +21,15 @@ pub fn root() -> PathBuf {
         .unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures"))
 }
 
+/// The release of the reference that [`expected`] is of: 1.2.0, or 1.0.0 in a set that tells nothing of 1.2.0. PyPI only has
+/// 1.0.0, so that every set may be made with it.
+pub fn release() -> Release {
+    if root().join(SECOND_RELEASE).is_dir() { Release::V1_2_0 } else { Release::V1_0_0 }
+}
+
 /// The recorded file `name` (for example `ltx2/transformer`): release 1.2.0 where it differs, else 1.0.0.
 pub fn expected(name: &str) -> Option<TensorFile> {
-    ["expected-1.2.0", "expected"]
+    [SECOND_RELEASE, "expected"]
         .into_iter()
         .map(|dir| root().join(dir).join(format!("{name}.safetensors")))
         .find(|p| p.exists())
@@ -33,6 +43,16 @@ pub fn expected(name: &str) -> Option<TensorFile> {
 #[track_caller]
 pub fn of_first_release(name: &str) -> TensorFile {
     TensorFile::read(&root().join(format!("expected/{name}.safetensors")))
+}
+
+/// The file `name`, with its extension, of which release 1.0.0 has nothing. `None`, and a line that says so, in a set of that
+/// release; in other sets it must be there.
+pub fn of_second_release(name: &str) -> Option<PathBuf> {
+    if release() == Release::V1_0_0 {
+        println!("absent: this set of fixtures is of release 1.0.0, which has no `{name}`");
+        return None;
+    }
+    Some(root().join(SECOND_RELEASE).join(name))
 }
 
 /// Like [`expected`] for a file that must be there.

@@ -260,6 +260,37 @@ fn rewrite(to: &Path, from: &WeightFile, keys: &[(&str, String)], metadata: Valu
 }
 
 #[test]
+fn shards_with_an_index_are_the_single_file() {
+    let single = path("tiny-ltx23/ltx-2.3-tiny.safetensors");
+    let (file, whole) = (WeightFile::open(&single).unwrap(), Checkpoint::open(&single).unwrap());
+    let folder = tempfile::tempdir().unwrap();
+    let mut index = json!({});
+    let keys: Vec<&str> = file.header().tensors.iter().map(|t| t.key.as_str()).collect();
+    for i in 0..3 {
+        let name = format!("model-0000{}-of-00003.safetensors", i + 1);
+        let part: Vec<(&str, String)> = keys.iter().skip(i).step_by(3).map(|&key| (key, key.into())).collect();
+        part.iter().for_each(|(key, _)| index[key] = name.as_str().into());
+        // Only the first says what the model is.
+        let metadata = if i == 0 { json!(file.header().metadata) } else { Value::Null };
+        rewrite(&folder.path().join(name), &file, &part, metadata);
+    }
+    let path_of_index = folder.path().join("model.safetensors.index.json");
+    fs::write(&path_of_index, json!({ "weight_map": index }).to_string()).unwrap();
+    for path in [folder.path(), &path_of_index] {
+        let found = Checkpoint::open(path).unwrap();
+        assert_eq!((stored(&found), found.config()), (stored(&whole), whole.config()));
+        assert_eq!((found.model_version(), found.files().len()), (whole.model_version(), 3));
+    }
+    let vae = ModelFiles { checkpoint: Some(single), video_vae: Some(folder.path().into()), ..ModelFiles::default() };
+    assert_eq!(stored(&Checkpoint::open_files(&vae).unwrap()), stored(&whole));
+    fs::remove_file(folder.path().join("model-00002-of-00003.safetensors")).unwrap();
+    let text = message(Checkpoint::open(folder.path()));
+    assert!(text.contains("model-00002-of-00003.safetensors") && text.contains("download the missing shard"), "{text}");
+    let text = message(Checkpoint::open(&path("tiny-gemma3-sharded")));
+    assert!(text.contains("no part of an LTX-2 model"), "{text}");
+}
+
+#[test]
 fn files_without_configuration_are_refused_with_a_way_out() {
     let folder = tempfile::tempdir().unwrap();
     let original = WeightFile::open(&path("tiny-ltx2/ltx-2-tiny.safetensors")).unwrap();

@@ -64,7 +64,8 @@ fn every_pass_can_be_left_out() {
         let args = arguments(&module, "main", seed);
         let expected = evaluate(&module, "main", &args);
         let fusing = ["fuse-attention", "fuse-product", "fuse-group-norm", "fuse-rows"];
-        let each = ["simplify", "hoist", "pack"].into_iter().chain(fusing).map(|p| vec![p]);
+        let others = ["simplify", "hoist", "pack", "pack-projections", "fuse-residual"];
+        let each = others.into_iter().chain(fusing).map(|p| vec![p]);
         for disabled in each.chain([vec!["simplify", "hoist", "pack"], fusing.to_vec()]) {
             let disabled: Vec<String> = disabled.into_iter().map(String::from).collect();
             let options = Options { disabled: disabled.clone(), ..options(Fuse::Full) };

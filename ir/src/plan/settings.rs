@@ -176,6 +176,9 @@ fn check_inputs(pipeline: &Pipeline) -> Result<(), String> {
         }
         let grid = [frames.div_ceil(video.scale[0]), height / video.scale[1], width / video.scale[2]];
         check_encoder_tiles(&references.tiles, scale, grid)?;
+        if references.has_attention && grid[0] > video.frames {
+            return Err(format!("strengths of attention for {} latents of {} frames", grid[0], video.frames));
+        }
         let covered = [grid[0], grid[1].saturating_mul(space_scale), grid[2].saturating_mul(space_scale)];
         if stage.tiles.is_some() && (time_scale != 1 || covered != stage.grid) {
             return Err(format!(
@@ -205,18 +208,22 @@ fn check_encoder_tiles(tiles: &TilePlan, factors: [usize; 3], grid: [u32; 3]) ->
     tiles.axes.iter().zip(grid).try_for_each(|(axis, extent)| check_tiles(axis, extent as usize))
 }
 
-/// Checks that `tiles` cover `0..extent` in order.
+/// Checks that `tiles` cover `0..extent` in order, each of them something that the ones before do not: so there are no
+/// more than latents.
 fn check_tiles(tiles: &[AxisTile], extent: usize) -> Result<(), String> {
     let mut covered = 0;
     let mut start = 0;
     for tile in tiles {
-        let ordered = tile.start >= start && tile.start <= covered && tile.end >= covered && tile.end <= extent;
+        let ordered = tile.start >= start && tile.start <= covered && tile.end > covered && tile.end <= extent;
         if !ordered || tile.is_empty() || tile.left_ramp > tile.len() || tile.right_ramp > tile.len() {
             return Err(format!("tile {}..{} does not fit {extent} latents", tile.start, tile.end));
         }
         (start, covered) = (tile.start, tile.end);
     }
-    if covered == extent { Ok(()) } else { Err(format!("tiles cover {covered} of {extent} latents")) }
+    match covered == extent && extent > 0 {
+        true => Ok(()),
+        false => Err(format!("tiles cover {covered} of {extent} latents")),
+    }
 }
 
 #[cfg(test)]
@@ -346,8 +353,24 @@ mod tests {
             },
             "do not cover",
         );
+        refuses(
+            |p| {
+                let mut low = reference([1, 16, 24]);
+                (low.height, low.tiles.axes[1]) = (1, Vec::new());
+                p.inputs.references = vec![low];
+            },
+            "cover 0 of 0",
+        );
+        refuses(
+            |p| {
+                p.inputs.references = vec![reference([64, 16, 24])];
+                p.inputs.references[0].has_attention = true;
+            },
+            "attention for 64 latents",
+        );
         refuses(|p| p.inputs.doubles_frames = true, "49 frames are not those of references");
         refuses(|p| p.decode.axes[1].clear(), "cover 0 of 16");
+        refuses(|p| p.decode.axes[1] = p.decode.axes[1].repeat(2), "does not fit");
         refuses(|p| p.decode.axes[1][0].end = usize::MAX, "does not fit");
         refuses(|p| p.decode.axes[2][0].left_ramp = usize::MAX, "does not fit");
         refuses(|p| p.decode.factors[0] = 0, "pixels per latent");

@@ -35,28 +35,36 @@ const DTYPES: [DType; 2] = [DType::F32, DType::BF16];
 #[test]
 fn products_are_the_same_in_every_tile() {
     for dtype in DTYPES {
-        let op = Matmul { transpose_rhs: true };
-        let types = [TensorType::new(dtype, [70, 40]), TensorType::new(dtype, [68, 40])];
-        // Every tile sums in the same order.
-        check(op.clone().into(), Kernel::Matmul(op), &types, 0.0);
+        // Extents that vectors divide, and others.
+        for [m, n, k] in [[70, 68, 40], [67, 37, 41], [33, 130, 5], [1, 1, 1]] {
+            let op = Matmul { transpose_rhs: true };
+            let types = [TensorType::new(dtype, [m, k]), TensorType::new(dtype, [n, k])];
+            // Every tile sums in the same order.
+            check(op.clone().into(), Kernel::Matmul(op), &types, 0.0);
+        }
     }
 }
 
 #[test]
 fn convolutions_are_the_same_in_every_tile() {
     for dtype in DTYPES {
-        let op = Conv { stride: vec![1; 2], dilation: vec![1; 2], pad: vec![(1, 1); 2], groups: 1 };
-        let types = [TensorType::new(dtype, [1, 7, 6, 8]), TensorType::new(dtype, [3, 3, 8, 20])];
-        check(op.clone().into(), Kernel::Conv(op), &types, 0.0);
+        for (ci, co) in [(8, 20), (7, 17)] {
+            let op = Conv { stride: vec![1; 2], dilation: vec![1; 2], pad: vec![(1, 1); 2], groups: 1 };
+            let types = [TensorType::new(dtype, [1, 7, 6, ci]), TensorType::new(dtype, [3, 3, ci, co])];
+            check(op.clone().into(), Kernel::Conv(op), &types, 0.0);
+        }
     }
 }
 
 #[test]
 fn attention_is_the_same_in_every_tile() {
     for dtype in DTYPES {
-        let op = Attention { scale: Float(0.3), causal: true };
-        let types = [[1, 35, 2, 32], [1, 70, 2, 32], [1, 70, 2, 32]].map(|shape| TensorType::new(dtype, shape));
-        // Blocks of keys are corrected one after the other: two roundings of the result, and of weights on matrix units.
-        check(op.clone().into(), Kernel::Attention(op), &types, 4.0 * unit(dtype).max(70.0 * unit(DType::F32)));
+        for [t, s, d] in [[35, 70, 32], [37, 71, 13], [1, 1, 16]] {
+            let op = Attention { scale: Float(0.3), causal: true };
+            let types = [t, s, s].map(|rows| TensorType::new(dtype, [1, rows, 2, d]));
+            // Blocks of keys are corrected one after the other: two roundings of the result, and of weights on matrix
+            // units.
+            check(op.clone().into(), Kernel::Attention(op), &types, 4.0 * unit(dtype).max(70.0 * unit(DType::F32)));
+        }
     }
 }

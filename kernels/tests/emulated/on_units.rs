@@ -4,6 +4,7 @@ use ltxc_ir::eval::Tensor;
 use ltxc_ir::ops::{Attention, Conv, Matmul, Op};
 use ltxc_ir::plan::{Kernel, MatrixUnit, Target};
 use ltxc_ir::{DType, Float, TensorType};
+use ltxc_kernels::cube::Schedule;
 
 use super::harness::{Random, record, record_chosen};
 
@@ -39,6 +40,22 @@ fn only_units_of_the_target_are_used() {
     assert!(is_on_units(&[unit(DType::BF16, 16)]));
     assert!(!is_on_units(&[unit(DType::F16, 16), unit(DType::BF16, 8)]));
     assert!(!is_on_units(&[]));
+}
+
+/// The tile that a plan brings is taken: 200 × 300 elements are as many cubes as it says.
+#[test]
+fn the_tile_that_was_measured_is_used() {
+    let op = Kernel::Matmul(Matmul { transpose_rhs: true });
+    let types = [TensorType::new(DType::BF16, [200, 24]), TensorType::new(DType::BF16, [300, 24])];
+    let mut random = Random(2);
+    let args = types.map(|ty| random.tensor(&ty, -1.0, 1.0));
+    let before = [Tensor::zeros(TensorType::new(DType::BF16, [200, 300]))];
+    let cubes = |tile: u32| -> Option<u32> {
+        let with_tile = |schedule: Schedule| schedule.with_tile(Some(tile));
+        let (launches, ..) = record_chosen(&op.clone().into(), &args, &before, &[None], &with_tile);
+        Some(launches.first()?.cubes?.iter().product())
+    };
+    assert_eq!([2, 3, 4].map(cubes), [2 * 2, 2 * 3, 4 * 5].map(Some));
 }
 
 #[test]

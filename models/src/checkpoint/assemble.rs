@@ -65,15 +65,16 @@ pub(super) struct Part {
 
 /// See [`Checkpoint::open`].
 pub(super) fn open(path: &Path) -> Result<Checkpoint, ModelError> {
-    if !path.is_dir() {
+    let is_folder = path.is_dir();
+    if is_folder && path.join("model_index.json").is_file() {
+        return merge(path, diffusers::parts(path)?);
+    }
+    if !is_folder || file::has_index(path)? {
         let part = file_part(path, &Component::ALL, None)?;
         if part.entries.is_empty() {
             return Err(not_a_model(&part));
         }
         return merge(path, vec![part]);
-    }
-    if path.join("model_index.json").is_file() {
-        return merge(path, diffusers::parts(path)?);
     }
     open_files(&split_files(path)?).map(|checkpoint| Checkpoint { name: path.display().to_string(), ..checkpoint })
 }
@@ -133,38 +134,41 @@ pub(super) fn open_upsampler(path: &Path) -> Result<Checkpoint, ModelError> {
     Ok(Checkpoint { name, files, tensors, config, model_version, gemma_version: None, ignored: Vec::new() })
 }
 
-/// The part that is one file. `config` is used if the file has none.
+/// The part that is one file, or its shards. `config` is used if they have none.
 fn file_part(path: &Path, allowed: &[Component], config: Option<&Map<String, Value>>) -> Result<Part, ModelError> {
-    let file = WeightFile::open(path)?;
-    if FileKind::of(&file) == FileKind::Adapter {
+    let files = file::stored_in(path)?.iter().map(|path| WeightFile::open(path)).collect::<Result<Vec<_>, _>>()?;
+    if files.iter().any(|file| FileKind::of(file) == FileKind::Adapter) {
         return Err(ModelError::file(
             path,
             "holds low-rank adapters and no model; name the model here, and this as LoRA",
         ));
     }
-    let metadata = file.metadata().clone();
     // Without a configuration of its own, only the role tells that bare keys are those of a VAE.
     let is_named_vae = config.is_some() && allowed == [Component::VideoVae];
-    let bare = layout::bare_component(&file).or(is_named_vae.then_some(Component::VideoVae));
+    let bare = files.iter().find_map(layout::bare_component).or(is_named_vae.then_some(Component::VideoVae));
+    let metadata = || files.iter().map(WeightFile::metadata);
     let mut part = Part {
         path: path.into(),
-        config: metadata.config.or_else(|| config.cloned()),
-        model_version: metadata.model_version,
-        gemma_version: metadata.gemma_version,
+        config: metadata().find_map(|m| m.config.clone()).or_else(|| config.cloned()),
+        model_version: metadata().find_map(|m| m.model_version.clone()),
+        gemma_version: metadata().find_map(|m| m.gemma_version.clone()),
         ..Part::default()
     };
-    for (t, tensor) in file.header().tensors.iter().enumerate() {
-        match layout::canonical(&tensor.key, bare) {
-            Some((component, key)) if allowed.contains(&component) => {
-                part.entries.push(Entry { file: 0, tensor: t, component, key });
+    let has_encoder = metadata().any(|m| m.gemma_config.is_some());
+    for (f, file) in files.iter().enumerate() {
+        for (t, tensor) in file.header().tensors.iter().enumerate() {
+            match layout::canonical(&tensor.key, bare) {
+                Some((component, key)) if allowed.contains(&component) => {
+                    part.entries.push(Entry { file: f, tensor: t, component, key });
+                }
+                // A component that another file was named for, or the encoder that is opened on its own.
+                Some(_) => {}
+                None if has_encoder => {}
+                None => part.ignored.push((f, tensor.key.clone())),
             }
-            // A component that another file was named for, or the encoder that is opened on its own.
-            Some(_) => {}
-            None if metadata.gemma_config.is_some() => {}
-            None => part.ignored.push((0, tensor.key.clone())),
         }
     }
-    part.files.push(file);
+    part.files = files;
     Ok(part)
 }
 
@@ -211,7 +215,7 @@ fn copy_sections(config: &mut Map<String, Value>, component: Component, part: &P
         let Some(own) = &part.config else { return Err(without_config(&part.path)) };
         let Some(value) = own.get(*section) else {
             let problem = format!(
-                "holds the {}, but its configuration has no `{section}`; use the file as published, or give its configuration",
+                "holds the {}, but its configuration has no `{section}`; use the file as published",
                 component.name()
             );
             return Err(ModelError::file(&part.path, problem));
@@ -273,7 +277,7 @@ fn split_files(folder: &Path) -> Result<ModelFiles, ModelError> {
 
 fn without_config(path: &Path) -> ModelError {
     let problem = "has no `config` in its metadata, and shapes do not tell everything (RoPE precision, timestep scale); use the \
-                   file as published, or give the configuration of the published file";
+                   file as published, or write it anew with the metadata of that";
     ModelError::file(path, problem)
 }
 

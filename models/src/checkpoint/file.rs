@@ -148,6 +148,37 @@ pub(crate) fn read_json(path: &Path) -> Result<Value, ModelError> {
         .map_err(|e| ModelError::file(path, format!("is not valid JSON: {e}; download it again")))
 }
 
+/// End of the names of indices: the files that say which shard has which tensor.
+const INDEX: &str = ".safetensors.index.json";
+
+/// Whether `path` is an index of shards.
+fn is_index(path: &Path) -> bool {
+    path.file_name().and_then(|n| n.to_str()).is_some_and(|name| name.ends_with(INDEX))
+}
+
+/// Whether `folder` has an index of shards.
+///
+/// # Errors
+/// If it cannot be read.
+pub(super) fn has_index(folder: &Path) -> Result<bool, ModelError> {
+    Ok(list(folder)?.iter().any(|entry| is_index(entry)))
+}
+
+/// The files that `path` stands for: the shards of an index, or of a folder with one; otherwise the file itself.
+///
+/// # Errors
+/// Those of [`shards`].
+pub(super) fn stored_in(path: &Path) -> Result<Vec<PathBuf>, ModelError> {
+    match path.parent() {
+        _ if path.is_dir() && has_index(path)? => shards(path, ""),
+        Some(folder) if is_index(path) => {
+            let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
+            shards(folder, name.strip_suffix(INDEX).unwrap_or_default())
+        }
+        _ => Ok(vec![path.into()]),
+    }
+}
+
 /// The safetensors files directly in `folder`, sorted. `stem` is what their names start with.
 ///
 /// With an index (`*.safetensors.index.json`) these are the files it names, all of which must be there.
@@ -157,7 +188,7 @@ pub(crate) fn read_json(path: &Path) -> Result<Value, ModelError> {
 pub fn shards(folder: &Path, stem: &str) -> Result<Vec<PathBuf>, ModelError> {
     let entries = list(folder)?;
     let name = |p: &Path| p.file_name().and_then(|n| n.to_str()).unwrap_or_default().to_string();
-    let index = entries.iter().find(|p| name(p).starts_with(stem) && name(p).ends_with(".safetensors.index.json"));
+    let index = entries.iter().find(|p| name(p).starts_with(stem) && is_index(p));
     let Some(index) = index else {
         return Ok(entries.into_iter().filter(|p| name(p).starts_with(stem) && is_safetensors(p)).collect());
     };

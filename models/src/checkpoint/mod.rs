@@ -69,8 +69,8 @@ pub struct Location<'a> {
 }
 
 impl Checkpoint {
-    /// Opens `path`: a single file, one split file, or a folder (diffusers, FastVideo, split files, or one with a single
-    /// file). Names of the Hugging Face hub go through [`hub::resolve`] first.
+    /// Opens `path`: a single file, one split file, the index of either's shards, or a folder (diffusers, FastVideo, split
+    /// files, shards with their index, or one with a single file). Names of the Hugging Face hub go through [`hub::resolve`] first.
     ///
     /// # Errors
     /// If something is missing, ambiguous, damaged or without configuration; the message says what to do.

@@ -12,7 +12,7 @@ use ltxc_runtime::media::Rational;
 use ltxc_runtime::pipeline::positions::ReferenceScale;
 
 use crate::adapters::Loras;
-use crate::args::{DeviceChoice, PipelineName, Precision, ReferenceVersion, SamplingArgs, ShapeArgs};
+use crate::args::{DeviceChoice, PipelineName, Precision, SamplingArgs, ShapeArgs};
 use crate::pipelines::{Definition, definition};
 use crate::report::Report;
 
@@ -272,10 +272,7 @@ impl Shape {
             Some(seconds) => Some(frames_of(seconds, frame_rate)?),
             None => args.num_frames,
         };
-        let release = match args.reference_version {
-            Some(ReferenceVersion::V1_0_0) => Release::V1_0_0,
-            Some(ReferenceVersion::V1_2_0) | None => Release::V1_2_0,
-        };
+        let release = args.reference_version.map_or(Release::V1_2_0, Release::from);
         let pads = definition(pipeline).brings.pads_references;
         let tile = match (&args.vae_tile, args.spatial_tile, release) {
             (Some(text), ..) => VaeTile::parse(text)?,

@@ -128,7 +128,8 @@ pub(crate) fn check_upsampler(
     channels: usize,
 ) -> Result<()> {
     let (name, generation) = (upsampler.name(), model.generation());
-    if !config.can_be_of(generation) {
+    // Models without a version count as LTX-2, but need not be.
+    if model.model_version().is_some() && !config.can_be_of(generation) {
         let other = if generation == Generation::Ltx2 { "LTX-2.3 or newer" } else { "LTX-2" };
         bail!(
             "the upscaler `{name}` is one of {other}, the model is {generation}; name the spatial x2 upscaler of {generation}"

@@ -7,6 +7,8 @@
 //!
 //! Source: spec/pipelines §3.
 
+use ltxc_ir::plan::Release;
+
 use super::state::State;
 
 /// Something that a stage must show. Strength 1 keeps it as it is, 0 ignores it; in f64, because `1 − strength` is
@@ -63,6 +65,14 @@ impl Item {
             Item::Inpaint { latent, mask, strength } => inpaint(state, latent, mask, *strength),
             Item::Region { start, end } => generate_only(state, *start, *end),
         }
+    }
+}
+
+/// Applies items to a state, before noise is added. In release 1.0.0 what they write is in the noisy latent, too.
+pub fn apply<'a>(items: impl IntoIterator<Item = &'a Item>, state: &mut State, release: Release) {
+    items.into_iter().for_each(|item| item.apply(state));
+    if release == Release::V1_0_0 {
+        state.latent.clone_from(&state.clean);
     }
 }
 

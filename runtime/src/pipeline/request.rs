@@ -122,14 +122,8 @@ impl<'a> Request<'a> {
     }
 
     fn check_images(&self, pipeline: &Pipeline) -> Result<(), RunError> {
-        if pipeline.video.channels == 0 && !self.images.is_empty() {
-            return Err(RunError::Input(format!("pipeline `{}` makes no video, so it takes no images", pipeline.name)));
-        }
-        if !pipeline.takes_images() && pipeline.inputs.clip.is_none() && !self.images.is_empty() {
+        if !pipeline.takes_images() && !self.images.is_empty() {
             return Err(RunError::Input(format!("pipeline `{}` takes no images; leave `--image` out", pipeline.name)));
-        }
-        if pipeline.inputs.clip.is_some() && !self.images.is_empty() {
-            return Err(RunError::Input(format!("pipeline `{}` takes a clip and no images", pipeline.name)));
         }
         for (i, image) in self.images.iter().enumerate() {
             let (n, frame, frames) = (i + 1, image.frame, pipeline.video.frames);

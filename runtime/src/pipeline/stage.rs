@@ -4,7 +4,7 @@
 
 use ltxc_ir::plan::{Modality, Pipeline, Release, Stage};
 
-use super::conditioning::Item;
+use super::conditioning::{Item, apply};
 use super::denoise::{Contexts, Denoiser, Settings};
 use super::noise::{Noise, SlotShape};
 use super::observe::{Event, Observer};
@@ -56,12 +56,8 @@ pub(super) fn run_stage(
     let mut items = items(executor, pipeline, stage, request.images)?;
     let mut states = starts.try_map(|modality, start| {
         let mut state = initial_state(pipeline, stage, modality, start.latent);
-        items.slot(modality).take().unwrap_or_default().iter().for_each(|item| item.apply(&mut state));
-        start.items.iter().for_each(|item| item.apply(&mut state));
-        if pipeline.release == Release::V1_0_0 {
-            // Items that write the clean latent wrote this one, too.
-            state.latent.clone_from(&state.clean);
-        }
+        let of_images = items.slot(modality).take().unwrap_or_default();
+        apply(of_images.iter().chain(&start.items), &mut state, pipeline.release);
         if start.frozen {
             state.freeze();
         }

@@ -9,7 +9,9 @@ use ltxc_ir::eval::{Evaluator, Tensor};
 use ltxc_ir::{Builder, DType, Module, Rate, TensorType};
 use ltxc_models::Weights;
 use ltxc_models::transformer::rope::{RopeTable, frequencies, rotation};
-use ltxc_models::transformer::{BlockSet, ENTRY, Perturbation, Stream, TransformerConfig, TransformerSpec, build};
+use ltxc_models::transformer::{
+    BlockSet, ENTRY, Pass, Perturbation, Stream, TransformerConfig, TransformerSpec, build_passes,
+};
 use ltxc_tests::compare::Report;
 use ltxc_tests::fixtures::{self, TensorFile};
 use ltxc_tests::harness::{Run, evaluate};
@@ -123,6 +125,14 @@ impl<'a> Fixture<'a> {
         perturbation(&self.config(case), case)
     }
 
+    /// The program of `case`, as the release computes it that recorded it.
+    pub fn module(&self, case: &str, spec: &TransformerSpec, dtype: DType) -> Module {
+        let perturbation = spec.perturbation.clone();
+        let pass = Pass { perturbation, release: fixtures::release(), ..Pass::default() };
+        let weights = Weights::new("model", self.checkpoint);
+        build_passes(&self.config(case), &weights, spec, &[pass], dtype).unwrap_or_else(|e| panic!("{case}: {e}"))
+    }
+
     fn run(
         &self,
         case: &str,
@@ -133,8 +143,7 @@ impl<'a> Fixture<'a> {
     ) -> Run {
         let spec =
             TransformerSpec { video: video.map(StreamCase::spec), audio: audio.map(StreamCase::spec), perturbation };
-        let weights = Weights::new("model", self.checkpoint);
-        let module = build(&self.config(case), &weights, &spec, dtype).unwrap_or_else(|e| panic!("{case}: {e}"));
+        let module = self.module(case, &spec, dtype);
         let args: Vec<Tensor> = [video, audio].into_iter().flatten().flat_map(StreamCase::arguments).collect();
         evaluate(&module, ENTRY, &args, &[("model", self.checkpoint)])
     }

@@ -73,7 +73,7 @@ fn step(
     let key = |what: &str| format!("{what}.{i}.weight");
     let weight_dtype = [DType::F32, DType::BF16, DType::F16][n.below(3)];
     let weight = |what: &str, shape: &[usize]| b.weight("model", &key(what), TensorType::new(weight_dtype, shape));
-    let value = match n.below(30) {
+    let value = match n.below(31) {
         0 => b.add(x, y),
         1 => b.mul(x, b.add_scalar(y, 1.0)),
         2 => b.add(b.mul_scalar(x, 1.0), b.scalar(0.0)),
@@ -150,7 +150,14 @@ fn step(
             b.push(Update { axis: 1 }, &[x, b.slice_axis(y, 1, 0, 1), row])
         }
         27 => b.select(b.compare(Compare::Less, x, y), x, b.mul_scalar(y, 0.5)),
-        28 if narrow => {
+        28 => {
+            // The residual path of an upsampler.
+            let wide = b.depth_to_space(b.concat(&[x, y], 2), &[2]);
+            let skip = b.depth_to_space(x, &[2]);
+            let sum = b.add(wide, b.concat(&[skip, skip], 2));
+            b.slice_axis(b.space_to_depth(sum, &[2]), 2, 0, c)
+        }
+        29 if narrow => {
             let dtype = [DType::BF16, DType::F16][n.below(2)];
             b.cast(b.add(b.cast(x, dtype), y), DType::F32)
         }

@@ -3,6 +3,7 @@
 use std::str::FromStr;
 
 use clap::{Args, ValueEnum};
+use ltxc_ir::plan::Release;
 use ltxc_runtime::backend::DeviceName;
 
 use super::SamplingArgs;
@@ -127,6 +128,15 @@ pub enum ReferenceVersion {
     /// The one that everything else here follows.
     #[value(name = "1.2.0")]
     V1_2_0,
+}
+
+impl From<ReferenceVersion> for Release {
+    fn from(version: ReferenceVersion) -> Release {
+        match version {
+            ReferenceVersion::V1_0_0 => Release::V1_0_0,
+            ReferenceVersion::V1_2_0 => Release::V1_2_0,
+        }
+    }
 }
 
 /// Pipelines that can be compiled.

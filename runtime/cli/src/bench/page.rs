@@ -82,7 +82,8 @@ fn kernels(kernels: &[KernelTime]) -> String {
         let (y, share) = (24.0 + ROW * i as f64, k.share().clamp(0.0, 1.15));
         let made = k.types.rsplit("→ ").next().unwrap_or_default();
         let colour = if k.is_arithmetic { ARITHMETIC } else { MEMORY };
-        let text = format!("{:.0} %, {} s in {} calls", 100.0 * k.share(), figure(k.seconds), k.calls);
+        let calls = if k.calls == 1 { "1 call".into() } else { format!("{} calls", k.calls) };
+        let text = format!("{:.0} %, {} s in {calls}", 100.0 * k.share(), figure(k.seconds));
         [
             label(LABEL - 10.0, y + 13.0, "end", "400", INK, &shortened(&format!("{}  {made}", k.kernel), 58)),
             bar(LABEL, y, ROOM * share, ROW - 7.0, colour),

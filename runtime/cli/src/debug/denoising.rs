@@ -155,7 +155,8 @@ pub fn run(args: &LoopArgs, json_output: bool) -> Result<bool> {
         let compiler = options.mode.unwrap_or_default().compiler();
         let session = Session::new(options, About { device: device.name.to_string(), ..About::default() });
         let mut rows = Vec::new();
-        let on = RunOn { device: &device, options: compiler, session: &session };
+        let release = args.run.shape.reference_version;
+        let on = RunOn { device: &device, options: compiler, session: &session, release };
         check_run(&files, &on, &recording.path, &mut rows)?;
         session.close()?;
         return print_rows(&rows, &recording.path.display().to_string(), json_output);

@@ -16,6 +16,8 @@ use ltxc_runtime::weights::dtype_of;
 use safetensors::SafeTensors;
 use serde_json::Value;
 
+use crate::args::ReferenceVersion;
+
 /// All tensors of a file, decoded.
 #[derive(Clone)]
 pub struct TensorFile {
@@ -263,6 +265,12 @@ impl References {
             folders.push(root.clone());
         }
         Ok(References { folders })
+    }
+
+    /// The release of the reference that recordings are of: 1.0.0 in a layout that has nothing of 1.2.0.
+    pub fn release(&self) -> ReferenceVersion {
+        let has = |name: &str| self.folders.iter().any(|folder| folder.ends_with(name));
+        if has("expected") && !has("expected-1.2.0") { ReferenceVersion::V1_0_0 } else { ReferenceVersion::V1_2_0 }
     }
 
     /// The recording `name` of a family of models: `<family>/<name>`, or `<name>` in a folder for one model.

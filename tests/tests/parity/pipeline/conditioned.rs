@@ -29,7 +29,7 @@ fn conditioned_runs() {
 #[test]
 fn conditioned_runs_of_the_first_release() {
     for (family, name, pipeline) in RUNS {
-        check_conditioned(Case::new(family, name).of_first_release(), pipeline);
+        Case::new(family, name).of_first_release().into_iter().for_each(|case| check_conditioned(case, pipeline));
     }
 }
 
@@ -60,9 +60,8 @@ fn a_clip_and_its_sound_guide_both_stages_of_a_dub() {
     let shape = ShapeArgs { size: Some("256x128".into()), ..shape };
     let plan = model.compile_for(&shape, 0, &loras);
     let inputs = &plan.pipeline.inputs;
-    let fitted =
-        |planned: &ReferenceInput| frames("video.frames_uint8", planned.width as usize, planned.height as usize);
-    let references = vec![Reference { frames: inputs.references.iter().map(fitted).collect(), strength: STRENGTH }];
+    let frames = inputs.references.iter().map(reference_frames).collect();
+    let references = vec![Reference { frames, strength: STRENGTH }];
     let media = Media { references, sound: Some(waveform("audio.waveform")), ..Media::default() };
     let adapters = model.stage_adapters(&plan, &loras);
     let result = model.run(&plan, &Request { media, adapters, ..request("rain", &[], BTreeMap::new()) });
@@ -104,15 +103,19 @@ fn a_clip_and_its_sound_guide_both_stages_of_a_dub() {
 /// The size of a run, and what its plan has room for.
 fn shape(case: Case, params: &Value) -> ShapeArgs {
     let shape = match case.name {
-        // A clip brings its size.
-        "retake" => ShapeArgs {
-            height: Some(64),
-            width: Some(96),
-            num_frames: Some(17),
-            frame_rate: Some("24".into()),
-            reference_version: Some(case.release),
-            ..ShapeArgs::default()
-        },
+        // A clip brings its size, and its rate, which is that of all recorded clips.
+        "retake" => {
+            let media = media();
+            let extent = |axis: usize| Some(media.tensor("retake.frames_uint8").ty.shape[axis] as u32);
+            ShapeArgs {
+                height: extent(1),
+                width: extent(2),
+                num_frames: extent(0),
+                frame_rate: Some(media.meta()["fps"].to_string()),
+                reference_version: Some(case.release),
+                ..ShapeArgs::default()
+            }
+        }
         _ => case.shape(),
     };
     ShapeArgs {
@@ -135,9 +138,8 @@ fn brought(params: &Value, plan: &Plan) -> Media {
         _ => waveform("audio.waveform"),
     });
     let reference = |planned: &ReferenceInput| {
-        let frames = frames("video.frames_uint8", planned.width as usize, planned.height as usize);
         let strength = params["video_conditioning"][0][1].as_f64().expect("a strength");
-        Reference { frames: vec![frames], strength }
+        Reference { frames: vec![reference_frames(planned)], strength }
     };
     let references = inputs.references.iter().map(reference).collect();
     let attention = params["conditioning_attention_strength"].as_f64();
@@ -147,6 +149,19 @@ fn brought(params: &Value, plan: &Plan) -> Media {
 
 fn media() -> TensorFile {
     TensorFile::read(&root().join("inputs/media.safetensors"))
+}
+
+/// Frames of the recorded reference video.
+pub fn reference_length() -> usize {
+    media().tensor("video.frames_uint8").ty.shape[0]
+}
+
+/// The recorded reference video, of which a run reads as many frames as its own has.
+fn reference_frames(planned: &ReferenceInput) -> Vec<f32> {
+    let (width, height) = (planned.width as usize, planned.height as usize);
+    let mut frames = frames("video.frames_uint8", width, height);
+    frames.truncate(planned.frames as usize * width * height * 3);
+    frames
 }
 
 /// A recorded clip `[n, h, w, 3]`, fitted to a size.

@@ -6,7 +6,7 @@ use ltxc_ir::Module;
 use ltxc_ir::eval::Tensor;
 use ltxc_ir::tiling::{Axis, AxisTiling, TilePlan, Tiling};
 use ltxc_tests::compare::Report;
-use ltxc_tests::fixtures::root;
+use ltxc_tests::fixtures::{TensorFile, of_second_release};
 use ltxc_tests::harness::evaluate;
 use ltxc_tests::recorded::Recorded;
 use serde_json::Value;
@@ -152,7 +152,8 @@ fn check_tiled_encode(recorded: &mut Recorded, vae: &Checkpoint) {
 #[test]
 fn ltx2_tiling() {
     let vae = Checkpoint::read("tiny-ltx2/ltx-2-tiny.safetensors");
-    let mut recorded = Recorded::required("ltx2/video_vae_tiling");
+    let Some(path) = of_second_release("ltx2/video_vae_tiling.safetensors") else { return };
+    let mut recorded = Recorded::new(TensorFile::read(&path));
     check_tiled_decodes(&mut recorded, &vae);
     check_tiled_encode(&mut recorded, &vae);
     recorded.finish();
@@ -161,7 +162,8 @@ fn ltx2_tiling() {
 #[test]
 fn ltx23_tiling() {
     let vae = Checkpoint::read("tiny-ltx23/ltx-2.3-tiny.safetensors");
-    let mut recorded = Recorded::required("ltx23/video_vae_tiling");
+    let Some(path) = of_second_release("ltx23/video_vae_tiling.safetensors") else { return };
+    let mut recorded = Recorded::new(TensorFile::read(&path));
     check_tiled_decodes(&mut recorded, &vae);
     recorded.finish();
 }
@@ -170,7 +172,7 @@ fn ltx23_tiling() {
 #[test]
 fn tile_plans_at_real_sizes() {
     const FACTORS: [usize; 3] = [8, 32, 32];
-    let path = root().join("expected-1.2.0/common/conv_decode_tile_plans.json");
+    let Some(path) = of_second_release("common/conv_decode_tile_plans.json") else { return };
     let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     let recorded: BTreeMap<String, Value> = serde_json::from_str(&text).expect("the recording is JSON");
     let mut report = Report::default();

@@ -28,7 +28,7 @@ use super::modules::{Bench, Kept, Side};
 use super::names;
 use super::recording::{Distance, Form, References, TensorFile, thinned};
 use super::session::Session;
-use crate::args::ModelArgs;
+use crate::args::{ModelArgs, ReferenceVersion};
 use crate::compile::unfused;
 use crate::model_files::{GEMMA, MODEL, ModelFiles, UPSAMPLER};
 
@@ -54,6 +54,9 @@ pub struct ParityArgs {
     /// Relative L2 limit of components, instead of 1e-5.
     #[arg(long, value_name = "LIMIT")]
     pub limit: Option<f64>,
+    /// Release of the reference that recordings are of [default: 1.2.0, or 1.0.0 of a folder with `expected` alone]
+    #[arg(long, value_enum, value_name = "VERSION")]
+    pub reference_version: Option<ReferenceVersion>,
     /// Go from the first bad block down to the first bad value.
     #[arg(long)]
     pub drill: bool,
@@ -172,6 +175,7 @@ fn channels_last(x: &Tensor) -> Result<Tensor> {
 struct Setup<'a> {
     files: ModelFiles,
     references: &'a References,
+    release: ReferenceVersion,
     family: &'static str,
     device: &'a Device,
     session: &'a Session,
@@ -250,6 +254,11 @@ fn compare_all(
     (device, session): (&Device, &Session),
     json: bool,
 ) -> Result<bool> {
+    if args.reference_version.is_none() && references.release() == ReferenceVersion::V1_0_0 {
+        eprintln!(
+            "note: there are no recordings of release 1.2.0; these are compared with what `--reference-version 1.0.0` gives"
+        );
+    }
     let mut all_ok = true;
     for model in models {
         let rows = compare_model(args, model, references, (device, session))?;
@@ -281,7 +290,8 @@ fn compare_model(
     };
     let sources = files.sources()?;
     let limit = args.limit.unwrap_or(LIMIT);
-    let setup = Setup { files, references, family, device, session, sources, limit };
+    let release = args.reference_version.unwrap_or(references.release());
+    let setup = Setup { files, references, release, family, device, session, sources, limit };
     let mut rows = Vec::new();
     for (name, check) in
         COMPONENTS.iter().filter(|(name, _)| args.only.is_empty() || args.only.iter().any(|o| o == name))

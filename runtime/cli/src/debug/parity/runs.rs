@@ -5,17 +5,15 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use ltxc_compiler::Options;
 use ltxc_ir::eval::{Data, Tensor};
-use ltxc_ir::plan::{Modality, Plan, SoundRole, StageAdapter};
-use ltxc_models::lora::{LoraFile, LoraTargets};
-use ltxc_runtime::adapters::{Adapter, AdapterMode, AdapterSet, StageAdapters};
+use ltxc_ir::plan::{Modality, Plan, SoundRole};
+use ltxc_models::lora::LoraTargets;
+use ltxc_runtime::adapters::StageAdapters;
 use ltxc_runtime::backend::Device;
 use ltxc_runtime::media::{Recording, RgbImage, load_image, resize_and_crop};
-use ltxc_runtime::pipeline::positions::ReferenceScale;
 use ltxc_runtime::pipeline::{
     Attention, Conditioning, Media, Noise, Reference, SourceClip, StageChoice, needed_passes,
 };
@@ -23,12 +21,12 @@ use serde_json::Value;
 
 use super::audio::untokens;
 use super::{Check, RUN_LIMIT, Row, Setup, channels_first};
-use crate::adapters::opened_adapter;
-use crate::args::{PipelineName, SamplingArgs, ShapeArgs};
+use crate::adapters::{Loras, Opened, mode};
+use crate::args::{AdapterArgs, PipelineName, ReferenceVersion, SamplingArgs, ShapeArgs};
 use crate::debug::pipeline::{Pipeline, Tensors, plan_for};
 use crate::debug::recording::TensorFile;
 use crate::debug::session::Session;
-use crate::job::{References, Shape};
+use crate::job::Shape;
 use crate::model_files::ModelFiles;
 use crate::pipelines::{definition, stage_choice};
 
@@ -55,7 +53,12 @@ pub(super) fn check(setup: &Setup<'_>, rows: &mut Vec<Row>) -> Result<()> {
         for (name, path) in setup.references.below(&folder) {
             let needs_upsampler = pipeline_of(&name).is_some_and(|p| definition(p).has_two_stages);
             if pipeline_of(&name).is_some() && (setup.files.upsampler.is_some() || !needs_upsampler) {
-                let on = RunOn { device: setup.device, options: Options::default(), session: setup.session };
+                let on = RunOn {
+                    device: setup.device,
+                    options: Options::default(),
+                    session: setup.session,
+                    release: Some(setup.release),
+                };
                 check_run(&setup.files, &on, &path, rows).with_context(|| format!("run {name}"))?;
             }
         }
@@ -75,6 +78,8 @@ pub struct RunOn<'a> {
     pub options: Options,
     /// What is logged.
     pub session: &'a Session,
+    /// The release of the reference that made the recording, if it is not the newest.
+    pub release: Option<ReferenceVersion>,
 }
 
 /// Runs what the recording at `path` is of, and compares; `rows` gets what is found, in the order of the run.
@@ -91,7 +96,10 @@ pub fn check_run(files: &ModelFiles, on: &RunOn<'_>, path: &Path, rows: &mut Vec
     let images = run.images()?;
     let appends_first = definition(pipeline).brings.appends_first_image;
     let keyframes = images.iter().filter(|i| i.frame > 0 || appends_first).count();
-    let shape = run.with_adapters(Shape::resolve(&run.shape(&check.meta)?, keyframes)?);
+    let loras = run.loras(files)?;
+    let shape = ShapeArgs { reference_version: on.release, ..run.shape(&check.meta)? };
+    let mut shape = Shape::resolve(&shape, keyframes)?.with(&loras)?;
+    shape.references.frames = run.shortest_reference()?;
     let plan = plan_for(files, &shape, on.device, on.options.clone())?;
     let ran = Pipeline {
         plan: &plan,
@@ -103,7 +111,7 @@ pub fn check_run(files: &ModelFiles, on: &RunOn<'_>, path: &Path, rows: &mut Vec
         images: &images,
         media: run.media(&plan)?,
         stages: run.stages(&plan)?,
-        adapters: run.adapters(&plan, files)?,
+        adapters: adapters(&loras, &plan, files)?,
         noise: Noise { given: noise(&check, &plan)?, ..Noise::default() },
     };
     compare(&mut check, &plan, &ran.run(None)?);
@@ -236,7 +244,8 @@ impl Recorded<'_> {
         let size = |key: &str, axis: usize| {
             number(key).or_else(|| clip(axis)).with_context(|| format!("the recording has no `{key}`")).map(Some)
         };
-        let rate = self.params["frame_rate"].as_f64().map_or("24".into(), |rate| rate.to_string());
+        let rate =
+            self.params["frame_rate"].as_f64().or(self.clip_rate()?).map_or("24".into(), |rate| rate.to_string());
         Ok(ShapeArgs {
             pipeline: Some(self.pipeline),
             height: size("height", 1)?,
@@ -249,13 +258,6 @@ impl Recorded<'_> {
             skip_stage_2: self.params["skip_stage_2"].as_bool().unwrap_or(false),
             ..ShapeArgs::default()
         })
-    }
-
-    /// The shape as its LoRAs want it.
-    fn with_adapters(&self, shape: Shape) -> Shape {
-        let space = self.params["reference_downscale_factor"].as_u64().map_or(1, |n| n as u32);
-        let references = References { scale: ReferenceScale { space, time: 1 }, ..shape.references };
-        Shape { references, has_distilled_adapter: self.params["distilled_lora"].is_string(), ..shape }
     }
 
     fn stages(&self, plan: &Plan) -> Result<BTreeMap<String, StageChoice>> {
@@ -292,10 +294,28 @@ impl Recorded<'_> {
     }
 
     fn named(&self, text: &str) -> Result<Tensor> {
+        let (file, name) = self.file_of(text)?;
+        file.find(name).cloned().with_context(|| format!("`{}` has no `{name}`", file.path.display()))
+    }
+
+    /// The file of `file:tensor`, and the name of the tensor.
+    fn file_of<'t>(&self, text: &'t str) -> Result<(TensorFile, &'t str)> {
         let (file, name) = text.split_once(':').with_context(|| format!("`{text}` is not `file:tensor`"))?;
-        let path = self.beside(file)?;
-        let found = TensorFile::open(&path)?.find(name).cloned();
-        found.with_context(|| format!("`{}` has no `{name}`", path.display()))
+        Ok((TensorFile::open(&self.beside(file)?)?, name))
+    }
+
+    /// Frames per second of the clip that the run is on, if it is on one and its file says so.
+    fn clip_rate(&self) -> Result<Option<f64>> {
+        let Some(text) = self.params["video"].as_str() else { return Ok(None) };
+        Ok(self.file_of(text)?.0.meta()["fps"].as_f64())
+    }
+
+    /// Frames of the shortest reference video, if there is one.
+    fn shortest_reference(&self) -> Result<Option<usize>> {
+        let listed = self.params["video_conditioning"].as_array().into_iter().flatten();
+        let frames = listed.filter_map(|reference| Some(self.named(reference[0].as_str()?)));
+        let frames = frames.map(|clip| Ok(clip?.ty.shape.first().copied().unwrap_or(0)));
+        frames.collect::<Result<Vec<usize>>>().map(|frames| frames.into_iter().min())
     }
 
     fn media(&self, plan: &Plan) -> Result<Media> {
@@ -318,7 +338,14 @@ impl Recorded<'_> {
             let clip = self.named(reference[0].as_str().context("a reference video has no name")?)?;
             // For every stage that it guides.
             let planned = plan.pipeline.inputs.references.iter();
-            let frames = planned.map(|r| fitted(&clip, r.width as usize, r.height as usize)).collect::<Result<_>>()?;
+            let frames = planned.map(|r| {
+                let (width, height) = (r.width as usize, r.height as usize);
+                // Of a longer one, the reference reads as many frames as the video has.
+                let mut frames = fitted(&clip, width, height)?;
+                frames.truncate(r.frames as usize * width * height * 3);
+                Ok(frames)
+            });
+            let frames = frames.collect::<Result<_>>()?;
             media.references.push(Reference { frames, strength: reference[1].as_f64().unwrap_or(1.0) });
         }
         let attention = self.params["conditioning_attention_strength"].as_f64();
@@ -327,34 +354,36 @@ impl Recorded<'_> {
     }
 
     /// Its LoRAs, which lie beside the model.
-    fn adapters(&self, plan: &Plan, files: &ModelFiles) -> Result<StageAdapters> {
-        let open = |key: &str| -> Result<Option<Arc<Adapter>>> {
+    fn loras(&self, files: &ModelFiles) -> Result<Loras> {
+        let path = |key: &str| -> Result<Option<String>> {
             let Some(name) = self.params[key].as_str() else { return Ok(None) };
             let folders = files.model.paths();
             let places = folders.iter().filter_map(|p| Some(p.parent()?.join(name)));
             let Some(path) = places.into_iter().find(|p| p.is_file()) else {
                 bail!("the run was recorded with the LoRA `{name}`, which is not beside the model");
             };
-            let file = LoraFile::open(&path)?;
-            let fit = file.fit(&LoraTargets::of(&files.model), false)?;
-            Ok(Some(opened_adapter(&file, fit)?))
+            Ok(Some(path.display().to_string()))
         };
-        let (own, distilled) = (open("lora")?, open("distilled_lora")?);
-        let mut adapters = StageAdapters::default();
-        for (i, stage) in plan.pipeline.stages.iter().enumerate() {
-            let member = |of: &StageAdapter| match of.role.as_str() {
-                StageAdapter::DISTILLED => {
-                    let recorded = self.params[format!("strength_stage_{}", i + 1)].as_f64();
-                    let given = self.params["distilled_lora_strength"].as_f64().unwrap_or(1.0);
-                    Some((distilled.clone()?, recorded.or(of.strength).unwrap_or(given) as f32))
-                }
-                _ => Some((own.clone()?, of.strength.unwrap_or(1.0) as f32)),
-            };
-            let members = stage.adapters.iter().filter_map(member).collect();
-            adapters.set(&stage.name, AdapterSet::new(members, AdapterMode::Merged));
-        }
-        Ok(adapters)
+        let strength = |key: &str| self.params[key].as_f64();
+        let args = AdapterArgs {
+            lora: path("lora")?.into_iter().collect(),
+            distilled_lora: path("distilled_lora")?.into_iter().collect(),
+            distilled_lora_strength: strength("distilled_lora_strength"),
+            distilled_lora_strength_stage_1: strength("strength_stage_1"),
+            distilled_lora_strength_stage_2: strength("strength_stage_2"),
+            ..AdapterArgs::default()
+        };
+        Loras::open(&args, &vec![1; args.lora.len()])
     }
+}
+
+/// What LoRAs do in the stages of a plan.
+fn adapters(loras: &Loras, plan: &Plan, files: &ModelFiles) -> Result<StageAdapters> {
+    if loras.is_empty() {
+        return Ok(StageAdapters::default());
+    }
+    let fits = loras.fit(&LoraTargets::of(&files.model), &plan.pipeline.name)?;
+    Ok(loras.stages(fits, &plan.pipeline, mode(None, plan), &mut Opened::default())?.0)
 }
 
 /// A clip `[n, h, w, 3]` in bytes, fitted to a size.

@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use ltxc_ir::DType;
 use ltxc_ir::eval::Tensor;
 use ltxc_models::transformer::{
-    BlockSet, ENTRY, Perturbation, Stream, StreamSpec, TransformerConfig, TransformerSpec, build,
+    BlockSet, ENTRY, Pass, Perturbation, Stream, StreamSpec, TransformerConfig, TransformerSpec, build_passes,
 };
 use serde_json::Value;
 
@@ -183,7 +183,9 @@ pub(super) fn check(setup: &Setup<'_>, rows: &mut Vec<Row>) -> Result<()> {
             audio: audio.as_ref().map(StreamCase::spec),
             perturbation: perturbation(&config, &case),
         };
-        let module = build(&config, &setup.weights(), &spec, DType::F32)?;
+        let perturbation = spec.perturbation.clone();
+        let pass = Pass { perturbation, release: setup.release.into(), ..Pass::default() };
+        let module = build_passes(&config, &setup.weights(), &spec, &[pass], DType::F32)?;
         let args: Vec<Tensor> = [&video, &audio].into_iter().flatten().flat_map(StreamCase::arguments).collect();
         let ran = setup.bench().run("transformer", &module, ENTRY, &args)?;
         if case == "prep" {
