@@ -106,20 +106,34 @@ fn changed(place: &Place, family: &str, change: impl FnOnce(&mut Parts)) -> File
 #[test]
 fn a_vae_of_another_latent_is_refused() {
     let place = Place::new();
-    let channels = changed(&place, "ltx2", |parts| parts.configure(|c| c["vae"]["latent_channels"] = 8.into()));
-    let words = ["the video VAE has 8 latent channels, the transformer takes 4; they are not of one model"];
-    channels.refused(&[], &words);
+    let mut own = 0;
+    let channels = changed(&place, "ltx2", |parts| {
+        parts.configure(|c| {
+            own = c["vae"]["latent_channels"].as_u64().unwrap();
+            c["vae"]["latent_channels"] = (2 * own).into();
+        });
+    });
+    let problem = format!(
+        "the video VAE has {} latent channels, the transformer takes {own}; they are not of one model",
+        2 * own
+    );
+    channels.refused(&[], &[&problem]);
     let statistics = changed(&place, "ltx2", |parts| {
         for key in ["mean-of-means", "std-of-means"] {
-            parts.header[&format!("vae.per_channel_statistics.{key}")]["shape"] = json!([2, 2]);
+            parts.header[&format!("vae.per_channel_statistics.{key}")]["shape"] = json!([2, own / 2]);
         }
     });
-    let words = ["vae.per_channel_statistics.mean-of-means` is bf16[2,2], expected [4]", "use the files as published"];
-    statistics.refused(&[], &words);
+    let problem = format!("vae.per_channel_statistics.mean-of-means` is bf16[2,{}], expected [{own}]", own / 2);
+    statistics.refused(&[], &[&problem, "use the files as published"]);
     let audio = changed(&place, "ltx2", |parts| {
-        parts.configure(|c| c["audio_vae"]["model"]["params"]["ddconfig"]["z_channels"] = 4.into());
+        parts.configure(|c| {
+            let z = &mut c["audio_vae"]["model"]["params"]["ddconfig"]["z_channels"];
+            own = z.as_u64().unwrap();
+            *z = (2 * own).into();
+        });
     });
-    audio.refused(&[], &["changed.safetensors", "the audio VAE has tokens of 64 values, the transformer takes 32"]);
+    let problem = format!("the audio VAE has tokens of {} values, the transformer takes {}", 32 * own, 16 * own);
+    audio.refused(&[], &["changed.safetensors", &problem]);
 }
 
 /// Linear layers of the blocks in fp8 with a scale each, as published fp8 files have them; the same numbers in bf16.
