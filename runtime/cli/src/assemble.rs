@@ -158,7 +158,7 @@ pub fn assemble(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
     let mut tiles = TilePlan::default();
     if let Some(vae) = &model.video_vae {
         let grid = last.grid.map(|n| n as usize);
-        tiles = TilePlan::decode(grid, factors, &shape.tile.tiling(grid, factors)?)?;
+        tiles = shape.tile.tiles(grid, factors)?;
         let sizes: BTreeSet<[usize; 3]> = tiles.tiles().map(|t| t.map(|axis| axis.len())).collect();
         for [f, h, w] in sizes {
             let module = video_vae::decode(vae, &model.weights, [f, h, w], dtype);

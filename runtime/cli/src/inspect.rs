@@ -33,6 +33,9 @@ pub fn run(args: &InspectArgs, json: bool) -> Result<()> {
         }
         return Ok(());
     };
+    if path.is_dir() {
+        bail!("`{}` is a folder and no plan; `ltxc info` says what model files hold", path.display());
+    }
     let (plan, kernels, hash) = read_with_kernels(path)?;
     planned::check(&args.shape, path, &plan)?;
     if args.kernels {

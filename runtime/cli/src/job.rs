@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 use anyhow::{Context, Result, bail};
 use ltxc_ir::DType;
 use ltxc_ir::plan::{Modality, Plan, Release, SoundRole, Target};
-use ltxc_ir::tiling::{AxisTiling, Tiling};
+use ltxc_ir::tiling::{AxisTiling, TilePlan, Tiling};
 use ltxc_runtime::RunError;
 use ltxc_runtime::backend::{Device, DeviceName, Found, find};
 use ltxc_runtime::media::Rational;
@@ -176,11 +176,19 @@ impl VaeTile {
         Ok(VaeTile::Size { space, time })
     }
 
-    /// The rule for a latent of these frames, rows and columns.
+    /// The tiles of a latent of these frames, rows and columns.
     ///
     /// # Errors
     /// Sizes that the decoder cannot be split into.
-    pub fn tiling(self, latent: [usize; 3], factors: [usize; 3]) -> Result<Tiling> {
+    pub fn tiles(self, latent: [usize; 3], factors: [usize; 3]) -> Result<TilePlan> {
+        let flag = if matches!(self, VaeTile::Square { .. }) { "--spatial-tile" } else { "--vae-tile" };
+        let tiling = self.tiling(latent, factors);
+        tiling
+            .and_then(|tiling| Ok(TilePlan::decode(latent, factors, &tiling)?))
+            .with_context(|| format!("tiles of the decoder, which `{flag}` chooses"))
+    }
+
+    fn tiling(self, latent: [usize; 3], factors: [usize; 3]) -> Result<Tiling> {
         Ok(match self {
             VaeTile::Auto => Tiling::automatic(latent, factors)?,
             VaeTile::Off => Tiling::WHOLE,
@@ -466,6 +474,14 @@ mod tests {
         assert!(problem.contains("`--num-frames 11` is not 4k+1; the nearest are 9 and 13"), "{problem}");
         let other = ShapeArgs { high_quality: true, ..ShapeArgs::default() };
         assert!(Shape::resolve(&other, 0).unwrap_err().to_string().contains("pipeline `hdr-ic-lora`"));
+    }
+
+    #[test]
+    fn tiles_that_cannot_be_name_their_flag() {
+        let problem = |tile: VaeTile| format!("{:#}", tile.tiles([2, 16, 16], [8, 32, 32]).unwrap_err());
+        assert!(problem(VaeTile::square(256)).contains("`--spatial-tile`"));
+        let whole = problem(VaeTile::parse("64x64,64x24").unwrap());
+        assert!(whole.contains("`--vae-tile`") && whole.contains("overlap 64"), "{whole}");
     }
 
     #[test]

@@ -7,7 +7,6 @@ use clap::ValueEnum;
 use ltxc_ir::DType;
 use ltxc_ir::plan::summary::tensors;
 use ltxc_ir::plan::{ADAPTER_SLOTS, Modality, Plan, Release, SLOT_DOWN};
-use ltxc_ir::tiling::TilePlan;
 use ltxc_runtime::media::Rational;
 
 use crate::args::{PipelineName, ShapeArgs};
@@ -121,7 +120,7 @@ pub fn check(args: &ShapeArgs, path: &Path, plan: &Plan) -> Result<()> {
     if let (Some((flag, given, tile)), [Modality::Video, ..]) = (tile, &planned.modalities()[..]) {
         let factors = video.scale.map(|n| n as usize);
         let grid = [0, 1, 2].map(|axis| planned.decode.axes[axis].last().map_or(0, |tile| tile.end));
-        if TilePlan::decode(grid, factors, &tile.tiling(grid, factors)?)? != planned.decode {
+        if tile.tiles(grid, factors)? != planned.decode {
             refused(flag, &given, format!("with {} tiles of another size", planned.decode.len()))?;
         }
     }
@@ -144,7 +143,7 @@ fn adapter_rank(plan: &Plan) -> usize {
 mod tests {
     use clap::{Args, Command, FromArgMatches};
     use ltxc_ir::plan::{AudioSettings, Pipeline, Stage, Target, VideoSettings};
-    use ltxc_ir::tiling::Tiling;
+    use ltxc_ir::tiling::{TilePlan, Tiling};
 
     use super::*;
     use crate::args::SamplingArgs;

@@ -7,7 +7,6 @@ use std::collections::BTreeSet;
 
 use anyhow::{Context, Result, bail};
 use ltxc_ir::plan::{ClipInput, Inputs, ModelInfo, Pipeline, Upscale, VideoSettings};
-use ltxc_ir::tiling::TilePlan;
 use ltxc_models::Weights;
 use ltxc_models::checkpoint::{Checkpoint, Generation};
 use ltxc_models::upsampler::{Enlarge, UpsamplerConfig, upsample};
@@ -80,7 +79,7 @@ pub(crate) fn assemble(files: &ModelFiles, shape: &Shape) -> Result<Assembly> {
             "pipeline `upscale` needs an upscaler; name it with `--spatial-upsampler-path`, `--temporal-upsampler-path` or both"
         );
     }
-    let decoded = TilePlan::decode(grid, factors, &shape.tile.tiling(grid, factors)?)?;
+    let decoded = shape.tile.tiles(grid, factors)?;
     let sizes: BTreeSet<[usize; 3]> = decoded.tiles().map(|t| t.map(|axis| axis.len())).collect();
     for size @ [f, h, w] in sizes {
         programs.add("decode", &program_name(f, h, w), video_vae::decode(&vae, &weights, size, dtype));

@@ -25,7 +25,7 @@ use super::compare::likely_causes;
 use super::flags::{DebugFlags, DebugMode};
 use super::names::{component, components, full_name};
 use super::options::DebugOptions;
-use super::pipeline::{Pipeline, plan_for};
+use super::pipeline::{Pipeline, check_prompt_is_all, plan_for};
 use super::recording::Distance;
 use super::reference::run_against;
 use super::session::{About, Session};
@@ -185,6 +185,7 @@ pub fn run(args: &BisectArgs, json_output: bool) -> Result<bool> {
 fn prepared(args: &BisectArgs, folder: &Path) -> Result<BisectArgs> {
     let mut args = args.clone();
     args.shape.pipeline = args.name.or(args.shape.pipeline);
+    check_prompt_is_all(args.shape.pipeline.unwrap_or_default())?;
     if args.preset.is_none() {
         return Ok(args);
     }

@@ -15,6 +15,7 @@ use serde_json::json;
 use super::flags::{DebugFlags, DebugMode};
 use super::pipeline::RunOf;
 use super::video_stats::structure;
+use crate::pipelines::definition;
 
 /// `ltxc debug latents`.
 #[derive(Debug, Args)]
@@ -32,7 +33,7 @@ pub struct LatentsArgs {
     #[arg(long, default_value = "stage1", requires = "step")]
     pub stage: String,
     /// Tensor of the file, if it has several.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "step")]
     pub tensor: Option<String>,
     /// What it should be: an encoded or finished latent is coherent, noise is not.
     #[arg(long, default_value_t = false)]
@@ -56,6 +57,10 @@ fn latent(args: &LatentsArgs) -> Result<Stored> {
         };
         return chosen.with_context(|| format!("`{}` has no such tensor of shape (1, c, f, h, w)", path.display()));
     };
+    let pipeline = definition(args.run.shape.pipeline.unwrap_or_default());
+    if !pipeline.has_video {
+        bail!("pipeline `{}` makes no video, and only latents of video are looked at; name another one", pipeline.name);
+    }
     let (plan, ran) = args.run.run(DebugMode::Fused, BTreeMap::new(), |_| None)?;
     let stage = plan.pipeline.stages.iter().find(|s| s.name == args.stage);
     let stage = stage.with_context(|| format!("pipeline `{}` has no stage `{}`", plan.pipeline.name, args.stage))?;
@@ -74,9 +79,12 @@ fn latent(args: &LatentsArgs) -> Result<Stored> {
 /// A file without such a tensor.
 pub fn run(args: &LatentsArgs, json_output: bool) -> Result<bool> {
     let tensor = latent(args)?;
-    let &[_, c, f, h, w] = &tensor.shape[..] else {
+    let &[1, c, f, h, w] = &tensor.shape[..] else {
         bail!("`{}` is {:?}, expected (1, c, f, h, w)", tensor.name, tensor.shape)
     };
+    if tensor.values.is_empty() {
+        bail!("`{}` is {:?}, which holds no values; give a latent that does", tensor.name, tensor.shape);
+    }
     let s = Stats::of(&tensor.shape, &tensor.values);
     let plane = |channel: usize, frame: usize| -> Vec<f64> {
         let at = (channel * f + frame) * h * w;

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use clap::Args;
 use ltxc_compiler::Options;
 use ltxc_ir::plan::Plan;
@@ -23,10 +23,11 @@ use super::flags::{DebugFlags, DebugMode};
 use super::names::components;
 use super::options::DebugOptions;
 use super::session::{About, Session};
-use crate::args::{ModelArgs, ShapeArgs};
+use crate::args::{ModelArgs, PipelineName, ShapeArgs};
 use crate::compile::compile;
 use crate::job::{Shape, pick};
 use crate::model_files::ModelFiles;
+use crate::pipelines::{Definition, definition};
 use crate::run::INTERRUPT;
 
 /// A model and a run of it.
@@ -58,6 +59,7 @@ impl RunOf {
         let mut options = DebugOptions::of(&self.debug)?;
         let mode = options.mode.unwrap_or(usual);
         options.mode = Some(mode);
+        check_prompt_is_all(self.shape.pipeline.unwrap_or_default())?;
         let device = pick(&self.shape.device, None)?;
         let shape = Shape::resolve(&self.shape, 0)?;
         let files = ModelFiles::open(&self.model, shape.has_two_stages())?;
@@ -163,6 +165,21 @@ pub struct Tensors {
     pub frames: Vec<f32>,
     /// Sound, `[samples, 2]`.
     pub sound: Vec<f32>,
+}
+
+/// Refuses a pipeline that needs more than a prompt, which is all that commands of this folder bring.
+///
+/// # Errors
+/// A pipeline that needs a clip, reference videos or a recording.
+pub(super) fn check_prompt_is_all(pipeline: PipelineName) -> Result<()> {
+    let Definition { name, brings, .. } = definition(pipeline);
+    if brings.clip || brings.references > 0 || brings.sound.is_some() {
+        bail!(
+            "pipeline `{name}` needs more than a prompt, and this command brings nothing else; name another pipeline, or \
+             look into `ltxc run` with its flags of logs"
+        );
+    }
+    Ok(())
 }
 
 /// Compiles a plan for a device.

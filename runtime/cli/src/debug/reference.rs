@@ -26,7 +26,7 @@ use super::flags::{DebugFlags, DebugMode, LogFlags};
 use super::recording::{Distance, TensorFile};
 use crate::args::ContentArgs;
 use crate::choice::Occurrences;
-use crate::pipelines::definition;
+use crate::pipelines::{Definition, definition};
 use crate::report::{Report, Style};
 use crate::run;
 
@@ -269,9 +269,16 @@ fn noise_files(args: &BisectArgs, folder: &Path) -> Vec<(&'static str, PathBuf)>
         ("--ltx2-refine-noise-path", "video2"),
         ("--ltx2-refine-audio-noise-path", "audio2"),
     ];
-    let stages = if definition(args.shape.pipeline.unwrap_or_default()).has_two_stages { 2 } else { 1 };
+    let Definition { has_video, has_sound, has_two_stages, .. } = *definition(args.shape.pipeline.unwrap_or_default());
+    let stages = if has_two_stages { 2 } else { 1 };
+    let is_made = |name: &str| if name.starts_with("video") { has_video } else { has_sound && !args.shape.no_audio };
     let path = |name: &str| folder.join("noise").join(format!("{name}.safetensors"));
-    flags.into_iter().take(2 * stages).map(|(flag, name)| (flag, path(name))).collect()
+    flags
+        .into_iter()
+        .take(2 * stages)
+        .filter(|(_, name)| is_made(name))
+        .map(|(flag, name)| (flag, path(name)))
+        .collect()
 }
 
 /// Runs this side without fusion; all logs at once, or the values with the names of `pattern`.

@@ -297,3 +297,15 @@ fn a_whole_loop_tells_of_latents_and_frames() {
     let last = &lines.last().unwrap()["final_latent"];
     assert!(last["std"].is_number() && (last["ok"] == true || done.code == Some(1)), "{last}");
 }
+
+#[test]
+fn pipelines_that_need_more_than_a_prompt_are_refused() {
+    let place = Place::new();
+    let refused = |command: &[&str], words: &[&str]| {
+        crate::binary::sentence(&place.run(&command.iter().map(|s| s.to_string()).collect::<Vec<_>>()), words);
+    };
+    let alone = ["`retake` needs more than a prompt", "name another pipeline"];
+    refused(&["debug", "bisect", "retake", "--preset", "tiny"], &alone);
+    refused(&["debug", "latents", "--step", "0", "--pipeline", "retake"], &alone);
+    refused(&["debug", "latents", "--step", "0", "--pipeline", "t2a"], &["`t2a` makes no video"]);
+}

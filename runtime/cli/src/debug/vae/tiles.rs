@@ -44,7 +44,7 @@ pub(super) fn tiles(args: &TilesArgs, model: &Model<'_>, json_output: bool) -> R
     let latent = args.latent.load(config.latent_channels)?;
     let grid @ [_, h, w] = [1, 2, 3].map(|axis| latent.ty.shape[axis]);
     let factors = config.factors();
-    let plan = TilePlan::decode(grid, factors, &VaeTile::parse(&args.vae_tile)?.tiling(grid, factors)?)?;
+    let plan = VaeTile::parse(&args.vae_tile)?.tiles(grid, factors)?;
     if plan.len() < 2 {
         bail!("a latent of {grid:?} is one tile of `--vae-tile {}`; give a larger one or smaller tiles", args.vae_tile);
     }
