@@ -329,6 +329,7 @@ mod tests {
             elementwise_bytes,
             arena_bytes: 1 << 20,
             seconds,
+            least_seconds: None,
             full_by_this: 1210.0 / 1259.0,
             gain: None,
             predicted_gain: 0.0,

@@ -18,9 +18,6 @@ use super::rope::{Table, rotate_heads};
 /// Elements per task of the first pass: few, so that threads end together where there are few tokens.
 const TASK: usize = 1 << 13;
 
-/// Work per element of the first pass, which brings the operand from memory.
-const WEIGHT: usize = 2;
-
 /// What is done to queries or keys before they are used.
 pub(crate) struct Steps<'a> {
     /// A norm along rows of so many elements: a head or all heads of a token.
@@ -105,7 +102,7 @@ pub(crate) unsafe fn find_factors(heads: [Option<&Heads<'_>>; 2], scratch: &Scra
     let first = norms.first().map_or(0, |(_, norm)| norm.tasks());
     let tasks = norms.iter().map(|(_, norm)| norm.tasks()).sum();
     let elements: usize = norms.iter().map(|(x, _)| x.ty.elements()).sum();
-    for_each(tasks, elements * WEIGHT, |task| {
+    for_each(tasks, elements, |task| {
         let ((x, norm), task) = if task < first { (norms[0], task) } else { (norms[1], task - first) };
         let (dtype, per_task) = (x.ty.dtype, norm.per_task());
         // SAFETY: called once per task.
