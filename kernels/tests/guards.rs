@@ -5,6 +5,7 @@
 #![cfg(feature = "wgpu")]
 
 use std::process::Command;
+use std::time::Duration;
 
 use cubecl::future::block_on;
 use cubecl::ir::StorageType;
@@ -254,7 +255,17 @@ mod scenarios {
         guard::sync(&client).unwrap();
         setup.device.destroy();
         launch(&client, &values, 1, 16);
-        report(guard::sync(&client));
+        let mut found = guard::sync(&client);
+        assert!(found.is_err(), "the failure was silent");
+        // That the device is lost is told by the thread that polls it, mostly before, sometimes a moment after.
+        for _ in 0..100 {
+            if found.as_ref().is_err_and(|error| error.contains("lost")) {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+            found = guard::sync(&client);
+        }
+        report(found);
     }
 
     pub fn refused_before_submission() {

@@ -223,7 +223,7 @@ mod tests {
             };
             let run = |value: &str| checked(&line(value).iter().map(String::as_str).collect::<Vec<_>>());
             run(own).unwrap_or_else(|e| panic!("{e:#}"));
-            let sentence = run(other).expect_err(flag).to_string();
+            let sentence = format!("{:#}", run(other).expect_err(flag));
             let words = match flag {
                 "quantization" => vec!["weights are not quantised".to_string()],
                 // A picture of this size is one tile of any that is larger than what tiles share.
