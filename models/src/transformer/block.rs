@@ -302,8 +302,7 @@ impl<'a> Block<'a> {
             token_rows: s.token_rows.filter(|_| !cross.is_even),
             dtype: self.dtype,
         };
-        let gate =
-            cross.gate.map(|gate| Modulation { timesteps: Some(gate), token_rows: None, ..scale_shift });
+        let gate = cross.gate.map(|gate| Modulation { timesteps: Some(gate), token_rows: None, ..scale_shift });
         CrossSide { normed: self.norm(s.x), scale_shift, gate, rotation: cross.rotation }
     }
 
