@@ -142,7 +142,8 @@ fn smoke(name: &str, seeds: &[Vec<u8>], target: fn(&[u8])) {
         assert!(largest <= MOST_BYTES, "{name}: run {runs} allocates {largest} bytes for {} of input", input.len());
         runs += 1;
     }
-    assert!(runs > 100, "{name}: only {runs} runs in {TIME:?}");
+    println!("{name}: {runs} runs");
+    assert!(runs > 20, "{name}: only {runs} runs in {TIME:?}");
 }
 
 const GRAPH: &str = r#"

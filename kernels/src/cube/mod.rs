@@ -84,11 +84,11 @@ pub fn launch<R: Runtime>(
     let result_types: Vec<&TensorType> = results.iter().map(|r| r.ty).collect();
     kernel.check(&arg_types, &result_types)?;
     let choice = Choice::default();
-    launch_checked(kernel, &Call { client, args, out: &results[0], workspace, tail: None, pads: &[], choice })
+    launch_checked(kernel, &Call { client, args, out: &results[0], workspace, tail: None, front: None, choice })
 }
 
 /// [`launch`] for types that fit the kernel. With a tail, which finishes each element, the result may have another dtype;
-/// with pads the first operand is smaller by them. See `schedule` for which calls may have them.
+/// with pads in front the first operand is smaller by them. See `schedule` for which calls may have them.
 fn launch_checked<R: Runtime>(kernel: &Kernel, call: &Call<'_, R>) -> Result<(), String> {
     guard::install();
     call.args.iter().chain([call.out]).try_for_each(call::check_tensor)?;
@@ -102,7 +102,7 @@ fn launch_checked<R: Runtime>(kernel: &Kernel, call: &Call<'_, R>) -> Result<(),
     let ty = call.out.ty.with_dtype(DType::F32);
     let wide = CubeTensor { ty: &ty, handle: call.scratch(ty.elements())? };
     run(kernel, &Call { out: &wide, workspace: None, tail: None, ..*call })?;
-    let narrowed = Call { args: &[wide], workspace: None, tail: None, pads: &[], ..*call };
+    let narrowed = Call { args: &[wide], workspace: None, tail: None, front: None, ..*call };
     map::launch(&Map { steps: Vec::new() }, &narrowed)
 }
 
@@ -133,7 +133,7 @@ fn run<R: Runtime>(kernel: &Kernel, call: &Call<'_, R>) -> Result<(), String> {
 /// What a sum of nothing gives.
 fn fill_zeros<R: Runtime>(call: &Call<'_, R>) -> Result<(), String> {
     let zero = Map { steps: vec![MapStep::Scalar(ltxc_ir::Float(0.0))] };
-    map::launch(&zero, &Call { args: &[], tail: None, pads: &[], ..*call })
+    map::launch(&zero, &Call { args: &[], tail: None, front: None, ..*call })
 }
 
 /// Whether units would have to share words of the result, so that it is computed in f32 first.

@@ -3,7 +3,7 @@
 //! | form | one launch | launches of their own |
 //! | --- | --- | --- |
 //! | rows | neighbours that are maps, norms of one row length, gathers of rows and at most one rotation | reductions, integer maps, parts of other sizes |
-//! | product | the product or convolution with its pads, maps and gathers | pads that meet on an axis, copies |
+//! | product | the product or convolution with leaky ReLU and pads, maps and gathers | pads that meet on an axis, copies |
 //! | attention | norm and rotation of queries, those of keys, attention with its maps | |
 //! | group norm | the last of its three launches with its maps | |
 //!
@@ -13,7 +13,7 @@ use ltxc_ir::TensorType;
 use ltxc_ir::ops::PadMode;
 use ltxc_ir::plan::{Form, Fused, Kernel, PartArg, Source};
 
-use super::call::PadAxis;
+use super::call::{Front, PadAxis};
 use super::compose::{self, Composed, Rows};
 use super::fused_rows;
 
@@ -22,18 +22,11 @@ use super::fused_rows;
 pub(crate) enum Step {
     /// One part alone.
     Part(usize),
-    /// Part `anchor` with pads in front of it, and maps behind it up to part `last`.
-    Tail { anchor: usize, padded: Option<Padded>, composed: Option<Composed>, last: usize },
+    /// Part `anchor` with maps behind it up to part `last`, and perhaps with all that stands in front of its first operand,
+    /// of which this is read instead.
+    Tail { anchor: usize, front: Option<(PartArg, Front)>, composed: Option<Composed>, last: usize },
     /// Maps, norms and rotations.
     Rows(Rows),
-}
-
-/// The first operand of a convolution without its pads.
-#[derive(Clone, Debug)]
-pub(crate) struct Padded {
-    pub(crate) operand: PartArg,
-    /// Per spatial axis.
-    pub(crate) pads: Vec<PadAxis>,
 }
 
 impl Step {
@@ -52,8 +45,8 @@ impl Step {
         let of = |c: &Composed| c.reads.iter().chain(&c.overlaps).copied().collect::<Vec<_>>();
         match self {
             Step::Part(part) => own(*part).collect(),
-            Step::Tail { anchor, padded, composed, .. } => {
-                let first = padded.as_ref().map(|p| p.operand.source);
+            Step::Tail { anchor, front, composed, .. } => {
+                let first = front.as_ref().map(|(operand, _)| operand.source);
                 let rest = own(*anchor).skip(usize::from(first.is_some()));
                 first.into_iter().chain(rest).chain(composed.iter().flat_map(of)).collect()
             }
@@ -76,15 +69,15 @@ pub(crate) fn schedule(fused: &Fused, args: &[&TensorType], results: &[&TensorTy
         (anchor + 1..n).find(is_copy).unwrap_or(n)
     };
     let mut steps = Vec::new();
-    let mut padded = None;
+    let mut front = None;
     let anchor = match fused.form() {
         Ok(Form::Rows { .. }) => {
             scheduler.by_rows((0..n).collect(), &mut steps);
             return steps;
         }
         Ok(Form::Product { anchor, .. }) => {
-            padded = without_pads(fused, anchor);
-            if padded.is_none() {
+            front = in_front(fused, anchor);
+            if front.is_none() {
                 steps.extend((0..anchor).map(Step::Part));
             }
             anchor
@@ -101,7 +94,7 @@ pub(crate) fn schedule(fused: &Fused, args: &[&TensorType], results: &[&TensorTy
         Err(_) => return (0..n).map(Step::Part).collect(),
     };
     let end = copies(anchor);
-    scheduler.by_tail(anchor, padded, end, &mut steps);
+    scheduler.by_tail(anchor, front, end, &mut steps);
     steps.extend((end..n).map(Step::Part));
     steps
 }
@@ -147,7 +140,7 @@ impl Scheduler<'_> {
     }
 
     /// The anchor with as much of the maps before part `end` as fits, then the rest.
-    fn by_tail(&self, anchor: usize, padded: Option<Padded>, end: usize, steps: &mut Vec<Step>) {
+    fn by_tail(&self, anchor: usize, front: Option<(PartArg, Front)>, end: usize, steps: &mut Vec<Step>) {
         for last in (anchor + 1..end).rev() {
             let group: Vec<usize> = (anchor..=last).collect();
             let result = &self.fused.parts[last].result;
@@ -155,28 +148,38 @@ impl Scheduler<'_> {
                 continue;
             }
             if let Ok(composed) = compose::tail(self.fused, anchor, &group[1..], last, &self.may_overlap) {
-                steps.push(Step::Tail { anchor, padded, composed: Some(composed), last });
+                steps.push(Step::Tail { anchor, front, composed: Some(composed), last });
                 return self.by_rows((last + 1..end).collect(), steps);
             }
         }
-        steps.push(match padded {
-            Some(_) => Step::Tail { anchor, padded, composed: None, last: anchor },
+        steps.push(match front {
+            Some(_) => Step::Tail { anchor, front, composed: None, last: anchor },
             None => Step::Part(anchor),
         });
         self.by_rows((anchor + 1..end).collect(), steps);
     }
 }
 
-/// What a convolution reads in front of its pads, if it can do their work: each axis that is padded is spatial, and padded
-/// by one of them, or with zeros only.
-fn without_pads(fused: &Fused, anchor: usize) -> Option<Padded> {
-    let Kernel::Conv(op) = &fused.parts[anchor].kernel else { return None };
-    if anchor == 0 {
-        return None;
-    }
-    let own = |&(lo, hi): &(usize, usize)| (lo + hi > 0).then_some(PadAxis { lo: 0, mode: PadMode::Zeros });
-    let mut pads: Vec<Option<PadAxis>> = op.pad.iter().map(own).collect();
-    for part in &fused.parts[..anchor] {
+/// What stands in front of a convolution, and what that reads, if the convolution can do its work: each axis that is padded
+/// is spatial, and padded by one pad, or with zeros only. Outside of its operand a convolution sees zeros itself.
+fn in_front(fused: &Fused, anchor: usize) -> Option<(PartArg, Front)> {
+    let (part, parts) = (&fused.parts[anchor], &fused.parts[..anchor]);
+    let first = parts.first()?;
+    let sees_outside: Vec<bool> = match &part.kernel {
+        Kernel::Conv(op) => op.pad.iter().map(|&(lo, hi)| lo + hi > 0).collect(),
+        // Its outermost taps are this far from the operand, less what is cut off.
+        Kernel::ConvTranspose(op) => (op.pad.iter().enumerate())
+            .map(|(a, &(lo, hi))| {
+                let reach = op.dilation[a] * (part.args[1].ty.shape[a] - 1);
+                reach >= op.stride[a].saturating_add(lo.min(hi))
+            })
+            .collect(),
+        _ => return None,
+    };
+    let own = |sees: bool| sees.then_some(PadAxis { lo: 0, mode: PadMode::Zeros });
+    let mut pads: Vec<Option<PadAxis>> = sees_outside.into_iter().map(own).collect();
+    let slope = first.leaky_slope();
+    for part in &parts[usize::from(slope.is_some())..] {
         let Kernel::Pad(pad) = &part.kernel else { return None };
         for (axis, &lo) in pad.lo.iter().enumerate().filter(|&(axis, &lo)| lo + pad.hi[axis] > 0) {
             let known = pads.get_mut(axis.checked_sub(1)?)?;
@@ -188,7 +191,7 @@ fn without_pads(fused: &Fused, anchor: usize) -> Option<Padded> {
         }
     }
     let pads = pads.into_iter().map(|pad| pad.unwrap_or(PadAxis { lo: 0, mode: PadMode::Zeros })).collect();
-    Some(Padded { operand: fused.parts[0].args[0].clone(), pads })
+    Some((first.args[0].clone(), Front { slope, pads }))
 }
 
 /// Whether the kernel of a part computes each element once and in one place when it stores elements like those of
