@@ -46,7 +46,12 @@ struct ProgramDraft {
 impl PlanBuilder {
     /// Starts a plan written by `compiler` for `target`; `sources` are the weight files that graphs may name.
     pub fn new(compiler: &str, target: Target, options: Options, sources: Vec<WeightSource>) -> PlanBuilder {
-        let options = Options { max_bindings: options.max_bindings.min(target.max_bindings), ..options };
+        let options = Options {
+            max_bindings: options.max_bindings.min(target.max_bindings),
+            max_tensor_bytes: options.max_tensor_bytes.min(target.max_tensor_bytes),
+            packs_projections: options.packs_projections.or(Some(target.copies_weights())),
+            ..options
+        };
         PlanBuilder {
             compiler: compiler.into(),
             target,

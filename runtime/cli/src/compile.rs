@@ -55,7 +55,8 @@ pub fn options(args: &CompilerArgs) -> Options {
         FuseLevel::Composite => Fuse::Composite,
         FuseLevel::Full => Fuse::Full,
     };
-    Options { fuse, disabled: args.disable.clone(), ..Options::default() }
+    let packs_projections = args.pack_projections.then_some(true);
+    Options { fuse, disabled: args.disable.clone(), packs_projections, ..Options::default() }
 }
 
 /// Options under which every named value of a graph has memory of its own: nothing is fused, packed or rearranged.
