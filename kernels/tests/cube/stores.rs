@@ -170,7 +170,7 @@ fn convolution(
 #[test]
 fn depth_to_space_is_how_a_convolution_stores() {
     let mut random = Random(31);
-    for seed in 0..15 {
+    for seed in 0..9 {
         let dtype = DTYPES[seed as usize % 3];
         let space = [random.pick(&[1, 2, 3]), random.pick(&[1, 3, 4, 7]), random.pick(&[1, 2, 5, 13])];
         let block = random.pick(&[[2, 2, 2], [1, 2, 2], [2, 1, 1], [1, 3, 3]]);
@@ -188,7 +188,7 @@ fn depth_to_space_is_how_a_convolution_stores() {
 #[test]
 fn space_to_depth_is_how_a_convolution_stores() {
     let mut random = Random(32);
-    for seed in 0..12 {
+    for seed in 0..9 {
         let dtype = DTYPES[seed as usize % 3];
         let space = [random.pick(&[1, 2, 3]), random.pick(&[1, 3, 4]), random.pick(&[1, 2, 5, 7])];
         let block = random.pick(&[[2, 2, 2], [1, 2, 2], [2, 1, 1], [1, 3, 3]]);
@@ -256,7 +256,7 @@ fn split(seed: u64, dtype: DType, m: usize, widths: &[usize]) -> Call {
 #[test]
 fn products_are_stored_in_parts() {
     let mut random = Random(33);
-    for seed in 0..12 {
+    for seed in 0..9 {
         let dtype = DTYPES[seed as usize % 3];
         let m = random.pick(&[1, 2, 5, 33, 70]);
         let widths: Vec<usize> = (0..2 + seed as usize % 3).map(|_| random.pick(&[1, 2, 6, 7, 30, 64])).collect();
