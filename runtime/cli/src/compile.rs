@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use ltxc_compiler::{Fuse, Options, PlanBuilder};
 use ltxc_ir::Module;
 use ltxc_ir::plan::summary::function_costs;
@@ -75,6 +75,11 @@ pub fn version() -> String {
 /// # Errors
 /// As for [`compile()`], and a plan that cannot be written.
 pub fn run(args: &CompileArgs, lora_occurrences: &[usize], report: &mut Report) -> Result<()> {
+    let is_fused = matches!(args.compiler.fuse, None | Some(FuseLevel::Full));
+    ensure!(
+        !args.compiler.pack_projections || (is_fused && args.compiler.disable.iter().all(|p| p != "pack-projections")),
+        "`--pack-projections` packs nothing without fusion or that pass; leave out either it or `--fuse` and `--disable`"
+    );
     let loras = Loras::open(&args.adapters, lora_occurrences)?;
     let named = definition(args.shape.pipeline.unwrap_or_default());
     let shape = Shape::resolve(&args.shape, named.brings.usual_keyframes())?.with(&loras)?;
