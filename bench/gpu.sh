@@ -22,10 +22,12 @@ pack() {
     mkdir -p "$folder/bin"
     folder=$(cd "$folder" && pwd)
     cd "$root"
-    cargo build --release --locked --workspace --bin ltxc --bin ltxc-bench --features ltxc-bench/cubek
+    # The same features for both, so that everything is built once.
+    local build=(--release --locked --workspace --features ltxc-bench/cubek)
+    cargo build "${build[@]}" --bin ltxc --bin ltxc-bench
     install target/release/ltxc target/release/ltxc-bench "$folder/bin"
     local tests
-    tests=$(cargo test --release --locked --workspace --test cube --test parity --no-run 2>&1)
+    tests=$(cargo test "${build[@]}" --test cube --test parity --no-run 2>&1)
     # `Executable tests/cube/main.rs (target/release/deps/cube-0123456789abcdef)`
     binary() { sed -n "s,^ *Executable .*(\\(.*/$1-[0-9a-f]*\\))\$,\\1,p" <<<"$tests"; }
     install "$(binary cube)" "$folder/bin/kernel-tests"
@@ -41,6 +43,7 @@ pack() {
 run() {
     local device=cuda:0 seconds=480 out=results python='' size=512x768x121 large=1088x1920x121 divisor=1
     while [ $# -gt 0 ]; do
+        [ $# -gt 1 ] || usage
         case $1 in
             --device) device=$2 ;;
             --seconds) seconds=$2 ;;
@@ -58,6 +61,7 @@ run() {
     start=$(date +%s)
     mkdir -p "$out"
     local log="$out/summary.md"
+    # shellcheck disable=SC2016 # backticks of Markdown
     printf '# GPU run, %s, device `%s`, %s s\n\n| part | result | s |\n| --- | --- | --- |\n' \
         "$(date -u +%F)" "$device" "$seconds" >"$log"
     export LTXC_FIXTURES="$here/fixtures" LTXC_TEST_DEVICE="$device" LTXC_REQUIRE_VULKAN=1 NODEVICE_SELECT=1
@@ -99,7 +103,7 @@ run() {
     part "suite-$size-f32" 15 "${suite[@]}" --size "$size" --kernels 0.3
     case $device in
         cuda:*)
-            if "$here/bin/ltxc" doctor | grep -q ' vulkan:0: .* of its own'; then
+            if grep -q ' vulkan:0: .* of its own' "$out/machine.log"; then
                 LTXC_TEST_DEVICE=vulkan:0 part parity-vulkan 10 "$here/bin/parity-tests" distilled_runs_on_a_gpu
                 LTXC_TEST_DEVICE=vulkan:0 part kernel-tests-vulkan 15 "$here/bin/kernel-tests"
             else

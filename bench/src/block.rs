@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
+use ltxc::bench::statistics::relative_difference;
 use ltxc_compiler::Options;
 use ltxc_ir::{DType, Rate};
 use ltxc_models::Weights;
@@ -19,7 +20,7 @@ use ltxc_models::synth::{Preset, tensors};
 use ltxc_models::transformer::{ENTRY, Stream, StreamSpec, TransformerConfig, TransformerSpec, build};
 use serde_json::json;
 
-use crate::measure::{Sample, Turns, alternate, relative_difference};
+use crate::measure::{Sample, Turns, alternate};
 use crate::report::{Row, Table, figure};
 use crate::session::{self, CallTimes, Input, SOURCE, Session};
 use crate::synthetic::{self, Numbers, Values};

@@ -14,6 +14,7 @@ use cubek::reduce::launch::{ReduceStrategy, RoutineStrategy, VectorizationStrate
 use cubek::reduce::{ReduceDtypes, reduce, routines};
 use cubek::std::InputBinding;
 use half::bf16;
+use ltxc::bench::statistics::{median, relative_difference};
 use ltxc_ir::ops::{Matmul, Reduce, ReduceKind};
 use ltxc_ir::plan::{Kernel, Map, MapStep};
 use ltxc_ir::{DType, Float, TensorType};
@@ -21,7 +22,6 @@ use ltxc_kernels::cube::{self, CubeTensor, guard};
 use ltxc_runtime::backend::DeviceName;
 
 use crate::block::Findings;
-use crate::measure::{median, relative_difference};
 use crate::report::{Row, Table, figure};
 use crate::synthetic::Numbers;
 

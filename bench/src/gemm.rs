@@ -185,6 +185,6 @@ mod tests {
         Product::new(shape, DType::F32).run(&x, bytemuck::cast_slice(&w), &mut ours);
         gemm_crate(shape, &x, &w, &mut theirs);
         // Sums of 70 products in another order.
-        assert!(crate::measure::relative_difference(&ours, &theirs) < 70.0 * f32::EPSILON as f64);
+        assert!(ltxc::bench::statistics::relative_difference(&ours, &theirs) < 70.0 * f32::EPSILON as f64);
     }
 }

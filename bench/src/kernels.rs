@@ -13,6 +13,8 @@ use half::{bf16, f16};
 use ltxc::bench::calls::{BareCall, CallPlan};
 use ltxc::bench::ceilings::Ceilings;
 use ltxc::bench::inputs::write_noise;
+use ltxc::bench::levels::Other;
+use ltxc::bench::statistics::{largest, median, relative_difference};
 use ltxc::bench::{profile, runs_of_sample, sample};
 use ltxc_ir::plan::{KernelCall, Plan, Source, Work};
 use ltxc_ir::{DType, TensorType};
@@ -21,8 +23,6 @@ use ltxc_runtime::backend::{Device, open};
 use ltxc_runtime::executor::Executor;
 use ltxc_runtime::weights::WeightFiles;
 use serde::{Deserialize, Serialize};
-
-use crate::measure::{median, relative_difference};
 
 /// What was measured of a kernel.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -66,15 +66,6 @@ pub struct Apart {
     pub predicted_gain: f64,
     /// Relative L2 distance of what both give; `None` if that is too large to compare.
     pub difference: Option<f64>,
-}
-
-/// The same work by another library.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Other {
-    /// What it is.
-    pub name: String,
-    /// Seconds of a call.
-    pub seconds: f64,
 }
 
 /// A call, and how often a plan makes it.
@@ -258,11 +249,7 @@ fn difference(executor: &mut Executor<'_>, calls: &CallPlan) -> Result<Option<f6
         results.collect::<Result<Vec<Vec<f32>>, RunError>>()
     };
     let (fused, apart) = (read(FUSED)?, read(APART)?);
-    let differences = fused.iter().zip(&apart).map(|(a, b)| relative_difference(a, b));
-    // Both zero is equal; anything else that is no number is not.
-    let is_zero = |values: &[Vec<f32>]| values.iter().flatten().all(|v| *v == 0.0);
-    let most = differences.fold(0f64, |most, d| if d.is_nan() { d } else { most.max(d) });
-    Ok(Some(if most.is_nan() && is_zero(&fused) && is_zero(&apart) { 0.0 } else { most }))
+    Ok(Some(largest(fused.iter().zip(&apart).map(|(a, b)| relative_difference(a, b)))))
 }
 
 fn floats(bytes: &[u8], dtype: DType) -> Vec<f32> {

@@ -7,10 +7,9 @@ use ltxc::bench::drawing::{
     ARITHMETIC, GREY, INK, MEMORY, WIDTH, bar, escape, foot, head, key, label, operations, quarters, section,
     shortened, svg,
 };
+use ltxc::bench::{figure, levels_page};
 
 use crate::kernels::KernelRow;
-use crate::levels::ComponentRow;
-use crate::report::figure;
 use crate::suite::{Suite, percent};
 
 /// Kernels whose bars are drawn.
@@ -19,27 +18,12 @@ const MOST_BARS: usize = 28;
 /// Where bars begin.
 const LABEL: f64 = 400.0;
 
-/// Colours of the levels of fusion, the most first.
-const LEVELS: [&str; 3] = ["#1f6feb", "#9aa4b2", "#d3d9e0"];
-
-/// Colour of other libraries.
-const OTHER: &str = "#e0a100";
-
 /// The page.
 pub fn html(suite: &Suite) -> String {
     let lines = [suite.what.clone(), format!("{} · {}", suite.machine, suite.date)];
     let mut out = head(&format!("ltxc on {}", suite.device.join(": ")), &lines, &tiles(suite));
     if !suite.components.is_empty() {
-        let levels = ["full fusion", "one kernel per composite", "one kernel per primitive"];
-        let keys: String = LEVELS.iter().zip(levels).map(|(colour, text)| key(colour, text)).collect();
-        put(
-            &mut out,
-            section(
-                "Fused, one kernel per composite, and none",
-                &format!("One run of each component; shorter is better. {keys}"),
-                &components(&suite.components),
-            ),
-        );
+        put(&mut out, levels_page::section_of("One run of each component", &suite.components));
     }
     if !suite.kernels.is_empty() {
         let colours = format!("{}{}", key(MEMORY, "limited by memory"), key(ARITHMETIC, "limited by arithmetic"));
@@ -92,47 +76,6 @@ fn tiles(suite: &Suite) -> Vec<(String, String)> {
         tiles.push((format!("−{}", percent(saved)), "of its elementwise bytes".into()));
     }
     tiles
-}
-
-/// Bars of all levels of each component, as long as their part of the largest: of time, and of elementwise bytes.
-fn components(components: &[ComponentRow]) -> String {
-    const BAR: f64 = 20.0;
-    const NAMES: f64 = 296.0;
-    let (time, bytes) = ((NAMES, 250.0), (700.0, 210.0));
-    let (mut body, mut y) = (String::new(), 28.0);
-    for ((x, _), text) in [(time, "time of a run"), (bytes, "bytes moved beside products and attention")] {
-        put(&mut body, label(x, 14.0, "start", "400", GREY, text));
-    }
-    for component in components {
-        put(&mut body, label(NAMES - 14.0, y + 13.0, "end", "600", INK, &component.name));
-        let sizes = wrapped(&component.sizes, 44);
-        for (i, part) in sizes.iter().enumerate() {
-            put(&mut body, label(NAMES - 14.0, y + 31.0 + 16.0 * i as f64, "end", "400", GREY, part));
-        }
-        let top = y;
-        let slowest = component.levels.iter().map(|l| l.seconds).chain(component.others.iter().map(|o| o.seconds));
-        let slowest = slowest.fold(0.0, f64::max);
-        let most = component.levels.iter().map(|l| l.elementwise_bytes).max().unwrap_or(0).max(1) as f64;
-        let mut row = |(x, room): (f64, f64), part: f64, colour: &str, y: f64, text: &str| {
-            put(&mut body, bar(x, y, room * part, BAR - 4.0, colour));
-            put(&mut body, label(x + room * part + 8.0, y + 13.0, "start", "400", INK, text));
-        };
-        for (i, (level, colour)) in component.levels.iter().zip(LEVELS).enumerate() {
-            let ms = format!("{} ms", figure(level.seconds * 1e3));
-            let than_full = format!(", {} × full", figure(1.0 / level.full_by_this));
-            row(time, level.seconds / slowest, colour, y, &if i == 0 { ms } else { ms + &than_full });
-            let mb = format!("{} MB", figure(level.elementwise_bytes as f64 / 1e6));
-            row(bytes, level.elementwise_bytes as f64 / most, colour, y, &mb);
-            y += BAR;
-        }
-        for other in &component.others {
-            let text = format!("{} ms, {}", figure(other.seconds * 1e3), other.name);
-            row(time, other.seconds / slowest, OTHER, y, &text);
-            y += BAR;
-        }
-        y = y.max(top + 22.0 + 16.0 * sizes.len() as f64) + 18.0;
-    }
-    svg(y - 8.0, &body)
 }
 
 /// Achieved rate over operations per byte, both logarithmic, under the ceilings.
@@ -291,21 +234,6 @@ fn decade_of(decade: i32) -> String {
     format!("{} {letter}", 10f64.powi(decade - unit))
 }
 
-/// Lines of at most `width` characters, cut between words.
-fn wrapped(text: &str, width: usize) -> Vec<String> {
-    let mut lines: Vec<String> = Vec::new();
-    for word in text.split(' ') {
-        match lines.last_mut() {
-            Some(line) if line.chars().count() + word.chars().count() < width => {
-                line.push(' ');
-                line.push_str(word);
-            }
-            _ => lines.push(word.into()),
-        }
-    }
-    lines
-}
-
 fn put(out: &mut String, text: String) {
     out.push_str(&text);
 }
@@ -314,10 +242,10 @@ fn put(out: &mut String, text: String) {
 mod tests {
     use ltxc::bench::ceilings::Ceilings;
     use ltxc::bench::drawing::outside;
+    use ltxc::bench::levels::{ByLevel, Level, Other};
 
     use super::*;
-    use crate::kernels::{Apart, Other};
-    use crate::levels::Level;
+    use crate::kernels::Apart;
     use crate::machine::Machine;
 
     fn level(name: &str, seconds: f64, elementwise_bytes: u64) -> Level {
@@ -363,7 +291,7 @@ mod tests {
             level("composite", 1.259, 669_000_000),
             level("none", 1.347, 2_568_000_000),
         ];
-        let block = ComponentRow {
+        let block = ByLevel {
             name: "transformer block".into(),
             sizes: "32640 video tokens of 4096, 126 audio tokens of 2048, 1024 text tokens".into(),
             levels,

@@ -8,13 +8,14 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use ltxc::bench::ceilings::Ceilings;
+use ltxc::bench::levels::{ByLevel, LEGEND, Other, cells, columns};
 use ltxc_compiler::Fuse;
 use ltxc_ir::plan::{KernelCall, Plan};
 use ltxc_runtime::backend::Device;
 use serde::{Deserialize, Serialize};
 
 use crate::kernels::{self, Distinct, KernelRow};
-use crate::levels::{self, ComponentRow};
+use crate::levels;
 use crate::machine::Machine;
 use crate::report::{figure, line, markdown_table};
 use crate::subjects::{self, Subject};
@@ -54,7 +55,7 @@ pub struct Suite {
     /// What else reaches which rate: name, unit, value.
     pub references: Vec<(String, String, f64)>,
     /// Components.
-    pub components: Vec<ComponentRow>,
+    pub components: Vec<ByLevel>,
     /// Kernels.
     pub kernels: Vec<KernelRow>,
     /// What to know: what was left out, and why.
@@ -254,62 +255,9 @@ impl Suite {
             return;
         }
         line(text, "\n## Components by level of fusion\n");
-        line(
-            text,
-            "Ratios are of full fusion to the level, medians over rounds of neighbouring runs. Gains are of full fusion over",
-        );
-        line(
-            text,
-            "the level, in brackets where the true median lies with 95 % certainty, and beside that by the least time of every",
-        );
-        line(
-            text,
-            "call over the rounds; predicted is what the elementwise bytes saved take at the rate of a large copy.\n",
-        );
-        let columns = [
-            "component",
-            "fusion",
-            "calls",
-            "MB moved",
-            "MB elementwise",
-            "ms",
-            "full / this",
-            "ms gained",
-            "by least times",
-            "ms predicted",
-            "of ceiling",
-            "first run, ms",
-            "difference",
-        ];
-        let mut rows = Vec::new();
-        for component in &self.components {
-            for (i, level) in component.levels.iter().enumerate() {
-                let name = if i == 0 { format!("{}: {}", component.name, component.sizes) } else { String::new() };
-                rows.push(vec![
-                    name,
-                    level.level.clone(),
-                    level.calls.to_string(),
-                    figure(level.bytes as f64 / 1e6),
-                    figure(level.elementwise_bytes as f64 / 1e6),
-                    figure(level.seconds * 1e3),
-                    if i == 0 { String::new() } else { figure(level.full_by_this) },
-                    if i == 0 { String::new() } else { gain(level) },
-                    if i == 0 { String::new() } else { least_gain(level, &component.levels[0]) },
-                    if i == 0 { String::new() } else { figure(level.predicted_gain * 1e3) },
-                    percent(level.share),
-                    figure(level.first_seconds * 1e3),
-                    if i == 0 { String::new() } else { format!("{:.1e}", level.difference) },
-                ]);
-            }
-            for [level, why] in &component.missing {
-                rows.push(vec![String::new(), level.clone(), why.clone()]);
-            }
-            for other in &component.others {
-                let ms = figure(other.seconds * 1e3);
-                rows.push(vec![String::new(), other.name.clone(), String::new(), String::new(), String::new(), ms]);
-            }
-        }
-        markdown_table(text, &columns, &rows);
+        LEGEND.iter().for_each(|sentence| line(text, sentence));
+        line(text, "");
+        markdown_table(text, &columns("component"), &cells(&self.components));
     }
 
     fn kernel_tables(&self, text: &mut String) {
@@ -344,24 +292,9 @@ impl Suite {
     }
 }
 
-/// Milliseconds gained, with the interval if there is one.
-fn gain(level: &levels::Level) -> String {
-    let ms = |seconds: f64| figure(seconds * 1e3);
-    match level.gain {
-        Some(gain) => format!("{} [{}, {}]", ms(gain.median), ms(gain.low), ms(gain.high)),
-        None => ms(level.seconds * (1.0 - level.full_by_this)),
-    }
-}
-
-/// Milliseconds gained by the least times of all calls, where these are known.
-fn least_gain(level: &levels::Level, full: &levels::Level) -> String {
-    let least = level.least_seconds.zip(full.least_seconds);
-    least.map(|(this, full)| figure((this - full) * 1e3)).unwrap_or_default()
-}
-
 fn kernel_cells(k: &KernelRow) -> Vec<String> {
     let apart = |cell: &dyn Fn(&kernels::Apart) -> String| k.apart.as_ref().map(cell).unwrap_or_default();
-    let other = |cell: &dyn Fn(&kernels::Other) -> String| k.other.as_ref().map(cell).unwrap_or_default();
+    let other = |cell: &dyn Fn(&Other) -> String| k.other.as_ref().map(cell).unwrap_or_default();
     vec![
         k.kernel.clone(),
         k.calls.to_string(),

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use anyhow::Result;
+use ltxc::bench::statistics::median;
 use ltxc_compiler::Options;
 use ltxc_ir::{DType, Rate};
 use ltxc_models::Weights;
@@ -12,7 +13,7 @@ use ltxc_models::text::{CONTEXT_TOKENS, TextConfig, TextWeights, encode};
 use serde_json::json;
 
 use crate::block::Findings;
-use crate::measure::{Sample, median};
+use crate::measure::Sample;
 use crate::report::{Row, Table, figure};
 use crate::session::{self, CallTimes, Input, SOURCE, Session};
 use crate::synthetic;

@@ -2,10 +2,10 @@
 //! rates that it reaches at best. The worker is `bench/pytorch/suite.py`, which needs nothing but `torch`.
 
 use anyhow::{Context, Result, bail};
+use ltxc::bench::levels::Other;
 use ltxc_ir::plan::{Fused, Kernel, KernelCall, Work};
 use ltxc_ir::{DType, TensorType};
 
-use crate::kernels::Other;
 use crate::measure::Sample;
 use crate::worker::{Python, Worker};
 

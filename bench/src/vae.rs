@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
+use ltxc::bench::statistics::relative_difference;
 use ltxc_compiler::Options;
 use ltxc_ir::{DType, Module, Rate};
 use ltxc_models::Weights;
@@ -12,7 +13,7 @@ use ltxc_models::synth::{Preset, tensors};
 use ltxc_models::video_vae::{VideoVaeConfig, decode};
 
 use crate::block::{Findings, MOST_DIFFERENT};
-use crate::measure::{alternate, relative_difference};
+use crate::measure::alternate;
 use crate::report::{Row, Table};
 use crate::session::{self, CallTimes, Input, SOURCE, Session};
 use crate::synthetic::{self, Numbers, Values};

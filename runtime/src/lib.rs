@@ -5,6 +5,7 @@
 pub mod adapters;
 pub mod audio_frontend;
 pub mod backend;
+mod contain;
 pub mod error;
 pub mod executor;
 pub mod experiments;

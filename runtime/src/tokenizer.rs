@@ -11,8 +11,9 @@
 use std::path::{Path, PathBuf};
 
 use ltxc_ir::plan::ImageTokens;
-use serde::Deserialize;
 use serde_json::Value;
+
+use crate::contain::contain;
 
 /// Tokens of a context, and the most a prompt may have.
 ///
@@ -75,9 +76,7 @@ impl Tokenizer {
 
     fn parse(path: &Path, tokenizer: &[u8], config: Option<(&Path, &[u8])>) -> Result<Tokenizer, TokenizerError> {
         let format = |path: &Path, problem: String| TokenizerError::Format { path: path.into(), problem };
-        // The library panics where the decoder is no JSON.
-        serde_json::from_slice::<Decoder>(tokenizer).map_err(|e| format(path, e.to_string()))?;
-        let mut inner = tokenizers::Tokenizer::from_bytes(tokenizer).map_err(|e| format(path, e.to_string()))?;
+        let mut inner = library(|| tokenizers::Tokenizer::from_bytes(tokenizer)).map_err(|e| format(path, e))?;
         // Length and padding are ours, whatever was in force when the file was saved.
         inner.with_padding(None);
         inner.with_truncation(None).map_err(|e| format(path, e.to_string()))?;
@@ -93,6 +92,8 @@ impl Tokenizer {
                 None => required(&inner, special_token(&config, "eos_token").unwrap_or("<eos>"), "padding")?,
             },
         };
+        // Some faults, such as templates with tokens that are not there, show where text is encoded.
+        library(|| inner.encode("a", true)).map_err(|e| format(path, e))?;
         Ok(Tokenizer { inner, bos, pad })
     }
 
@@ -137,7 +138,7 @@ impl Tokenizer {
     /// `text` as tokens, with one `<bos>` in front.
     fn ids(&self, text: &str) -> Result<Vec<i32>, TokenizerError> {
         let problem = |problem: String| TokenizerError::Encode { problem };
-        let encoding = self.inner.encode(text, true).map_err(|e| problem(e.to_string()))?;
+        let encoding = library(|| self.inner.encode(text, true)).map_err(problem)?;
         let ids: Result<Vec<i32>, _> = encoding.get_ids().iter().map(|&id| i32::try_from(id)).collect();
         let ids = ids.map_err(|e| problem(e.to_string()))?;
         let spoken = ids.iter().skip_while(|&&id| id == self.bos).copied();
@@ -162,15 +163,16 @@ impl Tokenizer {
 
     fn text(&self, ids: &[i32], skips_special: bool) -> Result<String, TokenizerError> {
         let ids: Vec<u32> = ids.iter().filter_map(|&id| u32::try_from(id).ok()).collect();
-        self.inner.decode(&ids, skips_special).map_err(|e| TokenizerError::Encode { problem: e.to_string() })
+        library(|| self.inner.decode(&ids, skips_special)).map_err(|problem| TokenizerError::Encode { problem })
     }
 }
 
-/// The part of a `tokenizer.json` that turns ids into text; read to see that it is JSON.
-#[derive(Deserialize)]
-struct Decoder {
-    #[serde(rename = "decoder")]
-    _settings: Option<Value>,
+/// What the library of tokenizers gives, which panics for many a damaged file.
+fn library<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String> {
+    match contain(work) {
+        Ok(result) => result.map_err(|e| e.to_string()),
+        Err(panic) => Err(format!("it is damaged ({panic})")),
+    }
 }
 
 /// A turn of a user, encoded.
@@ -367,6 +369,13 @@ mod tests {
         assert!(message(Tokenizer::from_bytes(&[0xff, 0, 1], None)).contains("is not a Hugging Face tokenizer"));
         let cut = br#"{"version": "1.0", "decoder": {"type": "Fuse", "rest": ["#;
         assert!(message(Tokenizer::from_bytes(cut, None)).contains("is not a Hugging Face tokenizer"));
+        // Templates with what is not there, on which the library panics.
+        let toy_text = String::from_utf8(toy(true, &SPECIAL)).expect("text");
+        for (from, to) in [(r#"{"<bos>":{"#, r#"{"<b>":{"#), (r#""id":"A""#, r#""id":"B""#)] {
+            assert!(toy_text.contains(from));
+            let problem = message(Tokenizer::from_bytes(toy_text.replace(from, to).as_bytes(), None));
+            assert!(problem.contains("is not a Hugging Face tokenizer: it is damaged ("), "{problem}");
+        }
         assert!(message(Tokenizer::from_bytes(&toy(false, &["<pad>"]), None)).contains("no token `<bos>`"));
         let config = message(Tokenizer::from_bytes(&toy(false, &SPECIAL), Some(b"nonsense")));
         assert!(config.contains("tokenizer_config.json"));

@@ -17,7 +17,10 @@ use ltxc_tests::fuzz;
 /// The largest single allocation that an input of a few kilobytes may cause: the decoder's limit for plans.
 const MOST_BYTES: usize = 64 << 20;
 
-/// Time for each target.
+/// Inputs for each target, the same on every machine that is fast enough for them.
+const RUNS: u64 = 20_000;
+
+/// Time for each target, unless `LTXC_FUZZ_SECONDS` asks for some other, and for any number of inputs.
 const TIME: Duration = Duration::from_secs(3);
 
 /// Remembers the largest request.
@@ -124,7 +127,9 @@ fn smoke(name: &str, seeds: &[Vec<u8>], target: fn(&[u8])) {
     seeds.iter().for_each(|seed| target(seed));
     let (started, mut numbers, mut runs) = (Instant::now(), Numbers(20260), 0u64);
     LARGEST.store(0, Ordering::Relaxed);
-    while started.elapsed() < TIME {
+    let seconds = std::env::var("LTXC_FUZZ_SECONDS").ok();
+    let asked = seconds.map(|s| Duration::from_secs(s.parse().expect("LTXC_FUZZ_SECONDS is a whole number")));
+    while started.elapsed() < asked.unwrap_or(TIME) && (asked.is_some() || runs < RUNS) {
         let input = damage(&mut numbers, seeds);
         let result = std::panic::catch_unwind(|| target(&input));
         if let Err(panic) = result {
@@ -137,7 +142,8 @@ fn smoke(name: &str, seeds: &[Vec<u8>], target: fn(&[u8])) {
         assert!(largest <= MOST_BYTES, "{name}: run {runs} allocates {largest} bytes for {} of input", input.len());
         runs += 1;
     }
-    assert!(runs > 100, "{name}: only {runs} runs in {TIME:?}");
+    println!("{name}: {runs} runs");
+    assert!(runs > 20, "{name}: only {runs} runs in {TIME:?}");
 }
 
 const GRAPH: &str = r#"

@@ -2,7 +2,8 @@
 """Compiles CUDA C++ with NVRTC, without a GPU, and reports registers, shared memory and spills.
 
 The sources are what `LTXC_KERNEL_SOURCES=DIR cargo test --release -p ltxc-tests --test offline` leaves in `DIR/ARCH/*.cu`;
-NVRTC and its headers come from PyPI, into a virtual environment that is made if it is not there.
+those of attention with every head dim are in `DIR/heads/ARCH`. NVRTC and its headers come from PyPI, into a virtual
+environment that is made if it is not there.
 
     tests/tools/nvrtc_check.py --venv target/nvrtc --sources target/kernel-sources --report report.md
 

@@ -186,6 +186,10 @@ impl Modality {
     }
 }
 
+/// Most steps of a stage: models of this kind are trained with about a thousand noise levels, so that more steps are no
+/// finer. Distilled models run 8, guided ones 15 to 40.
+pub const MOST_STEPS: usize = 1000;
+
 /// One denoising stage.
 #[derive(Clone, Debug, PartialEq, Default, Serialize, Deserialize)]
 pub struct Stage {
@@ -197,7 +201,7 @@ pub struct Stage {
     pub width: u32,
     /// Latent frames, rows and columns.
     pub grid: [u32; 3],
-    /// Default noise levels, ending with 0.
+    /// Default noise levels, ending with 0: one more than steps, of which there are at most [`MOST_STEPS`].
     pub sigmas: Vec<f32>,
     /// Where other numbers of steps get their noise levels from.
     pub schedule: Schedule,

@@ -1,6 +1,8 @@
 //! Checks the settings of a pipeline as if they were hostile, so that the driver can compute with them.
 //!
 //! - sizes, rates and counts are below bounds that keep all arithmetic on them far from overflow;
+//! - lists are no longer than what they list can be: stages, classes, programs, noise levels, adapters, blocks, sizes of
+//!   prompts;
 //! - every stage has falling noise levels that end with 0, and a grid if there is video;
 //! - the tiles of the decoder cover the grid of the last stage, in order and without a gap, and their pixels are the video;
 //! - inputs have sizes in range, and tiles that cover them;
@@ -8,7 +10,7 @@
 //!
 //! Other settings without stages are those of a plan that only runs programs; they have no tiles either.
 
-use super::{Pipeline, ReferenceInput, Sampler, SoundRole, Stage, Upscale};
+use super::{MOST_STEPS, Modality, Pass, Pipeline, ReferenceInput, Sampler, SoundRole, Stage, Upscale};
 use crate::tiling::{AxisTile, TilePlan};
 
 /// Largest side in pixels; a plan for more cannot be compiled.
@@ -20,6 +22,18 @@ const MAX_WIDTH: u32 = 1 << 16;
 /// Largest number of reference videos, and of pixels or frames that one of theirs stands for.
 const MAX_REFERENCES: u32 = 64;
 const MAX_SCALE: u32 = 64;
+/// Most stages, conditioning classes and step programs of a stage, and adapters of one: pipelines have one or two stages, a
+/// class for each number of keyframes or extent of a tile, a program for each combination of skipped passes, two adapters.
+const MAX_STAGES: usize = 16;
+const MAX_CLASSES: usize = 1 << 10;
+const MAX_PROGRAMS: usize = 1 << 8;
+const MAX_ADAPTERS: usize = 16;
+/// Most blocks that a perturbed pass leaves attention out of; the largest model has 48.
+const MAX_BLOCKS: usize = 1 << 12;
+/// Most sizes of prompts that have a program, and most programs that enlarge a clip.
+const MAX_BUCKETS: usize = 1 << 8;
+/// Most values of one channel of a spectrogram: three hours of 64 bins, 100 times a second.
+const MAX_SPECTROGRAM: u64 = 1 << 26;
 /// Largest number of tokens of a stage or of the sound track.
 const MAX_TOKENS: u64 = 1 << 26;
 
@@ -41,6 +55,8 @@ pub(super) fn check(pipeline: &Pipeline) -> Result<(), String> {
     if let Some((what, found, most)) = bounded.into_iter().find(|(_, found, most)| found > most) {
         return Err(format!("{what} is {found}, expected at most {most}"));
     }
+    at_most("stages", pipeline.stages.len(), MAX_STAGES)?;
+    at_most("sizes of prompts", pipeline.text.buckets.len(), MAX_BUCKETS)?;
     let has_video = video.channels > 0;
     pipeline
         .stages
@@ -101,6 +117,7 @@ fn check_upscale(pipeline: &Pipeline, upscale: &Upscale) -> Result<(), String> {
     if video.scale.iter().any(|&n| !(1..=MAX_WIDTH).contains(&n)) {
         return Err("a scale is 0 or out of range".into());
     }
+    at_most("programs that upscale", upscale.programs.len(), MAX_PROGRAMS)?;
     if pipeline.audio.tokens > 0 || inputs.sound.is_some() || !inputs.references.is_empty() || inputs.doubles_frames {
         return Err("a clip is upscaled, and takes no other input".into());
     }
@@ -120,7 +137,25 @@ fn check_upscale(pipeline: &Pipeline, upscale: &Upscale) -> Result<(), String> {
     check_encoder_tiles(&pipeline.decode, factors, grid([video.frames, video.height, video.width])?)
 }
 
+/// Refuses a list that no pipeline has.
+fn at_most(what: &str, found: usize, most: usize) -> Result<(), String> {
+    if found <= most { Ok(()) } else { Err(format!("there are {found} {what}, expected at most {most}")) }
+}
+
 fn check_stage(stage: &Stage, has_video: bool) -> Result<(), String> {
+    at_most("noise levels", stage.sigmas.len(), MOST_STEPS + 1)?;
+    at_most("adapters", stage.adapters.len(), MAX_ADAPTERS)?;
+    at_most("kinds of conditioning", stage.classes.len(), MAX_CLASSES)?;
+    for class in &stage.classes {
+        at_most("step programs", class.programs.len(), MAX_PROGRAMS)?;
+        for program in &class.programs {
+            at_most("passes", program.passes.len(), Pass::ALL.len())?;
+            at_most("modalities", program.updates.len(), Modality::BOTH.len())?;
+        }
+    }
+    for guider in stage.guidance.iter().flat_map(|g| [&g.video, &g.audio]) {
+        at_most("blocks without attention", guider.stg_blocks.len(), MAX_BLOCKS)?;
+    }
     let tokens = stage.grid.iter().try_fold(1u64, |n, &d| n.checked_mul(u64::from(d)));
     if has_video && !tokens.is_some_and(|n| (1..=MAX_TOKENS).contains(&n)) {
         return Err(format!("grid {:?} is empty or too large", stage.grid));
@@ -192,6 +227,12 @@ fn check_inputs(pipeline: &Pipeline) -> Result<(), String> {
     }
     if let Some(sound) = &inputs.sound {
         let (frames, tokens) = (sound.mel_frames, pipeline.audio.tokens);
+        if u64::from(frames) * u64::from(sound.mel_bins) > MAX_SPECTROGRAM {
+            return Err(format!(
+                "a spectrogram of {frames} frames of {} bins is too large, expected at most {MAX_SPECTROGRAM} values",
+                sound.mel_bins
+            ));
+        }
         let is_reference = sound.role == SoundRole::Reference;
         let fits = if is_reference { u64::from(sound.tokens()) <= MAX_TOKENS } else { sound.tokens() == tokens };
         if tokens == 0 || sound.time_factor == 0 || !fits {
@@ -229,7 +270,7 @@ fn check_tiles(tiles: &[AxisTile], extent: usize) -> Result<(), String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plan::{ClipInput, VideoSettings};
+    use crate::plan::{ClipInput, Guidance, Guider, SoundInput, StageAdapter, StageClass, StepProgram, VideoSettings};
     use crate::tiling::{TilePlan, Tiling};
 
     /// Two seconds at 768x512.
@@ -339,6 +380,25 @@ mod tests {
         refuses(|p| p.video.frame_rate.1 = 0, "rate");
         refuses(|p| p.stages[0].sigmas.clear(), "noise levels");
         refuses(|p| p.stages[0].sigmas[1] = f32::NAN, "noise levels");
+        let levels = |steps: usize| (0..=steps).map(|i| 1.0 - i as f32 / steps as f32).collect::<Vec<_>>();
+        let mut long = pipeline();
+        long.stages[0].sigmas = levels(MOST_STEPS);
+        assert_eq!(check(&long), Ok(()));
+        refuses(|p| p.stages[0].sigmas = levels(MOST_STEPS + 1), "there are 1002 noise levels, expected at most 1001");
+        refuses(|p| p.stages = vec![p.stages[0].clone(); 17], "17 stages, expected at most 16");
+        refuses(|p| p.text.buckets = vec![1; 1000], "1000 sizes of prompts");
+        refuses(|p| p.stages[0].adapters = vec![StageAdapter::user(); 17], "17 adapters");
+        let class = StageClass { programs: vec![StepProgram::default(); 257], ..StageClass::default() };
+        refuses(|p| p.stages[0].classes = vec![class.clone()], "257 step programs");
+        refuses(|p| p.stages[0].classes = vec![StageClass::default(); 1025], "1025 kinds of conditioning");
+        let passes = StepProgram { passes: vec![Pass::Conditioned; 5], ..StepProgram::default() };
+        let class = StageClass { programs: vec![passes], ..StageClass::default() };
+        refuses(|p| p.stages[0].classes = vec![class.clone()], "5 passes, expected at most 4");
+        let guider = Guider { stg_blocks: vec![0; 5000], ..Guider::default() };
+        refuses(
+            |p| p.stages[0].guidance = Some(Guidance { audio: guider.clone(), ..Guidance::default() }),
+            "5000 blocks without attention",
+        );
         refuses(|p| p.stages[0].grid = [u32::MAX; 3], "too large");
         refuses(|p| p.stages.clear(), "tiles without stages");
         let tiles = |latent: [usize; 3]| TilePlan::denoise(latent, [(2, 8), (2, 6), (2, 6)]).ok();
@@ -368,6 +428,11 @@ mod tests {
             },
             "attention for 64 latents",
         );
+        let sound = SoundInput { mel_frames: 201, mel_bins: 64, time_factor: 4, ..SoundInput::default() };
+        let mut with_sound = pipeline();
+        with_sound.inputs.sound = Some(sound);
+        assert_eq!(check(&with_sound), Ok(()));
+        refuses(|p| p.inputs.sound = Some(SoundInput { mel_bins: 1 << 20, ..sound }), "201 frames of 1048576 bins");
         refuses(|p| p.inputs.doubles_frames = true, "49 frames are not those of references");
         refuses(|p| p.decode.axes[1].clear(), "cover 0 of 16");
         refuses(|p| p.decode.axes[1] = p.decode.axes[1].repeat(2), "does not fit");

@@ -27,6 +27,17 @@ fn narrow_floats_match() {
     }
 }
 
+/// Every multiple of 8 up to 256, among odd numbers of queries and keys, masked and not.
+#[test]
+fn every_head_dim_matches() {
+    for (d, dtype) in (8..=256).step_by(8).flat_map(|d| [(d, DType::F32), (d, DType::BF16)]) {
+        Heads { dtype, ..Heads::new(5, 19, 2, d) }.check(18);
+        let bias = Some([false, false, true, true]);
+        Heads { dtype, bias, n: 3, m: 1, ..Heads::new(7, 33, 1, d) }.check(19);
+        Heads { dtype, causal: true, ..Heads::new(9, 9, 1, d) }.check(20);
+    }
+}
+
 /// Heads of vision towers, whose dims are no power of two.
 #[test]
 fn heads_of_vision_match() {

@@ -31,6 +31,16 @@ pub(super) struct TimestepEmbedding {
     pub modulation: ValueId,
 }
 
+/// `[rows, r, width]` from `[r, rows · width]`. Row `k` of all timesteps lies together there, so that blocks read it where
+/// it is.
+pub(super) fn by_row(b: &Builder, modulation: ValueId, width: usize) -> ValueId {
+    let (r, channels) = match *b.shape(modulation) {
+        [r, channels] => (r, channels),
+        _ => (0, 0),
+    };
+    b.transpose(b.reshape(modulation, &[r, channels / width.max(1), width]), &[1, 0, 2])
+}
+
 /// Evaluates the AdaLN module at `weights` for `argument` (`[r]` f32, timesteps already scaled).
 pub(super) fn timestep_embedding(
     b: &Builder,
@@ -68,10 +78,8 @@ pub(super) struct Modulation<'a> {
     pub b: &'a Builder,
     /// `[rows, width]`: the learned table, in the dtype it is stored in.
     pub table: ValueId,
-    /// `[r, ..]`: what timesteps add, `None` for nothing. It belongs to row `k` from channel `k · stride` on.
+    /// `[rows, r, width]`: what timesteps add, `None` for nothing; `[1, r, width]` if all rows get the same.
     pub timesteps: Option<ValueId>,
-    /// Distance between the rows in `timesteps`: their width, or 0 if all rows of the table get the same.
-    pub stride: usize,
     /// `i32[t]`: row of `timesteps` for every token, if there is more than one.
     pub token_rows: Option<ValueId>,
     /// Dtype of the activations.
@@ -99,9 +107,12 @@ impl Modulation<'_> {
         // Tables are stored wider than the activations and rounded at use; a narrower one needs no cast to be added.
         let is_wider = b.ty(learned).dtype.bytes() > self.dtype.bytes();
         let learned = if is_wider { b.cast(learned, self.dtype) } else { learned };
-        let width = b.shape(learned).get(1).copied().unwrap_or(0);
-        let start = row * self.stride;
-        b.add(b.slice_axis(timesteps, 1, start, start + width), learned)
+        let (rows, r, width) = match *b.shape(timesteps) {
+            [rows, r, width] => (rows, r, width),
+            _ => (0, 0, 0),
+        };
+        let row = if rows == 1 { 0 } else { row };
+        b.add(b.reshape(b.slice_axis(timesteps, 0, row, row + 1), &[r, width]), learned)
     }
 
     fn per_token(&self, rows: ValueId) -> ValueId {

@@ -62,9 +62,9 @@ pub(super) struct StreamInputs {
 /// Inputs of a stream's own layers.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct OwnInputs {
-    /// Timesteps' part of the main table, `[r, rows · width]`.
+    /// Timesteps' part of the main table, `[rows, r, width]`.
     pub modulation: ValueId,
-    /// Sigma's part of the text context's table, `[1, 2 · width]`.
+    /// Sigma's part of the text context's table, `[2, 1, width]`.
     pub prompt_modulation: Option<ValueId>,
     /// Text, `[1, s, context_width]`.
     pub context: ValueId,
@@ -79,13 +79,13 @@ pub(super) struct OwnInputs {
 /// Inputs of attention between the streams.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct CrossInputs {
-    /// Timesteps' part of rows 0 to 3 of the table, `[r, 4 · width]`.
+    /// Timesteps' part of rows 0 to 3 of the table, `[4, r, width]`.
     pub modulation: ValueId,
     /// Whether it has one row for all tokens, as in release 1.0.0 of the reference.
     pub is_even: bool,
     /// Rotation by time.
     pub rotation: Rotation,
-    /// Part of the gate row from the other stream's sigma, `[1, width]`; `None` if nothing comes in.
+    /// Part of the gate row from the other stream's sigma, `[1, 1, width]`; `None` if nothing comes in.
     pub gate: Option<ValueId>,
 }
 
@@ -245,7 +245,6 @@ impl<'a> Block<'a> {
             b: self.b,
             table: self.table(&stream.key("scale_shift_table"), self.config.modulation_rows(), width),
             timesteps: Some(own.modulation),
-            stride: width,
             token_rows: s.token_rows,
             dtype: self.dtype,
         }
@@ -286,7 +285,6 @@ impl<'a> Block<'a> {
         let prompt = Modulation {
             table: self.table(&stream.key("prompt_scale_shift_table"), 2, sizes.width),
             timesteps: own.prompt_modulation,
-            stride: sizes.width,
             token_rows: None,
             ..*modulation
         };
@@ -301,12 +299,10 @@ impl<'a> Block<'a> {
             b: self.b,
             table,
             timesteps: Some(cross.modulation),
-            stride: width,
             token_rows: s.token_rows.filter(|_| !cross.is_even),
             dtype: self.dtype,
         };
-        let gate =
-            cross.gate.map(|gate| Modulation { timesteps: Some(gate), stride: 0, token_rows: None, ..scale_shift });
+        let gate = cross.gate.map(|gate| Modulation { timesteps: Some(gate), token_rows: None, ..scale_shift });
         CrossSide { normed: self.norm(s.x), scale_shift, gate, rotation: cross.rotation }
     }
 

@@ -13,7 +13,7 @@ use ltxc_ir::ops::{Compare, HIDDEN_SCORE, Unary};
 use ltxc_ir::plan::Release;
 use ltxc_ir::{Builder, DType, Rate, TensorType, ValueId};
 
-use super::adaln::{Modulation, TimestepEmbedding, timestep_embedding};
+use super::adaln::{Modulation, TimestepEmbedding, by_row, timestep_embedding};
 use super::block::{BlockInputs, CrossInputs, OwnInputs, StreamInputs};
 use super::config::{Stream, TransformerConfig};
 use super::rope::{RopeTable, Rotation, rotation};
@@ -175,11 +175,12 @@ impl<'a> Step<'a> {
         let embedding = self.embed(&stream.key("adaln_single"), scaled, sizes.width, c.modulation_rows());
         let embedded = b.name("embedded_timestep", embedding.embedded);
         let own_inputs = spec.is_enabled.then(|| OwnInputs {
-            modulation: b.name("timesteps", embedding.modulation),
+            modulation: by_row(b, b.name("timesteps", embedding.modulation), sizes.width),
             prompt_modulation: c.has_prompt_adaln.then(|| {
                 let scaled = b.mul_scalar(own.sigma, c.timestep_scale);
                 let key = stream.key("prompt_adaln_single");
-                b.name("prompt_timestep", self.embed(&key, scaled, sizes.width, 2).modulation)
+                let modulation = self.embed(&key, scaled, sizes.width, 2).modulation;
+                by_row(b, b.name("prompt_timestep", modulation), sizes.width)
             }),
             context: self.context(stream, own.context),
             context_bias: own.context_mask.map(|mask| self.context_bias(mask)),
@@ -193,7 +194,8 @@ impl<'a> Step<'a> {
                     Release::V1_0_0 => b.mul_scalar(sender.sigma, c.timestep_scale),
                     Release::V1_2_0 => scaled,
                 };
-                b.name("cross_scale_shift_timestep", self.embed(&key, timesteps, sizes.width, 4).modulation)
+                let modulation = self.embed(&key, timesteps, sizes.width, 4).modulation;
+                by_row(b, b.name("cross_scale_shift_timestep", modulation), sizes.width)
             },
             is_even: release == Release::V1_0_0,
             rotation: self.cross_rotation(own.positions),
@@ -204,7 +206,8 @@ impl<'a> Step<'a> {
                 };
                 let scaled = b.mul_scalar(sender.sigma, c.timestep_scale);
                 let scaled = b.mul_scalar(scaled, c.gate_timestep_scale / c.timestep_scale);
-                b.name("cross_gate_timestep", self.embed(key, scaled, sizes.width, 1).modulation)
+                let modulation = self.embed(key, scaled, sizes.width, 1).modulation;
+                by_row(b, b.name("cross_gate_timestep", modulation), sizes.width)
             }),
         });
         let inputs =
@@ -289,8 +292,7 @@ impl<'a> Step<'a> {
         let modulation = Modulation {
             b,
             table: self.weights.get(b, &stream.key("scale_shift_table"), &[2, sizes.width]),
-            timesteps: Some(prepared.embedded),
-            stride: 0,
+            timesteps: Some(by_row(b, prepared.embedded, sizes.width)),
             token_rows: prepared.inputs.token_rows,
             dtype: self.dtype,
         };

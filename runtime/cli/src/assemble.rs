@@ -249,15 +249,26 @@ impl<'a> Components<'a> {
     fn read(files: &'a ModelFiles, shape: &Shape) -> Result<Components<'a>> {
         let model = &files.model;
         let name = || format!("`{}`", model.name());
-        if shape.makes(Modality::Audio) && model.section("audio_vae").is_err() && model.section("vae").is_ok() {
+        // A component has a section exactly if there are tensors of it.
+        let lacks = |part: &&str| model.section(part).is_err();
+        let needs_sound = shape.makes(Modality::Audio) && !lacks(&"vae");
+        if let Some(part) = ["audio_vae", "vocoder"].iter().find(|part| needs_sound && lacks(part)) {
+            let pipeline = definition(shape.pipeline);
+            let is_kept = matches!(pipeline.brings.sound, Some(SoundRole::Kept | SoundRole::Reference));
+            let remedy = match is_kept || !pipeline.has_video {
+                true => format!("pipeline `{}` is about sound", pipeline.name),
+                false => "add `--no-audio` for a silent video".into(),
+            };
             bail!(
-                "`{}` has no sound: its configuration lacks `audio_vae`; add `--no-audio`, or name the whole model",
+                "`{}` has no sound: there is no tensor `{part}.…` in it; {remedy}, or name the whole model, or the file that has \
+                 them with `--audio-vae-path`",
                 model.name()
             );
         }
-        if shape.makes(Modality::Video) && model.section("vae").is_err() && model.section("audio_vae").is_ok() {
+        if shape.makes(Modality::Video) && lacks(&"vae") && !lacks(&"audio_vae") {
             bail!(
-                "`{}` has no video: its configuration lacks `vae`; choose `--pipeline t2a`, or name the whole model",
+                "`{}` has no video: there is no tensor `vae.…` in it; choose `--pipeline t2a` for sound alone, or name the whole \
+                 model, or the file that has them with `--video-vae-path`",
                 model.name()
             );
         }

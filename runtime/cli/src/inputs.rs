@@ -250,7 +250,7 @@ pub fn colour_space(content: &ContentArgs, plan: &Plan) -> Result<Option<ColourS
     }
     if plan.pipeline.dtype != DType::F32 {
         bail!(
-            "a high dynamic range needs the precision of f32; compile the plan without `--dtype {}`",
+            "a high dynamic range needs the precision of f32, and the plan computes in {}; compile it with `--dtype f32`",
             plan.pipeline.dtype
         );
     }

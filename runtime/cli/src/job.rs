@@ -124,6 +124,13 @@ fn target(choice: &DeviceChoice) -> Result<Target> {
     })
 }
 
+/// What activations are computed in where nobody says: bf16, as the reference does, where there are matrix units for it;
+/// f32 elsewhere, where bf16 saves no time.
+fn usual_dtype(target: &Target) -> DType {
+    let has_units = target.matrix_units.iter().any(|unit| unit.element == DType::BF16);
+    if has_units { DType::BF16 } else { DType::F32 }
+}
+
 /// How the decoder is tiled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum VaeTile {
@@ -286,6 +293,7 @@ impl Shape {
             bail!("`--high-quality` is for pipeline `hdr-ic-lora`, not for `{}`; leave it out", definition(named).name);
         }
         let frames = size(frames, definition(pipeline).frames, "--num-frames")?;
+        let target = target(&args.device)?;
         Ok(Shape {
             pipeline,
             height: shrunk(size(high, height, "--height")?, "--height")?,
@@ -294,12 +302,15 @@ impl Shape {
             frame_rate,
             max_keyframes: keyframes as usize,
             tile,
-            target: target(&args.device)?,
-            dtype: match args.dtype.unwrap_or_default() {
-                Precision::F32 => DType::F32,
-                Precision::Bf16 => DType::BF16,
-                Precision::F16 => DType::F16,
+            dtype: match args.dtype {
+                Some(Precision::F32) => DType::F32,
+                Some(Precision::Bf16) => DType::BF16,
+                Some(Precision::F16) => DType::F16,
+                // A high dynamic range needs the precision.
+                None if pads => DType::F32,
+                None => usual_dtype(&target),
             },
+            target,
             adapter_rank: adapter_rank(args.lora_rank.unwrap_or(0))?,
             has_distilled_adapter: false,
             modalities,
@@ -474,6 +485,23 @@ mod tests {
         assert!(problem.contains("`--num-frames 11` is not 4k+1; the nearest are 9 and 13"), "{problem}");
         let other = ShapeArgs { high_quality: true, ..ShapeArgs::default() };
         assert!(Shape::resolve(&other, 0).unwrap_err().to_string().contains("pipeline `hdr-ic-lora`"));
+    }
+
+    #[test]
+    fn tensor_cores_compute_in_bf16_unless_told() {
+        let dtype = |device: &str, pipeline, dtype| {
+            let device = DeviceChoice::Named(device.parse().unwrap());
+            let args = ShapeArgs { device, pipeline: Some(pipeline), dtype, ..ShapeArgs::default() };
+            Shape::resolve(&args, 0).unwrap().dtype
+        };
+        let plain = PipelineName::Distilled;
+        assert_eq!(dtype("cuda", plain, None), DType::BF16);
+        assert_eq!(dtype("cuda", plain, Some(Precision::F32)), DType::F32);
+        assert_eq!(dtype("cuda", PipelineName::HdrIcLora, None), DType::F32);
+        for device in ["cpu", "metal"] {
+            assert_eq!(dtype(device, plain, None), DType::F32);
+        }
+        assert_eq!(dtype("cpu", plain, Some(Precision::Bf16)), DType::BF16);
     }
 
     #[test]

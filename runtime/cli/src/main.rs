@@ -90,7 +90,10 @@ fn execute(cli: &Cli, matches: &ArgMatches, report: &mut Report) -> anyhow::Resu
         Command::Lora(LoraCommand::Inspect(args)) => lora::inspect(args, cli.json),
         Command::Synth(args) => synth::run(args, report),
         Command::Enhance(args) => enhance::run(args, cli.json, report),
-        Command::Bench(args) => bench::run(args, cli.json, report),
+        Command::Bench(args) => {
+            let line = matches.subcommand_matches("bench").map(Occurrences::of).unwrap_or_default();
+            bench::run(args, &line.given, cli.json, report)
+        }
         Command::Demo(args) => demo::run(args, report),
         Command::Doctor => doctor::run(cli.json),
     };

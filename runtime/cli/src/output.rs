@@ -9,7 +9,7 @@ use ltxc_runtime::RunError;
 use ltxc_runtime::audio_frontend::resample;
 use ltxc_runtime::media::hlg::HlgMaster;
 use ltxc_runtime::media::interpolate::Interpolator;
-use ltxc_runtime::media::{Audio, ColourSpace, MediaWriter, OutputOptions, Rational, VideoFormat, Written};
+use ltxc_runtime::media::{Audio, ColourSpace, Kind, MediaWriter, OutputOptions, Rational, VideoFormat, Written};
 use ltxc_runtime::pipeline::Output;
 
 use crate::args::OutputArgs;
@@ -82,6 +82,29 @@ impl FileOutput {
             true => Rational::new(num / den, 1)?,
             false => Rational::new(num, den)?,
         };
+        // EXR frames have an MP4 file beside them.
+        let is_encoded = has_video
+            && match hdr {
+                Some(_) => !writing.skip_mp4,
+                None => Kind::of_path(path)? == Kind::Mp4,
+            };
+        let instead = match hdr {
+            Some(_) => "leave it or `--skip-mp4` out",
+            None => "leave it out, or name an output that ends with `.mp4`",
+        };
+        if let (Some(crf), false) = (writing.crf, is_encoded) {
+            bail!(
+                "`--crf {crf}` is the quality of an MP4 video, of which none is written with `{}`; {instead}",
+                path.display()
+            );
+        }
+        if writing.integer_fps && !is_encoded && !writing.hlg_master {
+            bail!(
+                "`--integer-fps` is about the rate at which a video plays, and nothing that is written with `{}` has one; \
+                 {instead}",
+                path.display()
+            );
+        }
         let interpolated = writing.fps_out.filter(|_| has_video && hdr.is_none());
         if let (Some(to), true) = (writing.fps_out, interpolated.is_none()) {
             bail!(

@@ -2,7 +2,7 @@
 //!
 //! Source: spec/pipelines §5.
 
-use ltxc_ir::plan::Schedule;
+use ltxc_ir::plan::{MOST_STEPS, Schedule};
 
 /// Noise levels of a distilled model, first stage.
 pub const DISTILLED_STAGE_1: [f32; 9] = [1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875, 0.0];
@@ -12,9 +12,6 @@ pub const DISTILLED_STAGE_2: [f32; 4] = [0.909375, 0.725, 0.421875, 0.0];
 pub const HDR_STAGE_2: [f32; 3] = [0.909375, 0.725, 0.0];
 /// Number of tokens that the shifted schedule assumes where none is given.
 pub const DEFAULT_TOKENS: u32 = 4096;
-
-/// Most steps of a schedule.
-pub const MOST_STEPS: usize = 1000;
 
 /// Noise levels of `steps` steps. `own`: the levels that a distilled model knows.
 ///
@@ -140,8 +137,11 @@ fn half_beta_integral(x: f64, shape: f64) -> f64 {
 /// Checks noise levels given by a user.
 ///
 /// # Errors
-/// Which rule they break: at least two, finite, in `(0, 1]` and falling, the last one 0.
+/// Which rule they break: at least two and at most one more than [`MOST_STEPS`], finite, in `(0, 1]` and falling, the last one 0.
 pub fn check_sigmas(sigmas: &[f32]) -> Result<(), String> {
+    if sigmas.len() > MOST_STEPS + 1 {
+        return Err(format!("{} noise levels are too many, expected at most {}", sigmas.len(), MOST_STEPS + 1));
+    }
     let falling = sigmas.windows(2).all(|w| w[0] > w[1]);
     let in_range = sigmas.iter().all(|s| (0.0..=1.0).contains(s));
     if sigmas.len() < 2 || !falling || !in_range || sigmas.last() != Some(&0.0) {

@@ -1,8 +1,9 @@
-//! Kernels of GPUs without a GPU: the CUDA C++ and Metal text of every kernel call of full-size models.
+//! Kernels of GPUs without a GPU: the CUDA C++ and Metal text of every kernel call of full-size models, and of attention
+//! with every head dim.
 //!
 //! Whether the text compiles is for the compiler of the target to say: with `LTXC_KERNEL_SOURCES=DIR` the tests write what
-//! they see to `DIR/TARGET/NAME.cu` (`.metal`), and `tests/tools/nvrtc_check.py` compiles that with NVRTC. Whether it is
-//! right is for the tests of kernels on devices to say.
+//! they see to `DIR/TARGET/NAME.cu` (`.metal`) and `DIR/heads/TARGET`, and `tests/tools/nvrtc_check.py` compiles that with
+//! NVRTC. Whether it is right is for the tests of kernels on devices to say.
 
 mod plan;
 mod recorder;
@@ -13,9 +14,9 @@ use std::path::PathBuf;
 
 use cubecl_cpp::shared::CompilationOptions;
 use cubecl_ir::{DeviceProperties, TargetProperties};
-use ltxc_ir::ops::Matmul;
+use ltxc_ir::ops::{Attention, Matmul};
 use ltxc_ir::plan::{Kernel, KernelCall, Operand, Place, Storage, Target};
-use ltxc_ir::{DType, TensorType};
+use ltxc_ir::{DType, Float, TensorType};
 
 use plan::{Recording, distinct_calls, plans, record};
 use targets::{Cuda, Gpu, Metal};
@@ -28,9 +29,14 @@ const METAL: u16 = 3;
 
 #[test]
 fn every_call_has_cuda_source() {
-    let plans = plans(&Target::cuda());
+    let (plans, heads) = (plans(&Target::cuda()), attention_of_every_head_dim());
     for (generation, name) in CUDA {
         check(&record::<Cuda>(generation, &distinct_calls(&plans)), name, "cu", "__global__");
+        let recording = record::<Cuda>(generation, &heads.iter().collect::<Vec<_>>());
+        check(&recording, &format!("heads/{name}"), "cu", "__global__");
+        // Narrow floats with whole fragments of 16 dims, with a bias and without, are on tensor cores.
+        let on_units = recording.kernels.iter().filter(|k| k.source.text.contains("mma_sync"));
+        assert_eq!(on_units.count(), 2 * 2 * 16, "{name}");
     }
 }
 
@@ -38,6 +44,26 @@ fn every_call_has_cuda_source() {
 fn every_call_has_metal_source() {
     let plans = plans(&Target::wgpu());
     check(&record::<Metal>(METAL, &distinct_calls(&plans)), Metal::NAME, "metal", "[[kernel]]");
+    let heads = attention_of_every_head_dim();
+    let recording = record::<Metal>(METAL, &heads.iter().collect::<Vec<_>>());
+    check(&recording, &format!("heads/{}", Metal::NAME), "metal", "[[kernel]]");
+}
+
+/// Attention with heads of every multiple of 8 dims up to 256, of every dtype, with a bias and without.
+fn attention_of_every_head_dim() -> Vec<KernelCall> {
+    let mut calls = Vec::new();
+    for d in (8..=256).step_by(8) {
+        for (dtype, has_bias) in
+            [DType::F32, DType::BF16, DType::F16].into_iter().flat_map(|dtype| [(dtype, false), (dtype, true)])
+        {
+            let of = |tokens: usize| TensorType::new(dtype, [1, tokens, 4, d]);
+            let bias = has_bias.then(|| TensorType::f32([1, 1, 1, 1024]));
+            let args = [of(300), of(1024), of(1024)].into_iter().chain(bias);
+            let op = Attention { scale: Float(1.0 / (d as f64).sqrt()), causal: false };
+            calls.push(call(Kernel::Attention(op), args, of(300)));
+        }
+    }
+    calls
 }
 
 /// A device on which next to nothing fits: the checks see it.
@@ -85,16 +111,17 @@ fn calls_that_cannot_be_launched_are_problems() {
 }
 
 fn matmul([m, k]: [usize; 2], rhs: [usize; 2]) -> KernelCall {
-    let operand = |shape: [usize; 2]| Operand {
-        place: Place::Constant,
-        offset: 0,
-        ty: TensorType::new(DType::F32, shape),
-        storage: Storage::Native,
-    };
+    let kernel = Kernel::Matmul(Matmul { transpose_rhs: false });
+    call(kernel, [[m, k], rhs].map(TensorType::f32), TensorType::f32([m, rhs[1]]))
+}
+
+/// A call on operands somewhere.
+fn call(kernel: Kernel, args: impl IntoIterator<Item = TensorType>, result: TensorType) -> KernelCall {
+    let operand = |ty| Operand { place: Place::Constant, offset: 0, ty, storage: Storage::Native };
     KernelCall {
-        work: Kernel::Matmul(Matmul { transpose_rhs: false }).into(),
-        args: vec![operand([m, k]), operand(rhs)],
-        results: vec![operand([m, rhs[1]])],
+        work: kernel.into(),
+        args: args.into_iter().map(operand).collect(),
+        results: vec![operand(result)],
         name: String::new(),
         flops: 0,
         bytes: 0,

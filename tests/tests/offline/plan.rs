@@ -18,8 +18,9 @@ use ltxc_models::synth::{Preset, synth};
 use crate::recorder::{Generation, Launch, Recorder, Source};
 use crate::targets::Gpu;
 
-/// Plans of the full-size models for the two-stage pipeline at 512×768, 121 frames, with activations in f32 and in bf16. Those
-/// of LTX-2 in bf16 also write prompts anew after a look at an image, and encode a clip with its sound.
+/// Plans of the full-size models for the two-stage pipeline at 512×768, 121 frames, with activations in f32, in bf16 and in f16
+/// (where the text encoder stays in f32). Those of LTX-2 in bf16 also write prompts anew after a look at an image, and encode
+/// a clip with its sound.
 ///
 /// # Panics
 /// If a model cannot be written or compiled.
@@ -51,7 +52,8 @@ fn plans_of(preset: Preset, target: &Target) -> Vec<Plan> {
         let shape = Shape { target: target.clone(), ..Shape::resolve(&shape, 0).expect("a shape that runs") };
         compile(&files, &shape, Options::default(), &mut |_, _, _| {}).expect("the model compiles")
     };
-    let mut plans = [Precision::F32, Precision::Bf16].map(|dtype| plan(PipelineName::Distilled, dtype)).to_vec();
+    let mut plans =
+        [Precision::F32, Precision::Bf16, Precision::F16].map(|dtype| plan(PipelineName::Distilled, dtype)).to_vec();
     plans.extend(has_all.then(|| plan(PipelineName::Retake, Precision::Bf16)));
     plans
 }

@@ -116,7 +116,7 @@ const FLAGS: [Foreign; 29] = [
         "memory is what `ltxc inspect` says of a plan, and no budget; choose a smaller size, fewer frames or `--dtype bf16`",
     ),
     refused(&["num-gpus", "tp-size", "sp-size"], Values::One, &["1"], ONE_DEVICE),
-    note(&["disable-autocast"], Values::Switch, "arithmetic is what `--dtype` says, f32 without it"),
+    note(&["disable-autocast"], Values::Switch, "arithmetic is what `--dtype` says"),
     note(
         &["tiled-vae", "ltx2-vae-tiling"],
         Values::Switch,

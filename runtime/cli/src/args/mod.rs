@@ -279,28 +279,35 @@ pub struct EnhanceArgs {
 
 /// `ltxc bench`.
 #[derive(Debug, Args)]
-#[command(after_help = "Example:\n  ltxc bench x.ltxplan --weights models/ --only stage1")]
+#[command(after_help = "Examples:\n  ltxc bench x.ltxplan --weights models/ --only stage1\n  \
+    ltxc bench --checkpoint-path ltx-2-19b-distilled.safetensors --gemma-root gemma-3-12b -H 512 -W 768 --levels --rounds 9")]
 pub struct BenchArgs {
-    /// Plan made by `ltxc compile`.
-    pub plan: PathBuf,
+    /// Plan made by `ltxc compile`; without one, model files are compiled.
+    pub plan: Option<PathBuf>,
     /// Folder with the weight files of the plan; may be repeated [default: the plan's]
     #[arg(long, value_name = "DIR")]
     pub weights: Vec<PathBuf>,
-    /// Device: auto, cpu, cuda:N, vulkan:N or metal
-    #[arg(long, default_value = "auto")]
-    pub device: DeviceChoice,
     /// Tokens of the prompt.
     #[arg(long, default_value_t = 64)]
     pub tokens: usize,
-    /// Warm runs of each program; the median counts.
+    /// Warm runs of each program; the median counts. From 6 on, gains of fusion have an interval of confidence.
     #[arg(long, default_value_t = 3)]
     pub rounds: usize,
     /// Measure one part only, for example stage1 or decode.
     #[arg(long, value_name = "PART")]
     pub only: Option<String>,
+    /// Compile model files at every level of fusion, too, and measure every part at each in turns: what fusion gains.
+    #[arg(long)]
+    pub levels: bool,
     /// Also draw what was measured, as a page that needs nothing else.
     #[arg(long, value_name = "FILE")]
     pub html: Option<PathBuf>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub shape: ShapeArgs,
 }
 
 /// `ltxc demo`.

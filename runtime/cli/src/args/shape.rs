@@ -72,7 +72,8 @@ pub struct ShapeArgs {
     /// Other tools quantise weights when they load them; here weights are used as they are stored.
     #[arg(long, value_name = "MODE", hide = true, alias = "quant")]
     pub quantization: Option<String>,
-    /// Arithmetic of activations; bf16 and f16 take less memory, not less time on a CPU [default: f32]
+    /// Arithmetic of activations; bf16 and f16 take less memory, not less time on a CPU [default: bf16 for CUDA devices
+    /// with tensor cores for it; f32 elsewhere, for hdr-ic-lora and in `debug`]
     #[arg(long, value_enum)]
     pub dtype: Option<Precision>,
     #[command(flatten)]
@@ -81,10 +82,9 @@ pub struct ShapeArgs {
 }
 
 /// Dtypes that activations can be computed in.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Precision {
     /// 32 bits.
-    #[default]
     F32,
     /// 16 bits with 8 bits of precision, as the reference runs on a GPU. Sums are f32 all the same.
     Bf16,

@@ -1,5 +1,5 @@
-//! `ltxc bench`: how long the parts of a plan take on a device, cold and warm, and how that compares with what the device
-//! can do.
+//! `ltxc bench`: how long the parts of a plan take on a device, cold and warm, how that compares with what the device can do,
+//! and what fusion gains.
 //!
 //! | file | what |
 //! | --- | --- |
@@ -7,7 +7,10 @@
 //! | `calls` | kernel calls outside of a model |
 //! | `inputs` | what programs are given |
 //! | `profile` | time by kernel |
+//! | `levels` | the same work at every level of fusion |
+//! | `statistics` | what is made of repeated measurements |
 //! | `table`, `page` | the report for people, as text and as HTML |
+//! | `levels_page` | its section on levels of fusion |
 //! | `drawing` | what such pages are drawn with |
 //!
 //! Kernels are timed with a wait for the device after each. Such waits cost time that a run does not spend, which is taken
@@ -17,19 +20,24 @@ pub mod calls;
 pub mod ceilings;
 pub mod drawing;
 pub mod inputs;
+pub mod levels;
+pub mod levels_page;
 mod page;
 pub mod profile;
+pub mod statistics;
 mod table;
 
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
+use ltxc_compiler::Options;
 use ltxc_ir::Rate;
 use ltxc_ir::plan::summary::{function_costs, weight_bytes};
-use ltxc_ir::plan::{Pass, Plan, Program, Sampler, Stage};
+use ltxc_ir::plan::{Pass, Plan, Program, Sampler, Stage, container};
 use ltxc_ir::tiling::AxisTile;
 use ltxc_runtime::RunError;
-use ltxc_runtime::backend::open;
+use ltxc_runtime::backend::{Device, open};
 use ltxc_runtime::executor::Executor;
 use ltxc_runtime::files::write_atomically;
 use ltxc_runtime::pipeline::decode::program_name;
@@ -38,14 +46,19 @@ use ltxc_runtime::pipeline::needed_passes;
 use ltxc_runtime::weights::WeightFiles;
 use serde::Serialize;
 
-use crate::args::BenchArgs;
-use crate::compile::read;
-use crate::job::pick;
+use crate::args::{BenchArgs, SamplingArgs};
+use crate::compile::{compile, read};
+use crate::job::{self, Shape, pick};
+use crate::model_files::ModelFiles;
+use crate::pipelines::{definition, refuse_idle};
+use crate::planned;
 use crate::report::Report;
 use crate::run::INTERRUPT;
 use ceilings::Ceilings;
 use inputs::write_inputs;
+use levels::{ByLevel, LEVELS, Side};
 use profile::{KernelTime, Profile};
+use statistics::median;
 pub use table::figure;
 
 /// What was measured.
@@ -63,6 +76,9 @@ pub struct Findings {
     pub programs: Vec<ProgramTime>,
     /// The kernels of one generation, the slowest first.
     pub kernels: Vec<KernelTime>,
+    /// The parts of one generation at every level of fusion, if that was asked for.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub levels: Vec<ByLevel>,
     /// Most resident memory of this process in bytes, mapped weights included; 0 where the system does not say.
     pub resident_bytes: u64,
 }
@@ -96,38 +112,36 @@ pub struct ProgramTime {
     pub weight_bytes: u64,
 }
 
-/// `ltxc bench`.
+/// `ltxc bench`. `given` are the flags of the command line, by their ids.
 ///
 /// # Errors
-/// A plan, weights or a device that cannot be used.
-pub fn run(args: &BenchArgs, json: bool, report: &mut Report) -> Result<()> {
-    let (plan, hash) = read(&args.plan)?;
-    let device = pick(&args.device, Some(&plan))?;
-    let mut folders = args.weights.clone();
-    if folders.is_empty() {
-        folders.push(args.plan.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(".".as_ref()).into());
-    }
-    let weights = WeightFiles::open(&plan, &folders, false)?;
-    let selected = selected(&plan, args)?;
+/// A plan, model files, weights or a device that cannot be used.
+pub fn run(args: &BenchArgs, given: &[String], json: bool, report: &mut Report) -> Result<()> {
+    let subject = Subject::open(args, given, json, report)?;
+    let (plan, folders) = (&subject.plan, &subject.folders);
+    let device = pick(&args.shape.device, Some(plan))?;
+    let weights = WeightFiles::open(plan, folders, args.model.verify)?;
+    let selected = selected(plan, args)?;
     // Before the device is measured for nothing.
-    open(&device)?.check(&plan)?;
+    open(&device)?.check(plan)?;
     if !json {
         report.begin("ceilings", 1);
     }
     let ceilings = Ceilings::measure(&device)?;
     let mut findings = Findings {
-        plan: hash.iter().map(|b| format!("{b:02x}")).collect(),
+        plan: subject.hash.iter().map(|b| format!("{b:02x}")).collect(),
         device: [device.name.to_string(), device.description.clone()],
         ceilings,
         is_synthetic: plan.pipeline.model.synthetic,
         programs: Vec::new(),
         kernels: Vec::new(),
+        levels: Vec::new(),
         resident_bytes: 0,
     };
     if !json {
         report.begin("programs", selected.len());
     }
-    let mut executor = Executor::on(open(&device)?, &plan, &weights, &INTERRUPT)?;
+    let mut executor = Executor::on(open(&device)?, plan, &weights, &INTERRUPT)?;
     let mut profile = Profile::default();
     for (i, &(program, runs)) in selected.iter().enumerate() {
         // As in a run, the weights of one part of a generation make room for those of the next.
@@ -142,9 +156,15 @@ pub fn run(args: &BenchArgs, json: bool, report: &mut Report) -> Result<()> {
     }
     findings.kernels = profile.sorted();
     findings.resident_bytes = resident_bytes();
+    // Levels need the memory.
+    drop(executor);
+    if args.levels {
+        findings.levels = subject.by_level(args, &device, &findings.ceilings, json, report)?;
+    }
     if let Some(path) = &args.html {
         let only = args.only.as_ref().map(|only| format!(" --only {only}")).unwrap_or_default();
-        let command = format!("ltxc bench {} --device {}{only}", args.plan.display(), device.name);
+        let levels = if args.levels { " --levels" } else { "" };
+        let command = format!("ltxc bench {} --device {}{only}{levels}", subject.name.display(), device.name);
         write_atomically(path, page::html(&findings, &command).as_bytes())?;
     }
     if json {
@@ -154,6 +174,110 @@ pub fn run(args: &BenchArgs, json: bool, report: &mut Report) -> Result<()> {
         print!("{}", table::text(&findings));
     }
     Ok(())
+}
+
+/// What is measured: a plan that was named, or one that was made of model files.
+struct Subject {
+    /// Its file, or that of the model.
+    name: PathBuf,
+    plan: Plan,
+    hash: [u8; 32],
+    /// Folders and files with its weights.
+    folders: Vec<PathBuf>,
+    /// What it was made of.
+    made_of: Option<(ModelFiles, Shape)>,
+}
+
+impl Subject {
+    fn open(args: &BenchArgs, given: &[String], json: bool, report: &mut Report) -> Result<Subject> {
+        let Some(path) = &args.plan else { return Subject::compiled(args, given, json, report) };
+        if args.levels {
+            bail!(
+                "`{}` is a plan, which has one level of fusion; for `--levels` name the model files and its size instead",
+                path.display()
+            );
+        }
+        let (plan, hash) = read(path)?;
+        planned::check(&args.shape, path, &plan)?;
+        if args.shape.sampling != SamplingArgs::default() {
+            bail!(
+                "`{}` is measured with the steps and the guidance that it was compiled with; leave flags about these out, or \
+                 name model files instead",
+                path.display()
+            );
+        }
+        let mut folders = args.weights.clone();
+        folders.extend(args.model.paths().cloned());
+        if folders.is_empty() {
+            folders.push(path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(".".as_ref()).into());
+        }
+        Ok(Subject { name: path.clone(), plan, hash, folders, made_of: None })
+    }
+
+    fn compiled(args: &BenchArgs, given: &[String], json: bool, report: &mut Report) -> Result<Subject> {
+        let named = definition(args.shape.pipeline.unwrap_or_default());
+        refuse_idle(named, given, &args.shape.sampling)?;
+        let shape = Shape::resolve(&args.shape, named.brings.usual_keyframes())?;
+        if !args.model.names_model() {
+            bail!("there is nothing to measure; name a plan, or a model with `--checkpoint-path`");
+        }
+        let files = ModelFiles::of_pipeline(&args.model, shape.pipeline, true)?;
+        job::refuse_quantization(&args.shape, files.model.name(), files.model.has_fp8())?;
+        if !json {
+            job::say_passed_over(&args.shape.device, report)?;
+        }
+        let plan = compile(&files, &shape, Options::default(), &mut |_, _, _| {})?;
+        let hash = container::hash(&container::encode(&plan)?);
+        let folders = [files.paths(), args.weights.clone()].concat();
+        Ok(Subject { name: Path::new(files.model.name()).into(), plan, hash, folders, made_of: Some((files, shape)) })
+    }
+
+    /// Measures every part of a generation at every level of fusion, in turns.
+    fn by_level(
+        &self,
+        args: &BenchArgs,
+        device: &Device,
+        ceilings: &Ceilings,
+        json: bool,
+        report: &mut Report,
+    ) -> Result<Vec<ByLevel>> {
+        let (files, shape) = self.made_of.as_ref().context("levels of fusion are compiled from model files")?;
+        let (mut plans, mut missing) = (Vec::with_capacity(LEVELS.len()), Vec::new());
+        for (level, fuse) in LEVELS {
+            // Without fusion a tensor may be larger than the device allows.
+            match compile(files, shape, Options { fuse, ..Options::default() }, &mut |_, _, _| {}) {
+                Ok(plan) => plans.push((level, WeightFiles::open(&plan, &self.folders, false)?, plan)),
+                Err(problem) => missing.push([level.to_string(), format!("{problem:#}")]),
+            }
+        }
+        let mut parts: Vec<&str> = selected(&self.plan, args)?.iter().map(|(p, _)| group_of(&self.plan, p)).collect();
+        parts.dedup();
+        if !json {
+            report.begin("levels", parts.len());
+        }
+        let mut rows = Vec::with_capacity(parts.len());
+        for (i, part) in parts.into_iter().enumerate() {
+            let mut sides = Vec::with_capacity(plans.len());
+            for (level, weights, plan) in &plans {
+                let mut programs = selected(plan, args)?;
+                programs.retain(|(p, _)| group_of(plan, p) == part);
+                sides.push(Side { level, plan, weights, before: Vec::new(), programs });
+            }
+            let row = ByLevel {
+                name: part.into(),
+                sizes: String::new(),
+                levels: Vec::new(),
+                missing: missing.clone(),
+                others: Vec::new(),
+            };
+            let limits = (args.rounds.max(1), Duration::MAX);
+            rows.push(levels::measure(row, sides, device, ceilings, limits, &INTERRUPT)?);
+            if !json {
+                report.step(i + 1);
+            }
+        }
+        Ok(rows)
+    }
 }
 
 /// The programs of a generation from text alone, with how often it runs each: by group, slow rates first.
@@ -257,7 +381,7 @@ fn measure(
     };
     let first_seconds = run(executor)?;
     let warm = (0..rounds.max(1)).map(|_| run(executor)).collect::<Result<Vec<f64>, _>>()?;
-    let warm_seconds = median(warm);
+    let warm_seconds = median(warm).unwrap_or(f64::NAN);
 
     write_inputs(executor, program)?;
     let times = executor.run_timed(name)?;
@@ -342,16 +466,6 @@ pub fn sample(executor: &mut Executor<'_>, program: &str, runs: usize) -> Result
     Ok(start.elapsed().as_secs_f64() / runs as f64)
 }
 
-/// Median of some numbers; NaN of none.
-pub fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    let n = values.len();
-    match n {
-        0 => f64::NAN,
-        _ => (values[(n - 1) / 2] + values[n / 2]) / 2.0,
-    }
-}
-
 /// The most memory that was resident in this process, as Linux counts it.
 fn resident_bytes() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
@@ -375,12 +489,5 @@ mod tests {
         // A call that is as short as a wait keeps something, and the sum stays.
         let seconds = without_waits(&[ms(1), ms(9)], 0.004);
         assert!(seconds[0] > 0.0 && (seconds.iter().sum::<f64>() - 0.004).abs() < 1e-12, "{seconds:?}");
-    }
-
-    #[test]
-    fn medians() {
-        assert!(median(vec![]).is_nan());
-        assert_eq!(median(vec![3.0, 1.0, 2.0]), 2.0);
-        assert_eq!(median(vec![4.0, 1.0, 2.0, 3.0]), 2.5);
     }
 }

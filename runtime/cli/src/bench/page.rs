@@ -6,7 +6,7 @@ use super::drawing::{
     ARITHMETIC, GREY, INK, MEMORY, bar, foot, head, key, label, operations, quarters, section, shortened, svg,
 };
 use super::profile::KernelTime;
-use super::{Findings, ProgramTime, figure};
+use super::{Findings, ProgramTime, figure, levels_page};
 
 /// Where bars begin.
 const LABEL: f64 = 400.0;
@@ -36,6 +36,10 @@ pub fn html(findings: &Findings, command: &str) -> String {
     let weights = if findings.is_synthetic { "synthetic weights" } else { "published weights" };
     let lines = [format!("plan {}", findings.plan), weights.to_string()];
     let colours = format!("{}{}", key(MEMORY, "limited by memory"), key(ARITHMETIC, "limited by arithmetic"));
+    let levels = match findings.levels.is_empty() {
+        true => String::new(),
+        false => levels_page::section_of("One generation, part by part", &findings.levels),
+    };
     [
         head(&format!("ltxc on {}", findings.device.join(": ")), &lines, &tiles),
         section(
@@ -49,6 +53,7 @@ pub fn html(findings: &Findings, command: &str) -> String {
             &format!("Part of the device's measured ceiling, the kernels with the most time first. {colours}"),
             &kernels(&findings.kernels),
         ),
+        levels,
         foot(command),
     ]
     .concat()

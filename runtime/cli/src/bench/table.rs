@@ -4,6 +4,7 @@ use std::fmt::Write;
 
 use ltxc_runtime::memory::readable;
 
+use super::levels::{LEGEND, cells, columns};
 use super::{Findings, ProgramTime};
 
 /// Kernels that are shown; JSON has all.
@@ -29,6 +30,9 @@ pub(super) fn text(findings: &Findings) -> String {
     }
     programs(&mut out, &findings.programs);
     kernels(&mut out, findings);
+    if !findings.levels.is_empty() {
+        levels(&mut out, findings);
+    }
     if findings.resident_bytes > 0 {
         line(
             &mut out,
@@ -116,6 +120,25 @@ fn kernels(out: &mut String, findings: &Findings) {
             &format!("{:<20} {:>9} {:>7}", format!("{count} others"), figure(seconds * 1e3), percent(seconds / total)),
         );
     }
+}
+
+/// Parts of a generation by level of fusion, in columns as wide as they need.
+fn levels(out: &mut String, findings: &Findings) {
+    let head = columns("part").map(String::from).to_vec();
+    let rows = [vec![head], cells(&findings.levels)].concat();
+    // What is missing has a reason for its last cell, which no column has the width of.
+    let is_whole = |row: &&Vec<String>| row.len() == rows[0].len();
+    let width = |i: usize| rows.iter().filter(is_whole).map(|row| row[i].chars().count()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..rows[0].len()).map(width).collect();
+    line(out, "");
+    for row in &rows {
+        let cells = row.iter().zip(&widths).enumerate().map(|(i, (cell, width))| match i < 2 {
+            true => format!("{cell:<width$}"),
+            false => format!("{cell:>width$}"),
+        });
+        line(out, cells.collect::<Vec<_>>().join("  ").trim_end());
+    }
+    LEGEND.iter().for_each(|sentence| line(out, sentence));
 }
 
 fn percent(part: f64) -> String {

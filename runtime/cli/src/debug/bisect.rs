@@ -253,6 +253,7 @@ fn sketches(args: &BisectArgs, setting: &str, side: &str) -> Result<Side> {
         ..AdapterArgs::default()
     };
     let loras = Loras::open(&adapters, &[])?;
+    shape.dtype.get_or_insert(Precision::F32);
     let shape = Shape::resolve(&shape, 0)?.with(&loras)?;
     loras.check_complete(definition(shape.pipeline))?;
     let files = ModelFiles::open(&model, shape.has_two_stages())?;

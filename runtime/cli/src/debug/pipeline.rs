@@ -23,7 +23,7 @@ use super::flags::{DebugFlags, DebugMode};
 use super::names::components;
 use super::options::DebugOptions;
 use super::session::{About, Session};
-use crate::args::{ModelArgs, PipelineName, ShapeArgs};
+use crate::args::{ModelArgs, PipelineName, Precision, ShapeArgs};
 use crate::compile::compile;
 use crate::job::{Shape, pick};
 use crate::model_files::ModelFiles;
@@ -61,7 +61,9 @@ impl RunOf {
         options.mode = Some(mode);
         check_prompt_is_all(self.shape.pipeline.unwrap_or_default())?;
         let device = pick(&self.shape.device, None)?;
-        let shape = Shape::resolve(&self.shape, 0)?;
+        // What is looked for is not rounding, unless somebody says so.
+        let dtype = self.shape.dtype.or(Some(Precision::F32));
+        let shape = Shape::resolve(&ShapeArgs { dtype, ..self.shape.clone() }, 0)?;
         let files = ModelFiles::open(&self.model, shape.has_two_stages())?;
         let plan = plan_for(&files, &shape, &device, mode.compiler())?;
         let spares_decoders = options.spares_decoders;

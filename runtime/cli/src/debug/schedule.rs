@@ -4,8 +4,9 @@ use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use clap::Args;
+use ltxc_ir::plan::MOST_STEPS;
 use ltxc_runtime::pipeline::schedule::{
-    DEFAULT_TOKENS, DISTILLED_STAGE_1, DISTILLED_STAGE_2, MOST_STEPS, TERMINAL, beta, linear_quadratic, mu, shifted,
+    DEFAULT_TOKENS, DISTILLED_STAGE_1, DISTILLED_STAGE_2, TERMINAL, beta, linear_quadratic, mu, shifted,
 };
 use serde_json::json;
 

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use anyhow::{Context, Result, bail};
-use clap::Args;
+use clap::{Arg, Args, Command, Id};
 use ltxc_ir::eval::Tensor;
 use ltxc_ir::plan::{Plan, Program};
 use ltxc_models::transformer::Stream;
@@ -31,6 +31,7 @@ use super::parity::transformer::{StreamCase, check_call, check_preparation, head
 use super::parity::{Check, Row, hint};
 use super::pipeline::{RunOf, Tensors};
 use super::recording::TensorFile;
+use crate::args::ShapeArgs;
 
 /// Relative L2 that two implementations in f32 may differ by.
 const LIMIT: f64 = 1e-5;
@@ -78,9 +79,12 @@ impl CallArgs {
 
 /// `ltxc debug step`.
 #[derive(Debug, Args)]
-#[command(after_help = "Examples:\n  ltxc debug step --checkpoint-path x.safetensors --sigma 0.7 --stats\n  \
+#[command(
+    mut_args(of_one_kind()),
+    after_help = "Examples:\n  ltxc debug step --checkpoint-path x.safetensors --sigma 0.7 --stats\n  \
     ltxc debug step --checkpoint-path x.safetensors --compare recordings/transformer.safetensors\n  \
-    ltxc debug step --pipeline distilled-one-stage -H 64 -W 64 --num-frames 9 --velocity --checkpoint-path … --gemma-root …")]
+    ltxc debug step --pipeline distilled-one-stage -H 64 -W 64 --num-frames 9 --velocity --checkpoint-path … --gemma-root …"
+)]
 pub struct StepArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
@@ -109,6 +113,22 @@ pub struct StepArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub run: RunOf,
+}
+
+/// Flags about inputs and recordings of a call of the transformer alone exclude a pipeline, and those of a run need one: the
+/// others' would do nothing.
+fn of_one_kind() -> impl FnMut(Arg) -> Arg {
+    let ids = |command: Command| command.get_arguments().map(|arg| arg.get_id().clone()).collect::<Vec<Id>>();
+    let of_call =
+        [ids(CallArgs::augment_args(Command::new("call"))), ["compare", "limit"].map(Id::from).into()].concat();
+    let mut of_run =
+        [ids(ShapeArgs::augment_args(Command::new("run"))), ["prompt", "at"].map(Id::from).into()].concat();
+    of_run.retain(|id| id != "pipeline" && id != "device");
+    move |arg| match arg.get_id() {
+        id if of_call.contains(id) => arg.conflicts_with("pipeline"),
+        id if of_run.contains(id) => arg.requires("pipeline"),
+        _ => arg,
+    }
 }
 
 /// `ltxc debug block`.
@@ -449,11 +469,6 @@ pub fn print_rows(rows: &[Row], file: &str, json_output: bool) -> Result<bool> {
 
 /// A step of a pipeline, with the text and the state that it has there.
 fn run_in_pipeline(args: &StepArgs, json_output: bool) -> Result<bool> {
-    if args.compare.is_some() || args.call.inputs.is_some() || args.call.sigma.is_some() {
-        bail!(
-            "a step of a pipeline takes its inputs from the run; leave `--compare`, `--inputs` and `--sigma` out, or `--pipeline`"
-        );
-    }
     let open = args.run.open(DebugMode::Exact)?;
     let captured = Rc::new(RefCell::new(Captured::default()));
     let stage = open.plan.pipeline.stages.first().map(|s| s.name.clone()).unwrap_or_default();

@@ -34,6 +34,9 @@ fn what_is_wrong_with_a_plan_is_said() {
     let place = Place::new();
     place.refused(&["run", "none.ltxplan", "-p", "x"], &["none.ltxplan"]);
     place.refused(&["run", ".", "-p", "x"], &["plan `.`"]);
+    for more in [&[][..], &["--graph"], &["--kernels"], &["--html", "x.html"]] {
+        place.refused(&[&["inspect", "."], more].concat(), &["`.` is a folder and no plan", "`ltxc info`"]);
+    }
 }
 
 #[test]

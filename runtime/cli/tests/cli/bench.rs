@@ -73,6 +73,83 @@ fn one_part_can_be_measured_alone() {
     place.refused(&bench(&["--only", "stage9"]), &["no part `stage9`", "stage1", "decode"]);
 }
 
+/// `bench` of the small model itself.
+fn of_model(more: &[&str]) -> Vec<String> {
+    let fixed = ["bench", "--device", "cpu", "--rounds", "2"];
+    let fixed = fixed.into_iter().map(String::from).chain(tiny().model_args());
+    with(fixed.collect(), &[&SHAPE[..], more].concat())
+}
+
+#[test]
+fn levels_of_fusion_are_compared_part_by_part() {
+    let place = Place::new();
+    let done = place.ok(&of_model(&["--levels", "--json"]));
+    assert_eq!(done.stderr, "");
+    let findings: Value = serde_json::from_str(&done.stdout).unwrap();
+    place.ok(&with(
+        ["compile".to_string()].into_iter().chain(tiny().model_args()).collect(),
+        &[&SHAPE[..], &["--device", "cpu", "-o", "a.ltxplan"]].concat(),
+    ));
+    let plan: Value = serde_json::from_str(&place.ok(&["inspect", "a.ltxplan", "--json"]).stdout).unwrap();
+    assert_eq!(findings["plan"], plan["hash"]);
+
+    let list = |of: &Value| of.as_array().unwrap().clone();
+    let number = |of: &Value, key: &str| of[key].as_f64().unwrap_or_else(|| panic!("`{key}` of {of}"));
+    let programs = list(&findings["programs"]);
+    let mut parts: Vec<&Value> = programs.iter().map(|p| &p["group"]).collect();
+    parts.dedup();
+    let rows = list(&findings["levels"]);
+    assert_eq!(rows.iter().map(|row| &row["name"]).collect::<Vec<_>>(), parts);
+    for row in &rows {
+        let levels = list(&row["levels"]);
+        assert_eq!(levels.iter().map(|l| &l["level"]).collect::<Vec<_>>(), ["full", "composite", "none"], "{row}");
+        // Full fusion is what the plan does: all runs of its programs.
+        let own = programs.iter().filter(|p| p["group"] == row["name"]);
+        for key in ["calls", "flops", "bytes"] {
+            let expected: f64 = own.clone().map(|p| number(p, "runs") * number(p, key)).sum();
+            assert_eq!(number(&levels[0], key), expected, "{key} of {row}");
+        }
+        for level in &levels {
+            let [median, least] = ["seconds", "least_seconds"].map(|key| number(level, key));
+            assert!(0.0 < least && least <= median && number(level, "first_seconds") > 0.0, "{level}");
+            assert!(number(level, "difference") <= 1e-5, "{level}");
+            let saved = number(level, "elementwise_bytes") - number(&levels[0], "elementwise_bytes");
+            let predicted = saved / number(&findings["ceilings"], "copy");
+            assert!((number(level, "predicted_gain") - predicted).abs() <= 1e-9 * predicted, "{level}");
+        }
+    }
+    let bytes_of_stages = |i: usize| -> f64 {
+        let stages = rows.iter().filter(|row| row["name"].as_str().unwrap().starts_with("stage"));
+        stages.map(|row| number(&row["levels"][i], "elementwise_bytes")).sum()
+    };
+    assert!(bytes_of_stages(0) < bytes_of_stages(1) && bytes_of_stages(1) < bytes_of_stages(2), "{rows:?}");
+}
+
+#[test]
+fn levels_of_fusion_are_shown() {
+    let place = Place::new();
+    let done = place.ok(&of_model(&["--levels", "--only", "stage2", "--html", "a.html"]));
+    let head = done.stdout.lines().find(|line| line.starts_with("part  ")).unwrap_or_else(|| panic!("{}", done.stdout));
+    for column in ["fusion", "least ms", "full / this", "ms gained", "ms predicted"] {
+        assert!(head.contains(column), "{column}: {head}");
+    }
+    let page = String::from_utf8(place.read("a.html")).unwrap();
+    for word in ["one kernel per composite", "gained by full fusion", " predicted</text>", "--only stage2 --levels"] {
+        assert!(page.contains(word), "{word}: {page}");
+    }
+    assert_eq!(ltxc::bench::drawing::outside(&page), [""; 0]);
+}
+
+#[test]
+fn what_cannot_be_measured_is_refused() {
+    let place = Place::new();
+    place.refused(&bench(&["--levels"]), &["tiny.ltxplan", "one level of fusion", "model files"]);
+    place.refused(&bench(&["--height", "128"]), &["tiny.ltxplan", "--height"]);
+    place.refused(&bench(&["--cfg", "3"]), &["tiny.ltxplan", "guidance", "model files"]);
+    place.refused(&["bench", "--levels"], &["name a plan, or a model"]);
+    place.refused(&of_model(&["--cfg", "3"]), &["guidance of the picture", "`distilled`"]);
+}
+
 #[test]
 fn a_plan_for_another_device_is_refused() {
     let place = Place::new();

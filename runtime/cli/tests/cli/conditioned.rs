@@ -424,6 +424,12 @@ fn outputs_are_written_as_asked() {
     place.refused(&run(&["--save-json"]), &["a.mp4.json", "which is a folder"]);
     std::fs::remove_dir(place.path("a.mp4.json")).unwrap();
     place.refused(&run(&["--crf", "52"]), &["52", "--crf"]);
+    for output in ["frames", "a.wav"] {
+        let with =
+            |more: &[&str]| with(crate::binary::tiny().run_args(), &[&["-p", "rain", "-o", output], more].concat());
+        place.refused(&with(&["--crf", "20"]), &["`--crf 20`", output, "leave it out", ".mp4"]);
+        place.refused(&with(&["--integer-fps"]), &["`--integer-fps`", output, "leave it out", ".mp4"]);
+    }
 
     let compile = ["compile".to_string()].into_iter().chain(crate::binary::tiny().model_args()).collect();
     place.ok(&with(compile, &[&SHAPE[..], &["--frame-rate", "24000/1001", "-o", "slow.ltxplan"]].concat()));

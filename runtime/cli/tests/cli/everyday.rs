@@ -254,7 +254,7 @@ fn doctor_knows_the_machine() {
 #[test]
 fn help_and_versions_are_answers() {
     let place = Place::new();
-    for verb in ["compile", "run", "enhance", "inspect", "synth", "demo", "doctor"] {
+    for verb in ["compile", "run", "enhance", "inspect", "synth", "bench", "demo", "doctor"] {
         assert!(place.ok(&[verb, "--help"]).stdout.contains("Usage: ltxc"));
     }
     assert!(place.ok(&["--version"]).stdout.starts_with("ltxc "));

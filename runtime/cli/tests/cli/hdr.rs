@@ -104,9 +104,9 @@ fn pictures(path: &Path) -> (ClipRate, Vec<Vec<u8>>) {
 fn a_preview_shows_the_frames() {
     let place = Place::new();
     let (frames, lora) = (source(&place, 9), fixture("tiny-ltx2/ic-lora-tiny.safetensors"));
-    let flags = ["--input", &frames, "--frame-rate", "24", "--lora", &lora, "-p", "rain", "-o", "a", "--crf", "1"];
+    let flags = ["--input", &frames, "--frame-rate", "24", "--lora", &lora, "-p", "rain", "-o", "a"];
     let run = |more: &[&str]| command("run", &[&flags[..], more].concat());
-    place.ok(&run(&["--save-json"]));
+    place.ok(&run(&["--save-json", "--crf", "1"]));
     let facts: serde_json::Value = serde_json::from_slice(&place.read("a.json")).unwrap();
     assert_eq!((&facts["preview"], &facts["frames"]), (&"a.mp4".into(), &9.into()));
     let light = values(&place, "a", 9, (100, 90));
@@ -137,6 +137,7 @@ fn a_preview_shows_the_frames() {
     place.ok(&run(&["--skip-mp4"]));
     values(&place, "a", 9, (100, 90));
     place.refused(&run(&["--skip-mp4"]), &["`a`"]);
+    place.refused(&run(&["--skip-mp4", "--crf", "1"]), &["`--crf 1`", "leave it or `--skip-mp4` out"]);
 }
 
 /// Needs ffmpeg with libx265 for all but the refusal.

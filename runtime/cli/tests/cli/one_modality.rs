@@ -86,7 +86,19 @@ fn models_of_video_alone_make_silent_videos() {
         };
         assert!(bytes(&part, "a.mp4") == bytes(&model(family), "b.mp4"), "{family}: the weights for sound mattered");
         let args = run(family, &part, &[&SHAPE[..], &["-o", "c.mp4"]].concat());
-        place.refused(&args, &["model.safetensors", "no sound", "add `--no-audio`"]);
+        let words =
+            ["model.safetensors", "no sound", "no tensor `audio_vae.…`", "add `--no-audio`", "--audio-vae-path"];
+        place.refused(&args, &words);
+        // A configuration that describes what is not there changes nothing.
+        let described = written(&place, family, |parts| parts.without(is_of_sound));
+        let args = run(family, &described, &[&SHAPE[..], &["-o", "c.mp4"]].concat());
+        place.refused(&args, &words);
+        let args = run(family, &described, &["--pipeline", "t2a", "--num-frames", "9", "-o", "c.wav"]);
+        place.refused(&args, &["no tensor `audio_vae.…`", "pipeline `t2a` is about sound"]);
+        // Sound that stays a spectrogram is none.
+        let mute = written(&place, family, |parts| parts.without(|key| key.starts_with("vocoder.")));
+        let args = run(family, &mute, &[&SHAPE[..], &["-o", "c.mp4"]].concat());
+        place.refused(&args, &["no sound", "no tensor `vocoder.…`", "add `--no-audio`"]);
     }
 }
 
@@ -102,6 +114,6 @@ fn models_of_sound_alone_make_sound() {
         };
         assert!(bytes(&part, "a.wav") == bytes(&model(family), "b.wav"), "{family}: the weights for video mattered");
         let args = run(family, &part, &[&SHAPE[..], &["-o", "c.mp4"]].concat());
-        place.refused(&args, &["model.safetensors", "no video", "`--pipeline t2a`"]);
+        place.refused(&args, &["model.safetensors", "no video", "no tensor `vae.…`", "`--pipeline t2a`"]);
     }
 }

@@ -238,8 +238,14 @@ fn bisecting_names_the_first_op_that_differs() {
         "{}",
         done.stdout
     );
-    let done = bisect("fuse=full");
-    assert_eq!(done.code, Some(0), "{}{}", done.stdout, done.stderr);
+    let done = bisect(&format!("fuse=exact,dtype=f16,checkpoint={}", faulty.display()));
+    assert_eq!(done.code, Some(1), "{}", done.stderr);
+    assert!(done.stdout.contains("first bad op: transformer.blocks.1.attn2.to_v"), "{}", done.stdout);
+    // Rounding of 16 bits is no fault.
+    for setting in ["fuse=full", "fuse=exact,dtype=f16", "fuse=full,dtype=f16", "fuse=exact,dtype=bf16"] {
+        let done = bisect(setting);
+        assert_eq!(done.code, Some(0), "{setting}: {}{}", done.stdout, done.stderr);
+    }
 }
 
 #[test]

@@ -152,7 +152,37 @@ fn a_step_of_a_pipeline_is_looked_at_where_it_stands() {
     }
     let done = step(&["--at", "8"]);
     assert!(done.code == Some(1) && done.stderr.contains("no step 8"), "{}", done.stderr);
-    crate::binary::sentence(&step(&["--sigma", "0.5"]), &["takes its inputs from the run"]);
+    // Its inputs are those of the run, and nothing was recorded of it.
+    for more in [
+        &["--sigma", "0.5"][..],
+        &["--inputs", "a.pt"],
+        &["--case", "i2v"],
+        &["--grid", "2,2,2"],
+        &["--text-tokens", "8"],
+        &["--compare", "a.pt"],
+        &["--limit", "0.1"],
+    ] {
+        crate::binary::sentence(&step(more), &[more[0], "cannot be used with", "--pipeline"]);
+    }
+}
+
+#[test]
+fn a_call_alone_takes_no_flags_of_runs() {
+    let (place, model) = (Place::new(), fixture(FAMILIES[0].1));
+    for more in [
+        &["--at", "2"][..],
+        &["--prompt", "a fox"],
+        &["--height", "64"],
+        &["--num-frames", "9"],
+        &["--dtype", "bf16"],
+        &["--no-audio"],
+        &["--cfg", "3"],
+        &["--lora-rank", "4"],
+    ] {
+        crate::binary::sentence(&on(&place, &model, &["step"], more), &["--pipeline"]);
+    }
+    let done = on(&place, &model, &["step"], &["--device", "cpu", "--grid", "1,2,2", "--text-tokens", "64"]);
+    assert_eq!(done.code, Some(0), "{}{}", done.stdout, done.stderr);
 }
 
 /// A port that lets queries see as many keys as there are queries.

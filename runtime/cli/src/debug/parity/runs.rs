@@ -22,7 +22,7 @@ use serde_json::Value;
 use super::audio::untokens;
 use super::{Check, RUN_LIMIT, Row, Setup, channels_first};
 use crate::adapters::{Loras, Opened, mode};
-use crate::args::{AdapterArgs, PipelineName, ReferenceVersion, SamplingArgs, ShapeArgs};
+use crate::args::{AdapterArgs, PipelineName, Precision, ReferenceVersion, SamplingArgs, ShapeArgs};
 use crate::debug::pipeline::{Pipeline, Tensors, plan_for};
 use crate::debug::recording::TensorFile;
 use crate::debug::session::Session;
@@ -97,7 +97,9 @@ pub fn check_run(files: &ModelFiles, on: &RunOn<'_>, path: &Path, rows: &mut Vec
     let appends_first = definition(pipeline).brings.appends_first_image;
     let keyframes = images.iter().filter(|i| i.frame > 0 || appends_first).count();
     let loras = run.loras(files)?;
-    let shape = ShapeArgs { reference_version: on.release, ..run.shape(&check.meta)? };
+    // Recordings are of f32, on any device.
+    let dtype = Some(Precision::F32);
+    let shape = ShapeArgs { reference_version: on.release, dtype, ..run.shape(&check.meta)? };
     let mut shape = Shape::resolve(&shape, keyframes)?.with(&loras)?;
     shape.references.frames = run.shortest_reference()?;
     let plan = plan_for(files, &shape, on.device, on.options.clone())?;
