@@ -215,7 +215,6 @@ pub(crate) struct Patch {
 /// Finishes and stores the sums that lie in shared memory from `from` on, which are those of the product from a row and a
 /// column of a batch on. `unit` is one of those that store them.
 #[cube]
-#[allow(clippy::too_many_arguments)] // a place, and what kernels are given
 pub(crate) fn store_patch(
     sums: &SharedMemory<f32>,
     from: u32,
