@@ -31,7 +31,7 @@ pub struct Options {
     /// Largest operand or result in bytes that a pass makes; the target's if that is smaller.
     pub max_tensor_bytes: u64,
     /// Whether products with several weights of one activation become one, for which the weights are copied. `None`: where
-    /// they are copied anyway, because the target has memory of its own.
+    /// they are copied anyway, because the target has memory of its own, and the product stores its parts itself.
     pub packs_projections: Option<bool>,
     /// Most bytes that one program may keep between denoising steps to save work.
     pub hoist_budget_bytes: u64,

@@ -17,7 +17,7 @@ use crate::error::CompileError;
 use crate::lower::{Lowering, lower_module};
 use crate::memory::{self, Block, MemoryError};
 use crate::optimize_observed;
-use crate::options::Options;
+use crate::options::{Fuse, Options};
 
 /// Collects programs of several modules into one plan. See the module documentation.
 pub struct PlanBuilder {
@@ -49,7 +49,9 @@ impl PlanBuilder {
         let options = Options {
             max_bindings: options.max_bindings.min(target.max_bindings),
             max_tensor_bytes: options.max_tensor_bytes.min(target.max_tensor_bytes),
-            packs_projections: options.packs_projections.or(Some(target.copies_weights())),
+            packs_projections: options
+                .packs_projections
+                .or(Some(target.copies_weights() && options.fuse == Fuse::Full)),
             ..options
         };
         PlanBuilder {

@@ -19,13 +19,12 @@ use ltxc_ir::plan::ADAPTER_SLOTS;
 use ltxc_ir::{Builder, Function, Module, Op, ValueId};
 
 use crate::lower::is_pointwise;
-use crate::options::{Fuse, Options};
+use crate::options::Options;
 use crate::rebuild::Rebuild;
 
 /// Joins products that share their first operand.
 pub fn pack_projections(module: &Module, options: &Options) -> Module {
-    // Without fusion the parts would be copied behind the product.
-    if options.packs_projections != Some(true) || options.fuse != Fuse::Full {
+    if options.packs_projections != Some(true) {
         return module.clone();
     }
     let functions = module.functions.iter().map(|f| pack_function(f, options.max_tensor_bytes)).collect();

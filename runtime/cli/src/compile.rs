@@ -75,10 +75,9 @@ pub fn version() -> String {
 /// # Errors
 /// As for [`compile()`], and a plan that cannot be written.
 pub fn run(args: &CompileArgs, lora_occurrences: &[usize], report: &mut Report) -> Result<()> {
-    let is_fused = matches!(args.compiler.fuse, None | Some(FuseLevel::Full));
     ensure!(
-        !args.compiler.pack_projections || (is_fused && args.compiler.disable.iter().all(|p| p != "pack-projections")),
-        "`--pack-projections` packs nothing without fusion or that pass; leave out either it or `--fuse` and `--disable`"
+        !args.compiler.pack_projections || args.compiler.disable.iter().all(|p| p != "pack-projections"),
+        "`--pack-projections` and `--disable pack-projections` contradict each other; leave one out"
     );
     let loras = Loras::open(&args.adapters, lora_occurrences)?;
     let named = definition(args.shape.pipeline.unwrap_or_default());
