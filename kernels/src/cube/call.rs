@@ -5,9 +5,9 @@
 
 use cubecl::prelude::*;
 use cubecl::server::Handle;
-use ltxc_ir::TensorType;
 use ltxc_ir::ops::PadMode;
 use ltxc_ir::plan::MatrixUnit;
+use ltxc_ir::{Float, TensorType};
 
 use super::CubeTensor;
 use super::compose::Composed;
@@ -30,8 +30,8 @@ pub(crate) struct Call<'a, R: Runtime> {
     pub(crate) tail: Option<&'a Bound<'a>>,
     /// Where elements go instead of the result. Only products and convolutions are called with any.
     pub(crate) stores: Option<&'a Stores<'a>>,
-    /// Pads of the first operand that are not there, per spatial axis of a convolution.
-    pub(crate) pads: &'a [PadAxis],
+    /// What a convolution does to its first operand where it reads it.
+    pub(crate) front: Option<&'a Front>,
     pub(crate) choice: Choice<'a>,
 }
 
@@ -42,6 +42,15 @@ pub(crate) struct Choice<'a> {
     pub(crate) units: Option<&'a [MatrixUnit]>,
     /// Number of the tile in the tables of the kernel, if it was measured.
     pub(crate) tile: Option<u32>,
+}
+
+/// What stands in front of a convolution that does it itself.
+#[derive(Clone, Debug)]
+pub(crate) struct Front {
+    /// Slope of a leaky ReLU, if there is one.
+    pub(crate) slope: Option<Float>,
+    /// Then pads, per spatial axis.
+    pub(crate) pads: Vec<PadAxis>,
 }
 
 /// A pad along an axis: elements in front, and what stands outside.
@@ -99,7 +108,17 @@ impl<R: Runtime> Call<'_, R> {
 
     /// What stands outside of the first operand, per spatial axis.
     pub(crate) fn outside(&self) -> Vec<PadMode> {
-        self.pads.iter().map(|pad| pad.mode).collect()
+        self.front.iter().flat_map(|front| &front.pads).map(|pad| pad.mode).collect()
+    }
+
+    /// Elements of a pad in front of the first operand along a spatial axis.
+    pub(crate) fn before(&self, axis: usize) -> usize {
+        self.front.and_then(|front| front.pads.get(axis)).map_or(0, |pad| pad.lo)
+    }
+
+    /// Slope of a leaky ReLU through which the first operand is read.
+    pub(crate) fn slope(&self) -> Option<Float> {
+        self.front.and_then(|front| front.slope)
     }
 
     /// What happens to elements before they are stored.

@@ -90,7 +90,7 @@ pub(crate) fn launch<R: Runtime>(
         workspace: None,
         tail: None,
         stores: None,
-        pads: &[],
+        front: None,
         choice: Choice::default(),
     };
     let units = if rows.norms.is_empty() { super::call::UNITS } else { row_units(client) };

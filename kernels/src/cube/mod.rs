@@ -88,12 +88,12 @@ pub fn launch<R: Runtime>(
     let choice = Choice::default();
     launch_checked(
         kernel,
-        &Call { client, args, out: &results[0], workspace, tail: None, stores: None, pads: &[], choice },
+        &Call { client, args, out: &results[0], workspace, tail: None, stores: None, front: None, choice },
     )
 }
 
 /// [`launch`] for types that fit the kernel. With a tail, which finishes each element, the result may have another dtype;
-/// with stores there are other results; with pads the first operand is smaller by them. See `schedule` for which calls may
+/// with stores there are other results; with pads in front the first operand is smaller by them. See `schedule` for which calls may
 /// have them.
 fn launch_checked<R: Runtime>(kernel: &Kernel, call: &Call<'_, R>) -> Result<(), String> {
     guard::install();
@@ -112,7 +112,7 @@ fn launch_checked<R: Runtime>(kernel: &Kernel, call: &Call<'_, R>) -> Result<(),
     let ty = call.out.ty.with_dtype(DType::F32);
     let wide = CubeTensor { ty: &ty, handle: call.scratch(ty.elements())? };
     run(kernel, &Call { out: &wide, workspace: None, tail: None, ..*call })?;
-    let narrowed = Call { args: &[wide], workspace: None, tail: None, pads: &[], ..*call };
+    let narrowed = Call { args: &[wide], workspace: None, tail: None, front: None, ..*call };
     map::launch(&Map { steps: Vec::new() }, &narrowed)
 }
 
@@ -146,7 +146,7 @@ fn fill_zeros<R: Runtime>(call: &Call<'_, R>) -> Result<(), String> {
         return Err("a sum of nothing cannot be stored in parts".into());
     }
     let zero = Map { steps: vec![MapStep::Scalar(ltxc_ir::Float(0.0))] };
-    map::launch(&zero, &Call { args: &[], tail: None, pads: &[], ..*call })
+    map::launch(&zero, &Call { args: &[], tail: None, front: None, ..*call })
 }
 
 /// Whether units would have to share words of the result, so that it is computed in f32 first.

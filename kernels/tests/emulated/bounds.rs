@@ -85,6 +85,10 @@ fn silu() -> Kernel {
     Kernel::Map(Map { steps: vec![MapStep::Function(MapFunction::Silu, 0)] })
 }
 
+fn leaky() -> Kernel {
+    Kernel::Map(Map { steps: vec![MapStep::Function(MapFunction::LeakyRelu(Float(0.1)), 0)] })
+}
+
 fn movement(calls: &mut Vec<Call>) {
     for dtype in [DType::F32, DType::BF16, DType::U8] {
         let mut one = |name: &str, kernel: Kernel, args: &[&[usize]], shape: &[usize], row: Option<&[i32]>| {
@@ -247,11 +251,12 @@ fn fused(calls: &mut Vec<Call>) {
                 let mut call = Draft::new();
                 let (x, w) = (call.operand(dtype, &[2, 5, 4, 6]), call.operand(dtype, &[3, 3, 6, co]));
                 let pad = Pad { lo: vec![0, 2, 1, 0], hi: vec![0, 0, 1, 0], mode };
-                let padded = call.part(Kernel::Pad(pad), &[&x], dtype, &[2, 7, 6, 6]);
+                let activated = call.part(leaky(), &[&x], dtype, &[2, 5, 4, 6]);
+                let padded = call.part(Kernel::Pad(pad), &[&activated], dtype, &[2, 7, 6, 6]);
                 let op = Conv { stride: vec![1; 2], dilation: vec![1; 2], pad: vec![(0, 0); 2], groups: 1 };
                 let value = call.part(Kernel::Conv(op), &[&padded, &w], dtype, &[2, 5, 4, co]);
                 finish(&mut call, value);
-                calls.push(call.call("conv with pads and a tail"));
+                calls.push(call.call("conv with an activation, pads and a tail"));
             }
         }
         // Stores: depth-to-space and space-to-depth, as a product and element by element, and a part of the columns.
@@ -298,12 +303,17 @@ fn fused(calls: &mut Vec<Call>) {
             calls.push(call.call("matmul with a store"));
         }
 
-        let mut call = Draft::new();
-        let (x, w) = (call.operand(dtype, &[2, 7, 8]), call.operand(dtype, &[4, 8, 18]));
-        let op = ConvTranspose { stride: vec![2], dilation: vec![1], pad: vec![(1, 1)], groups: 1 };
-        let value = call.part(Kernel::ConvTranspose(op), &[&x, &w], dtype, &[2, 14, 18]);
-        finish(&mut call, value);
-        calls.push(call.call("conv_transpose with a tail"));
+        // As a product and element by element, of what is padded.
+        for (co, mode) in [(18, PadMode::Edge), (24, PadMode::Circular), (5, PadMode::Edge), (6, PadMode::Reflect)] {
+            let mut call = Draft::new();
+            let (x, w) = (call.operand(dtype, &[2, 7, 8]), call.operand(dtype, &[4, 8, co]));
+            let pad = Pad { lo: vec![0, 2, 0], hi: vec![0, 1, 0], mode };
+            let padded = call.part(Kernel::Pad(pad), &[&x], dtype, &[2, 10, 8]);
+            let op = ConvTranspose { stride: vec![2], dilation: vec![1], pad: vec![(2, 3)], groups: 1 };
+            let value = call.part(Kernel::ConvTranspose(op), &[&padded, &w], dtype, &[2, 17, co]);
+            finish(&mut call, value);
+            calls.push(call.call("conv_transpose with pads and a tail"));
+        }
 
         let mut call = Draft::new();
         let x = call.operand(dtype, &[1, 37, 6]);

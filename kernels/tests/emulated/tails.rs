@@ -129,6 +129,21 @@ fn convolutions_are_rearranged() {
     }
 }
 
+/// Channels that vectors divide, and others; elements are rounded behind the activation as they would be in memory.
+#[test]
+fn convolutions_activate_what_they_read() {
+    for (ci, dtype) in [(8, DType::BF16), (5, DType::BF16), (8, DType::F16)] {
+        let mut call = Call::new(204);
+        let (x, w) = (call.operand(dtype, &[1, 37, ci]), call.operand(dtype, &[3, ci, 24]));
+        let leaky = Map { steps: vec![MapStep::Function(MapFunction::LeakyRelu(Float(0.1)), 0)] };
+        let activated = call.part(Kernel::Map(leaky), vec![x], dtype, &[1, 37, ci]);
+        let op = Conv { stride: vec![1], dilation: vec![1], pad: vec![(1, 1)], groups: 1 };
+        let value = call.part(Kernel::Conv(op), vec![activated, w], dtype, &[1, 37, 24]);
+        call.finish(value, dtype);
+        call.check();
+    }
+}
+
 #[test]
 fn heads_are_gated() {
     for d in [32, 80] {
