@@ -176,7 +176,7 @@ fn depth_to_space_is_how_a_convolution_stores() {
         let block = random.pick(&[[2, 2, 2], [1, 2, 2], [2, 1, 1], [1, 3, 3]]);
         let channels = random.pick(&[1, 2, 3, 6, 16]);
         let call = convolution(seed, dtype, Move::DepthToSpace, space, block, channels, 1);
-        let has_words = channels % 2 == 0 && block != [1, 3, 3];
+        let has_words = channels.is_multiple_of(2) && block != [1, 3, 3];
         // A single channel may be stored at once or not.
         if dtype == DType::F32 || channels > 1 {
             let is_one = dtype == DType::F32 || has_words;
@@ -261,7 +261,7 @@ fn products_are_stored_in_parts() {
         let m = random.pick(&[1, 2, 5, 33, 70]);
         let widths: Vec<usize> = (0..2 + seed as usize % 3).map(|_| random.pick(&[1, 2, 6, 7, 30, 64])).collect();
         let call = split(seed, dtype, m, &widths);
-        let is_one = dtype == DType::F32 || widths.iter().all(|width| width % 2 == 0);
+        let is_one = dtype == DType::F32 || widths.iter().all(|width| width.is_multiple_of(2));
         assert_eq!(call.launches() == 1, is_one, "{dtype:?} {m} {widths:?}: {}", call.launches());
     }
 }
