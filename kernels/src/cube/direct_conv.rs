@@ -8,6 +8,7 @@ use super::call::{Call, to_u32};
 use super::patches::{BASE, EXTENT, POSITIONS, STEP, STRIDE, activated, number, source_index, split, split_taps};
 use super::program::{Tail, finished};
 use super::storage::{self, load};
+use super::store::{Store, lane_position, store_word};
 
 /// What a kernel is built for.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -48,8 +49,9 @@ pub(crate) fn launch<R: Runtime>(
             dim,
             call.arg(0),
             call.arg(1),
-            call.out(),
+            call.outs(),
             call.tail()?,
+            call.store()?,
             arg,
             each_in?,
             each_out?,
@@ -67,8 +69,9 @@ pub(crate) fn launch<R: Runtime>(
 fn convolve(
     x: &Array<u32>,
     w: &Array<u32>,
-    out: &mut Array<u32>,
+    outs: &mut Sequence<Array<u32>>,
     tail: &Tail,
+    store: &Store,
     axes: &Sequence<u32>,
     each_in: u32,
     each_out: u32,
@@ -84,7 +87,7 @@ fn convolve(
     if word * lanes < n {
         let mut bits = 0u32;
         for lane in 0..lanes {
-            let element = word * lanes + lane;
+            let element = lane_position(word, lane, co, store, lanes);
             if element < n {
                 let row = element / co;
                 let column = element - row * co;
@@ -130,6 +133,6 @@ fn convolve(
                 bits |= finished(sum, element, lane, tail);
             }
         }
-        out[word as usize] = bits;
+        store_word(bits, lane_position(word, 0u32, co, store, lanes), outs, store, lanes);
     }
 }

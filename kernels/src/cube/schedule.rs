@@ -3,7 +3,7 @@
 //! | form | one launch | launches of their own |
 //! | --- | --- | --- |
 //! | rows | neighbours that are maps, norms of one row length, gathers of rows and at most one rotation | reductions, integer maps, parts of other sizes |
-//! | product | the product or convolution with leaky ReLU and pads, maps and gathers | pads that meet on an axis, copies |
+//! | product | the product or convolution with leaky ReLU and pads, maps, gathers and copies | pads that meet on an axis, copies that `store` cannot turn around |
 //! | attention | norm and rotation of queries, those of keys, attention with its maps | |
 //! | group norm | the last of its three launches with its maps | |
 //!
@@ -11,22 +11,36 @@
 
 use ltxc_ir::TensorType;
 use ltxc_ir::ops::PadMode;
-use ltxc_ir::plan::{Form, Fused, Kernel, PartArg, Source};
+use ltxc_ir::plan::{Copy, Form, Fused, Kernel, PartArg, Source};
 
 use super::call::{Front, PadAxis};
-use super::compose::{self, Composed, Rows};
+use super::compose::{self, Composed, MAX_BINDINGS, Rows};
 use super::fused_rows;
+use super::store::Stored;
 
 /// A launch, or what a kernel takes to launch itself.
 #[derive(Clone, Debug)]
 pub(crate) enum Step {
     /// One part alone.
     Part(usize),
-    /// Part `anchor` with maps behind it up to part `last`, and perhaps with all that stands in front of its first operand,
-    /// of which this is read instead.
-    Tail { anchor: usize, front: Option<(PartArg, Front)>, composed: Option<Composed>, last: usize },
+    /// Part `anchor` with maps behind it up to part `last` and copies of that, and perhaps with all that stands in front of
+    /// its first operand, of which this is read instead.
+    Tail {
+        anchor: usize,
+        front: Option<(PartArg, Front)>,
+        composed: Option<Composed>,
+        last: usize,
+        copied: Option<Copied>,
+    },
     /// Maps, norms and rotations.
     Rows(Rows),
+}
+
+/// Copies that store what a part gives, which itself reaches no memory.
+#[derive(Clone, Debug)]
+pub(crate) struct Copied {
+    pub(crate) parts: Vec<usize>,
+    pub(crate) stored: Stored,
 }
 
 impl Step {
@@ -34,6 +48,7 @@ impl Step {
     pub(crate) fn outs(&self) -> Vec<usize> {
         match self {
             Step::Part(part) => vec![*part],
+            Step::Tail { copied: Some(copied), .. } => copied.parts.clone(),
             Step::Tail { last, .. } => vec![*last],
             Step::Rows(rows) => rows.outs.iter().map(|o| o.0).collect(),
         }
@@ -95,7 +110,9 @@ pub(crate) fn schedule(fused: &Fused, args: &[&TensorType], results: &[&TensorTy
     };
     let end = copies(anchor);
     scheduler.by_tail(anchor, front, end, &mut steps);
-    steps.extend((end..n).map(Step::Part));
+    if !scheduler.by_store(end, &mut steps) {
+        steps.extend((end..n).map(Step::Part));
+    }
     steps
 }
 
@@ -148,15 +165,56 @@ impl Scheduler<'_> {
                 continue;
             }
             if let Ok(composed) = compose::tail(self.fused, anchor, &group[1..], last, &self.may_overlap) {
-                steps.push(Step::Tail { anchor, front, composed: Some(composed), last });
+                steps.push(Step::Tail { anchor, front, composed: Some(composed), last, copied: None });
                 return self.by_rows((last + 1..end).collect(), steps);
             }
         }
         steps.push(match front {
-            Some(_) => Step::Tail { anchor, front, composed: None, last: anchor },
+            Some(_) => Step::Tail { anchor, front, composed: None, last: anchor, copied: None },
             None => Step::Part(anchor),
         });
         self.by_rows((anchor + 1..end).collect(), steps);
+    }
+
+    /// Lets the last step store what the copies from part `end` on store, if it computes all that they copy, and only they
+    /// read it. Gives whether it does.
+    fn by_store(&self, end: usize, steps: &mut [Step]) -> bool {
+        let Some(step) = steps.last_mut() else { return false };
+        let (anchor, front, composed) = match step {
+            Step::Tail { anchor, front, composed, last, .. } if *last + 1 == end => (*anchor, front, composed),
+            Step::Part(anchor) if *anchor + 1 == end => (*anchor, &mut None, &mut None),
+            _ => return false,
+        };
+        let parts: Vec<usize> = (end..self.fused.parts.len()).collect();
+        let stored = match self.stored(anchor, &parts) {
+            Some(stored) if parts.len() + composed.as_ref().map_or(0, Composed::bindings) <= MAX_BINDINGS + 1 => stored,
+            _ => return false,
+        };
+        let (front, composed) = (front.take(), composed.take());
+        *step = Step::Tail { anchor, front, composed, last: end - 1, copied: Some(Copied { parts, stored }) };
+        true
+    }
+
+    /// The store of copies of part `copies[0] - 1`, which is as part `anchor` computes it.
+    fn stored(&self, anchor: usize, copies: &[usize]) -> Option<Stored> {
+        let (part, last) = (&self.fused.parts[anchor], copies.first()? - 1);
+        let result = &self.fused.parts[last].result;
+        let own = |&copy: &usize| match (&self.fused.parts[copy].kernel, &self.fused.parts[copy].args[..]) {
+            (Kernel::Copy(copy), [arg]) if arg.source == Source::Part(last as u32) => Some(copy),
+            _ => None,
+        };
+        let copies: Vec<&Copy> = copies.iter().map(own).collect::<Option<_>>()?;
+        if self.fused.stored.contains(&(last as u32)) || !can_finish(part, result) {
+            return None;
+        }
+        let (groups, has_rows) = match &part.kernel {
+            Kernel::Conv(op) => (op.groups, true),
+            // The phases of a transposed convolution are products of their own.
+            Kernel::ConvTranspose(op) => (op.groups, false),
+            Kernel::Matmul(_) => (1, true),
+            _ => return None,
+        };
+        Stored::new(&copies, &part.result.with_dtype(result.dtype), groups, has_rows)
     }
 }
 

@@ -185,7 +185,9 @@ fn products_finish_what_they_store() {
         } else {
             value
         };
-        let launches = n.is_multiple_of(4).then_some(1 + usize::from(is_moved));
+        // Words of the turned result hold rows, of which there is an odd number.
+        let is_narrow = is_moved && ty.dtype != DType::F32 && m > 1;
+        let launches = n.is_multiple_of(4).then_some(1 + usize::from(is_narrow));
         call.check(&[value], |form| matches!(form, Form::Product { .. }), launches);
     }
 }

@@ -241,6 +241,36 @@ fn large_products_match() {
     }
 }
 
+/// A copy that would read or write outside, twice, or not everything, is no store.
+#[test]
+fn stores_outside_are_refused() {
+    let mut random = Random(15);
+    let (m, n) = (4, 6);
+    let fits =
+        Copy { shape: vec![n, m], src_offset: 0, src_strides: vec![1, n], dst_offset: 0, dst_strides: vec![m, 1] };
+    let mut group_of = |copy: Copy, elements: usize| {
+        let mut group = Group::new();
+        let product = matmul(&mut group, &mut random, [m, n, 5], &[]);
+        let dtype = product.ty.dtype;
+        let stored = group.part(Kernel::Copy(copy), vec![product], TensorType::new(dtype, vec![elements]));
+        group.store(&stored);
+        group.run().is_some()
+    };
+    assert!(group_of(fits.clone(), m * n));
+    for (copy, elements) in [
+        (Copy { dst_offset: 1, ..fits.clone() }, m * n),
+        (Copy { src_offset: 1, ..fits.clone() }, m * n),
+        (Copy { dst_strides: vec![m + 1, 1], ..fits.clone() }, m * n),
+        (Copy { src_strides: vec![1, n + 1], ..fits.clone() }, m * n),
+        (Copy { dst_strides: vec![m - 1, 1], ..fits.clone() }, m * n),
+        (Copy { dst_strides: vec![usize::MAX / 2, 1], ..fits.clone() }, m * n),
+        (fits.clone(), m * n - 1),
+        (fits, m * n + 1),
+    ] {
+        assert!(!group_of(copy.clone(), elements), "{copy:?}");
+    }
+}
+
 /// Nothing of the size of the result is kept.
 #[test]
 fn scratch_does_not_grow_with_the_result() {
