@@ -38,7 +38,8 @@ pub(super) fn propose(graph: &Graph<'_>, at: usize) -> Vec<Nodes> {
 
 /// What a convolution does to its input where it reads it, last one first: pads, and a leaky ReLU.
 ///
-/// An activation whose operand nobody else reads belongs to what makes that.
+/// Activating again for every tap costs less than a pass over the input; as much on a CPU in 16 bits with eleven taps of few
+/// channels. An activation whose operand nobody else reads belongs to what makes that.
 fn front(graph: &Graph<'_>, at: usize) -> Vec<usize> {
     let mut front = Vec::new();
     let mut value = graph.node(at).args[0];

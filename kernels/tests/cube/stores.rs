@@ -261,7 +261,7 @@ fn products_are_stored_in_parts() {
         let m = random.pick(&[1, 2, 5, 33, 70]);
         let widths: Vec<usize> = (0..2 + seed as usize % 3).map(|_| random.pick(&[1, 2, 6, 7, 30, 64])).collect();
         let call = split(seed, dtype, m, &widths);
-        let is_one = dtype == DType::F32 || widths.iter().all(|width| width % 2 == 0);
+        let is_one = dtype == DType::F32 || widths.iter().all(|width| width.is_multiple_of(2));
         assert_eq!(call.launches() == 1, is_one, "{dtype:?} {m} {widths:?}: {}", call.launches());
     }
 }
