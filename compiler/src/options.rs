@@ -28,8 +28,11 @@ pub struct Options {
     pub passes_per_evaluation: u32,
     /// Largest number of operands and results of a fused call; the target's if that is smaller.
     pub max_bindings: u32,
-    /// Whether products with several weights of one activation become one, for which the weights are copied.
-    pub packs_projections: bool,
+    /// Largest operand or result in bytes that a pass makes; the target's if that is smaller.
+    pub max_tensor_bytes: u64,
+    /// Whether products with several weights of one activation become one, for which the weights are copied. `None`: where
+    /// they are copied anyway, because the target has memory of its own, and the product stores its parts itself.
+    pub packs_projections: Option<bool>,
     /// Most bytes that one program may keep between denoising steps to save work.
     pub hoist_budget_bytes: u64,
 }
@@ -42,7 +45,8 @@ impl Default for Options {
             verify: cfg!(debug_assertions),
             passes_per_evaluation: 1,
             max_bindings: u32::MAX,
-            packs_projections: false,
+            max_tensor_bytes: u64::MAX,
+            packs_projections: None,
             // Text keys and values of the 19B model at full length are 2.3 GiB in f32.
             hoist_budget_bytes: 4 << 30,
         }

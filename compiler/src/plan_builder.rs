@@ -17,7 +17,7 @@ use crate::error::CompileError;
 use crate::lower::{Lowering, lower_module};
 use crate::memory::{self, Block, MemoryError};
 use crate::optimize_observed;
-use crate::options::Options;
+use crate::options::{Fuse, Options};
 
 /// Collects programs of several modules into one plan. See the module documentation.
 pub struct PlanBuilder {
@@ -46,7 +46,14 @@ struct ProgramDraft {
 impl PlanBuilder {
     /// Starts a plan written by `compiler` for `target`; `sources` are the weight files that graphs may name.
     pub fn new(compiler: &str, target: Target, options: Options, sources: Vec<WeightSource>) -> PlanBuilder {
-        let options = Options { max_bindings: options.max_bindings.min(target.max_bindings), ..options };
+        let options = Options {
+            max_bindings: options.max_bindings.min(target.max_bindings),
+            max_tensor_bytes: options.max_tensor_bytes.min(target.max_tensor_bytes),
+            packs_projections: options
+                .packs_projections
+                .or(Some(target.copies_weights() && options.fuse == Fuse::Full)),
+            ..options
+        };
         PlanBuilder {
             compiler: compiler.into(),
             target,

@@ -4,24 +4,31 @@
 //! x·aᵀ + p,  x·bᵀ + q,  x·cᵀ + r   =   the parts of  x·[a b c]ᵀ + [p q r]
 //! ```
 //!
-//! Queries, keys, values and gates of an attention read the same tokens; one larger product reads them once and fills a
-//! device better. The joined weight is a recipe: a copy in memory beside the file. So this pass runs only where weights are
-//! copied to a device anyway ([`Options::packs_projections`]); a CPU reads them in place from the mapped file.
+//! Queries, keys, values and gates of an attention read the same tokens; one larger product reads them once, is one launch,
+//! and fills a device better. The joined weight is a recipe: a copy in memory beside the file. So this pass runs only where
+//! weights are copied to a device anyway ([`Options::packs_projections`]); a CPU reads them in place from the mapped file.
+//!
+//! Left alone are products that would lose more than they gain: where functions of single elements follow, they run in the
+//! product that they follow, but not in one whose results are stored apart. So the two halves of a gated layer, and
+//! layers that a live adapter is added to, stay as they are. So do slots of adapters, which are written again and again.
 
 use std::collections::BTreeMap;
 
 use ltxc_ir::ops::{Binary, Matmul};
+use ltxc_ir::plan::ADAPTER_SLOTS;
 use ltxc_ir::{Builder, Function, Module, Op, ValueId};
 
+use crate::lower::is_pointwise;
 use crate::options::Options;
 use crate::rebuild::Rebuild;
 
 /// Joins products that share their first operand.
 pub fn pack_projections(module: &Module, options: &Options) -> Module {
-    if !options.packs_projections {
+    if options.packs_projections != Some(true) {
         return module.clone();
     }
-    Module { functions: module.functions.iter().map(pack_function).collect(), entries: module.entries.clone() }
+    let functions = module.functions.iter().map(|f| pack_function(f, options.max_tensor_bytes)).collect();
+    Module { functions, entries: module.entries.clone() }
 }
 
 /// A product with a weight, and the sum with a bias behind it.
@@ -33,8 +40,8 @@ struct Projection {
     bias: Option<ValueId>,
 }
 
-fn pack_function(function: &Function) -> Function {
-    let groups = groups(function);
+fn pack_function(function: &Function, most_bytes: u64) -> Function {
+    let groups = groups(function, most_bytes);
     if groups.is_empty() {
         return function.clone();
     }
@@ -90,15 +97,33 @@ fn emit(rebuild: &mut Rebuild<'_>, function: &Function, group: &[Projection]) {
     }
 }
 
-/// Products that can be joined: two or more with the same first operand, all with a bias or all without.
-fn groups(function: &Function) -> Vec<Vec<Projection>> {
+/// Products that can be joined: two or more with the same first operand, all with a bias or all without, whose weight and
+/// result have at most `most_bytes`.
+fn groups(function: &Function, most_bytes: u64) -> Vec<Vec<Projection>> {
     let definitions = function.definitions();
     let mut users: Vec<Vec<usize>> = vec![Vec::new(); function.values.len()];
     for (i, node) in function.nodes.iter().enumerate() {
         node.args.iter().for_each(|a| users[a.index()].push(i));
     }
     let is_result = |v: ValueId| function.results.iter().any(|r| r.value == v);
-    let is_weight = |v: ValueId| definitions[v.index()].is_some_and(|d| matches!(function.nodes[d].op, Op::Weight(_)));
+    let is_weight = |v: ValueId| match definitions[v.index()].map(|d| &function.nodes[d].op) {
+        Some(Op::Weight(weight)) => weight.source != ADAPTER_SLOTS,
+        _ => false,
+    };
+    // What follows one by one element reads a row of the product again and writes it; what is saved is a row of `x`.
+    let loses = |last: usize, x: ValueId| {
+        let row = |v: ValueId| function.ty(v).shape.last().copied().unwrap_or(1);
+        let mut value = function.nodes[last].results[0];
+        let is_large = 2 * row(value) > row(x);
+        while let [user] = users[value.index()][..] {
+            let node = &function.nodes[user];
+            if !matches!(node.op, Op::Reshape(_)) {
+                return is_large && is_pointwise(&node.op);
+            }
+            value = node.results[0];
+        }
+        false
+    };
     let mut groups: BTreeMap<(ValueId, bool, String), Vec<Projection>> = BTreeMap::new();
     for (i, node) in function.nodes.iter().enumerate() {
         let Op::Matmul(Matmul { transpose_rhs: true }) = node.op else { continue };
@@ -118,11 +143,23 @@ fn groups(function: &Function) -> Vec<Vec<Projection>> {
             is_weight(v) && function.ty(v).rank() == 1 && function.ty(v).shape[0] == function.ty(weight).shape[0]
         };
         let bias = bias.filter(|&(_, v)| fits(v) && users[v.index()].len() == 1);
+        let last = bias.map_or(i, |(s, _)| s);
+        if loses(last, x) {
+            continue;
+        }
         // Only tensors of one dtype can be joined.
         let dtypes = format!("{} {:?}", function.ty(weight).dtype, bias.map(|(_, v)| function.ty(v).dtype));
-        let projection =
-            Projection { last: bias.map_or(i, |(s, _)| s), product: i, weight, bias: bias.map(|(_, v)| v) };
+        let projection = Projection { last, product: i, weight, bias: bias.map(|(_, v)| v) };
         groups.entry((x, bias.is_some(), dtypes)).or_default().push(projection);
     }
-    groups.into_values().filter(|g| g.len() > 1).collect()
+    let bytes = |v: ValueId| function.ty(v).bytes() as u64;
+    let sum = |g: &[Projection], of: fn(&Projection, &Function) -> ValueId| {
+        g.iter().fold(0, |n: u64, p| n.saturating_add(bytes(of(p, function))))
+    };
+    let fits = |g: &Vec<Projection>| {
+        g.len() > 1
+            && sum(g, |p, _| p.weight) <= most_bytes
+            && sum(g, |p, f| f.nodes[p.product].results[0]) <= most_bytes
+    };
+    groups.into_values().filter(fits).collect()
 }

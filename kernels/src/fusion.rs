@@ -330,7 +330,8 @@ mod tests {
             Step::Kernel(call(product.into(), vec![operand(256, &ty), operand(512, &ty)], operand(768, &ty))),
         ];
         let apart = summary_of(steps).apart;
-        const REASON: &str = "a product reads its operands many times, so only pads can run in front of it";
+        const REASON: &str =
+            "a product reads its operands many times, so only a leaky ReLU and pads can run in front of it";
         let pair = ("rms_norm".to_string(), "matmul".to_string(), REASON.to_string());
         assert_eq!(apart, BTreeMap::from([(pair, Apart { times: 1, bytes: 512 })]));
     }

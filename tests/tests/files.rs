@@ -105,7 +105,7 @@ fn options<'a>(words: impl Iterator<Item = &'a str>) -> Result<Options, Failed> 
             Some(("fuse", "none")) => options.fuse = Fuse::None,
             Some(("fuse", "composite")) => options.fuse = Fuse::Composite,
             Some(("fuse", "full")) => options.fuse = Fuse::Full,
-            Some(("projections", packs)) => options.packs_projections = packs.parse()?,
+            Some(("projections", packs)) => options.packs_projections = Some(packs.parse()?),
             Some(("budget", bytes)) => options.hoist_budget_bytes = bytes.parse()?,
             Some(("passes", n)) => options.passes_per_evaluation = n.parse()?,
             _ => return Err(format!("there is no option `{word}`").into()),

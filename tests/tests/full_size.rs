@@ -7,7 +7,9 @@ use ltxc::compile::compile;
 use ltxc::job::Shape;
 use ltxc::model_files::ModelFiles;
 use ltxc_compiler::{Fuse, Options};
-use ltxc_ir::plan::{KernelCall, Plan, PlanFunction, Step, Target, container};
+use ltxc_ir::TensorType;
+use ltxc_ir::plan::{Kernel, KernelCall, Operand, Plan, PlanFunction, Step, Target, Work, container};
+use ltxc_kernels::cube::Schedule;
 use ltxc_kernels::fusion::elementwise_bytes;
 use ltxc_models::synth::{Preset, synth};
 
@@ -19,11 +21,19 @@ struct For {
     keyframes: usize,
     fuse: Fuse,
     target: Target,
+    packs_projections: Option<bool>,
 }
 
 /// A video of 512×768 on CUDA, in f32.
 fn usual() -> For {
-    For { size: [512, 768], dtype: Precision::F32, keyframes: 0, fuse: Fuse::Full, target: Target::cuda() }
+    For {
+        size: [512, 768],
+        dtype: Precision::F32,
+        keyframes: 0,
+        fuse: Fuse::Full,
+        target: Target::cuda(),
+        packs_projections: None,
+    }
 }
 
 /// A plan for the two-stage pipeline and 121 frames.
@@ -37,12 +47,12 @@ fn plan(preset: Preset, what: For) -> Plan {
         ..ModelArgs::default()
     };
     let files = ModelFiles::open(&args, true).expect("the model opens");
-    let For { size: [height, width], dtype, keyframes, fuse, target } = what;
+    let For { size: [height, width], dtype, keyframes, fuse, target, packs_projections } = what;
     let (height, width, num_frames) = (Some(height), Some(width), Some(121));
     let shape = ShapeArgs { height, width, num_frames, dtype: Some(dtype), ..ShapeArgs::default() };
     let shape = Shape::resolve(&shape, keyframes).expect("a shape that runs");
     let shape = Shape { target, ..shape };
-    let options = Options { fuse, ..Options::default() };
+    let options = Options { fuse, packs_projections, ..Options::default() };
     compile(&files, &shape, options, &mut |_, _, _| {}).expect("the model compiles")
 }
 
@@ -95,6 +105,54 @@ fn fusion_saves_most_of_what_is_not_a_product() {
         let saved = 1.0 - elementwise(&full) as f64 / elementwise(&composite) as f64;
         println!("{}: {:.0} % of the elementwise bytes of a block are saved", preset.name(), 100.0 * saved);
         assert!(saved >= 0.8, "{saved}");
+    }
+}
+
+/// Kernels that a call launches on a GPU, and copies in it that store what a product computes.
+fn launches(call: &KernelCall) -> (usize, usize) {
+    let types = |operands: &[Operand]| operands.iter().map(|o| o.ty.clone()).collect::<Vec<TensorType>>();
+    let (args, results) = (types(&call.args), types(&call.results));
+    let schedule = Schedule::new(&call.work, &args.iter().collect::<Vec<_>>(), &results.iter().collect::<Vec<_>>());
+    let copies = match &call.work {
+        Work::Fused(fused) => fused.parts.iter().filter(|part| matches!(part.kernel, Kernel::Copy(_))).count(),
+        Work::Kernel(_) => 0,
+    };
+    (schedule.expect("the plan is verified").launches(), copies)
+}
+
+/// Depth-to-space with its residual is how the convolutions of the decoder store, also in words of two elements.
+#[test]
+fn decoders_launch_no_copies_behind_convolutions() {
+    for preset in [Preset::Ltx2, Preset::Ltx23] {
+        for dtype in [Precision::F32, Precision::Bf16] {
+            let plan = plan(preset, For { dtype, ..usual() });
+            let decoders = || plan.functions.iter().filter(|f| f.name.starts_with("decode.")).flat_map(calls);
+            let all: Vec<(usize, usize)> = decoders().map(launches).collect();
+            let (total, copies) = all.iter().fold((0, 0), |(a, b), (launches, copies)| (a + launches, b + copies));
+            println!("{} {dtype:?}: {} calls with {copies} copies are {total} launches", preset.name(), all.len());
+            assert!(copies > 2 && total < all.len() + copies, "{all:?}");
+            assert!(all.iter().all(|&(launches, copies)| copies == 0 || launches == 1), "{all:?}");
+        }
+    }
+}
+
+/// Queries, keys and values of a GPU are one product that stores three tensors, in one launch.
+#[test]
+fn projections_of_one_activation_are_one_launch() {
+    for preset in [Preset::Ltx2, Preset::Ltx23] {
+        let [packed, apart] = [None, Some(false)].map(|packs_projections| {
+            let plan = plan(preset, For { dtype: Precision::Bf16, packs_projections, ..usual() });
+            let blocks = plan.functions.iter().filter(|f| f.name.starts_with("stage1/block")).flat_map(calls);
+            let blocks: Vec<KernelCall> = blocks.cloned().collect();
+            let split = blocks.iter().filter(|call| call.results.len() > 2 && launches(call).1 > 2).count();
+            let launched: usize = blocks.iter().map(|call| launches(call).0).sum();
+            let bytes: u64 = blocks.iter().map(|call| call.bytes).sum();
+            println!("{}: {split} split products, {launched} launches, {} MB", preset.name(), bytes / 1_000_000);
+            assert!(blocks.iter().map(launches).all(|(launches, copies)| copies == 0 || launches == 1));
+            (split, launched, bytes)
+        });
+        assert!(packed.0 > 0 && apart.0 == 0, "{packed:?} {apart:?}");
+        assert!(packed.1 < apart.1 && packed.2 < apart.2, "{packed:?} {apart:?}");
     }
 }
 

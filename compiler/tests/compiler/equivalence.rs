@@ -9,7 +9,7 @@ use ltxc_ir::{Builder, Module, Op, Rate, TensorType};
 const SEEDS: u64 = 150;
 
 fn options(fuse: Fuse) -> Options {
-    Options { fuse, verify: true, passes_per_evaluation: 2, packs_projections: true, ..Options::default() }
+    Options { fuse, verify: true, passes_per_evaluation: 2, packs_projections: Some(true), ..Options::default() }
 }
 
 #[test]

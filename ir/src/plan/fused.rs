@@ -7,7 +7,7 @@
 //! | form | what it is | pieces |
 //! | --- | --- | --- |
 //! | rows | pointwise maps, norms, rotations, gathers and reductions along rows | rows |
-//! | product | a matrix product or convolution, maps on its result, stores that rearrange | tiles of the result |
+//! | product | a matrix product or convolution, leaky ReLU and pads in front, maps on its result, stores that rearrange | tiles of the result |
 //! | attention | norms and rotations of queries and keys, attention, maps on its result | query blocks |
 //! | group norm | group norm and maps on its result | rows, after the statistics |
 //!
@@ -15,8 +15,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::kernel::Kernel;
-use crate::types::TensorType;
+use super::kernel::{Function, Kernel, MapStep};
+use crate::types::{Float, TensorType};
 
 /// Most elements of a row: rows of a few parts must fit into the cache of a core.
 const MAX_ROW: usize = 1 << 18;
@@ -123,8 +123,8 @@ pub enum Form {
         /// Number of rows.
         rows: usize,
     },
-    /// Part `anchor` is a `matmul`, `conv` or `conv_transpose`, at most after `pad`s of its first operand. Maps on its
-    /// result follow, then copies that store parts of it or rearrange it.
+    /// Part `anchor` is a `matmul`, `conv` or `conv_transpose`; in front of the first operand of the latter two there may
+    /// be a leaky ReLU and `pad`s. Maps on the result follow, then copies that store parts of it or rearrange it.
     Product {
         /// Index of the product.
         anchor: usize,
@@ -210,7 +210,7 @@ impl Fused {
                     self.check_tail(anchor).map(|rows| Form::Attention { anchor, rows })
                 }
                 _ => {
-                    self.check_pad(anchor)?;
+                    self.check_front(anchor)?;
                     self.check_tail(anchor).map(|rows| Form::Product { anchor, rows })
                 }
             },
@@ -314,29 +314,29 @@ impl Fused {
         }
     }
 
-    /// Before a product: nothing, or pads one after the other of the first operand of a convolution.
-    fn check_pad(&self, anchor: usize) -> Result<(), String> {
+    /// Before a product: nothing, or, of the first operand of a convolution, a leaky ReLU and then pads, each of what the
+    /// one before it gives.
+    fn check_front(&self, anchor: usize) -> Result<(), String> {
         let part = &self.parts[anchor];
-        let is_padded = |i: usize| {
-            let source = &self.parts[i].args[0];
-            let follows = match i.checked_sub(1) {
-                None => matches!(source.source, Source::Operand(_)),
-                Some(before) => source.source == Source::Part(before as u32) && source.ty == self.parts[before].result,
-            };
-            follows && !self.stored.contains(&(i as u32))
+        let reads_last = |i: usize| {
+            let Some(first) = self.parts[i].args.first() else { return false };
+            match i.checked_sub(1) {
+                None => matches!(first.source, Source::Operand(_)),
+                Some(before) => first.source == Source::Part(before as u32) && first.ty == self.parts[before].result,
+            }
         };
-        let pads = self.parts[..anchor].iter().enumerate();
-        let are_pads = pads.clone().all(|(i, p)| matches!(p.kernel, Kernel::Pad(_)) && is_padded(i));
+        let can_precede = |(i, part): (usize, &Part)| {
+            let is_read_through = matches!(part.kernel, Kernel::Pad(_)) || (i == 0 && part.leaky_slope().is_some());
+            is_read_through && reads_last(i) && !self.stored.contains(&(i as u32))
+        };
+        let is_conv = matches!(part.kernel, Kernel::Conv(_) | Kernel::ConvTranspose(_));
         let reads_elsewhere = part.args[1..].iter().any(|a| matches!(a.source, Source::Part(_)));
-        let fits = anchor == 0
-            || (are_pads && matches!(part.kernel, Kernel::Conv(_)) && {
-                let first = &part.args[0];
-                first.source == Source::Part(anchor as u32 - 1) && first.ty == self.parts[anchor - 1].result
-            });
+        let fits =
+            anchor == 0 || (is_conv && reads_last(anchor) && self.parts[..anchor].iter().enumerate().all(can_precede));
         if fits && !reads_elsewhere {
             return Ok(());
         }
-        Err("a product reads its operands many times, so only pads can run in front of it".into())
+        Err("a product reads its operands many times, so only a leaky ReLU and pads can run in front of it".into())
     }
 
     /// Before attention: rows that make queries and keys and nothing else.
@@ -389,21 +389,22 @@ impl Fused {
     fn may_overwrite(&self, arg: usize, result: usize) -> bool {
         let Some(stored) = self.stored.get(result).map(|&s| &self.parts[s as usize]) else { return false };
         let Ok(form) = self.form() else { return false };
-        let mut uses = self.parts.iter().flat_map(|part| {
+        let mut uses = self.parts.iter().enumerate().flat_map(|(i, part)| {
             let matching = move |a: &&PartArg| a.source == Source::Operand(arg as u32);
-            part.args.iter().enumerate().filter(move |(_, a)| matching(a)).map(move |(j, a)| (part, j, a))
+            part.args.iter().enumerate().filter(move |(_, a)| matching(a)).map(move |(j, a)| (i, j, a))
         });
         let is_element = |part: &Part, a: &PartArg| {
             matches!(part.kernel, Kernel::Map(_)) && a.ty.elements() == part.result.elements()
         };
         match form {
             // A worker computes whole rows before it stores them.
-            Form::Rows { rows } => uses.all(|(part, j, _)| part.access(j, rows) == Some(Access::Row)),
-            // Epilogues see the elements that they store; copies move them.
-            Form::Product { .. } => {
+            Form::Rows { rows } => uses.all(|(i, j, _)| self.parts[i].access(j, rows) == Some(Access::Row)),
+            // Epilogues see the elements that they store; copies move them, and what is in front of the product is read by
+            // other elements, too.
+            Form::Product { anchor, .. } => {
                 matches!(stored.kernel, Kernel::Map(_))
                     && self.parts.iter().all(|s| !matches!(s.kernel, Kernel::Copy(_)))
-                    && uses.all(|(part, _, a)| is_element(part, a))
+                    && uses.all(|(i, _, a)| i > anchor && is_element(&self.parts[i], a))
             }
             Form::Attention { .. } | Form::GroupNorm { .. } => false,
         }
@@ -455,6 +456,15 @@ impl Part {
             Kernel::RmsNorm(_) | Kernel::LayerNorm(_) | Kernel::GroupNorm(_) if !is_first => Some(Access::Whole),
             Kernel::Conv(_) | Kernel::ConvTranspose(_) if !is_first => Some(Access::Whole),
             _ => as_row(),
+        }
+    }
+
+    /// The slope, if the part is a leaky ReLU and nothing else.
+    pub fn leaky_slope(&self) -> Option<Float> {
+        let Kernel::Map(map) = &self.kernel else { return None };
+        match (&map.steps[..], &self.args[..]) {
+            (&[MapStep::Function(Function::LeakyRelu(slope), 0)], [x]) if x.ty == self.result => Some(slope),
+            _ => None,
         }
     }
 

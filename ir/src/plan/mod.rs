@@ -125,6 +125,11 @@ impl Target {
         if self.backend == "wgpu" { 1_000_000_000_000 } else { u64::MAX }
     }
 
+    /// Whether weights are copied to memory of the device before they are read; a CPU reads most in place from mapped files.
+    pub fn copies_weights(&self) -> bool {
+        self.backend != "cpu"
+    }
+
     /// Whether a tensor may be an operand or a result of a kernel call.
     pub fn holds(&self, ty: &TensorType) -> bool {
         ty.bytes() as u64 <= self.max_tensor_bytes && ty.elements() as u64 <= self.max_tensor_elements()

@@ -10,7 +10,7 @@ use super::depthwise;
 use super::gemm::{self, Target};
 use super::pack::Matrix;
 use super::parallel::{Need, Scratch};
-use super::patches::{Grid, Padding, Patches, TapWeights};
+use super::patches::{Front, Grid, Patches, TapWeights};
 use super::sink::{Memory, Sink};
 use super::{Arg, Output};
 
@@ -36,7 +36,7 @@ fn need_of_grid(grid: &Grid) -> Need {
 pub(crate) unsafe fn launch(op: &Conv, args: &[Arg<'_>], out: &Output<'_>, workspace: &mut [u8]) {
     let scratch = Scratch::new(workspace, need(op, &[args[0].ty, args[1].ty], out.ty));
     // SAFETY: passed on to the caller.
-    unsafe { launch_into(op, &[], args, out.ty, &Memory::new(out), &scratch) };
+    unsafe { launch_into(op, &Front::default(), args, out.ty, &Memory::new(out), &scratch) };
 }
 
 /// # Safety
@@ -44,34 +44,34 @@ pub(crate) unsafe fn launch(op: &Conv, args: &[Arg<'_>], out: &Output<'_>, works
 pub(crate) unsafe fn launch_transpose(op: &ConvTranspose, args: &[Arg<'_>], out: &Output<'_>, workspace: &mut [u8]) {
     let scratch = Scratch::new(workspace, need_transpose(op, &[args[0].ty, args[1].ty], out.ty));
     // SAFETY: passed on to the caller.
-    unsafe { launch_transpose_into(op, args, out.ty, &Memory::new(out), &scratch) };
+    unsafe { launch_transpose_into(op, &Front::default(), args, out.ty, &Memory::new(out), &scratch) };
 }
 
-/// Gives the result, of type `out`, to `sink`. The first operand is what `pads` make of the memory it points to.
+/// Gives the result, of type `out`, to `sink`. The first operand is what `front` makes of the memory it points to.
 ///
 /// # Safety
-/// As for [`super::launch`]; `scratch` was made for [`need`] and the sink; the first operand is valid for what the first
-/// pad reads.
+/// As for [`super::launch`]; `scratch` was made for [`need`] and the sink; the first operand is valid for what `front`
+/// reads.
 pub(crate) unsafe fn launch_into(
     op: &Conv,
-    pads: &[Padding<'_>],
+    front: &Front<'_>,
     args: &[Arg<'_>],
     out: &TensorType,
     sink: &dyn Sink,
     scratch: &Scratch<'_>,
 ) {
-    let mut grid = Grid::of_conv(op, args[0].ty, args[1].ty, out);
-    grid.pad(pads);
+    let grid = Grid::of_conv(op, args[0].ty, args[1].ty, out).behind(front);
     // SAFETY: the grid is that of the operands.
     unsafe { launch_grid(&grid, args, sink, scratch) };
 }
 
-/// Gives the result, of type `out`, to `sink`.
+/// As [`launch_into`].
 ///
 /// # Safety
-/// As for [`super::launch`]; `scratch` was made for [`need_transpose`] and the sink.
+/// As for [`launch_into`]; `scratch` was made for [`need_transpose`] and the sink.
 pub(crate) unsafe fn launch_transpose_into(
     op: &ConvTranspose,
+    front: &Front<'_>,
     args: &[Arg<'_>],
     out: &TensorType,
     sink: &dyn Sink,
@@ -79,7 +79,7 @@ pub(crate) unsafe fn launch_transpose_into(
 ) {
     for grid in Grid::of_transpose(op, args[0].ty, args[1].ty, out) {
         // SAFETY: the grids are those of the operands.
-        unsafe { launch_grid(&grid, args, sink, scratch) };
+        unsafe { launch_grid(&grid.behind(front), args, sink, scratch) };
     }
 }
 

@@ -125,8 +125,7 @@ unsafe fn task_run(
             match found {
                 // SAFETY: these positions are inside the operand.
                 Some(at) => unsafe {
-                    let element = (outer * axis.extent() + at) * c;
-                    load(x.ty.dtype, x.ptr.add(element * x.ty.dtype.bytes()), part);
+                    grid.load(x.ty.dtype, x.ptr, (outer * axis.extent() + at) * c, part);
                 },
                 None => part.fill(0.0),
             }

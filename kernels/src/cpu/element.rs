@@ -8,6 +8,7 @@ use ltxc_ir::DType;
 use ltxc_ir::eval::{f8_to_f64, f64_to_f8};
 use std::sync::LazyLock;
 
+use super::math::leaky_relu;
 use super::simd::multiversion;
 
 /// Reads `dst.len()` elements as f32; truth values are 0 and 1.
@@ -29,6 +30,46 @@ pub(crate) unsafe fn load(dtype: DType, src: *const u8, dst: &mut [f32]) {
             DType::U8 | DType::Bool => convert(run::<u8>(src, n), dst, |v| v as f32),
             DType::I32 => convert(run::<i32>(src, n), dst, |v| v as f32),
             DType::U32 => convert(run::<u32>(src, n), dst, |v| v as f32),
+        }
+    }
+}
+
+/// As [`load`], through a leaky ReLU whose results are rounded to the dtype.
+///
+/// # Safety
+/// As for [`load`]; `dtype` is floating point.
+pub(crate) unsafe fn load_leaky(dtype: DType, src: *const u8, slope: f32, dst: &mut [f32]) {
+    let n = dst.len();
+    // SAFETY: passed on to the caller; no dtype is wider than `u32`, and a part is at most as long as `narrow`.
+    unsafe {
+        match dtype {
+            DType::F32 => leaky_f32(run(src, n), slope, dst),
+            DType::BF16 => leaky_bf16(run(src, n), slope, dst),
+            _ => {
+                load(dtype, src, dst);
+                let mut narrow = [0u32; 64];
+                for part in dst.chunks_mut(narrow.len()) {
+                    part.iter_mut().for_each(|v| *v = leaky_relu(*v, slope));
+                    store(dtype, part, narrow.as_mut_ptr().cast());
+                    load(dtype, narrow.as_ptr().cast(), part);
+                }
+            }
+        }
+    }
+}
+
+multiversion! {
+    fn leaky_f32(src: &[f32], slope: f32, dst: &mut [f32]) {
+        for (d, &s) in dst.iter_mut().zip(src) {
+            *d = leaky_relu(s, slope);
+        }
+    }
+}
+
+multiversion! {
+    fn leaky_bf16(src: &[bf16], slope: f32, dst: &mut [f32]) {
+        for (d, &s) in dst.iter_mut().zip(src) {
+            *d = f32::from_bits(bf16_bits(leaky_relu(bf16_to_f32(s), slope)) << 16);
         }
     }
 }
@@ -130,15 +171,20 @@ multiversion! {
 }
 
 multiversion! {
-    /// Nearest, ties to even; NaN stays NaN.
     fn narrow_bf16(src: &[f32], dst: &mut [bf16]) {
         for (d, &s) in dst.iter_mut().zip(src) {
-            let bits = s.to_bits();
-            let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
-            let quiet = (bits >> 16) | 0x40;
-            *d = bf16::from_bits(if s.is_nan() { quiet } else { rounded } as u16);
+            *d = bf16::from_bits(bf16_bits(s) as u16);
         }
     }
+}
+
+/// The bits of the nearest bfloat16, ties to even; NaN stays NaN.
+#[inline(always)]
+fn bf16_bits(v: f32) -> u32 {
+    let bits = v.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
+    let quiet = (bits >> 16) | 0x40;
+    if v.is_nan() { quiet } else { rounded }
 }
 
 type F8Table = LazyLock<[f32; 256]>;

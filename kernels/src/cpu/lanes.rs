@@ -334,7 +334,7 @@ struct LeakyRelu(f32);
 impl Function1 for LeakyRelu {
     #[inline(always)]
     fn of(self, x: f32) -> f32 {
-        if x > 0.0 { x } else { x * self.0 }
+        math::leaky_relu(x, self.0)
     }
 }
 

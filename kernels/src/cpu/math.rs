@@ -69,6 +69,12 @@ pub(crate) fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
 }
 
+/// `x` where positive, else `slope · x`.
+#[inline(always)]
+pub(crate) fn leaky_relu(x: f32, slope: f32) -> f32 {
+    if x > 0.0 { x } else { x * slope }
+}
+
 /// `x / (1 + e⁻ˣ)`.
 #[inline(always)]
 pub(crate) fn silu(x: f32) -> f32 {

@@ -4,8 +4,8 @@
 //! `conv` is one grid. `conv_transpose` is one grid for every phase, that is remainder of the output position divided by
 //! the stride: positions of a phase are reached by the same taps, so nothing is scattered.
 //!
-//! Pads in front of a convolution are folded into the grid: where a padded axis is read, a table says which position of
-//! the operand stands there.
+//! What stands in front of a convolution is folded into the grid ([`Front`]): where a padded axis is read outside of the
+//! operand, a table says which position of it stands there, and elements are activated as they are read.
 //!
 //! Positions are counted modulo 2⁶⁴, so that those in front of the input are very large: one comparison tells both ends,
 //! and attributes of any size overflow nowhere.
@@ -14,7 +14,7 @@ use ltxc_ir::ops::{Conv, ConvTranspose, Pad};
 use ltxc_ir::{DType, TensorType};
 use std::ops::Range;
 
-use super::element::load;
+use super::element::{load, load_leaky};
 use super::gemm::{Extents, LDA, Rows};
 use super::pack::{Matrix, Panels, pack_rows};
 use super::tile::Source;
@@ -32,6 +32,8 @@ pub(crate) struct Grid {
     /// Channels of the result.
     pub co: usize,
     pub groups: usize,
+    /// Slope of a leaky ReLU in front.
+    slope: Option<f32>,
 }
 
 /// One spatial axis of a [`Grid`].
@@ -39,7 +41,7 @@ pub(crate) struct Grid {
 pub(crate) struct Axis {
     /// Extent of the input, padded.
     pub input: usize,
-    /// Where padded positions are read, if there are any.
+    /// What stands around the input in memory, if it is padded.
     pub padded: Option<Padded>,
     /// Extent of the result.
     pub output: usize,
@@ -59,18 +61,36 @@ pub(crate) struct Axis {
     pub taps: Vec<Tap>,
 }
 
-/// Where the positions of a padded axis are read.
+/// A padded axis: the input in memory, and what stands in front of it and behind it.
 #[derive(Clone, Debug)]
 pub(crate) struct Padded {
     /// Extent in memory.
     extent: usize,
-    /// The position in memory that stands at each position, `None` for zeros.
-    source: Vec<Option<usize>>,
-    /// From each position on, how many lie side by side in memory, or are zeros.
-    run: Vec<usize>,
+    /// Positions in front of it.
+    front: usize,
+    /// The positions in front and behind, in order.
+    around: Vec<Around>,
 }
 
-/// A pad in front of a convolution, with the extents of its operand.
+/// A position of a padded axis that is not in memory.
+#[derive(Clone, Copy, Debug)]
+struct Around {
+    /// The position in memory that stands here, `None` for zeros.
+    source: Option<usize>,
+    /// From here on, how many lie side by side in memory, or are zeros.
+    run: usize,
+}
+
+/// What a convolution does to its input where it reads it.
+#[derive(Default)]
+pub(crate) struct Front<'a> {
+    /// Slope of a leaky ReLU, if there is one.
+    pub slope: Option<f32>,
+    /// Then pads, one after the other.
+    pub pads: Vec<Padding<'a>>,
+}
+
+/// A pad with the extents of its operand.
 pub(crate) type Padding<'a> = (&'a Pad, &'a [usize]);
 
 impl Axis {
@@ -90,7 +110,10 @@ impl Axis {
         }
         match &self.padded {
             None => (Some(at), most.min(self.input - at)),
-            Some(padded) => (padded.source[at], most.min(padded.run[at])),
+            Some(padded) => {
+                let Around { source, run } = padded.at(at);
+                (source, most.min(run))
+            }
         }
     }
 
@@ -102,12 +125,22 @@ impl Axis {
         }
         match &self.padded {
             None => Some(at),
-            Some(padded) => padded.source[at],
+            Some(padded) => padded.at(at).source,
         }
     }
 }
 
 impl Padded {
+    /// What stands at a position, and for how long.
+    #[inline(always)]
+    fn at(&self, at: usize) -> Around {
+        let inside = at.wrapping_sub(self.front);
+        if inside < self.extent {
+            return Around { source: Some(inside), run: self.extent - inside };
+        }
+        self.around[if at < self.front { at } else { at - self.extent }]
+    }
+
     /// What pads one after the other do along axis `axis` of their tensors; `None` if nothing.
     fn new(pads: &[Padding<'_>], axis: usize, input: usize) -> Option<Padded> {
         if pads.iter().all(|(pad, _)| pad.lo[axis] == 0 && pad.hi[axis] == 0) {
@@ -117,14 +150,15 @@ impl Padded {
             let back = |at: usize, (pad, from): &Padding<'_>| pad.source_index(at, pad.lo[axis], from[axis]);
             pads.iter().rev().try_fold(position, back)
         };
-        let source: Vec<Option<usize>> = (0..input).map(find).collect();
-        let mut run = vec![1; input];
-        for i in (0..input.saturating_sub(1)).rev() {
-            if source[i + 1] == source[i].map(|s| s + 1) {
-                run[i] = run[i + 1] + 1;
+        let (extent, front) = (pads[0].1[axis], pads.iter().map(|(pad, _)| pad.lo[axis]).sum());
+        let positions = (0..front).chain(front + extent..input);
+        let mut around: Vec<Around> = positions.map(|at| Around { source: find(at), run: 1 }).collect();
+        for i in (1..around.len()).rev().filter(|&i| i != front) {
+            if around[i].source == around[i - 1].source.map(|s| s + 1) {
+                around[i - 1].run = around[i].run + 1;
             }
         }
-        Some(Padded { extent: pads[0].1[axis], source, run })
+        Some(Padded { extent, front, around })
     }
 }
 
@@ -199,19 +233,43 @@ impl Grid {
 
     fn new(x: &TensorType, w: &TensorType, groups: usize, axis: impl Fn(usize) -> Axis) -> Grid {
         let n = x.rank() - 2;
-        Grid { batch: x.shape[0], axes: (0..n).map(axis).collect(), ci: x.shape[n + 1], co: w.shape[n + 1], groups }
+        Grid {
+            batch: x.shape[0],
+            axes: (0..n).map(axis).collect(),
+            ci: x.shape[n + 1],
+            co: w.shape[n + 1],
+            groups,
+            slope: None,
+        }
     }
 
-    /// Whether pads can be folded into a grid: batch and channels stay.
-    pub(crate) fn can_pad(pads: &[Padding<'_>]) -> bool {
+    /// Whether something can be folded into a grid: pads leave batch and channels alone.
+    pub(crate) fn can_have(front: &Front<'_>) -> bool {
         let grows = |pad: &Pad, axis: usize| pad.lo[axis] > 0 || pad.hi[axis] > 0;
-        pads.iter().all(|(pad, from)| !grows(pad, 0) && !grows(pad, from.len() - 1))
+        front.pads.iter().all(|(pad, from)| !grows(pad, 0) && !grows(pad, from.len() - 1))
     }
 
-    /// Lets the input be what `pads`, for which [`Grid::can_pad`] holds, make of the tensor in memory.
-    pub(crate) fn pad(&mut self, pads: &[Padding<'_>]) {
+    /// Lets the input be what `front`, for which [`Grid::can_have`] holds, makes of the tensor in memory.
+    pub(crate) fn behind(mut self, front: &Front<'_>) -> Grid {
         for (a, axis) in self.axes.iter_mut().enumerate() {
-            axis.padded = Padded::new(pads, a + 1, axis.input);
+            axis.padded = Padded::new(&front.pads, a + 1, axis.input);
+        }
+        Grid { slope: front.slope, ..self }
+    }
+
+    /// Reads elements of the input from element `at` of the memory at `ptr` on.
+    ///
+    /// # Safety
+    /// The elements are inside the operand, which has this dtype.
+    #[inline(always)]
+    pub(crate) unsafe fn load(&self, dtype: DType, ptr: *const u8, at: usize, dst: &mut [f32]) {
+        let src = ptr.wrapping_add(at * dtype.bytes());
+        // SAFETY: passed on to the caller.
+        unsafe {
+            match self.slope {
+                None => load(dtype, src, dst),
+                Some(slope) => load_leaky(dtype, src, slope, dst),
+            }
         }
     }
 
@@ -370,7 +428,7 @@ impl Patches<'_> {
                 Some(position) => {
                     let element = (outer * axis.extent() + position) * self.grid.ci + self.channel + channel;
                     // SAFETY: position and channels are inside the row.
-                    unsafe { load(self.dtype, self.ptr.add(element * self.dtype.bytes()), part) };
+                    unsafe { self.grid.load(self.dtype, self.ptr, element, part) };
                 }
                 None => part.fill(0.0),
             }

@@ -5,15 +5,16 @@
 
 use cubecl::prelude::*;
 use cubecl::server::Handle;
-use ltxc_ir::TensorType;
 use ltxc_ir::ops::PadMode;
 use ltxc_ir::plan::MatrixUnit;
+use ltxc_ir::{Float, TensorType};
 
 use super::CubeTensor;
 use super::compose::Composed;
 use super::index::numbers;
 use super::program::{SourcesLaunch, TailLaunch};
 use super::storage;
+use super::store::{StoreLaunch, Stored};
 
 /// Units of a cube where nothing is shared between them.
 pub(crate) const UNITS: u32 = 128;
@@ -22,12 +23,15 @@ pub(crate) const UNITS: u32 = 128;
 pub(crate) struct Call<'a, R: Runtime> {
     pub(crate) client: &'a ComputeClient<R>,
     pub(crate) args: &'a [CubeTensor<'a>],
+    /// The result; with stores only its type, which is that of what is computed.
     pub(crate) out: &'a CubeTensor<'a>,
     pub(crate) workspace: Option<&'a CubeTensor<'a>>,
     /// What happens to elements before they are stored. Only kernels that finish elements are called with any.
     pub(crate) tail: Option<&'a Bound<'a>>,
-    /// Pads of the first operand that are not there, per spatial axis of a convolution.
-    pub(crate) pads: &'a [PadAxis],
+    /// Where elements go instead of the result. Only products and convolutions are called with any.
+    pub(crate) stores: Option<&'a Stores<'a>>,
+    /// What a convolution does to its first operand where it reads it.
+    pub(crate) front: Option<&'a Front>,
     pub(crate) choice: Choice<'a>,
 }
 
@@ -38,6 +42,15 @@ pub(crate) struct Choice<'a> {
     pub(crate) units: Option<&'a [MatrixUnit]>,
     /// Number of the tile in the tables of the kernel, if it was measured.
     pub(crate) tile: Option<u32>,
+}
+
+/// What stands in front of a convolution that does it itself.
+#[derive(Clone, Debug)]
+pub(crate) struct Front {
+    /// Slope of a leaky ReLU, if there is one.
+    pub(crate) slope: Option<Float>,
+    /// Then pads, per spatial axis.
+    pub(crate) pads: Vec<PadAxis>,
 }
 
 /// A pad along an axis: elements in front, and what stands outside.
@@ -54,6 +67,12 @@ pub(crate) struct Bound<'a> {
     pub(crate) overlaps: Vec<CubeTensor<'a>>,
 }
 
+/// A store with the results of its copies.
+pub(crate) struct Stores<'a> {
+    pub(crate) stored: &'a Stored,
+    pub(crate) outs: Vec<CubeTensor<'a>>,
+}
+
 impl<R: Runtime> Call<'_, R> {
     /// Operand `index` as words.
     pub(crate) fn arg(&self, index: usize) -> ArrayArg<R> {
@@ -67,9 +86,39 @@ impl<R: Runtime> Call<'_, R> {
         bind(self.out)
     }
 
+    /// What is written.
+    pub(crate) fn written(&self) -> &[CubeTensor<'_>] {
+        self.stores.map_or(std::slice::from_ref(self.out), |stores| &stores.outs)
+    }
+
+    /// What is written, as words.
+    pub(crate) fn outs(&self) -> SequenceArg<R, Array<u32>> {
+        self.written().iter().map(bind).collect()
+    }
+
+    /// Where elements are stored in that.
+    ///
+    /// # Errors
+    /// A number beyond u32.
+    pub(crate) fn store(&self) -> Result<StoreLaunch<R>, String> {
+        let stored = self.stores.map(|stores| stores.stored);
+        let places = stored.map(|stored| stored.places.clone()).unwrap_or_default();
+        Ok(StoreLaunch::new(numbers(stored.iter().flat_map(|stored| stored.numbers.iter().copied()))?, places))
+    }
+
     /// What stands outside of the first operand, per spatial axis.
     pub(crate) fn outside(&self) -> Vec<PadMode> {
-        self.pads.iter().map(|pad| pad.mode).collect()
+        self.front.iter().flat_map(|front| &front.pads).map(|pad| pad.mode).collect()
+    }
+
+    /// Elements of a pad in front of the first operand along a spatial axis.
+    pub(crate) fn before(&self, axis: usize) -> usize {
+        self.front.and_then(|front| front.pads.get(axis)).map_or(0, |pad| pad.lo)
+    }
+
+    /// Slope of a leaky ReLU through which the first operand is read.
+    pub(crate) fn slope(&self) -> Option<Float> {
+        self.front.and_then(|front| front.slope)
     }
 
     /// What happens to elements before they are stored.
@@ -140,14 +189,20 @@ pub(crate) fn bind_words<R: Runtime>(handle: Handle, words: usize) -> ArrayArg<R
     unsafe { ArrayArg::from_raw_parts(handle, words) }
 }
 
-/// Checks that kernels can address a tensor, and that its memory holds whole words of it.
-pub(crate) fn check_tensor(tensor: &CubeTensor<'_>) -> Result<(), String> {
-    let ty: &TensorType = tensor.ty;
+/// Checks that kernels can count the elements of a tensor, and gives its bytes.
+pub(crate) fn check_extent(ty: &TensorType) -> Result<usize, String> {
     let bytes = ty.checked_bytes().ok_or_else(|| format!("{ty} is too large"))?;
     // Units and elements are counted in 32 bits, with room for what the last cube counts beyond the end.
     if ty.elements() > (u32::MAX - (1 << 16)) as usize {
         return Err(format!("{ty} has more elements than kernels count"));
     }
+    Ok(bytes)
+}
+
+/// Checks that kernels can address a tensor, and that its memory holds whole words of it.
+pub(crate) fn check_tensor(tensor: &CubeTensor<'_>) -> Result<(), String> {
+    let ty: &TensorType = tensor.ty;
+    let bytes = check_extent(ty)?;
     let need = bytes.next_multiple_of(4) as u64;
     let held = tensor.handle.size_in_used();
     if held < need { Err(format!("{ty} needs {need} bytes of memory, has {held}")) } else { Ok(()) }

@@ -11,7 +11,8 @@ use super::program::{Access, Binding, Operand, Program, Table};
 use super::steps::split_scalars;
 
 /// Tensors that a program binds at most: every device binds 30, and kernels have up to five and a few numbers of their own.
-const MAX_BINDINGS: usize = 20;
+/// With several results it binds fewer.
+pub(crate) const MAX_BINDINGS: usize = 20;
 
 /// The same with the results of rows, which have no other tensors.
 const MAX_BINDINGS_OF_ROWS: usize = 25;
@@ -25,6 +26,13 @@ pub(crate) struct Composed {
     pub(crate) overlaps: Vec<Source>,
     pub(crate) numbers: Vec<usize>,
     pub(crate) scalars: Vec<f64>,
+}
+
+impl Composed {
+    /// Tensors that it binds.
+    pub(crate) fn bindings(&self) -> usize {
+        self.reads.len() + self.overlaps.len()
+    }
 }
 
 /// Parts that work along rows.

@@ -52,7 +52,7 @@ pub(crate) fn launch<R: Runtime>(op: &Conv, call: &Call<'_, R>) -> Result<(), St
             positions: shapes.out[a],
             extent: shapes.x[a],
             stride: op.stride[a],
-            base: -signed(op.pad[a].0 + call.pads.get(a).map_or(0, |pad| pad.lo))?,
+            base: -signed(op.pad[a].0 + call.before(a))?,
             taps: shapes.w[a],
             step: signed(op.dilation[a])?,
             weight_extent: shapes.w[a],
@@ -80,13 +80,13 @@ pub(crate) fn launch_transpose<R: Runtime>(op: &ConvTranspose, call: &Call<'_, R
         return super::fill_zeros(call);
     }
     if !is_product(op.groups, shapes.co) {
-        // Place `o` and tap `t` meet element `(o + lo − t · dilation) / stride`, where that is one.
+        // Place `o` and tap `t` meet element `(o + lo − t · dilation) / stride` of the padded input, where that is one.
         let axes = (0..op.stride.len()).map(|a| {
             Ok(Axis {
                 positions: shapes.out[a],
                 extent: shapes.x[a],
                 stride: op.stride[a],
-                base: signed(op.pad[a].0)?,
+                base: signed(op.pad[a].0)? - signed(call.before(a))? * signed(op.stride[a])?,
                 taps: shapes.w[a],
                 step: -signed(op.dilation[a])?,
                 weight_extent: shapes.w[a],
@@ -102,7 +102,13 @@ pub(crate) fn launch_transpose<R: Runtime>(op: &ConvTranspose, call: &Call<'_, R
         return direct_conv::launch(&numbers, axes.len(), op.groups, true, call);
     }
     let phases = (0..op.stride.len())
-        .map(|a| phases(op.stride[a], op.dilation[a], op.pad[a].0, shapes.x[a], shapes.w[a], shapes.out[a]))
+        .map(|a| {
+            let mut phases =
+                phases(op.stride[a], op.dilation[a], op.pad[a].0, shapes.x[a], shapes.w[a], shapes.out[a])?;
+            let before = signed(call.before(a))?;
+            phases.iter_mut().for_each(|phase| phase.base -= before);
+            Ok(phases)
+        })
         .collect::<Result<Vec<Vec<Axis>>, String>>()?;
     // What no tap reaches stays zero.
     if phases.iter().any(|axis| axis.iter().any(|phase| phase.taps == 0)) {
@@ -189,6 +195,8 @@ fn product<R: Runtime>(
 ) -> Result<(), String> {
     let (each_in, each_out) = (shapes.ci / groups, shapes.co / groups);
     let numbers = axis_numbers(axes, shapes.ci)?;
+    let (outside, slope) = (call.outside(), call.slope());
+    let patches = Patches { axes: axes.len(), channels: each_in, is_dense, outside, slope };
     let product = Product {
         m: shapes.b * axes.iter().map(|a| a.positions).product::<usize>(),
         n: each_out,
@@ -197,7 +205,7 @@ fn product<R: Runtime>(
         rows: [0, shapes.co, shapes.co],
         batch: [each_in, each_out, each_out],
         is_transposed: false,
-        patches: Some((Patches { axes: axes.len(), channels: each_in, is_dense, outside: call.outside() }, &numbers)),
+        patches: Some((patches, &numbers)),
     };
     gemm::launch(&product, call)
 }

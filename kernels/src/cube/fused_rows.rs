@@ -83,8 +83,16 @@ pub(crate) fn launch<R: Runtime>(
     bound: &Bound<'_>,
     outs: &[CubeTensor<'_>],
 ) -> Result<(), String> {
-    let call =
-        Call { client, args: &[], out: &outs[0], workspace: None, tail: None, pads: &[], choice: Choice::default() };
+    let call = Call {
+        client,
+        args: &[],
+        out: &outs[0],
+        workspace: None,
+        tail: None,
+        stores: None,
+        front: None,
+        choice: Choice::default(),
+    };
     let units = if rows.norms.is_empty() { super::call::UNITS } else { row_units(client) };
     let norm = |n: &super::compose::Norm| Norm { steps: n.steps, value: n.value, is_centred: n.is_centred };
     let turn = rows.rotation.as_ref().map(|r| Turn {

@@ -22,6 +22,7 @@ use super::matrix_gemm;
 use super::patches::{self, Patches};
 use super::program::{Tail, finished};
 use super::storage::{self, load_four, load_one, words_of_four};
+use super::store::{Store, store_patch, store_word};
 use super::tile::{self, Tile};
 
 /// What a kernel is built for.
@@ -131,8 +132,9 @@ pub(crate) fn launch<R: Runtime>(product: &Product<'_>, call: &Call<'_, R>) -> R
             width(rhs.ty.dtype, is_rhs_aligned),
             call.arg(0),
             call.arg(1),
-            call.out(),
+            call.outs(),
             call.tail()?,
+            call.store()?,
             product.extents()?,
             blueprint,
         );
@@ -144,8 +146,9 @@ pub(crate) fn launch<R: Runtime>(product: &Product<'_>, call: &Call<'_, R>) -> R
 fn gemm<LhsWidth: Size, RhsWidth: Size>(
     lhs: &Array<Vector<u32, LhsWidth>>,
     rhs: &Array<Vector<u32, RhsWidth>>,
-    out: &mut Array<u32>,
+    outs: &mut Sequence<Array<u32>>,
     tail: &Tail,
+    store: &Store,
     extents: &Extents,
     #[comptime] blueprint: Blueprint,
 ) {
@@ -317,28 +320,60 @@ fn gemm<LhsWidth: Size, RhsWidth: Size>(
         }
 
         let lanes = comptime!(storage::per_word(blueprint.out));
-        #[unroll]
-        for i in 0..comptime!(unit_m as usize) {
-            let row = first_row + unit_row + comptime!(i as u32 * units_m);
-            if row < m {
-                let base = result_row(row, batch, extents, comptime!(blueprint.patches.clone()));
-                #[unroll]
-                for j in 0..comptime!((unit_n / lanes) as usize) {
-                    let first = comptime!(j as u32 * lanes);
-                    let column =
-                        first_column + (unit_column + comptime!(first / 4 * units_n)) * 4u32 + comptime!(first % 4);
-                    // Words lie in one row: what begins inside ends inside.
-                    if column < n {
-                        let mut word = 0u32;
-                        #[unroll]
-                        for l in 0..comptime!(lanes as usize) {
-                            let sum = sums[comptime!(i * unit_n as usize + first as usize + l)];
-                            let position = base + column + comptime!(l as u32);
-                            word |= finished(sum, position, comptime!(l as u32).runtime(), tail);
+        if comptime!(store.places.are_adjacent()) {
+            #[unroll]
+            for i in 0..comptime!(unit_m as usize) {
+                let row = first_row + unit_row + comptime!(i as u32 * units_m);
+                if row < m {
+                    let base = result_row(row, batch, extents, comptime!(blueprint.patches.clone()));
+                    #[unroll]
+                    for j in 0..comptime!((unit_n / lanes) as usize) {
+                        let first = comptime!(j as u32 * lanes);
+                        let column =
+                            first_column + (unit_column + comptime!(first / 4 * units_n)) * 4u32 + comptime!(first % 4);
+                        // Words lie in one row: what begins inside ends inside.
+                        if column < n {
+                            let mut word = 0u32;
+                            #[unroll]
+                            for l in 0..comptime!(lanes as usize) {
+                                let sum = sums[comptime!(i * unit_n as usize + first as usize + l)];
+                                let position = base + column + comptime!(l as u32);
+                                word |= finished(sum, position, comptime!(l as u32).runtime(), tail);
+                            }
+                            store_word(word, base + column, outs, store, lanes);
                         }
-                        out[((base + column) / lanes) as usize] = word;
                     }
                 }
+            }
+        } else {
+            // Lanes of a word are sums of different units.
+            let patch = comptime!(tile.patch());
+            let mut shared = SharedMemory::<f32>::new(comptime!((patch.rows * patch.row) as usize));
+            #[unroll]
+            for i in 0..comptime!(unit_m as usize) {
+                #[unroll]
+                for j in 0..comptime!(unit_n as usize) {
+                    let column = (unit_column + comptime!(j as u32 / 4 * units_n)) * 4u32 + comptime!(j as u32 % 4);
+                    shared[(unit_row * comptime!(patch.row) + column) as usize] =
+                        sums[comptime!(i * unit_n as usize + j)];
+                }
+                sync_cube();
+                store_patch(
+                    &shared,
+                    0u32,
+                    first_row + comptime!(i as u32 * units_m),
+                    first_column,
+                    batch,
+                    unit,
+                    extents,
+                    tail,
+                    store,
+                    outs,
+                    patch,
+                    comptime!(blueprint.out),
+                    comptime!(blueprint.patches.clone()),
+                );
+                sync_cube();
             }
         }
     }

@@ -33,6 +33,15 @@ impl Walk {
         walk
     }
 
+    /// The same box with the largest stride of an operand first. Where each axis steps over all that those with smaller
+    /// strides reach, an element of that operand has at most one index, found by dividing.
+    pub(crate) fn by_stride(&self, operand: usize) -> Walk {
+        let mut order: Vec<usize> = (0..self.rank()).collect();
+        order.sort_by_key(|&a| std::cmp::Reverse(self.strides[operand][a]));
+        let pick = |values: &[usize]| order.iter().map(|&a| values[a]).collect::<Vec<_>>();
+        Walk { extents: pick(&self.extents), strides: self.strides.iter().map(|s| pick(s)).collect() }
+    }
+
     /// Number of axes.
     pub(crate) fn rank(&self) -> usize {
         self.extents.len()

@@ -18,11 +18,11 @@ use cubecl::prelude::*;
 use ltxc_ir::DType;
 
 use super::call::{Call, Choice};
-use super::gemm::{Extents, Product, result_row, right_row};
+use super::gemm::{Extents, Product, right_row};
 use super::matrix_units::{self as units, Load, PLANE, Unit};
 use super::patches::{self, Patches};
-use super::program::{Tail, finished};
-use super::storage;
+use super::program::Tail;
+use super::store::{Patch, Store, store_patch};
 use super::tuning::{self, ProductTile};
 
 /// What a kernel is built for.
@@ -60,6 +60,11 @@ impl Blueprint {
     /// Vectors of a row of a block of the right operand.
     fn right_vectors(&self) -> u32 {
         self.right_row() - 1
+    }
+
+    /// A row of fragments of a plane, as it passes through shared memory.
+    fn patch(&self) -> Patch {
+        Patch { rows: self.unit.edge, columns: self.tile.plane_n(), row: self.tile.patch_row(), units: PLANE }
     }
 
     /// Rows of fragments of a plane, and columns.
@@ -118,8 +123,9 @@ fn launch_as<E: Float + CubeElement, R: Runtime>(
             blueprint.rhs.width(),
             call.arg(0),
             call.arg(1),
-            call.out(),
+            call.outs(),
             call.tail()?,
+            call.store()?,
             product.extents()?,
             blueprint,
         );
@@ -131,8 +137,9 @@ fn launch_as<E: Float + CubeElement, R: Runtime>(
 fn multiply<E: Float, S: Size, LhsWidth: Size, RhsWidth: Size>(
     lhs: &Array<Vector<u32, LhsWidth>>,
     rhs: &Array<Vector<u32, RhsWidth>>,
-    out: &mut Array<u32>,
+    outs: &mut Sequence<Array<u32>>,
     tail: &Tail,
+    store: &Store,
     extents: &Extents,
     #[comptime] blueprint: Blueprint,
 ) {
@@ -284,43 +291,39 @@ fn multiply<E: Float, S: Size, LhsWidth: Size, RhsWidth: Size>(
             left.free();
             right.free();
         }
-        let patch_row = comptime!(tile.patch_row());
-        let mut patch =
+        let patch = comptime!(blueprint.patch());
+        let patch_row = comptime!(patch.row);
+        let mut shared =
             SharedMemory::<f32>::new_aligned(comptime!((tile.planes() * edge * patch_row) as usize), 128usize);
         let own = plane * comptime!(edge * patch_row);
-        let lanes = comptime!(storage::per_word(blueprint.out));
-        let words = comptime!(tile.plane_n() / lanes);
         #[unroll]
         for i in 0..comptime!(fragments_m as usize) {
             #[unroll]
             for j in 0..comptime!(fragments_n as usize) {
                 let from = (own + comptime!(j as u32 * edge)) as usize;
                 cmma::store(
-                    &mut patch.slice_mut(from, from + 1),
+                    &mut shared.slice_mut(from, from + 1),
                     sums.index(comptime!(i * fragments_n as usize + j)),
                     comptime!(patch_row).runtime(),
                     cmma::MatrixLayout::RowMajor,
                 );
             }
             units::meet(unit);
-            for pass in 0..comptime!(edge * words / PLANE) {
-                let at = pass * PLANE + UNIT_POS % PLANE;
-                let (patch_at, word) = (at / words, at % words);
-                let row = first_row + plane_row + comptime!(i as u32 * edge) + patch_at;
-                let column = first_column + plane_column + word * lanes;
-                // Words lie in one row: what begins inside ends inside.
-                if row < m && column < n {
-                    let base = result_row(row, batch, extents, comptime!(blueprint.patches.clone())) + column;
-                    let from = own + patch_at * patch_row + word * lanes;
-                    let mut bits = 0u32;
-                    #[unroll]
-                    for l in 0..comptime!(lanes as usize) {
-                        let sum = patch[(from + comptime!(l as u32)) as usize];
-                        bits |= finished(sum, base + comptime!(l as u32), comptime!(l as u32).runtime(), tail);
-                    }
-                    out[(base / lanes) as usize] = bits;
-                }
-            }
+            store_patch(
+                &shared,
+                own,
+                first_row + plane_row + comptime!(i as u32 * edge),
+                first_column + plane_column,
+                batch,
+                UNIT_POS % PLANE,
+                extents,
+                tail,
+                store,
+                outs,
+                patch,
+                comptime!(blueprint.out),
+                comptime!(blueprint.patches.clone()),
+            );
             units::meet(unit);
         }
     }

@@ -79,7 +79,7 @@ fn has_unit(properties: &DeviceProperties, &MatrixUnit { element, edge }: &Matri
 /// How an operand in memory becomes vectors of a unit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Load {
-    dtype: DType,
+    pub(crate) dtype: DType,
     element: DType,
     /// Elements of a vector.
     pub(crate) vector: u32,

@@ -12,6 +12,7 @@
 //! | `storage`, `math`, `steps` | dtypes, elementary functions and chains of them inside kernels |
 //! | `matrix_units`, `tuning` | tensor cores and simdgroup matrices: which there are, and how work is cut for them |
 //! | `work`, `schedule`, `compose`, `program` | fused calls: what runs in one launch, and as which program |
+//! | `store` | where products and convolutions store what they compute |
 //! | the others | kernels |
 
 mod attention;
@@ -43,6 +44,7 @@ mod rows;
 mod schedule;
 mod steps;
 mod storage;
+mod store;
 mod tile;
 pub mod tracked;
 mod tuning;
@@ -84,25 +86,33 @@ pub fn launch<R: Runtime>(
     let result_types: Vec<&TensorType> = results.iter().map(|r| r.ty).collect();
     kernel.check(&arg_types, &result_types)?;
     let choice = Choice::default();
-    launch_checked(kernel, &Call { client, args, out: &results[0], workspace, tail: None, pads: &[], choice })
+    launch_checked(
+        kernel,
+        &Call { client, args, out: &results[0], workspace, tail: None, stores: None, front: None, choice },
+    )
 }
 
 /// [`launch`] for types that fit the kernel. With a tail, which finishes each element, the result may have another dtype;
-/// with pads the first operand is smaller by them. See `schedule` for which calls may have them.
+/// with stores there are other results; with pads in front the first operand is smaller by them. See `schedule` for which calls may
+/// have them.
 fn launch_checked<R: Runtime>(kernel: &Kernel, call: &Call<'_, R>) -> Result<(), String> {
     guard::install();
-    call.args.iter().chain([call.out]).try_for_each(call::check_tensor)?;
+    call.args.iter().chain(call.written()).try_for_each(call::check_tensor)?;
+    call::check_extent(call.out.ty)?;
     if call.out.ty.elements() == 0 {
         return Ok(());
     }
     if !needs_f32(kernel, call.out.ty) {
         return run(kernel, call);
     }
+    if call.stores.is_some() {
+        return Err(format!("`{}` cannot store parts of {}", kernel.name(), call.out.ty));
+    }
     // Rows that are not whole words are computed in f32, and rounded by a map.
     let ty = call.out.ty.with_dtype(DType::F32);
     let wide = CubeTensor { ty: &ty, handle: call.scratch(ty.elements())? };
     run(kernel, &Call { out: &wide, workspace: None, tail: None, ..*call })?;
-    let narrowed = Call { args: &[wide], workspace: None, tail: None, pads: &[], ..*call };
+    let narrowed = Call { args: &[wide], workspace: None, tail: None, front: None, ..*call };
     map::launch(&Map { steps: Vec::new() }, &narrowed)
 }
 
@@ -132,8 +142,11 @@ fn run<R: Runtime>(kernel: &Kernel, call: &Call<'_, R>) -> Result<(), String> {
 
 /// What a sum of nothing gives.
 fn fill_zeros<R: Runtime>(call: &Call<'_, R>) -> Result<(), String> {
+    if call.stores.is_some() {
+        return Err("a sum of nothing cannot be stored in parts".into());
+    }
     let zero = Map { steps: vec![MapStep::Scalar(ltxc_ir::Float(0.0))] };
-    map::launch(&zero, &Call { args: &[], tail: None, pads: &[], ..*call })
+    map::launch(&zero, &Call { args: &[], tail: None, front: None, ..*call })
 }
 
 /// Whether units would have to share words of the result, so that it is computed in f32 first.

@@ -4,15 +4,17 @@
 //! Along an axis, position `q` and tap `t` read element `q · stride + base + t · step`, or 0 outside; they use row
 //! `weight_base + t · weight_step` of the kernel and belong to place `q · out_step + out_base` of the result. That covers
 //! convolutions, and each phase of a transposed one: the places of the result that the same taps reach. Pads in front of a
-//! convolution only change what stands outside.
+//! convolution only change what stands outside, and a leaky ReLU what elements are read as.
 
 use cubecl::prelude::*;
 use ltxc_ir::DType;
 use ltxc_ir::ops::PadMode;
+use ltxc_ir::plan::MapFunction;
 
 use super::call::to_u32;
 use super::matrix_units::{self, Load};
-use super::storage::{load_four, load_one};
+use super::steps;
+use super::storage::{self, load_four, load_one};
 
 /// What a kernel is built for.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
@@ -25,6 +27,8 @@ pub(crate) struct Patches {
     pub(crate) is_dense: bool,
     /// What stands outside of the input, per axis; zeros if there are none.
     pub(crate) outside: Vec<PadMode>,
+    /// Slope of the leaky ReLU through which elements are read.
+    pub(crate) slope: Option<ltxc_ir::Float>,
 }
 
 impl Patches {
@@ -192,6 +196,12 @@ pub(crate) fn four<N: Size>(
             let (element, is_inside) = element(starts, summed, axes, channels, s, comptime!(patches.clone()));
             if is_inside {
                 values = load_four::<N>(x, element + offset, dtype);
+                if comptime!(patches.slope.is_some()) {
+                    #[unroll]
+                    for i in 0..4usize {
+                        values[i] = activated(values[i], dtype, comptime!(patches.slope));
+                    }
+                }
             }
         }
     } else {
@@ -201,7 +211,7 @@ pub(crate) fn four<N: Size>(
             if at < k {
                 let (element, is_inside) = element(starts, at, axes, channels, s, comptime!(patches.clone()));
                 if is_inside {
-                    values[i] = load_one::<N>(x, element + offset, dtype);
+                    values[i] = activated(load_one::<N>(x, element + offset, dtype), dtype, comptime!(patches.slope));
                 }
             }
         }
@@ -230,6 +240,13 @@ pub(crate) fn vector<E: Float, S: Size, W: Size>(
             let (element, is_inside) = element(starts, summed, axes, channels, s, comptime!(patches.clone()));
             if is_inside {
                 values = matrix_units::whole::<E, S, W>(x, element + offset, load);
+                if comptime!(patches.slope.is_some()) {
+                    #[unroll]
+                    for i in 0..comptime!(load.vector as usize) {
+                        let value = f32::cast_from(values[i]);
+                        values[i] = E::cast_from(activated(value, comptime!(load.dtype), comptime!(patches.slope)));
+                    }
+                }
             }
         }
     } else {
@@ -239,12 +256,24 @@ pub(crate) fn vector<E: Float, S: Size, W: Size>(
             if at < k {
                 let (element, is_inside) = element(starts, at, axes, channels, s, comptime!(patches.clone()));
                 if is_inside {
-                    values[i] = matrix_units::one::<E, W>(x, element + offset, load);
+                    let value = storage::load_one::<W>(x, element + offset, comptime!(load.dtype));
+                    values[i] = E::cast_from(activated(value, comptime!(load.dtype), comptime!(patches.slope)));
                 }
             }
         }
     }
     values
+}
+
+/// An element of a dtype, through the leaky ReLU of a slope if there is one.
+#[cube]
+pub(crate) fn activated(value: f32, #[comptime] dtype: DType, #[comptime] slope: Option<ltxc_ir::Float>) -> f32 {
+    if comptime!(slope.is_some()) {
+        let function = comptime!(MapFunction::LeakyRelu(slope.unwrap_or(ltxc_ir::Float(1.0))));
+        storage::rounded(steps::function(value, function), dtype)
+    } else {
+        value
+    }
 }
 
 /// The element of the input that a row slot reads for a summed element, and whether there is one.

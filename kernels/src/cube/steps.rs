@@ -99,7 +99,7 @@ fn binary(a: f32, b: f32, #[comptime] op: Binary) -> f32 {
 }
 
 #[cube]
-fn function(x: f32, #[comptime] function: Function) -> f32 {
+pub(crate) fn function(x: f32, #[comptime] function: Function) -> f32 {
     match comptime!(function) {
         Function::Sigmoid => math::sigmoid(x),
         Function::Silu => math::silu(x),

@@ -6,6 +6,7 @@ use ltxc_ir::{DType, TensorType};
 
 use super::call::Call;
 use super::matrix_units::{self, Unit};
+use super::store::Patch;
 use super::tuning;
 
 /// How a matrix product is cut: a cube makes `m × n` elements from blocks of `k` summed ones, a unit `unit_m × unit_n`.
@@ -31,6 +32,11 @@ impl Tile {
 
     pub(crate) fn units_n(&self) -> u32 {
         self.n / self.unit_n
+    }
+
+    /// A row of sums of every unit, for stores whose words hold sums of several.
+    pub(crate) fn patch(&self) -> Patch {
+        Patch { rows: self.units_m(), columns: self.n, row: self.n, units: self.units() }
     }
 
     /// Cubes for a product.
@@ -153,6 +159,7 @@ pub(crate) fn heads<R: Runtime>(call: &Call<'_, R>, e: usize) -> Heads {
 
 #[cfg(test)]
 mod tests {
+    use super::super::store::{PATCH_COLUMNS, PATCH_ROWS};
     use super::*;
 
     #[test]
@@ -164,8 +171,13 @@ mod tests {
             assert_eq!((tile.n * tile.k / 4) % units, 0, "{tile:?}");
             // A unit loads the same summed elements of every row, see `gemm`.
             assert_eq!(units % (tile.k / 4), 0, "{tile:?}");
+            // Units share the words of a patch, of the narrowest result, and lanes of words lie in one patch.
+            let patch = tile.patch();
+            assert_eq!(patch.rows * patch.columns / 4 % units, 0, "{tile:?}");
+            assert_eq!((patch.rows % PATCH_ROWS, patch.columns % PATCH_COLUMNS), (0, 0), "{tile:?}");
             // Shared memory of 32 KB.
-            assert!((tile.m + tile.n) * (tile.k + 4) * 4 <= 32 << 10, "{tile:?}");
+            let shared = (tile.m + tile.n) * (tile.k + 4) + patch.rows * patch.row;
+            assert!(shared * 4 <= 32 << 10, "{tile:?}");
         }
     }
 

@@ -6,9 +6,9 @@ use cubecl::server::Handle;
 use ltxc_ir::TensorType;
 use ltxc_ir::plan::{Copy, Fused, Kernel, MatrixUnit, Part, PartArg, Source, Work};
 
-use super::call::{Bound, Call, Choice, check_tensor};
+use super::call::{Bound, Call, Choice, Stores, check_tensor};
 use super::compose::Composed;
-use super::schedule::{Padded, Step, schedule};
+use super::schedule::{Step, schedule};
 use super::{CubeTensor, fused_rows, guard, launch, launch_checked, tile, workspace_bytes};
 use crate::scratch::Scratch;
 
@@ -105,7 +105,7 @@ impl Schedule {
             return Err(format!("`{}` was scheduled for other types", self.work.name()));
         }
         let choice = Choice { units: self.units.as_deref(), tile: self.tile };
-        let call = Call { client, args, out: &results[0], workspace, tail: None, pads: &[], choice };
+        let call = Call { client, args, out: &results[0], workspace, tail: None, stores: None, front: None, choice };
         match (&self.work, &self.layout) {
             (Work::Fused(fused), Some(layout)) => layout.launch(fused, &call, results),
             (Work::Fused(_), None) => Err("a fused call without launches".into()),
@@ -154,20 +154,24 @@ impl Layout {
                     let args = operands(args, &handle)?;
                     launch_checked(kernel, &Call { args: &args, out: &out, workspace: scratch.as_ref(), ..*call })?;
                 }
-                Step::Tail { anchor, padded, composed, last } => {
+                Step::Tail { anchor, front, composed, last, copied } => {
                     let kernel = &fused.parts[*anchor].kernel;
                     // As the anchor shapes it, but of the last dtype.
                     let ty = fused.parts[*anchor].result.with_dtype(fused.parts[*last].result.dtype);
-                    let out = CubeTensor { ty: &ty, handle: of_part(*last)? };
+                    let outs = step.outs().into_iter().map(|part| of(Source::Part(part as u32)));
+                    let outs = outs.collect::<Result<Vec<CubeTensor<'_>>, String>>()?;
+                    let out = CubeTensor { ty: &ty, handle: outs[0].handle.clone() };
+                    let stores = copied.as_ref().map(|copied| Stores { stored: &copied.stored, outs });
                     let tail = composed.as_ref().map(bound).transpose()?;
-                    let pads = padded.as_ref().map_or(&[][..], |padded| &padded.pads);
                     let own = &fused.parts[*anchor].args;
-                    let args = match padded {
-                        Some(Padded { operand, .. }) => operands([operand].into_iter().chain(&own[1..]), &handle)?,
+                    let args = match front {
+                        Some((operand, _)) => operands([operand].into_iter().chain(&own[1..]), &handle)?,
                         None => operands(own, &handle)?,
                     };
-                    let (tail, workspace) = (tail.as_ref(), scratch.as_ref());
-                    launch_checked(kernel, &Call { args: &args, out: &out, workspace, tail, pads, ..*call })?;
+                    let (tail, stores, workspace) = (tail.as_ref(), stores.as_ref(), scratch.as_ref());
+                    let front = front.as_ref().map(|(_, front)| front);
+                    let call = Call { args: &args, out: &out, workspace, tail, stores, front, ..*call };
+                    launch_checked(kernel, &call)?;
                 }
                 Step::Rows(rows) => {
                     let outs = rows.outs.iter().map(|&(part, _)| of(Source::Part(part as u32)));

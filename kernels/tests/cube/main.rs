@@ -26,4 +26,5 @@ mod rows;
 mod fused;
 mod fused_random;
 mod harness;
+mod stores;
 mod tiles;

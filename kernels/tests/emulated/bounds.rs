@@ -85,6 +85,10 @@ fn silu() -> Kernel {
     Kernel::Map(Map { steps: vec![MapStep::Function(MapFunction::Silu, 0)] })
 }
 
+fn leaky() -> Kernel {
+    Kernel::Map(Map { steps: vec![MapStep::Function(MapFunction::LeakyRelu(Float(0.1)), 0)] })
+}
+
 fn movement(calls: &mut Vec<Call>) {
     for dtype in [DType::F32, DType::BF16, DType::U8] {
         let mut one = |name: &str, kernel: Kernel, args: &[&[usize]], shape: &[usize], row: Option<&[i32]>| {
@@ -232,7 +236,7 @@ fn fused(calls: &mut Vec<Call>) {
             let residual = call.operand(dtype, &shape);
             let sum = call.part(binary(Binary::Add), &[&value, &bias], DType::F32, &shape);
             let sum = call.part(silu(), &[&sum], DType::F32, &shape);
-            call.part(binary(Binary::Add), &[&sum, &residual], dtype, &shape);
+            call.part(binary(Binary::Add), &[&sum, &residual], dtype, &shape)
         };
         for (m, n, k) in [(33, 36, 24), (5, 38, 21)] {
             let mut call = Draft::new();
@@ -247,19 +251,69 @@ fn fused(calls: &mut Vec<Call>) {
                 let mut call = Draft::new();
                 let (x, w) = (call.operand(dtype, &[2, 5, 4, 6]), call.operand(dtype, &[3, 3, 6, co]));
                 let pad = Pad { lo: vec![0, 2, 1, 0], hi: vec![0, 0, 1, 0], mode };
-                let padded = call.part(Kernel::Pad(pad), &[&x], dtype, &[2, 7, 6, 6]);
+                let activated = call.part(leaky(), &[&x], dtype, &[2, 5, 4, 6]);
+                let padded = call.part(Kernel::Pad(pad), &[&activated], dtype, &[2, 7, 6, 6]);
                 let op = Conv { stride: vec![1; 2], dilation: vec![1; 2], pad: vec![(0, 0); 2], groups: 1 };
                 let value = call.part(Kernel::Conv(op), &[&padded, &w], dtype, &[2, 5, 4, co]);
                 finish(&mut call, value);
-                calls.push(call.call("conv with pads and a tail"));
+                calls.push(call.call("conv with an activation, pads and a tail"));
             }
         }
-        let mut call = Draft::new();
-        let (x, w) = (call.operand(dtype, &[2, 7, 8]), call.operand(dtype, &[4, 8, 18]));
-        let op = ConvTranspose { stride: vec![2], dilation: vec![1], pad: vec![(1, 1)], groups: 1 };
-        let value = call.part(Kernel::ConvTranspose(op), &[&x, &w], dtype, &[2, 14, 18]);
-        finish(&mut call, value);
-        calls.push(call.call("conv_transpose with a tail"));
+        // Stores: depth-to-space and space-to-depth, as a product and element by element, and a part of the columns.
+        let moved = |shape: &[usize], order: &[usize]| {
+            let strides = strides_of(shape);
+            let moved: Vec<usize> = order.iter().map(|&a| shape[a]).collect();
+            let copy = Copy {
+                shape: moved.clone(),
+                src_offset: 0,
+                src_strides: order.iter().map(|&a| strides[a]).collect(),
+                dst_offset: 0,
+                dst_strides: strides_of(&moved),
+            };
+            (Kernel::Copy(copy), moved)
+        };
+        for co in [24, 8] {
+            for (split, order) in
+                [(&[1, 5, 6, co / 4, 2, 2][..], &[0, 1, 4, 2, 5, 3][..]), (&[1, 5, 3, 2, co], &[0, 1, 2, 4, 3])]
+            {
+                let mut call = Draft::new();
+                let (x, w) = (call.operand(dtype, &[1, 5, 6, 7]), call.operand(dtype, &[3, 3, 7, co]));
+                let op = Conv { stride: vec![1; 2], dilation: vec![1; 2], pad: vec![(1, 1); 2], groups: 1 };
+                let value = call.part(Kernel::Conv(op), &[&x, &w], dtype, &[1, 5, 6, co]);
+                let value = finish(&mut call, value);
+                let (copy, shape) = moved(split, order);
+                call.part(copy, &[&value], dtype, &shape);
+                calls.push(call.call("conv with a store"));
+            }
+        }
+        for (m, n, k) in [(33, 36, 24), (5, 38, 21)] {
+            let mut call = Draft::new();
+            let args = [call.operand(dtype, &[m, k]), call.operand(dtype, &[n, k])];
+            let op = Kernel::Matmul(Matmul { transpose_rhs: true });
+            let value = call.part(op, &[&args[0], &args[1]], dtype, &[m, n]);
+            let value = finish(&mut call, value);
+            let columns = Copy {
+                shape: vec![m, n - 6],
+                src_offset: 6,
+                src_strides: vec![n, 1],
+                dst_offset: 0,
+                dst_strides: vec![n - 6, 1],
+            };
+            call.part(Kernel::Copy(columns), &[&value], dtype, &[m, n - 6]);
+            calls.push(call.call("matmul with a store"));
+        }
+
+        // As a product and element by element, of what is padded.
+        for (co, mode) in [(18, PadMode::Edge), (24, PadMode::Circular), (5, PadMode::Edge), (6, PadMode::Reflect)] {
+            let mut call = Draft::new();
+            let (x, w) = (call.operand(dtype, &[2, 7, 8]), call.operand(dtype, &[4, 8, co]));
+            let pad = Pad { lo: vec![0, 2, 0], hi: vec![0, 1, 0], mode };
+            let padded = call.part(Kernel::Pad(pad), &[&x], dtype, &[2, 10, 8]);
+            let op = ConvTranspose { stride: vec![2], dilation: vec![1], pad: vec![(2, 3)], groups: 1 };
+            let value = call.part(Kernel::ConvTranspose(op), &[&padded, &w], dtype, &[2, 17, co]);
+            finish(&mut call, value);
+            calls.push(call.call("conv_transpose with pads and a tail"));
+        }
 
         let mut call = Draft::new();
         let x = call.operand(dtype, &[1, 37, 6]);

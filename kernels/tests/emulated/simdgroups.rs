@@ -12,5 +12,7 @@ mod cases;
 mod harness;
 #[path = "../simple/matrix_units.rs"]
 mod matrix_units;
+#[path = "../cube/stores.rs"]
+mod stores;
 #[path = "../cube/tiles.rs"]
 mod tiles;

@@ -3,7 +3,8 @@
 
 use ltxc_ir::eval::Tensor;
 use ltxc_ir::ops::{Attention, Binary, Conv, Matmul};
-use ltxc_ir::plan::{Fused, Kernel, Map, MapFunction, MapStep, Part, PartArg, Source, Work};
+use ltxc_ir::plan::{Copy, Fused, Kernel, Map, MapFunction, MapStep, Part, PartArg, Source, Work};
+use ltxc_ir::types::strides_of;
 use ltxc_ir::{DType, Float, TensorType};
 use ltxc_kernels::cube::Schedule;
 
@@ -33,8 +34,22 @@ impl Call {
         PartArg { source: Source::Part(self.parts.len() as u32 - 1), ty: result }
     }
 
+    /// A copy with the axes of `shape` in another order.
+    fn transpose(&mut self, value: PartArg, shape: &[usize], order: &[usize]) {
+        let (strides, dtype) = (strides_of(shape), value.ty.dtype);
+        let moved: Vec<usize> = order.iter().map(|&a| shape[a]).collect();
+        let copy = Copy {
+            shape: moved.clone(),
+            src_offset: 0,
+            src_strides: order.iter().map(|&a| strides[a]).collect(),
+            dst_offset: 0,
+            dst_strides: strides_of(&moved),
+        };
+        self.part(Kernel::Copy(copy), vec![value], dtype, &moved);
+    }
+
     /// Bias and function of the last axis, then gate and residual.
-    fn finish(&mut self, value: PartArg, dtype: DType) {
+    fn finish(&mut self, value: PartArg, dtype: DType) -> PartArg {
         let shape = value.ty.shape.clone();
         let rows = [&shape[..shape.len() - 1], &[1]].concat();
         let bias = self.operand(DType::BF16, &shape[shape.len() - 1..]);
@@ -42,7 +57,7 @@ impl Call {
         let value = self.part(Kernel::Map(Map { steps: gelu }), vec![value, bias], DType::F32, &shape);
         let (gate, residual) = (self.operand(DType::F32, &rows), self.operand(dtype, &shape));
         let gated = vec![MapStep::Binary(Binary::Mul, 0, 1), MapStep::Binary(Binary::Add, 3, 2)];
-        self.part(Kernel::Map(Map { steps: gated }), vec![value, gate, residual], dtype, &shape);
+        self.part(Kernel::Map(Map { steps: gated }), vec![value, gate, residual], dtype, &shape)
     }
 
     #[track_caller]
@@ -94,6 +109,39 @@ fn convolutions_are_finished() {
     let value = call.part(Kernel::Conv(op), args, DType::BF16, &[1, 7, 6, 24]);
     call.finish(value, DType::BF16);
     call.check();
+}
+
+/// Depth-to-space by 2 × 2 × 2, and space-to-depth by 2 × 2.
+#[test]
+fn convolutions_are_rearranged() {
+    for (split, order, out) in [
+        (&[1, 7, 6, 6, 2, 2, 2][..], &[0, 4, 1, 5, 2, 6, 3][..], DType::BF16),
+        (&[1, 7, 3, 2, 48], &[0, 1, 2, 4, 3], DType::F16),
+        (&[1, 7, 6, 48], &[0, 3, 1, 2], DType::F32),
+    ] {
+        let mut call = Call::new(204);
+        let args = vec![call.operand(DType::BF16, &[1, 7, 6, 8]), call.operand(DType::BF16, &[3, 3, 8, 48])];
+        let op = Conv { stride: vec![1; 2], dilation: vec![1; 2], pad: vec![(1, 1); 2], groups: 1 };
+        let value = call.part(Kernel::Conv(op), args, DType::BF16, &[1, 7, 6, 48]);
+        let value = call.finish(value, out);
+        call.transpose(value, split, order);
+        call.check();
+    }
+}
+
+/// Channels that vectors divide, and others; elements are rounded behind the activation as they would be in memory.
+#[test]
+fn convolutions_activate_what_they_read() {
+    for (ci, dtype) in [(8, DType::BF16), (5, DType::BF16), (8, DType::F16)] {
+        let mut call = Call::new(204);
+        let (x, w) = (call.operand(dtype, &[1, 37, ci]), call.operand(dtype, &[3, ci, 24]));
+        let leaky = Map { steps: vec![MapStep::Function(MapFunction::LeakyRelu(Float(0.1)), 0)] };
+        let activated = call.part(Kernel::Map(leaky), vec![x], dtype, &[1, 37, ci]);
+        let op = Conv { stride: vec![1], dilation: vec![1], pad: vec![(1, 1)], groups: 1 };
+        let value = call.part(Kernel::Conv(op), vec![activated, w], dtype, &[1, 37, 24]);
+        call.finish(value, dtype);
+        call.check();
+    }
 }
 
 #[test]

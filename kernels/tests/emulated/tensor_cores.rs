@@ -14,6 +14,8 @@ mod known;
 mod matrix_units;
 #[path = "on_units.rs"]
 mod on_units;
+#[path = "../cube/stores.rs"]
+mod stores;
 #[path = "tails.rs"]
 mod tails;
 #[path = "../cube/tiles.rs"]

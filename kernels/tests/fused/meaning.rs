@@ -4,7 +4,8 @@
 //! `k + 1` units of that; a map behind it changes errors by a factor of two at most and rounds a few times more.
 
 use ltxc_ir::ops::{
-    Attention, Binary, Conv, GroupNorm, Matmul, Op, Pad, PadMode, RmsNorm, Rope, RopeLayout, Transpose,
+    Attention, Binary, Conv, ConvTranspose, GroupNorm, LeakyRelu, Matmul, Op, Pad, PadMode, RmsNorm, Rope, RopeLayout,
+    Transpose,
 };
 use ltxc_ir::plan::{Copy, Kernel, Map, MapFunction, MapStep, PartArg};
 use ltxc_ir::{DType, Float, TensorType};
@@ -95,6 +96,50 @@ fn padded_convolution_with_a_transposed_store() {
         });
         let k = 27 * ci;
         close(&result(&group), &want, |_| (k * (k + 2)) as f64 * unit(DType::F32));
+    }
+}
+
+/// `conv(leaky_relu(x))` and its transpose, also with pads between the two, for random extents and dtypes.
+#[test]
+fn convolutions_of_what_is_activated_and_padded() {
+    let mut random = Random(55);
+    for case in 0..60 {
+        let is_transposed = case % 2 == 1;
+        let (t, k, stride) = (random.pick(&[1, 5, 37, 130]), random.pick(&[1, 3, 4, 12]), random.pick(&[1, 2, 3]));
+        let (ci, co, groups) = random.pick(&[(6, 6, 6), (3, 5, 1), (8, 34, 1), (40, 33, 1)]);
+        let dtype = random.pick(&[DType::F32, DType::F32, DType::BF16]);
+        let mode = random.pick(&[PadMode::Edge, PadMode::Zeros]);
+        let pad = Pad { lo: vec![0, random.pick(&[0, 5]), 0], hi: vec![0, random.pick(&[0, 6]), 0], mode };
+        let slope = LeakyRelu { slope: Float(0.1) };
+        let mut group = Group::new();
+        let x = group.operand(random.tensor(&TensorType::new(dtype, vec![1, t, ci]), -1.0, 1.0));
+        let w = group.operand(random.tensor(&TensorType::new(dtype, vec![k, ci / groups, co]), -1.0, 1.0));
+        let activated = map(&mut group, vec![MapStep::Function(MapFunction::LeakyRelu(slope.slope), 0)], vec![x]);
+        let ty = infer(&pad, &[&activated]).expect("extents fit");
+        let padded = group.part(Kernel::Pad(pad.clone()), vec![activated], ty);
+        let (stride, dilation, cut) = (vec![stride], vec![1], random.pick(&[(0, 0), (1, 2)]));
+        let op: Op = match is_transposed {
+            true => ConvTranspose { stride, dilation, pad: vec![cut], groups }.into(),
+            false => Conv { stride, dilation, pad: vec![cut], groups }.into(),
+        };
+        let Ok(ty) = op.infer(&[&padded.ty, &w.ty]) else { continue };
+        if ty.elements() == 0 {
+            continue;
+        }
+        let kernel = match op.clone() {
+            Op::ConvTranspose(op) => Kernel::ConvTranspose(op),
+            Op::Conv(op) => Kernel::Conv(op),
+            op => panic!("`{}` is no convolution", op.name()),
+        };
+        let sums = group.part(kernel, vec![padded, w], ty);
+        group.store(&sums);
+        let want = reference(&group.args, |g, p| {
+            let padded = g.push(pad.clone(), &[g.push(slope.clone(), &p[..1])]);
+            g.push(op.clone(), &[padded, p[1]])
+        });
+        // Each of the `k` operands of a sum that are activated is at most a tenth, and rounded to the dtype.
+        let k = (k * ci / groups) as f64;
+        close(&result(&group), &want, |_| k * ((k + 2.0) * unit(DType::F32) + 0.1 * unit(dtype)));
     }
 }
 

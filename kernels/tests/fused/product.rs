@@ -1,8 +1,8 @@
 //! Products with pads in front, maps behind and stores that rearrange.
 
 use ltxc_ir::ops::{Binary, Conv, ConvTranspose, Matmul, Pad, PadMode};
-use ltxc_ir::plan::{Copy, Kernel, Map, MapStep, PartArg};
-use ltxc_ir::{DType, TensorType};
+use ltxc_ir::plan::{Copy, Kernel, Map, MapFunction, MapStep, PartArg, Work};
+use ltxc_ir::{DType, Float, TensorType};
 
 use crate::group::{Group, infer};
 use crate::harness::Random;
@@ -24,6 +24,13 @@ fn matmul(group: &mut Group, random: &mut Random, shape: [usize; 3], batch: &[us
     let op = Matmul { transpose_rhs };
     let result = infer(&op, &[&a, &b]).expect("extents fit");
     group.part(Kernel::Matmul(op), vec![a, b], result)
+}
+
+/// A leaky ReLU of a tensor.
+fn leaky(group: &mut Group, x: PartArg, slope: f64) -> PartArg {
+    let map = Map { steps: vec![MapStep::Function(MapFunction::LeakyRelu(Float(slope)), 0)] };
+    let ty = x.ty.clone();
+    group.part(Kernel::Map(map), vec![x], ty)
 }
 
 /// Pads of a tensor, one after the other; `None` where a mode does not allow the amount.
@@ -55,12 +62,9 @@ fn conv(group: &mut Group, random: &mut Random) -> Option<PartArg> {
     };
     let (x_type, w_type) = (random.pick(&FLOATS), random.pick(&FLOATS));
     let batch = random.pick(&[1, 1, 2]);
-    let x = tensor(group, random, x_type, [&[batch], &input[..], &[groups * ci]].concat());
+    let mut x = tensor(group, random, x_type, [&[batch], &input[..], &[groups * ci]].concat());
     if random.below(3) == 0 {
-        let w = tensor(group, random, w_type, [&kernel[..], &[ci, groups * co]].concat());
-        let op = ConvTranspose { stride, dilation, pad, groups };
-        let result = infer(&op, &[&x, &w])?;
-        return Some(group.part(Kernel::ConvTranspose(op), vec![x, w], result));
+        x = leaky(group, x, random.pick(&[0.1, 0.01, -0.3, 2.0]));
     }
     // Pads of batch or channels are rare, but allowed.
     let spatial = if random.below(8) == 0 { 0..n + 2 } else { 1..n + 1 };
@@ -70,6 +74,11 @@ fn conv(group: &mut Group, random: &mut Random) -> Option<PartArg> {
         return None;
     }
     let w = tensor(group, random, w_type, [&kernel[..], &[channels / groups, groups * co]].concat());
+    if random.below(3) == 0 {
+        let op = ConvTranspose { stride, dilation, pad, groups };
+        let result = infer(&op, &[&x, &w])?;
+        return Some(group.part(Kernel::ConvTranspose(op), vec![x, w], result));
+    }
     let op = Conv { stride, dilation, pad, groups };
     let result = infer(&op, &[&x, &w])?;
     Some(group.part(Kernel::Conv(op), vec![x, w], result))
@@ -166,6 +175,59 @@ fn random_convolutions_match() {
     assert!(checked > 300, "{checked} cases are accepted");
 }
 
+/// Other elements of the result still need what is read through a leaky ReLU.
+#[test]
+fn an_activated_operand_is_not_overwritten() {
+    let mut random = Random(15);
+    let mut group = Group::new();
+    let x = tensor(&mut group, &mut random, DType::F32, vec![1, 90, 40]);
+    let w = tensor(&mut group, &mut random, DType::F32, vec![3, 40, 40]);
+    let activated = leaky(&mut group, x.clone(), 0.1);
+    let op = Conv { stride: vec![1], dilation: vec![1], pad: vec![(1, 1)], groups: 1 };
+    let sums = group.part(Kernel::Conv(op), vec![activated, w], x.ty.clone());
+    let add = Map { steps: vec![MapStep::Binary(Binary::Add, 0, 1)] };
+    let ty = x.ty.clone();
+    let sum = group.part(Kernel::Map(add), vec![x, sums], ty);
+    group.store(&sum);
+    assert!(!Work::from(group.fused()).may_overwrite(0, 0));
+    assert!(group.check());
+}
+
+/// What is activated on the way to a product is neither stored nor read by anything else, and is padded behind that.
+#[test]
+fn what_stands_in_front_is_for_the_product_alone() {
+    let mut random = Random(16);
+    let (x_ty, padded_ty) = (TensorType::f32([1, 9, 4]), TensorType::f32([1, 11, 4]));
+    let pad = Pad { lo: vec![0, 1, 0], hi: vec![0, 1, 0], mode: PadMode::Edge };
+    let op = Conv { stride: vec![1], dilation: vec![1], pad: vec![(0, 0)], groups: 1 };
+    // Whether the activation comes first, and what else is done with it.
+    let mut has_form = |is_first: bool, more: &dyn Fn(&mut Group, PartArg, PartArg)| {
+        let mut group = Group::new();
+        let x = group.operand(random.tensor(&x_ty, -1.0, 1.0));
+        let w = tensor(&mut group, &mut random, DType::F32, vec![3, 4, 4]);
+        let (activated, input) = if is_first {
+            let activated = leaky(&mut group, x, 0.1);
+            (activated.clone(), group.part(Kernel::Pad(pad.clone()), vec![activated], padded_ty.clone()))
+        } else {
+            let padded = group.part(Kernel::Pad(pad.clone()), vec![x], padded_ty.clone());
+            let activated = leaky(&mut group, padded, 0.1);
+            (activated.clone(), activated)
+        };
+        let sums = group.part(Kernel::Conv(op.clone()), vec![input, w], x_ty.clone());
+        group.store(&sums);
+        more(&mut group, activated, sums);
+        group.fused().form().is_ok()
+    };
+    assert!(has_form(true, &|_, _, _| ()));
+    assert!(!has_form(false, &|_, _, _| ()));
+    assert!(!has_form(true, &|group, activated, _| group.store(&activated)));
+    assert!(!has_form(true, &|group, activated, sums| {
+        let (add, ty) = (Map { steps: vec![MapStep::Binary(Binary::Add, 0, 1)] }, sums.ty.clone());
+        let sum = group.part(Kernel::Map(add), vec![sums, activated], ty);
+        group.store(&sum);
+    }));
+}
+
 /// More than one task in every direction.
 #[test]
 fn large_products_match() {
@@ -176,6 +238,36 @@ fn large_products_match() {
         let map = group.tail(&mut random, anchor, &FLOATS);
         group.store(&map);
         assert!(group.check(), "{shape:?} is refused");
+    }
+}
+
+/// A copy that would read or write outside, twice, or not everything, is no store.
+#[test]
+fn stores_outside_are_refused() {
+    let mut random = Random(15);
+    let (m, n) = (4, 6);
+    let fits =
+        Copy { shape: vec![n, m], src_offset: 0, src_strides: vec![1, n], dst_offset: 0, dst_strides: vec![m, 1] };
+    let mut group_of = |copy: Copy, elements: usize| {
+        let mut group = Group::new();
+        let product = matmul(&mut group, &mut random, [m, n, 5], &[]);
+        let dtype = product.ty.dtype;
+        let stored = group.part(Kernel::Copy(copy), vec![product], TensorType::new(dtype, vec![elements]));
+        group.store(&stored);
+        group.run().is_some()
+    };
+    assert!(group_of(fits.clone(), m * n));
+    for (copy, elements) in [
+        (Copy { dst_offset: 1, ..fits.clone() }, m * n),
+        (Copy { src_offset: 1, ..fits.clone() }, m * n),
+        (Copy { dst_strides: vec![m + 1, 1], ..fits.clone() }, m * n),
+        (Copy { src_strides: vec![1, n + 1], ..fits.clone() }, m * n),
+        (Copy { dst_strides: vec![m - 1, 1], ..fits.clone() }, m * n),
+        (Copy { dst_strides: vec![usize::MAX / 2, 1], ..fits.clone() }, m * n),
+        (fits.clone(), m * n - 1),
+        (fits, m * n + 1),
+    ] {
+        assert!(!group_of(copy.clone(), elements), "{copy:?}");
     }
 }
 

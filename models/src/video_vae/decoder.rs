@@ -70,7 +70,7 @@ pub fn decode(
     let z = Statistics::new(&b, &vae, c, dtype).unnormalise(&b, z);
     let decoder = Decoder { config, layers, functions: &functions, timestep, planes: &planes, dtype };
     let frames = b.scope("vae.decoder", || decoder.frames(Video { value: z, f, h, w, c }));
-    b.result("frames", b.cast(b.name("vae.frames", frames.value), DType::F32));
+    b.result("frames", b.name("vae.frames", frames.value));
 
     model.finish()?;
     Ok(functions.into_module(b.finish()?)?)
@@ -119,7 +119,7 @@ struct Decoder<'a> {
 }
 
 impl Decoder<'_> {
-    /// Un-normalised latent to frames.
+    /// Un-normalised latent to frames in f32.
     fn frames(&self, z: Video) -> Video {
         let (config, layers) = (self.config, &self.layers);
         let widths = config.decoder_widths();
@@ -158,7 +158,8 @@ impl Decoder<'_> {
         }
         let outputs = 3 * config.patch_size * config.patch_size;
         let patches = layers.name("conv_out", layers.conv("conv_out", layers.silu(x), outputs, [1; 3]));
-        unpatchify(layers.b, patches, config.patch_size)
+        // Programs give f32. Cast before it is rearranged, the last convolution stores frames as they are given.
+        unpatchify(layers.b, patches.with(layers.b.cast(patches.value, DType::F32)), config.patch_size)
     }
 
     /// The embedding of the timestep by the module `key`, if this decoder takes one.

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use ltxc_compiler::{Fuse, Options, PlanBuilder};
 use ltxc_ir::Module;
 use ltxc_ir::plan::summary::function_costs;
@@ -55,7 +55,8 @@ pub fn options(args: &CompilerArgs) -> Options {
         FuseLevel::Composite => Fuse::Composite,
         FuseLevel::Full => Fuse::Full,
     };
-    Options { fuse, disabled: args.disable.clone(), ..Options::default() }
+    let packs_projections = args.pack_projections.then_some(true);
+    Options { fuse, disabled: args.disable.clone(), packs_projections, ..Options::default() }
 }
 
 /// Options under which every named value of a graph has memory of its own: nothing is fused, packed or rearranged.
@@ -74,6 +75,10 @@ pub fn version() -> String {
 /// # Errors
 /// As for [`compile()`], and a plan that cannot be written.
 pub fn run(args: &CompileArgs, lora_occurrences: &[usize], report: &mut Report) -> Result<()> {
+    ensure!(
+        !args.compiler.pack_projections || args.compiler.disable.iter().all(|p| p != "pack-projections"),
+        "`--pack-projections` and `--disable pack-projections` contradict each other; leave one out"
+    );
     let loras = Loras::open(&args.adapters, lora_occurrences)?;
     let named = definition(args.shape.pipeline.unwrap_or_default());
     let shape = Shape::resolve(&args.shape, named.brings.usual_keyframes())?.with(&loras)?;

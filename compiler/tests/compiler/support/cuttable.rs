@@ -92,6 +92,10 @@ pub fn all() -> Vec<Cuttable> {
             let (x, w, bias) = (p.f32("x", &[1, 21, 11, 6]), p.f32("w", &[3, 3, 6, 6]), p.f32("bias", &[6]));
             b.silu(b.add(b.conv(conv(1, &[(1, 1); 2]), x, w), bias))
         }),
+        graph("convolution of what is activated", 4000, |b, p| {
+            let (x, w) = (p.f32("x", &[1, 21, 11, 6]), p.f32("w", &[3, 3, 6, 6]));
+            b.add(x, b.conv(conv(1, &[(1, 1); 2]), b.leaky_relu(x, 0.1), w))
+        }),
         graph("convolution with a stride", 8000, |b, p| {
             b.conv(conv(2, &[(1, 2); 2]), p.f32("x", &[1, 27, 15, 6]), p.f32("w", &[3, 3, 6, 10]))
         }),
@@ -109,8 +113,9 @@ pub fn all() -> Vec<Cuttable> {
             b.concat(&[b.silu(k), b.neg(q)], 2)
         }),
         graph("transposed convolution by batches", 3000, |b, p| {
-            let op = ConvTranspose { stride: vec![2], dilation: vec![1], pad: vec![(1, 1)], groups: 1 };
-            b.conv_transpose(op, p.f32("x", &[3, 19, 8]), p.f32("w", &[4, 8, 12]))
+            let op = ConvTranspose { stride: vec![2], dilation: vec![1], pad: vec![(3, 3)], groups: 1 };
+            let (x, w) = (p.f32("x", &[3, 17, 8]), p.f32("w", &[4, 8, 12]));
+            b.conv_transpose(op, b.pad(x, &[0, 1, 0], &[0, 1, 0], PadMode::Edge), w)
         }),
         graph("group norm by batches", 3000, |b, p| {
             let (x, weight, bias) = (p.f32("x", &[5, 13, 4, 12]), p.f32("weight", &[12]), p.f32("bias", &[12]));

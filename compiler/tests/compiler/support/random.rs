@@ -1,6 +1,6 @@
 //! Random modules: every op, calls of shared functions with weights of their own, parameters of every rate.
 
-use ltxc_ir::ops::{Attention, Compare, Conv, PadMode, ReduceKind, RopeLayout, Unary, Update};
+use ltxc_ir::ops::{Attention, Compare, Conv, ConvTranspose, PadMode, ReduceKind, RopeLayout, Unary, Update};
 use ltxc_ir::{Builder, DType, Function, Module, Rate, TensorType, ValueId};
 
 use super::Numbers;
@@ -73,7 +73,7 @@ fn step(
     let key = |what: &str| format!("{what}.{i}.weight");
     let weight_dtype = [DType::F32, DType::BF16, DType::F16][n.below(3)];
     let weight = |what: &str, shape: &[usize]| b.weight("model", &key(what), TensorType::new(weight_dtype, shape));
-    let value = match n.below(31) {
+    let value = match n.below(33) {
         0 => b.add(x, y),
         1 => b.mul(x, b.add_scalar(y, 1.0)),
         2 => b.add(b.mul_scalar(x, 1.0), b.scalar(0.0)),
@@ -157,7 +157,19 @@ fn step(
             let sum = b.add(wide, b.concat(&[skip, skip], 2));
             b.slice_axis(b.space_to_depth(sum, &[2]), 2, 0, c)
         }
-        29 if narrow => {
+        29 => {
+            let w = b.transpose(weight("activated", &[c, c, 3]), &[2, 1, 0]);
+            let op = Conv { stride: vec![1], dilation: vec![1], pad: vec![(1, 1)], groups: 1 };
+            b.conv(op, b.leaky_relu(x, 0.25), w)
+        }
+        30 => {
+            // A filter that doubles the rate.
+            let padded = b.pad(x, &[0, 2, 0], &[0, 2, 0], PadMode::Edge);
+            let op = ConvTranspose { stride: vec![2], dilation: vec![1], pad: vec![(5, 5)], groups: c };
+            let doubled = b.conv_transpose(op, padded, weight("filter", &[4, 1, c]));
+            b.slice_axis(doubled, 1, 0, t)
+        }
+        31 if narrow => {
             let dtype = [DType::BF16, DType::F16][n.below(2)];
             b.cast(b.add(b.cast(x, dtype), y), DType::F32)
         }

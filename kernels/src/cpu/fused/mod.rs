@@ -3,7 +3,7 @@
 //! | form | how it runs |
 //! | --- | --- |
 //! | rows | [`by_rows`]: the ordinary kernels, a few rows at a time |
-//! | product | pads are folded into the convolution, and the [`tail`] runs on every finished block of sums |
+//! | product | a leaky ReLU and pads are folded into the convolution, and the [`tail`] runs on every finished block of sums |
 //! | attention | queries and keys are [prepared](prepare) where they are loaded, and the tail runs on every block of queries |
 //! | group norm | the tail runs on every chunk of rows as it is normed |
 //!
@@ -19,7 +19,7 @@ use ltxc_ir::TensorType;
 use ltxc_ir::plan::{Form, Fused, InPlace, Kernel, PartArg, Source};
 
 use super::parallel::{Need, Scratch};
-use super::patches::{Grid, Padding};
+use super::patches::{Front, Grid};
 use super::sink::Sink;
 use super::{Arg, Output, attention, conv, group_norm, launch_kernel, matmul, need_kernel};
 use tail::{Layout, Tail};
@@ -35,7 +35,7 @@ impl<'a> Together<'a> {
     /// `None` if the parts have to run one after the other.
     fn new(fused: &'a Fused, form: Option<Form>) -> Option<Together<'a>> {
         let anchor = match form? {
-            Form::Product { anchor, .. } if Grid::can_pad(&pads(fused, anchor)) => anchor,
+            Form::Product { anchor, .. } if Grid::can_have(&front(fused, anchor)) => anchor,
             Form::Attention { anchor, .. } if prepare::can_prepare(fused, anchor) => anchor,
             Form::GroupNorm { .. } => 0,
             _ => return None,
@@ -70,7 +70,7 @@ impl<'a> Together<'a> {
         let part = &self.fused.parts[self.anchor];
         let operand = |source| match source {
             Source::Operand(a) => args[a as usize].ptr,
-            // What is padded, normed or rotated lies where the first part of the chain reads.
+            // What is padded, activated, normed or rotated lies where the first part of the chain reads.
             Source::Part(last) => match self.fused.parts[self.fused.chain(last as usize)[0]].args[0].source {
                 Source::Operand(a) => args[a as usize].ptr,
                 Source::Part(_) => unreachable!("a chain begins with an operand"),
@@ -84,9 +84,11 @@ impl<'a> Together<'a> {
             match &part.kernel {
                 Kernel::Matmul(op) => matmul::launch_into(op, &operands, out, sink, &scratch),
                 Kernel::Conv(op) => {
-                    conv::launch_into(op, &pads(self.fused, self.anchor), &operands, out, sink, &scratch);
+                    conv::launch_into(op, &front(self.fused, self.anchor), &operands, out, sink, &scratch);
                 }
-                Kernel::ConvTranspose(op) => conv::launch_transpose_into(op, &operands, out, sink, &scratch),
+                Kernel::ConvTranspose(op) => {
+                    conv::launch_transpose_into(op, &front(self.fused, self.anchor), &operands, out, sink, &scratch);
+                }
                 Kernel::Attention(op) => {
                     let steps = prepare::steps(self.fused, self.anchor, &operand);
                     attention::launch_into(op, &operands, &steps, sink, &scratch);
@@ -98,13 +100,15 @@ impl<'a> Together<'a> {
     }
 }
 
-/// The pads in front of part `anchor`, in order.
-fn pads(fused: &Fused, anchor: usize) -> Vec<Padding<'_>> {
-    let pads = fused.parts[..anchor].iter().filter_map(|part| match &part.kernel {
+/// What stands in front of part `anchor`.
+fn front(fused: &Fused, anchor: usize) -> Front<'_> {
+    let parts = &fused.parts[..anchor];
+    let pads = parts.iter().filter_map(|part| match &part.kernel {
         Kernel::Pad(op) => Some((op, &part.args[0].ty.shape[..])),
         _ => None,
     });
-    pads.collect()
+    let slope = parts.first().and_then(|part| part.leaky_slope());
+    Front { slope: slope.map(|slope| slope.0 as f32), pads: pads.collect() }
 }
 
 /// Scratch for a run on `threads` threads.

@@ -13,6 +13,10 @@ pub struct CompilerArgs {
     /// Leave out a pass; may be repeated.
     #[arg(long, value_name = "PASS", value_parser = pass_names())]
     pub disable: Vec<String>,
+    /// Multiply by all weights of one activation at once (queries, keys and values), also on the processor, which then holds
+    /// copies of them. On GPUs that is always so; `--disable pack-projections` keeps them apart.
+    #[arg(long)]
+    pub pack_projections: bool,
     /// Print the graph of every program after a pass; may be repeated.
     #[arg(long, value_name = "PASS", value_parser = pass_names())]
     pub print_after: Vec<String>,

@@ -11,14 +11,23 @@ use crate::binary::{Place, SHAPE, tiny, with};
 
 /// `compile` the small model to `a.ltxplan` for the processor.
 fn compile(more: &[&str]) -> Vec<String> {
+    compile_for("cpu", more)
+}
+
+fn compile_for(device: &str, more: &[&str]) -> Vec<String> {
     let compile = with(["compile".to_string()].into_iter().chain(tiny().model_args()).collect(), &SHAPE);
-    with(compile, &[&["--device", "cpu", "-o", "a.ltxplan"], more].concat())
+    with(compile, &[&["--device", device, "--no-kernels", "-o", "a.ltxplan"], more].concat())
 }
 
 /// What `compile --json` says of fusion, and `inspect --json` of the programs.
 #[track_caller]
 fn facts(place: &Place, more: &[&str]) -> (Value, Vec<Value>) {
-    let compiled = place.ok(&compile(&[more, &["--json"]].concat())).stdout;
+    facts_for(place, "cpu", more)
+}
+
+#[track_caller]
+fn facts_for(place: &Place, device: &str, more: &[&str]) -> (Value, Vec<Value>) {
+    let compiled = place.ok(&compile_for(device, &[more, &["--json"]].concat())).stdout;
     let last: Value = serde_json::from_str(compiled.lines().last().unwrap()).unwrap();
     let plan: Value = serde_json::from_str(&place.ok(&["inspect", "a.ltxplan", "--json"]).stdout).unwrap();
     (last["facts"]["fusion"].clone(), plan["programs"].as_array().unwrap().clone())
@@ -118,6 +127,22 @@ fn passes_can_be_left_out_one_by_one() {
     }
     place.refused(&compile(&["--disable", "fuse-everything"]), &["fuse-everything", "fuse-attention"]);
     place.refused(&compile(&["--fuse", "more"]), &["more", "composite"]);
+}
+
+#[test]
+fn projections_are_packed_where_weights_are_copied() {
+    let place = Place::new();
+    let splits = |device: &str, more: &[&str]| {
+        let (fusion, _) = facts_for(&place, device, more);
+        let is_split = |row: &&Value| row["pattern"] == "gemm" && row["parts"].as_str().unwrap().ends_with("copy 3");
+        rows(&fusion, "fused").iter().filter(is_split).map(|row| row["calls"].as_u64().unwrap()).sum::<u64>()
+    };
+    let packed = splits("cpu", &["--pack-projections"]);
+    assert!(packed > 0);
+    assert_eq!(splits("cuda", &[]), packed);
+    assert_eq!([splits("cpu", &[]), splits("cuda", &["--disable", "pack-projections"])], [0, 0]);
+    let both = ["--pack-projections", "--disable", "pack-projections"];
+    place.refused(&compile(&both), &["--pack-projections", "--disable"]);
 }
 
 #[test]

@@ -1,6 +1,12 @@
 //! NVIDIA devices, through CUDA. Driver, compiler and headers are looked for before CubeCL opens anything, because it
 //! panics where one is missing.
 
+use std::fs::DirBuilder;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Duration;
+
 use cubecl::Runtime;
 use cubecl::cuda::{CudaDevice, CudaRuntime};
 use cudarc::driver::sys::CUdevice_attribute as Attribute;
@@ -127,13 +133,13 @@ pub(crate) fn open<'a>(device: &Device, kernels: Option<&Kernels>) -> Result<Box
     };
     let problem = |problem: String| RunError::Device { device: device.name.clone(), problem };
     let identity = identity(device).map_err(&problem)?;
-    // Compiled kernels lie in a folder as long as this is open; without one nothing is carried.
-    let folder = tempfile::Builder::new().prefix("ltxc-kernels-").tempdir().ok();
-    let folder = folder.filter(|folder| ptx::keep_in(folder.path()));
+    // Compiled kernels lie in a folder as long as a device is open; without one nothing is carried.
+    let folder = KernelFolder::open(&KERNEL_FOLDER).map_err(&problem)?;
+    let folder = folder.filter(|folder| ptx::keep_in(&folder.path));
     if let Some(folder) = &folder {
         // Others would never be found.
         let fitting = kernels.filter(|kernels| kernels.device == identity);
-        ptx::seed(folder.path(), fitting.map_or(&[], |kernels| &kernels.kernels));
+        ptx::seed(&folder.path, fitting.map_or(&[], |kernels| &kernels.kernels));
     }
     // CubeCL panics where the driver refuses.
     let client = guard::catch(|| Tracked::<CudaRuntime>::client(&CudaDevice { index }));
@@ -143,11 +149,72 @@ pub(crate) fn open<'a>(device: &Device, kernels: Option<&Kernels>) -> Result<Box
     let total = device.memory_bytes;
     let left = Box::new(move || free_memory(index).unwrap_or(total));
     let carry = move |launched: &[LaunchedKernel]| {
-        folder.as_ref().map_or(Vec::new(), |folder| ptx::compiled(folder.path(), launched))
+        folder.as_ref().map_or(Vec::new(), |folder| ptx::compiled(&folder.path, launched))
     };
     let mut cube = Cube::new(device.clone(), LOAD_BYTES, left, client, Box::new(carry));
     cube.take_tuned(kernels);
     Ok(Box::new(cube))
+}
+
+/// A folder in which CubeCL keeps what it compiles, removed with the last device that is open.
+///
+/// CubeCL asks for it once in a process. So it is always the same one, and made anew where every device was closed in between:
+/// CubeCL waits half a minute for a file whose folder is gone.
+struct KernelFolder {
+    path: PathBuf,
+}
+
+/// The folder of a process, and who has it open.
+type KnownFolder = Mutex<(Option<PathBuf>, Weak<KernelFolder>)>;
+
+static KERNEL_FOLDER: KnownFolder = Mutex::new((None, Weak::new()));
+
+impl KernelFolder {
+    /// The folder; `None` if this machine lets nobody make one.
+    ///
+    /// # Errors
+    /// If somebody else made it in between: what lies in it is run.
+    fn open(known: &KnownFolder) -> Result<Option<Arc<KernelFolder>>, String> {
+        let mut known = known.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(open) = known.1.upgrade() {
+            return Ok(Some(open));
+        }
+        let path = match &known.0 {
+            Some(path) => {
+                let made = make_own(path);
+                made.map_err(|e| format!("its folder for kernels, `{}`, cannot be made again: {e}", path.display()))?;
+                path.clone()
+            }
+            None => match tempfile::Builder::new().prefix("ltxc-kernels-").tempdir() {
+                Ok(folder) => folder.keep(),
+                Err(_) => return Ok(None),
+            },
+        };
+        let open = Arc::new(KernelFolder { path: path.clone() });
+        *known = (Some(path), Arc::downgrade(&open));
+        Ok(Some(open))
+    }
+}
+
+/// Makes a folder that nobody else can write to, and that nobody else made.
+fn make_own(path: &Path) -> std::io::Result<()> {
+    let mut builder = DirBuilder::new();
+    #[cfg(unix)]
+    std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
+    // Whoever closed the last device may still be removing it.
+    for _ in 0..20 {
+        match builder.create(path) {
+            Err(e) if e.kind() == ErrorKind::AlreadyExists => std::thread::sleep(Duration::from_millis(10)),
+            done => return done,
+        }
+    }
+    builder.create(path)
+}
+
+impl Drop for KernelFolder {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.path);
+    }
 }
 
 /// What compiled code is for: it depends on the architecture and on what the driver reads, not on the device.
@@ -173,6 +240,27 @@ fn free_memory(index: usize) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_folder_of_kernels_comes_back_at_its_place() {
+        let known = KnownFolder::default();
+        let open = || KernelFolder::open(&known).map(|folder| folder.expect("folders can be made"));
+        let (first, second) = (open().unwrap(), open().unwrap());
+        let path = first.path.clone();
+        drop(first);
+        assert!(second.path == path && path.is_dir());
+        std::fs::write(path.join("kernel"), "").unwrap();
+        drop(second);
+        assert!(!path.exists());
+        let again = open().unwrap();
+        assert!(again.path == path && path.read_dir().unwrap().next().is_none());
+        drop(again);
+        // Somebody else's.
+        std::fs::create_dir(&path).unwrap();
+        let problem = open().err().unwrap();
+        std::fs::remove_dir(&path).unwrap();
+        assert!(problem.contains("cannot be made again"), "{problem}");
+    }
 
     #[test]
     fn drivers_that_are_too_old_are_told() {
