@@ -2,8 +2,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use ltxc_ir::TensorType;
 use ltxc_ir::plan::{
-    ADAPTER_SLOTS, FileTensor, FunctionCall, Operand, Place, Plan, PlanFunction, PlanWeight, Step, WeightOrigin,
+    ADAPTER_SLOTS, Copy, FileTensor, FunctionCall, Kernel, Operand, Place, Plan, PlanFunction, PlanWeight, Step,
+    WeightOrigin, Work,
 };
 
 use super::{Backend, BufferId, Call, CallId, Cpu, Region, Weight};
@@ -190,9 +192,40 @@ impl<'a> Binding<'a> {
         if let Some(bound) = self.weights.get(&key) {
             return Ok(bound.buffer);
         }
-        let buffer = backend.weight(self.bytes(weight, &key)?)?;
+        let buffer = match &weight.origin {
+            WeightOrigin::Packed { function, tensors } if self.joins(*function, tensors) => {
+                let buffer = backend.allocate(weight.ty.bytes() as u64)?;
+                let mut place = Region { buffer, offset: 0 };
+                for (tensor, (_, key)) in tensors.iter().zip(&key.1) {
+                    backend.write(place, self.tensor(tensor, key)?.bytes())?;
+                    place = place.at(tensor.ty.bytes() as u64);
+                }
+                buffer
+            }
+            _ => backend.weight(self.bytes(weight, &key)?)?,
+        };
         self.weights.insert(key, BoundWeight { weight, buffer });
         Ok(buffer)
+    }
+
+    /// Whether a recipe puts its tensors one behind another and does nothing else, at places that the device can write to:
+    /// they go there from where they are, without a copy in between.
+    fn joins(&self, recipe: u32, tensors: &[FileTensor]) -> bool {
+        let steps = &self.plan.functions[recipe as usize].steps;
+        let mut start = 0u64;
+        let mut is_next = |i: usize, step: &Step, ty: &TensorType| {
+            let Step::Kernel(call) = step else { return false };
+            let ([from], [to]) = (&call.args[..], &call.results[..]) else { return false };
+            let (shape, ones) = (vec![ty.elements()], || vec![1]);
+            let all = Copy { shape, src_offset: 0, src_strides: ones(), dst_offset: 0, dst_strides: ones() };
+            let is_next = call.work == Work::Kernel(Kernel::Copy(all))
+                && (from.place, from.offset) == (Place::Param(i as u32), 0)
+                && (to.place, to.offset) == (Place::Result(0), start)
+                && start.is_multiple_of(self.plan.target.alignment);
+            start = start.saturating_add(ty.bytes() as u64);
+            is_next
+        };
+        steps.len() == tensors.len() && steps.iter().zip(tensors).enumerate().all(|(i, (s, t))| is_next(i, s, &t.ty))
     }
 
     /// What a weight is, `key` having the complete keys of its tensors.

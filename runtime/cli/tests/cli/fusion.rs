@@ -146,6 +146,20 @@ fn projections_are_packed_where_weights_are_copied() {
 }
 
 #[test]
+fn packed_projections_make_the_same_video() {
+    let place = Place::new();
+    let folder = tiny().folder.display().to_string();
+    let made = |more: &[&str]| {
+        place.ok(&compile(more));
+        place.ok(&["run", "a.ltxplan", "--weights", &folder, "-p", "x", "-o", "a.mp4"]);
+        let bytes = std::fs::read(place.path("a.mp4")).unwrap();
+        std::fs::remove_file(place.path("a.mp4")).unwrap();
+        bytes
+    };
+    assert!(made(&["--pack-projections"]) == made(&[]));
+}
+
+#[test]
 fn graphs_are_printed_after_every_pass() {
     let place = Place::new();
     let inspect = with(["inspect".to_string()].into_iter().chain(tiny().model_args()).collect(), &SHAPE);
