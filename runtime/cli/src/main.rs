@@ -21,6 +21,7 @@ fn main() -> ExitCode {
     // Mesa sorts Vulkan devices by asking the display, and complains to standard error where there is none.
     // SAFETY: there is no other thread yet.
     unsafe { std::env::set_var("NODEVICE_SELECT", "1") };
+    end_without_a_word_for_nobody();
     let line = match in_our_words(std::env::args_os()) {
         Ok(line) => line,
         Err(e) => {
@@ -60,6 +61,18 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// A reader that has seen enough, as `head` has, ends a command; that is no fault that somebody should be told.
+fn end_without_a_word_for_nobody() {
+    let previous = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        let words = info.payload_as_str().unwrap_or_default();
+        // `println!` panics there, and the program ends as with any panic: what was begun is cleaned up.
+        if !words.starts_with("failed printing to stdout: Broken pipe") {
+            previous(info);
+        }
+    }));
 }
 
 /// Runs a command. Returns whether all is well: a command that looks for faults may find some.

@@ -66,6 +66,19 @@ fn a_plan_is_not_run_as_another() {
 }
 
 #[test]
+fn readers_may_have_enough() {
+    let place = Place::new();
+    let plan = tiny().plan.display().to_string();
+    let mut command = place.command(&["inspect", &plan, "--graph"]);
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    // The graph is larger than what a pipe holds.
+    drop(child.stdout.take());
+    let done = child.wait_with_output().unwrap();
+    assert!(!done.status.success());
+    assert_eq!(String::from_utf8_lossy(&done.stderr), "");
+}
+
+#[test]
 fn sound_and_frames_are_outputs_too() {
     let place = Place::new();
     render(&place, &["-p", "x", "-o", "a.wav", "-q"]);
