@@ -193,7 +193,7 @@ impl<'a> Binding<'a> {
             return Ok(bound.buffer);
         }
         let buffer = match &weight.origin {
-            WeightOrigin::Packed { function, tensors } if self.joins(*function, tensors) => {
+            WeightOrigin::Packed { function, tensors } if self.joins(*function, tensors, weight.ty.bytes()) => {
                 let buffer = backend.allocate(weight.ty.bytes() as u64)?;
                 let mut place = Region { buffer, offset: 0 };
                 for (tensor, (_, key)) in tensors.iter().zip(&key.1) {
@@ -208,9 +208,9 @@ impl<'a> Binding<'a> {
         Ok(buffer)
     }
 
-    /// Whether a recipe puts its tensors one behind another and does nothing else, at places that the device can write to:
-    /// they go there from where they are, without a copy in between.
-    fn joins(&self, recipe: u32, tensors: &[FileTensor]) -> bool {
+    /// Whether a recipe puts its tensors one behind another and does nothing else, at places that the device can write to,
+    /// and they fill all `bytes`: they go there from where they are, without a copy in between.
+    fn joins(&self, recipe: u32, tensors: &[FileTensor], bytes: usize) -> bool {
         let steps = &self.plan.functions[recipe as usize].steps;
         let mut start = 0u64;
         let mut is_next = |i: usize, step: &Step, ty: &TensorType| {
@@ -225,7 +225,9 @@ impl<'a> Binding<'a> {
             start = start.saturating_add(ty.bytes() as u64);
             is_next
         };
-        steps.len() == tensors.len() && steps.iter().zip(tensors).enumerate().all(|(i, (s, t))| is_next(i, s, &t.ty))
+        steps.len() == tensors.len()
+            && steps.iter().zip(tensors).enumerate().all(|(i, (s, t))| is_next(i, s, &t.ty))
+            && start == bytes as u64
     }
 
     /// What a weight is, `key` having the complete keys of its tensors.
